@@ -1,0 +1,275 @@
+"""Every size of the model, as numbers: `CONFIGS[name]` with `.mmdit`, `.vae` and `.text`.
+
+The classes have no default dimensions; a config gives them all. `mnist` and `tiny` train from
+scratch on this machine; the others are the official models and the depths of the paper's scaling
+study. Each could be held by diffusers' SD3Transformer2DModel and AutoencoderKL as well.
+
+Sizes and defaults of the official models: the published checkpoints' shapes, Stability's
+reference code and diffusers' configs; where those disagree, the choice is noted at the number.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """The velocity network. Width is 64 x depth, with `depth` heads of 64."""
+
+    depth: int
+    latent_channels: int
+    patch_size: int
+    context_dim: int  # features of a text token
+    pooled_dim: int  # features of the pooled text vector
+    grid: int  # side of the stored position buffer, in patches
+    grid_sample: int  # side of the images trained on, in patches
+    grid_span: int  # the positions of that side run from 0 up to this
+    qk_norm: bool
+    dual_attention: tuple[int, ...]  # blocks with a second, image-only attention
+
+    @property
+    def width(self) -> int:
+        return 64 * self.depth
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder. It shrinks images by 2 ^ (levels - 1), levels = len(channels)."""
+
+    image_channels: int
+    channels: tuple[int, ...]  # width at each resolution, finest first
+    blocks: int  # residual blocks a level in the encoder; the decoder has one more
+    latent_channels: int
+    norm_groups: int
+    shift: float  # mean of the latents
+    scale: float  # 1 / their standard deviation
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    width: int
+    layers: int
+    heads: int
+    activation: str  # "quick_gelu" or "gelu"
+    vocab: int  # the last id is the end-of-text token
+    length: int  # tokens, padded or truncated to it
+    projection: bool  # multiply the pooled vector by a learned matrix
+    pad: int  # id that fills up to `length`; -1: the end-of-text token
+
+
+@dataclass(frozen=True)
+class T5Config:
+    width: int
+    layers: int
+    heads: int
+    head_dim: int
+    hidden: int  # of the gated MLP
+    vocab: int
+    length: int  # tokens, padded or truncated to it: part of the model's input definition
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    clip_l: CLIPConfig
+    clip_g: CLIPConfig
+    t5: T5Config
+    empty_is_zero: bool  # encode "" as zeros, the input seen when all encoders were dropped
+
+    @property
+    def pooled_dim(self) -> int:
+        return self.clip_l.width + self.clip_g.width
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What `Pipeline` does unless told otherwise."""
+
+    steps: int
+    guidance: float
+    shift: float
+    sampler: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training stage: AdamW, linear warm-up, then cosine decay to a hundredth."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """Training from scratch on a small image set."""
+
+    train_images: int  # of each set, the first ones are used
+    test_images: int
+    judge: Recipe
+    autoencoder: Recipe
+    clip: Recipe
+    t5: Recipe
+    flow: Recipe
+    kl_weight: float  # of the KL term, both losses summed over an image
+    time_mean: float  # logit-normal density of the timesteps
+    time_std: float
+    encoder_dropout: float  # each text encoder zeroed independently (paper, appendix B.3)
+    ema_decay: float  # warmed up as (1 + step) / (10 + step)
+    evaluate: int  # prompted samples for the metrics
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    image_size: int  # pixels, trained at
+    mmdit: MMDiTConfig
+    vae: VAEConfig
+    text: TextConfig
+    sampling: Sampling
+    training: Training | None  # None: too large to train from one command
+
+
+def official_mmdit(
+    depth: int, qk_norm: bool, grid: int = 192, dual_attention: tuple[int, ...] = ()
+) -> MMDiTConfig:
+    return MMDiTConfig(
+        depth=depth,
+        latent_channels=16,
+        patch_size=2,
+        context_dim=4096,
+        pooled_dim=2048,
+        grid=grid,
+        grid_sample=64,
+        grid_span=16,
+        qk_norm=qk_norm,
+        dual_attention=dual_attention,
+    )
+
+
+OFFICIAL_VAE = VAEConfig(
+    image_channels=3,
+    channels=(128, 256, 512, 512),
+    blocks=2,
+    latent_channels=16,
+    norm_groups=32,
+    shift=0.0609,
+    scale=1.5305,
+)
+
+OFFICIAL_TEXT = TextConfig(
+    clip_l=CLIPConfig(768, 12, 12, "quick_gelu", 49408, 77, projection=False, pad=-1),
+    clip_g=CLIPConfig(1280, 32, 20, "gelu", 49408, 77, projection=True, pad=0),
+    # 256 tokens as in diffusers; the paper has 77.
+    t5=T5Config(4096, 24, 64, head_dim=64, hidden=10240, vocab=32128, length=256),
+    empty_is_zero=False,
+)
+
+
+def official(name: str, mmdit: MMDiTConfig, sampling: Sampling, image_size: int = 1024) -> Config:
+    return Config(name, image_size, mmdit, OFFICIAL_VAE, OFFICIAL_TEXT, sampling, training=None)
+
+
+def study(depth: int) -> Config:
+    """One of the paper's scaling runs: trained at 256 x 256, no QK-norm, sampled with 50 Euler
+    steps and guidance 5 (the validation settings of its section 5.1)."""
+    sampling = Sampling(steps=50, guidance=5.0, shift=1.0, sampler="euler")
+    return official(f"sd3-d{depth}", official_mmdit(depth, qk_norm=False), sampling, 256)
+
+
+MNIST = Config(
+    name="mnist",
+    image_size=32,
+    mmdit=MMDiTConfig(
+        depth=2,
+        latent_channels=4,
+        patch_size=2,
+        context_dim=128,
+        pooled_dim=96,
+        grid=8,
+        grid_sample=4,
+        grid_span=4,
+        qk_norm=True,
+        dual_attention=(),
+    ),
+    vae=VAEConfig(1, (16, 32, 64), 1, latent_channels=4, norm_groups=8, shift=0.0, scale=1.0),
+    text=TextConfig(
+        clip_l=CLIPConfig(32, 2, 2, "quick_gelu", 640, 12, projection=False, pad=-1),
+        clip_g=CLIPConfig(64, 2, 2, "gelu", 640, 12, projection=True, pad=0),
+        t5=T5Config(128, 2, 4, head_dim=32, hidden=256, vocab=128, length=12),
+        empty_is_zero=True,
+    ),
+    sampling=Sampling(steps=20, guidance=2.0, shift=1.0, sampler="euler"),
+    training=Training(
+        train_images=60000,
+        test_images=10000,
+        judge=Recipe(steps=900, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
+        autoencoder=Recipe(steps=1200, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
+        clip=Recipe(steps=400, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
+        t5=Recipe(steps=300, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
+        flow=Recipe(steps=3000, batch=128, lr=2e-3, warmup=100, weight_decay=0.0),
+        kl_weight=1e-2,
+        time_mean=0.0,
+        time_std=1.0,
+        encoder_dropout=0.464,
+        ema_decay=0.999,
+        evaluate=1000,
+    ),
+)
+
+TINY = Config(  # every path of the largest model, dual attention included, in seconds
+    name="tiny",
+    image_size=32,
+    mmdit=MMDiTConfig(
+        depth=2,
+        latent_channels=4,
+        patch_size=2,
+        context_dim=32,
+        pooled_dim=32,
+        grid=6,
+        grid_sample=4,
+        grid_span=4,
+        qk_norm=True,
+        dual_attention=(0,),
+    ),
+    vae=VAEConfig(1, (8, 8, 16), 1, latent_channels=4, norm_groups=4, shift=0.0, scale=1.0),
+    text=TextConfig(
+        clip_l=CLIPConfig(16, 2, 1, "quick_gelu", 576, 10, projection=False, pad=-1),
+        clip_g=CLIPConfig(16, 2, 1, "gelu", 576, 10, projection=True, pad=0),
+        t5=T5Config(32, 2, 2, head_dim=16, hidden=32, vocab=96, length=10),
+        empty_is_zero=True,
+    ),
+    sampling=Sampling(steps=4, guidance=2.0, shift=1.0, sampler="euler"),
+    training=Training(
+        train_images=512,
+        test_images=256,
+        judge=Recipe(steps=12, batch=32, lr=2e-3, warmup=2, weight_decay=1e-2),
+        autoencoder=Recipe(steps=12, batch=16, lr=2e-3, warmup=2, weight_decay=0.0),
+        clip=Recipe(steps=8, batch=32, lr=2e-3, warmup=2, weight_decay=1e-2),
+        t5=Recipe(steps=8, batch=16, lr=2e-3, warmup=2, weight_decay=0.0),
+        flow=Recipe(steps=12, batch=32, lr=2e-3, warmup=2, weight_decay=0.0),
+        kl_weight=1e-2,
+        time_mean=0.0,
+        time_std=1.0,
+        encoder_dropout=0.464,
+        ema_decay=0.99,
+        evaluate=40,
+    ),
+)
+
+CONFIGS = {
+    config.name: config
+    for config in (
+        TINY,
+        MNIST,
+        # Stability's sd3-ref and diffusers sample it at shift 3 (sd3.5's preset of 1 is alone).
+        official("sd3-medium", official_mmdit(24, qk_norm=False), Sampling(28, 7.0, 3.0, "euler")),
+        official(
+            "sd3.5-medium",
+            official_mmdit(24, qk_norm=True, grid=384, dual_attention=tuple(range(13))),
+            Sampling(50, 5.0, 3.0, "dpmpp_2m"),
+        ),
+        official("sd3.5-large", official_mmdit(38, qk_norm=True), Sampling(40, 4.5, 3.0, "dpmpp_2m")),
+        *(study(depth) for depth in (15, 18, 21, 30, 38)),
+    )
+}

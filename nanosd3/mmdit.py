@@ -1,0 +1,233 @@
+"""MMDiT, the transformer of Stable Diffusion 3: two streams that meet in attention.
+
+Image tokens and text tokens keep weights of their own: own norms, own projections, own MLPs.
+In each block the queries, keys and values of both are put side by side for one attention, so
+every image token sees all text and every text token sees the image: the text is rewritten as
+the picture takes shape. That is the whole difference from DiT, which it otherwise is: adaLN
+modulation with gates from the timestep and the pooled text, patches in, patches out.
+
+    z (B, C, H, W) --patchify, positions--> x (B, N, D)        image tokens
+    context (B, M, Dc) --linear--> y (B, M, D)                 text tokens
+    t, pooled --two small MLPs, added--> c (B, D)              modulates every block
+    d blocks, then a modulated linear and unpatchify --> velocity (B, C, H, W)
+
+One number sizes it: depth d gives width 64 d and d heads. Options of the 3.5 models: RMSNorm on
+queries and keys (`qk_norm`), and blocks whose image stream has a second attention over itself
+alone (`dual_attention`, "MMDiT-X"). The last block's text has keys and values only, since its
+output would go nowhere; official files still hold its query weights (and query norm), which are
+kept and not computed. Modules are named as in the official single-file checkpoints.
+Paper: arXiv 2403.03206, section 4 and figure 2.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanosd3.config import MMDiTConfig
+from nanosd3.layers import (
+    TIMESTEP_FEATURES,
+    HEAD_DIM,
+    MLP,
+    Embedder,
+    RMSNorm,
+    attention,
+    modulate,
+    split_heads,
+    timestep_embedding,
+)
+from nanosd3.patchify import centre_crop, patchify, sincos_positions, unpatchify
+
+
+class Modulation(NamedTuple):
+    """What the conditioning says to one branch of a block, each (B, D)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class Attention(nn.Module):
+    """One stream's share of an attention: projections in and out. The attention itself is the
+    block's, since it may join two streams."""
+
+    def __init__(self, dim: int, qk_norm: bool, keys_only: bool = False):
+        super().__init__()
+        self.keys_only = keys_only
+        self.qkv = nn.Linear(dim, 3 * dim)
+        if qk_norm:
+            self.ln_q = RMSNorm(HEAD_DIM)
+            self.ln_k = RMSNorm(HEAD_DIM)
+        if keys_only and qk_norm:  # stored in official files, reaches nothing
+            self.ln_q.weight.requires_grad_(False)
+        if not keys_only:
+            self.proj = nn.Linear(dim, dim)
+
+    def project(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Tokens (B, L, D) to q, k, v, each (B, heads, L, 64); q is None for keys only."""
+        if self.keys_only:
+            D = x.shape[-1]
+            q = None
+            k, v = split_heads(F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), 2)
+        else:
+            q, k, v = split_heads(self.qkv(x), 3)
+        if hasattr(self, "ln_k"):
+            q = None if q is None else self.ln_q(q)
+            k = self.ln_k(k)
+        return q, k, v
+
+
+class Stream(nn.Module):
+    """One modality's half of a joint block."""
+
+    def __init__(self, dim: int, qk_norm: bool, dual: bool = False, keys_only: bool = False):
+        super().__init__()
+        self.branches = 1 if keys_only else 3 if dual else 2  # attn, mlp, attn2
+        outputs = 2 if keys_only else 3 * self.branches  # keys only: shift and scale, no gate
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, outputs * dim))
+        self.attn = Attention(dim, qk_norm, keys_only)
+        if dual:
+            self.attn2 = Attention(dim, qk_norm)
+        if not keys_only:
+            self.mlp = MLP(dim)
+
+    def modulation(self, c: Tensor) -> list[Modulation]:
+        """Conditioning (B, D) to one Modulation for each branch: attn, mlp, then attn2."""
+        parts = self.adaLN_modulation(c).chunk(self.adaLN_modulation[1].out_features // c.shape[1], 1)
+        if self.attn.keys_only:
+            return [Modulation(*parts, gate=None)]
+        return [Modulation(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
+
+
+class JointBlock(nn.Module):
+    """Both streams through one attention, then each through its own MLP."""
+
+    def __init__(self, dim: int, qk_norm: bool, dual: bool, last: bool):
+        super().__init__()
+        self.context_block = Stream(dim, qk_norm, keys_only=last)
+        self.x_block = Stream(dim, qk_norm, dual=dual)
+
+    def forward(self, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Image tokens x (B, N, D), text tokens y (B, M, D), conditioning c (B, D) -> x, y.
+
+        The last block returns None for y.
+        """
+        image, text = self.x_block, self.context_block
+        on_x, on_y = image.modulation(c), text.modulation(c)
+        q_x, k_x, v_x = image.attn.project(modulate(x, on_x[0].shift, on_x[0].scale))
+        q_y, k_y, v_y = text.attn.project(modulate(y, on_y[0].shift, on_y[0].scale))
+
+        M = 0 if q_y is None else y.shape[1]
+        q = q_x if q_y is None else torch.cat([q_y, q_x], dim=2)  # (B, heads, M+N, 64)
+        joint = attention(q, torch.cat([k_y, k_x], dim=2), torch.cat([v_y, v_x], dim=2))
+
+        out = on_x[0].gate[:, None] * image.attn.proj(joint[:, M:])  # (B, N, D)
+        if image.branches == 3:  # both attentions read the block's input
+            own = attention(*image.attn2.project(modulate(x, on_x[2].shift, on_x[2].scale)))
+            out = out + on_x[2].gate[:, None] * image.attn2.proj(own)
+        x = feed_forward(image, x + out, on_x[1])
+        if q_y is None:
+            return x, None
+        y = y + on_y[0].gate[:, None] * text.attn.proj(joint[:, :M])  # (B, M, D)
+        return x, feed_forward(text, y, on_y[1])
+
+
+def feed_forward(stream: Stream, x: Tensor, on: Modulation) -> Tensor:
+    """Residual, modulated, gated MLP."""
+    return torch.addcmul(x, on.gate[:, None], stream.mlp(modulate(x, on.shift, on.scale)))
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens. The weight has a convolution's shape, as official files store it."""
+
+    def __init__(self, channels: int, patch: int, dim: int):
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch, stride=patch)
+
+    def forward(self, z: Tensor) -> Tensor:
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), patchify's order
+        return F.linear(patchify(z, self.patch), weight, self.proj.bias)  # (B, N, D)
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches: one modulated linear."""
+
+    def __init__(self, dim: int, features: int):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.linear = nn.Linear(dim, features)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(x, shift, scale))  # (B, N, p*p*C)
+
+
+class MMDiT(nn.Module):
+    """The velocity network. A fresh one answers exactly zero."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        self.config = config
+        D, patch, channels = config.width, config.patch_size, config.latent_channels
+        self.x_embedder = PatchEmbed(channels, patch, D)
+        self.t_embedder = Embedder(TIMESTEP_FEATURES, D)
+        self.y_embedder = Embedder(config.pooled_dim, D)
+        self.context_embedder = nn.Linear(config.context_dim, D)
+        positions = sincos_positions(D, config.grid, config.grid_sample, config.grid_span)
+        self.register_buffer("pos_embed", positions)  # (1, grid*grid, D)
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(D, config.qk_norm, i in config.dual_attention, i == config.depth - 1)
+            for i in range(config.depth)
+        )
+        self.final_layer = FinalLayer(D, patch * patch * channels)
+        initialise(self)
+
+    def forward(self, z: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        """Velocity (B, C, H, W) of latents z (B, C, H, W) at time t (B,), or () for all alike,
+        given context (B, M, Dc) and pooled text (B, Dp).
+
+        Raises ValueError if H or W is not divisible by the patch size, is larger than the
+        position grid, or the batch sizes differ.
+        """
+        B, _, H, W = z.shape
+        t = t.expand(B) if t.ndim == 0 else t
+        if not len(t) == len(context) == len(pooled) == B:
+            sizes = f"z {B}, t {len(t)}, context {len(context)}, pooled {len(pooled)}"
+            raise ValueError(f"batch sizes differ: {sizes}")
+        patch = self.config.patch_size
+        positions = centre_crop(self.pos_embed, H // patch, W // patch)
+        x = self.x_embedder(z) + positions.to(z.dtype)  # (B, N, D)
+        y = self.context_embedder(context)  # (B, M, D)
+        features = timestep_embedding(t).to(z.dtype)  # (B, 256)
+        c = self.t_embedder(features) + self.y_embedder(pooled)  # (B, D)
+        for block in self.joint_blocks:
+            x, y = block(x, y, c)
+        x = self.final_layer(x, c)  # (B, N, p*p*C)
+        return unpatchify(x, patch, H, W)  # (B, C, H, W)
+
+
+def initialise(model: MMDiT) -> None:
+    """All initial weights, in one place (DiT's, arXiv 2212.09748, section 3.2).
+
+    Zero modulations close every gate, so a fresh block is the identity and each learns from a
+    working signal; the zero final layer makes the first prediction 0 and the first loss
+    1 + E[x0^2]. It is no dead end: the final layer gets a gradient at once, the rest after it.
+    """
+    # Every linear: Xavier, no bias (the patch embedding as the linear layer that it is).
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1) if module.weight.ndim > 2 else module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+    # Time and pooled text: small, so that no block starts out ruled by them.
+    for embedder in (model.t_embedder, model.y_embedder):
+        nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+    # adaLN-Zero: all modulations and the final layer.
+    for module in model.modules():
+        if isinstance(module, Stream | FinalLayer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+    nn.init.zeros_(model.final_layer.linear.weight)

@@ -1,0 +1,99 @@
+"""Where and how the program runs: device, threads, random numbers, and how it speaks of errors.
+
+Every choice made here is printed with its reason. Two decisions matter later:
+
+*Random numbers* come from `rng(...)`, a CPU generator named by what it is for, such as
+`rng(seed, "flow", step)`. A stream depends on its name alone, not on what was drawn before, so
+a run that stops after step 700 and goes on later sees the numbers it would have seen, and one
+seed gives one image on every device (up to rounding).
+
+*Precision* on CPU is float32, always: processors without native support multiply bfloat16
+matrices some forty times slower.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: what is wrong with
+    which file, key or option, and what to do about it."""
+
+
+def run_main(main: Callable[[], int | None]) -> int:
+    """Run a command line and return its exit status: 2 with one line for bad input, 130 for
+    Ctrl-C; no traceback for either."""
+    try:
+        return main() or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... | head`: the reader has gone, there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def rng(*name: int | str) -> torch.Generator:
+    """A CPU generator whose stream depends on `name` alone."""
+    digest = hashlib.sha256(repr(name).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def cores() -> int:
+    """Processors this process may use, by its affinity and its control group's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups here, or no quota ("max")
+        pass
+    return count
+
+
+def set_up(threads: int | None = None) -> torch.device:
+    """Choose the device and the number of threads, and say why.
+
+    The default number of threads is fixed (the cores this process may use, at most 8) and never
+    measured: the order in which threads add floats reaches the last bits of the weights, and
+    the same command must give the same bytes.
+    """
+    if threads is None:
+        threads = min(cores(), 8)
+        reason = f"of {cores()} usable cores"
+        if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * cores() + 0.5:
+            reason += f"; the machine is busy (load {os.getloadavg()[0]:.1f}), --threads 1 may help"
+    else:
+        reason = "as asked"
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        print(f"device: {torch.cuda.get_device_name()}; {threads} CPU threads ({reason})")
+    else:
+        device = torch.device("cpu")
+        print(f"device: CPU, float32; {threads} threads ({reason})")
+    return device
+
+
+def memory_found() -> tuple[float, str]:
+    """Memory a model could use, in GB, and whose it is: the GPU's where there is one, else
+    what the system says is available."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return free / 1e9, f"free on {torch.cuda.get_device_name()}"
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 / 1e9, "available in this machine's memory"
+    except OSError:
+        pass
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return pages * size / 1e9, "in this machine's memory"

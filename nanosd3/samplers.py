@@ -1,0 +1,96 @@
+"""ODE solvers: follow a velocity field from noise (t = 1) to data (t = 0).
+
+A sampler is a function of a callable `velocity(z, t)` and knows nothing of the model behind it.
+`ts` are the times to visit, descending, for example `flow.schedule(28, 3.0)`; t reaches the
+callable as a 0-dimensional tensor. `callback(step, t, z, x0)`, if given, sees every step: z at
+time t, before the step, and the clean image x0 = z - t v that the velocity there points to.
+
+Euler asks once a step and has an error of order h; Heun asks twice (once in the last step) and
+has order h^2; DPM++ 2M asks once and remembers the last answer. Compare them at equal numbers of
+questions, not of steps.
+
+Classifier-free guidance is not a solver: it makes one velocity out of two (`guided`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+Callback = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+def euler(velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | None = None) -> Tensor:
+    """Straight steps along the velocity at their start. len(ts) - 1 evaluations."""
+    for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:], strict=True)):
+        v = velocity(z, t)
+        if callback:
+            callback(i, t, z, z - t * v)
+        z = z + (t_next - t) * v
+    return z
+
+
+def heun(velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | None = None) -> Tensor:
+    """Steps along the mean of the velocities at both ends: 2 len(ts) - 3 evaluations.
+
+    The last step is Euler's (as in Karras et al., arXiv 2206.00364, algorithm 1): the network
+    has hardly been trained at t = 0 itself.
+    """
+    last = len(ts) - 2
+    for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:], strict=True)):
+        v = velocity(z, t)
+        if callback:
+            callback(i, t, z, z - t * v)
+        ahead = z + (t_next - t) * v
+        z = ahead if i == last else z + (t_next - t) * (v + velocity(ahead, t_next)) / 2
+    return z
+
+
+def dpmpp_2m(velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | None = None) -> Tensor:
+    """DPM-Solver++ (2M): extrapolate the clean image from its last two estimates.
+
+    As in SD3.5's reference code, distances are measured in h = ln(t / t_next), k-diffusion's
+    log-sigma, not in the flow's own log-SNR ln((1 - t) / t). The first step and the one into
+    t = 0 are of first order, which is Euler exactly. len(ts) - 1 evaluations.
+    """
+    previous, h_last = None, None
+    for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:], strict=True)):
+        x0 = z - t * velocity(z, t)
+        if callback:
+            callback(i, t, z, x0)
+        estimate = x0
+        h = torch.log(t / t_next) if t_next > 0 else None
+        if previous is not None and h is not None:
+            k = h / (2 * h_last)
+            estimate = (1 + k) * x0 - k * previous
+        ratio = t_next / t
+        z = ratio * z + (1 - ratio) * estimate
+        previous, h_last = x0, h
+    return z
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+
+
+def guided(
+    model: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    prompt: tuple[Tensor, Tensor],
+    negative: tuple[Tensor, Tensor],
+    scale: float,
+) -> Velocity:
+    """Classifier-free guidance: v = v_negative + scale (v_prompt - v_negative).
+
+    `model(z, t, context, pooled)` is a network; `prompt` and `negative` are its (context, pooled)
+    for each image of the batch. Both velocities come from one call on a doubled batch; at scale 1
+    they cannot differ from the prompt's alone, and the other is not computed.
+    """
+    if scale == 1:
+        return lambda z, t: model(z, t, *prompt)
+    context, pooled = (torch.cat(pair) for pair in zip(prompt, negative, strict=True))
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        with_prompt, without = model(torch.cat([z, z]), t, context, pooled).chunk(2)
+        return without + scale * (with_prompt - without)
+
+    return velocity
