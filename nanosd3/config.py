@@ -8,7 +8,13 @@ Sizes and defaults of the official models: the published checkpoints' shapes, St
 reference code and diffusers' configs; where those disagree, the choice is noted at the number.
 """
 
+import dataclasses
+import types
+import typing
 from dataclasses import dataclass
+from pathlib import Path
+
+from nanosd3.runtime import InputError
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,40 @@ class Training:
 class Config:
     name: str
     image_size: int  # pixels, trained at
+    padding: int  # pixels of background added on each side for the model, and cut off again
     mmdit: MMDiTConfig
     vae: VAEConfig
     text: TextConfig
     sampling: Sampling
     training: Training | None  # None: too large to train from one command
+
+
+def config_from_dict(content: object, path: Path) -> Config:
+    """The config that `dataclasses.asdict` made `content` of, read from the file `path`.
+
+    Raises InputError naming the file and the first field that is missing, unknown or not right.
+    """
+
+    def build(kind: type, value: object, name: str) -> object:
+        if isinstance(kind, types.UnionType):  # Training | None
+            return None if value is None else build(typing.get_args(kind)[0], value, name)
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise InputError(f"{path}: {name} should be an object")
+            fields = typing.get_type_hints(kind)
+            for wrong in set(fields) ^ set(value):
+                state = "is missing" if wrong in fields else "is unknown"
+                raise InputError(f"{path}: {name}.{wrong} {state}")
+            return kind(**{f: build(t, value[f], f"{name}.{f}") for f, t in fields.items()})
+        if typing.get_origin(kind) is tuple:
+            kind, value = tuple, tuple(value) if isinstance(value, list) else value
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise InputError(f"{path}: {name} should be of type {kind.__name__}, got {value!r}")
+        return value
+
+    return build(Config, content, "config")
 
 
 def official_mmdit(
@@ -167,7 +202,7 @@ OFFICIAL_TEXT = TextConfig(
 
 
 def official(name: str, mmdit: MMDiTConfig, sampling: Sampling, image_size: int = 1024) -> Config:
-    return Config(name, image_size, mmdit, OFFICIAL_VAE, OFFICIAL_TEXT, sampling, training=None)
+    return Config(name, image_size, 0, mmdit, OFFICIAL_VAE, OFFICIAL_TEXT, sampling, training=None)
 
 
 def study(depth: int) -> Config:
@@ -180,6 +215,7 @@ def study(depth: int) -> Config:
 MNIST = Config(
     name="mnist",
     image_size=32,
+    padding=2,
     mmdit=MMDiTConfig(
         depth=2,
         latent_channels=4,
@@ -192,11 +228,11 @@ MNIST = Config(
         qk_norm=True,
         dual_attention=(),
     ),
-    vae=VAEConfig(1, (16, 32, 64), 1, latent_channels=4, norm_groups=8, shift=0.0, scale=1.0),
+    vae=VAEConfig(1, (16, 32, 32), 1, latent_channels=4, norm_groups=8, shift=0.0, scale=1.0),
     text=TextConfig(
-        clip_l=CLIPConfig(32, 2, 2, "quick_gelu", 640, 12, projection=False, pad=-1),
-        clip_g=CLIPConfig(64, 2, 2, "gelu", 640, 12, projection=True, pad=0),
-        t5=T5Config(128, 2, 4, head_dim=32, hidden=256, vocab=128, length=12),
+        clip_l=CLIPConfig(32, 2, 2, "quick_gelu", 640, 10, projection=False, pad=-1),
+        clip_g=CLIPConfig(64, 2, 2, "gelu", 640, 10, projection=True, pad=0),
+        t5=T5Config(128, 2, 4, head_dim=32, hidden=256, vocab=128, length=10),
         empty_is_zero=True,
     ),
     sampling=Sampling(steps=20, guidance=2.0, shift=1.0, sampler="euler"),
@@ -204,7 +240,7 @@ MNIST = Config(
         train_images=60000,
         test_images=10000,
         judge=Recipe(steps=900, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
-        autoencoder=Recipe(steps=1200, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
+        autoencoder=Recipe(steps=600, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
         clip=Recipe(steps=400, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
         t5=Recipe(steps=300, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
         flow=Recipe(steps=3000, batch=128, lr=2e-3, warmup=100, weight_decay=0.0),
@@ -220,6 +256,7 @@ MNIST = Config(
 TINY = Config(  # every path of the largest model, dual attention included, in seconds
     name="tiny",
     image_size=32,
+    padding=2,
     mmdit=MMDiTConfig(
         depth=2,
         latent_channels=4,

@@ -1,0 +1,210 @@
+"""Files: written whole or not at all, read without running code, and the folder of a run.
+
+Every file is first written under a temporary name, flushed to disk and then renamed, so that a
+crash or a full disk leaves the old file or none, never half of one. Weights are safetensors;
+the state of an unfinished stage is a torch file, read with `weights_only=True`. Neither can
+execute code when it is read.
+
+A run folder holds
+    run.json                what it is (config, data, seed) and which stages are finished
+    *.safetensors           weights of the finished stages
+    tokenizers.json         the vocabularies trained for it
+    state.pt                the unfinished stage: step, weights, optimizer, EMA
+    log.jsonl               one object a line: stage, step, loss, ...
+    cache/                  latents; can be deleted, will be made again
+and, once finished, the pictures and metrics.json.
+"""
+
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from nanosd3.runtime import InputError
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write beside, flush to disk, rename. Raises InputError where that is not possible."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except BaseException:  # Ctrl-C: leave nothing behind
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return content
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    write_file(path, save_safetensors(state))
+
+
+def check_state(path: Path, expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
+    """Raises InputError naming the first key that is missing, unexpected or misshapen."""
+    for key in expected:
+        if key not in got:
+            raise InputError(f"{path}: tensor {key} is missing")
+        if got[key].shape != expected[key].shape:
+            raise InputError(f"{path}: tensor {key} has shape {tuple(got[key].shape)}, "
+                             f"expected {tuple(expected[key].shape)}")  # fmt: skip
+    for key in got:
+        if key not in expected:
+            raise InputError(f"{path}: unexpected tensor {key}")
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill a module from a safetensors file, strictly. Raises InputError naming the file."""
+    try:
+        state = load_safetensors(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
+    check_state(path, module.state_dict(), state)
+    module.load_state_dict(state)
+
+
+class Run:
+    """A run folder: its identity, what is finished, and the state of what is not."""
+
+    def __init__(self, folder: Path, identity: dict, stages: dict):
+        self.folder, self.identity, self.stages = folder, identity, stages
+
+    @classmethod
+    def open(cls, folder: Path, identity: dict, fresh: bool = False) -> "Run":
+        """Begin a run in an empty or new folder, or go on with one of the same identity.
+
+        Raises InputError if the folder holds something else, or a run of another identity.
+        """
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: is a file; choose another folder with --out")
+        index = folder / "run.json"
+        if index.exists() and fresh:
+            shutil.rmtree(folder)
+        if index.exists():
+            run = cls.read(folder)
+            for key, value in identity.items():
+                if run.identity.get(key) != value:
+                    raise InputError(f"{folder}: holds a run {differs(key, run.identity, identity)}; "
+                                     "choose another folder with --out, or start over with --fresh"
+                                     )  # fmt: skip
+            return run
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder}: is not empty and holds no run.json, so it is no run; "
+                             "choose another folder with --out")  # fmt: skip
+        run = cls(folder, identity, {})
+        run.write()
+        return run
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Open an existing run. Raises InputError if there is none, or its index is damaged."""
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such run folder; `python train_mnist.py` makes runs/mnist")
+        if not (folder / "run.json").exists():
+            raise InputError(f"{folder}: holds no run.json, so it is no run folder")
+        content = read_json(folder / "run.json")
+        stages = content.pop("stages", None)
+        if not isinstance(stages, dict) or "config" not in content:
+            raise InputError(f"{folder / 'run.json'}: damaged: no config or stages in it")
+        return cls(folder, content, stages)
+
+    def write(self) -> None:
+        write_json(self.folder / "run.json", {**self.identity, "stages": self.stages})
+
+    def finish(self, stage: str, results: dict) -> None:
+        """Mark a stage as finished, with what it measured; its state is no longer needed."""
+        self.stages[stage] = results
+        self.write()
+        (self.folder / "state.pt").unlink(missing_ok=True)
+
+    # --- the unfinished stage ---
+
+    def save_state(self, stage: str, state: dict) -> None:
+        buffer = io.BytesIO()
+        torch.save({"stage": stage, **state}, buffer)
+        write_file(self.folder / "state.pt", buffer.getvalue())
+
+    def load_state(self, stage: str) -> dict | None:
+        """The state saved for `stage`, or None if there is none. Raises InputError if damaged."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0][:120]
+            raise InputError(f"{path}: damaged or not a state of this program ({reason}); delete it "
+                             "to repeat the unfinished stage") from None  # fmt: skip
+        if not isinstance(state, dict) or "stage" not in state:
+            raise InputError(f"{path}: not a state of this program; delete it to repeat the stage")
+        return state if state["stage"] == stage else None
+
+    # --- the log ---
+
+    def log(self, **entry: object) -> None:
+        """Append one line to log.jsonl."""
+        try:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.folder / 'log.jsonl'}: cannot be written ({error})") from None
+
+    def read_log(self, stage: str | None = None) -> list[dict]:
+        path = self.folder / "log.jsonl"
+        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [entry for entry in entries if stage in (None, entry["stage"])]
+
+    def rewind_log(self, keep: Callable[[dict], bool]) -> None:
+        """Drop entries that will be written again, and a last line cut short by a crash."""
+        path = self.folder / "log.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if keep(json.loads(line)):
+                    kept.append(line)
+            except ValueError:
+                pass
+        write_file(path, "".join(line + "\n" for line in kept).encode())
+
+
+def differs(key: str, had: dict, wanted: dict) -> str:
+    """What is different between two identities, in words."""
+    if key == "config":
+        old, new = had["config"], wanted["config"]
+        if not isinstance(old, dict) or old.get("name") != new["name"]:
+            return f"of config {old.get('name') if isinstance(old, dict) else old}, not {new['name']}"
+        return f"of config {new['name']} with other numbers (an earlier version's)"
+    return f"with {key} {had.get(key)}, not {wanted[key]}"

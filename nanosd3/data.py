@@ -1,0 +1,268 @@
+"""Images with captions: MNIST from the package, or any folder of IDX files like it.
+
+Captions are made from templates, so that words and numerals both work as prompts, and half of
+them add what can be measured in the image itself from its moments: stroke weight (thin, bold)
+and slant (leaning left, upright, leaning right). So text says more than the class, and whether
+the model follows it can be measured on its samples with the same ruler.
+
+Each class has its own thresholds (the thirds of its training images): a one has less ink than
+an eight, and a seven leans by its shape.
+"""
+
+import gzip
+import hashlib
+import itertools
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanosd3.runtime import InputError
+
+MNIST_FOLDER = Path(__file__).parent / "assets" / "mnist"
+SIDE = 28
+FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+MD5 = {  # of the canonical files, which the package holds
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+DIGITS = tuple(
+    (word, str(i))
+    for i, word in enumerate("zero one two three four five six seven eight nine".split())
+)
+FASHION = tuple(
+    (name,)
+    for name in (
+        "t-shirt", "trouser", "pullover", "dress", "coat",
+        "sandal", "shirt", "sneaker", "bag", "ankle boot",
+    )
+)  # fmt: skip
+FASHION_FIRST_LABELS = [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]  # of its training set
+WEIGHTS = ("thin", "", "bold")
+SLANTS = ("leaning left", "upright", "leaning right")
+
+Names = tuple[tuple[str, ...], ...]  # for each class, the words for it
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """28x28 images uint8 (n, 28, 28) with class labels (n,), and what the classes are called."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    names: Names
+    source: str
+    why: str  # how the names were chosen
+    fingerprint: str  # of the training images and labels
+
+    def first(self, train: int, test: int) -> "ImageSet":
+        """The first so many images of each part."""
+        return ImageSet(
+            self.train_images[:train], self.train_labels[:train],
+            self.test_images[:test], self.test_labels[:test],
+            self.names, self.source, self.why, self.fingerprint,
+        )  # fmt: skip
+
+
+# --- IDX files ----------------------------------------------------------------------------------
+
+
+def find_idx(folder: Path, stem: str) -> Path:
+    for name in (f"{stem}-ubyte.gz", f"{stem}-ubyte", f"{stem}-ubyte.idx"):
+        for candidate in (folder / name, folder / name.replace("-idx", ".idx")):
+            if candidate.is_file():
+                return candidate
+    raise InputError(f"{folder}: no {stem}-ubyte or {stem}-ubyte.gz in this folder")
+
+
+def read_idx(path: Path, dims: int) -> Tensor:
+    """One IDX file of unsigned bytes with `dims` dimensions, gzipped or raw.
+
+    Raises InputError naming the file if it is truncated, damaged or of another kind.
+    """
+    try:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); copy it again") from None
+    magic = bytes([0, 0, 8, dims])
+    if content[:4] != magic:
+        got = content[:4].hex() or "an empty file"
+        raise InputError(f"{path}: not an IDX file of bytes in {dims} dimensions "
+                         f"(starts with {got}, expected {magic.hex()})")  # fmt: skip
+    header = 4 + 4 * dims
+    if len(content) < header:
+        raise InputError(f"{path}: truncated inside its header; copy it again")
+    shape = struct.unpack(f">{dims}I", content[4:header])
+    size = torch.Size(shape).numel()
+    if len(content) - header != size:
+        raise InputError(f"{path}: holds {len(content) - header} bytes of data where its header "
+                         f"says {size}; copy it again")  # fmt: skip
+    if size == 0:
+        raise InputError(f"{path}: holds no items")
+    return torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8).view(shape)
+
+
+def load_images(folder: str | Path | None = None) -> ImageSet:
+    """The MNIST of the package (checksums verified), or the four IDX files of `folder`.
+
+    Raises InputError for files that are missing, damaged, of other sizes, or do not match.
+    """
+    root = MNIST_FOLDER if folder is None else Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    paths = [find_idx(root, stem) for stem in FILES]
+    if folder is None:
+        for path in paths:
+            if hashlib.md5(path.read_bytes()).hexdigest() != MD5[path.name]:
+                raise InputError(f"{path}: checksum differs from the canonical MNIST file's; "
+                                 "install the package again")  # fmt: skip
+    parts = [read_idx(path, dims) for path, dims in zip(paths, (3, 1, 3, 1), strict=True)]
+    for images, labels, path in ((parts[0], parts[1], paths[0]), (parts[2], parts[3], paths[2])):
+        if images.shape[1:] != (SIDE, SIDE):
+            raise InputError(f"{path}: images are {images.shape[1]}x{images.shape[2]}, "
+                             f"expected {SIDE}x{SIDE}")  # fmt: skip
+        if len(images) != len(labels):
+            raise InputError(f"{path}: {len(images)} images but {len(labels)} labels")
+    labels = parts[1].long()
+    names, why = class_names(root, labels, packaged=folder is None)
+    for part, path in ((labels, paths[1]), (parts[3].long(), paths[3])):
+        if int(part.max()) >= len(names):
+            raise InputError(f"{path}: label {int(part.max())}, but only {len(names)} class names; "
+                             f"put one name a line into {root / 'classes.txt'}")  # fmt: skip
+    missing = sorted(set(range(len(names))) - set(labels.tolist()))
+    if missing:
+        raise InputError(f"{paths[1]}: no image of class {names[missing[0]][0]!r} "
+                         f"(label {missing[0]}); every class needs some")  # fmt: skip
+    content = parts[0].numpy().tobytes() + parts[1].numpy().tobytes()
+    return ImageSet(parts[0], labels, parts[2], parts[3].long(), names, str(folder or "the package"),
+                    why, hashlib.md5(content).hexdigest())  # fmt: skip
+
+
+def class_names(folder: Path, labels: Tensor, packaged: bool) -> tuple[Names, str]:
+    """The words for each class, and why these."""
+    listed = folder / "classes.txt"
+    if listed.is_file():
+        lines = [line.strip().lower() for line in listed.read_text().splitlines()]
+        return tuple((line,) for line in lines if line), "from its classes.txt"
+    if packaged:
+        return DIGITS, "digits"
+    if labels[:10].tolist() == FASHION_FIRST_LABELS or "fashion" in folder.resolve().name.lower():
+        return FASHION, "Fashion-MNIST's, recognised by its first labels or the folder's name"
+    return DIGITS, "digits; a classes.txt in the folder would name others"
+
+
+def to_model(images: Tensor, size: int) -> Tensor:
+    """uint8 (B, 28, 28) to float (B, 1, size, size) in [-1, 1], padded with background."""
+    pad = (size - SIDE) // 2
+    x = images.float() / 127.5 - 1
+    return torch.nn.functional.pad(x[:, None], (pad, pad, pad, pad), value=-1.0)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float (B, C, H, W) about in [-1, 1] to uint8 (B, H, W, C), or (B, H, W) for one channel."""
+    x = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return x[..., 0] if x.shape[-1] == 1 else x
+
+
+# --- measuring images ---------------------------------------------------------------------------
+
+
+def measure(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Stroke weight and slant of uint8 images (B, H, W), from their moments; each (B,).
+
+    Weight is ink (moment 0) per spread (root of the second moments), about proportional to the
+    width of the stroke whatever the size of the digit. Slant is the shift to the right per row
+    upwards, -mu11 / mu02: 0 upright, 1 leaning right by 45 degrees.
+    """
+    ink = images.double() / 255
+    rows = torch.arange(ink.shape[1], dtype=torch.float64)[None, :, None]
+    columns = torch.arange(ink.shape[2], dtype=torch.float64)[None, None, :]
+    mass = ink.sum((1, 2)).clamp(min=1e-6)
+    dy = rows - ((ink * rows).sum((1, 2)) / mass)[:, None, None]
+    dx = columns - ((ink * columns).sum((1, 2)) / mass)[:, None, None]
+    xx, yy, xy = ((ink * m).sum((1, 2)) / mass for m in (dx * dx, dy * dy, dx * dy))
+    weight = mass / (xx + yy).clamp(min=1e-6).sqrt()
+    return weight.float(), (-xy / yy.clamp(min=1e-6)).float()
+
+
+def thirds(values: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """For each class the two values that split it into thirds: (classes, 2)."""
+    q = torch.tensor([1 / 3, 2 / 3])
+    return torch.stack([values[labels == c].quantile(q) for c in range(classes)])
+
+
+def bins(values: Tensor, labels: Tensor, limits: Tensor) -> Tensor:
+    """0, 1 or 2: the third of its class that each value falls into."""
+    return (values[:, None] > limits[labels]).sum(1)
+
+
+# --- captions -----------------------------------------------------------------------------------
+
+
+def with_article(phrase: str) -> str:
+    """'a seven', 'an eight', 'an 8', 'an upright four'."""
+    return ("an " if phrase[0] in "aeiou8" else "a ") + phrase
+
+
+def plain_captions(names: Names, label: int) -> list[str]:
+    """Captions that name the class and nothing more."""
+    captions = []
+    for name in names[label]:
+        captions += [name, with_article(name)]
+        if names is DIGITS:
+            captions += [f"the digit {name}", f"the number {name}", f"a handwritten {name}"]
+        else:
+            captions += [f"the {name}", f"a photo of {with_article(name)}"]
+    return captions
+
+
+def describe(name: str, weight: str, slant: str, kind: str = "") -> str:
+    """'a bold handwritten seven leaning right', 'a thin upright 4', ..."""
+    upright, leaning = (slant, "") if slant == "upright" else ("", slant)
+    words = " ".join(word for word in (weight, upright, kind, name) if word)
+    return f"{with_article(words)} {leaning}".strip()
+
+
+def measured_captions(names: Names, label: int, weight: str, slant: str) -> list[str]:
+    """Captions that add the weight, the slant or both; a middling weight has no word."""
+    kinds = ("", "handwritten", "digit") if names is DIGITS else ("",)
+    said = ((weight, ""), ("", slant), (weight, slant)) if weight else (("", slant),)
+    return [
+        describe(name, *attributes, kind)
+        for attributes in said
+        for name, kind in itertools.product(names[label], kinds)
+    ]
+
+
+@dataclass(frozen=True)
+class Captions:
+    """All captions of an image set, each once, and which of them fit which image."""
+
+    texts: list[str]
+    choices: Tensor  # (classes, 3 weights, 3 slants, k) indices into texts, half of them plain
+
+    def draw(self, labels: Tensor, weight: Tensor, slant: Tensor, u: Tensor) -> Tensor:
+        """The index of a caption for each image, picked by u, uniform in [0, 1)."""
+        k = (u * self.choices.shape[3]).long()
+        return self.choices[labels, weight, slant, k]
+
+
+def make_captions(names: Names) -> Captions:
+    texts: dict[str, int] = {}
+    rows = []
+    for label, weight, slant in itertools.product(range(len(names)), WEIGHTS, SLANTS):
+        plain, measured = plain_captions(names, label), measured_captions(names, label, weight, slant)
+        rows.append([texts.setdefault(text, len(texts))
+                     for text in plain * len(measured) + measured * len(plain)])  # fmt: skip
+    longest = max(len(row) for row in rows)  # a multiple of every other row's length
+    rows = [row * (longest // len(row)) for row in rows]
+    return Captions(list(texts), torch.tensor(rows).view(len(names), 3, 3, -1))

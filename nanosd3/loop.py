@@ -1,0 +1,168 @@
+"""The training loop, once, for every stage.
+
+A stage brings a module and a function that gives the loss of one step; `fit` does the rest:
+AdamW, warm-up and cosine decay, gradient clipping, EMA, log, progress bar, Ctrl-C and resume.
+
+Resuming is exact because nothing hidden is carried from step to step: what a step draws (its
+images, noise, timesteps) comes from a generator named after the step, and everything else (weights,
+optimizer, EMA) is in the saved state. A run interrupted and continued gives the same losses
+and the same weights, bit for bit, as one that was not.
+"""
+
+import copy
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nanosd3.checkpoint import Run, check_state
+from nanosd3.config import Recipe
+from nanosd3.runtime import InputError, rng
+
+SAVE_EVERY = 500  # steps; a crash loses no more than these (Ctrl-C loses nothing)
+CLIP_NORM = 1.0  # largest gradient norm; longer ones are shortened to it
+
+# From (step, generator) to the loss () and further numbers for the log.
+StepLoss = Callable[[int, torch.Generator], tuple[Tensor, dict]]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the state of the unfinished stage was saved."""
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """While open, Ctrl-C only raises a flag, which is asked between two steps; a second Ctrl-C
+    stops at once. (Signals reach the main thread alone; elsewhere nothing changes.)"""
+    stop = False
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def handler(signum: int, frame: object) -> None:
+        nonlocal stop
+        if stop:
+            raise KeyboardInterrupt
+        stop = True
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def progress(steps: range, label: str, total: int) -> tqdm:
+    """A progress bar; written rarely where nobody watches it live."""
+    interval = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(steps, label, total, initial=steps.start, leave=False, mininterval=interval)
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then half a cosine down to a hundredth."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_ema(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, module: nn.Module, step: int, decay: float) -> None:
+    """ema = d ema + (1 - d) weights, d = min(decay, (1 + step) / (10 + step)).
+
+    Without that warm-up a short run's average would still be mostly its initial weights:
+    0.9999 ^ 3000 = 0.74.
+    """
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - d)
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay for matrices only: not for biases, norms and other vectors."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def fit(
+    run: Run,
+    stage: str,
+    module: nn.Module,
+    loss_of: StepLoss,
+    recipe: Recipe,
+    seed: int,
+    ema: nn.Module | None = None,
+    ema_decay: float = 0.0,
+    watch: Callable[[int], None] | None = None,
+) -> None:
+    """Train `module` in place by `recipe`, from the saved state of `stage` if there is one.
+
+    `watch(step)` is called after every step. Raises Interrupted after Ctrl-C, with the state
+    saved; InputError if the state does not fit the module or the loss is not finite.
+    """
+    optimizer = torch.optim.AdamW(
+        decay_groups(module, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.99), fused=True
+    )
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    start = restore(run, stage, module, optimizer, ema)
+    run.rewind_log(lambda e: e["stage"] != stage or e["step"] < start)
+
+    def save(step: int) -> None:
+        state = {"step": step, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
+        run.save_state(stage, state | ({"ema": ema.state_dict()} if ema else {}))
+
+    with interruptible() as stopped:
+        bar = progress(range(start, recipe.steps), stage, recipe.steps)
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe)
+            loss, extra = loss_of(step, rng(seed, stage, step))
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(trained, CLIP_NORM)
+            if not torch.isfinite(norm):
+                raise InputError(f"{stage}: loss {loss.item()} at step {step}, gradient norm "
+                                 f"{norm.item()}; try a lower learning rate")  # fmt: skip
+            optimizer.step()
+            optimizer.zero_grad()
+            if ema:
+                update_ema(ema, module, step, ema_decay)
+            run.log(stage=stage, step=step, loss=loss.item(), grad_norm=norm.item(), **extra)
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            if watch:
+                watch(step)
+            if stopped():
+                save(step + 1)
+                raise Interrupted(f"{stage}: stopped after step {step + 1} of {recipe.steps}")
+            if (step + 1) % SAVE_EVERY == 0:
+                save(step + 1)
+
+
+def restore(
+    run: Run, stage: str, module: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
+) -> int:
+    """Load the saved state of `stage` into all three; the step to go on from, 0 without one."""
+    state = run.load_state(stage)
+    if state is None:
+        return 0
+    path = run.folder / "state.pt"
+    for part, name in ((module, "module"), (ema, "ema")):
+        if part is not None:
+            if not isinstance(state.get(name), dict):
+                raise InputError(f"{path}: no {name} in it; delete it to repeat the stage")
+            check_state(path, part.state_dict(), state[name])
+            part.load_state_dict(state[name])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"  going on from step {state['step']}")
+    return state["step"]
