@@ -18,9 +18,10 @@ Layers: a module imports only from rows above its own
     runtime
     config   patchify   layers   flow   samplers   tokenizers
     mmdit   vae   clip   t5   data   metrics
-    text   checkpoint   figures
-    pipeline   loop
+    text   checkpoint
+    pipeline   loop   figures
     train   generate
+    train_text   report
 
 Reading order: flow, samplers, patchify, layers, mmdit (the spine); then vae, clip, t5,
 tokenizers, text; then pipeline, loop, train. Nothing happens at import time.

@@ -11,7 +11,6 @@ A run folder holds
     tokenizers.json         the vocabularies trained for it
     state.pt                the unfinished stage: step, weights, optimizer, EMA
     log.jsonl               one object a line: stage, step, loss, ...
-    cache/                  latents; can be deleted, will be made again
 and, once finished, the pictures and metrics.json.
 """
 
@@ -51,7 +50,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_file(path, (text + "\n").encode())
 
 
 def read_json(path: Path) -> dict:
@@ -115,9 +115,9 @@ class Run:
             run = cls.read(folder)
             for key, value in identity.items():
                 if run.identity.get(key) != value:
-                    raise InputError(f"{folder}: holds a run {differs(key, run.identity, identity)}; "
-                                     "choose another folder with --out, or start over with --fresh"
-                                     )  # fmt: skip
+                    what = differs(key, run.identity, identity)
+                    raise InputError(f"{folder}: holds a run {what}; choose another folder "
+                                     "with --out, or start over with --fresh")  # fmt: skip
             return run
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: is not empty and holds no run.json, so it is no run; "
@@ -130,7 +130,9 @@ class Run:
     def read(cls, folder: Path) -> "Run":
         """Open an existing run. Raises InputError if there is none, or its index is damaged."""
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such run folder; `python train_mnist.py` makes runs/mnist")
+            raise InputError(
+                f"{folder}: no such run folder; `python train_mnist.py` makes runs/mnist"
+            )
         if not (folder / "run.json").exists():
             raise InputError(f"{folder}: holds no run.json, so it is no run folder")
         content = read_json(folder / "run.json")
@@ -160,14 +162,14 @@ class Run:
         path = self.folder / "state.pt"
         if not path.exists():
             return None
+        advice = "delete it to repeat the unfinished stage"
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0][:120]
-            raise InputError(f"{path}: damaged or not a state of this program ({reason}); delete it "
-                             "to repeat the unfinished stage") from None  # fmt: skip
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+            reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
+            raise InputError(f"{path}: damaged or no state ({reason}); {advice}") from None
         if not isinstance(state, dict) or "stage" not in state:
-            raise InputError(f"{path}: not a state of this program; delete it to repeat the stage")
+            raise InputError(f"{path}: not a state of this program; {advice}")
         return state if state["stage"] == stage else None
 
     # --- the log ---
@@ -182,7 +184,8 @@ class Run:
 
     def read_log(self, stage: str | None = None) -> list[dict]:
         path = self.folder / "log.jsonl"
-        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        entries = [json.loads(line) for line in lines]
         return [entry for entry in entries if stage in (None, entry["stage"])]
 
     def rewind_log(self, keep: Callable[[dict], bool]) -> None:
@@ -204,7 +207,8 @@ def differs(key: str, had: dict, wanted: dict) -> str:
     """What is different between two identities, in words."""
     if key == "config":
         old, new = had["config"], wanted["config"]
-        if not isinstance(old, dict) or old.get("name") != new["name"]:
-            return f"of config {old.get('name') if isinstance(old, dict) else old}, not {new['name']}"
+        old_name = old.get("name") if isinstance(old, dict) else old
+        if old_name != new["name"]:
+            return f"of config {old_name}, not {new['name']}"
         return f"of config {new['name']} with other numbers (an earlier version's)"
     return f"with {key} {had.get(key)}, not {wanted[key]}"

@@ -306,7 +306,9 @@ CONFIGS = {
             official_mmdit(24, qk_norm=True, grid=384, dual_attention=tuple(range(13))),
             Sampling(50, 5.0, 3.0, "dpmpp_2m"),
         ),
-        official("sd3.5-large", official_mmdit(38, qk_norm=True), Sampling(40, 4.5, 3.0, "dpmpp_2m")),
+        official(
+            "sd3.5-large", official_mmdit(38, qk_norm=True), Sampling(40, 4.5, 3.0, "dpmpp_2m")
+        ),
         *(study(depth) for depth in (15, 18, 21, 30, 38)),
     )
 }

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -64,11 +64,13 @@ class ImageSet:
 
     def first(self, train: int, test: int) -> "ImageSet":
         """The first so many images of each part."""
-        return ImageSet(
-            self.train_images[:train], self.train_labels[:train],
-            self.test_images[:test], self.test_labels[:test],
-            self.names, self.source, self.why, self.fingerprint,
-        )  # fmt: skip
+        return replace(
+            self,
+            train_images=self.train_images[:train],
+            train_labels=self.train_labels[:train],
+            test_images=self.test_images[:test],
+            test_labels=self.test_labels[:test],
+        )
 
 
 # --- IDX files ----------------------------------------------------------------------------------
@@ -143,8 +145,16 @@ def load_images(folder: str | Path | None = None) -> ImageSet:
         raise InputError(f"{paths[1]}: no image of class {names[missing[0]][0]!r} "
                          f"(label {missing[0]}); every class needs some")  # fmt: skip
     content = parts[0].numpy().tobytes() + parts[1].numpy().tobytes()
-    return ImageSet(parts[0], labels, parts[2], parts[3].long(), names, str(folder or "the package"),
-                    why, hashlib.md5(content).hexdigest())  # fmt: skip
+    return ImageSet(
+        train_images=parts[0],
+        train_labels=labels,
+        test_images=parts[2],
+        test_labels=parts[3].long(),
+        names=names,
+        source=str(folder or "the package"),
+        why=why,
+        fingerprint=hashlib.md5(content).hexdigest(),
+    )
 
 
 def class_names(folder: Path, labels: Tensor, packaged: bool) -> tuple[Names, str]:
@@ -260,7 +270,8 @@ def make_captions(names: Names) -> Captions:
     texts: dict[str, int] = {}
     rows = []
     for label, weight, slant in itertools.product(range(len(names)), WEIGHTS, SLANTS):
-        plain, measured = plain_captions(names, label), measured_captions(names, label, weight, slant)
+        plain = plain_captions(names, label)
+        measured = measured_captions(names, label, weight, slant)
         rows.append([texts.setdefault(text, len(texts))
                      for text in plain * len(measured) + measured * len(plain)])  # fmt: skip
     longest = max(len(row) for row in rows)  # a multiple of every other row's length

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from nanosd3.config import MMDiTConfig
 from nanosd3.layers import (
-    TIMESTEP_FEATURES,
     HEAD_DIM,
     MLP,
+    TIMESTEP_FEATURES,
     Embedder,
     RMSNorm,
     attention,
@@ -94,7 +94,9 @@ class Stream(nn.Module):
 
     def modulation(self, c: Tensor) -> list[Modulation]:
         """Conditioning (B, D) to one Modulation for each branch: attn, mlp, then attn2."""
-        parts = self.adaLN_modulation(c).chunk(self.adaLN_modulation[1].out_features // c.shape[1], 1)
+        parts = self.adaLN_modulation(c).chunk(
+            self.adaLN_modulation[1].out_features // c.shape[1], 1
+        )
         if self.attn.keys_only:
             return [Modulation(*parts, gate=None)]
         return [Modulation(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
@@ -218,7 +220,9 @@ def initialise(model: MMDiT) -> None:
     # Every linear: Xavier, no bias (the patch embedding as the linear layer that it is).
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight.flatten(1) if module.weight.ndim > 2 else module.weight)
+            nn.init.xavier_uniform_(
+                module.weight.flatten(1) if module.weight.ndim > 2 else module.weight
+            )
             nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)

@@ -8,6 +8,7 @@ call starts from noise that depends on the seed and on i alone, not on the promp
 of images or the device.
 """
 
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from nanosd3.checkpoint import Run, load_weights, read_json
 from nanosd3.config import Config, config_from_dict
@@ -45,9 +47,13 @@ class Pipeline:
         config = finished_config(run)
         tokenizers = Tokenizers.from_json(read_json(run.folder / "tokenizers.json"))
         pipeline = cls(
-            config, TextEncoders(config.text, tokenizers), MMDiT(config.mmdit), AutoencoderKL(config.vae)
+            config,
+            TextEncoders(config.text, tokenizers),
+            MMDiT(config.mmdit),
+            AutoencoderKL(config.vae),
         )
-        for module, name in ((pipeline.text, "text"), (pipeline.mmdit, "mmdit"), (pipeline.vae, "vae")):
+        parts = {"text": pipeline.text, "flow": pipeline.mmdit, "autoencoder": pipeline.vae}
+        for name, module in parts.items():
             load_weights(module, run.folder / f"{name}.safetensors")
             module.to(device)
         return pipeline
@@ -58,6 +64,18 @@ class Pipeline:
         context, pooled = self.text.encode(distinct, drop)
         index = torch.tensor([distinct.index(p) for p in prompts], device=context.device)
         return context[index], pooled[index]
+
+    def remarks(self, prompts: list[str]) -> list[str]:
+        """What the user should know about the prompts."""
+        remarks = []
+        if unknown := self.text.tokenizers.unknown_words(prompts):
+            words = ", ".join(map(repr, unknown))
+            remarks.append(f"unknown to this model, which has seen no such word: {words}")
+        remarks += [
+            f"too long, cut at the end: {p!r}"
+            for p in self.text.truncated(list(dict.fromkeys(prompts)))
+        ]
+        return remarks
 
     def noise(self, first: int, count: int, seed: int) -> Tensor:
         """Noise (count, C, h, w) of images first, first + 1, ..."""
@@ -88,11 +106,13 @@ class Pipeline:
         drop: Collection[str] = (),
         output: str = "image",
         callback: Callback | None = None,
+        progress: bool = False,
     ) -> np.ndarray | Tensor:
         """One image for each prompt: uint8 (B, H, W), or (B, H, W, C) in colour; with
         output="latent" the normalised latents (B, C, h, w) instead.
 
-        What is None follows the config. `callback` sees every step of every batch of images.
+        What is None follows the config. `callback` sees every step of every batch of images;
+        `progress` shows a bar. Warns of words no caption had, and of prompts that are cut.
         Raises InputError for values that make no sense.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -101,10 +121,12 @@ class Pipeline:
         guidance = default.guidance if guidance is None else guidance
         shift = default.shift if shift is None else shift
         solve = check_options(prompts, steps, guidance, shift, sampler or default.sampler, output)
+        for message in self.remarks([*prompts, negative]):
+            warnings.warn(message, stacklevel=2)
         device = self.mmdit.pos_embed.device
         ts = schedule(steps, shift).to(device)
         results = []
-        for first in range(0, len(prompts), BATCH):
+        for first in tqdm(range(0, len(prompts), BATCH), "sampling", disable=not progress):
             batch = prompts[first : first + BATCH]
             with_prompt = self.encode_text(batch, drop)
             without = self.encode_text([negative] * len(batch), drop)
@@ -126,7 +148,9 @@ def finished_config(run: Run) -> Config:
                              f"`python train_mnist.py --config {config.name} --out {run.folder}`"
                              )  # fmt: skip
     measured = run.stages["autoencoder"]
-    return replace(config, vae=replace(config.vae, shift=measured["shift"], scale=measured["scale"]))
+    return replace(
+        config, vae=replace(config.vae, shift=measured["shift"], scale=measured["scale"])
+    )
 
 
 def check_options(

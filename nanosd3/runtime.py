@@ -11,6 +11,7 @@ seed gives one image on every device (up to rounding).
 matrices some forty times slower.
 """
 
+import argparse
 import hashlib
 import os
 import sys
@@ -23,6 +24,24 @@ import torch
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what is wrong with
     which file, key or option, and what to do about it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are InputErrors: one line, without the usage above it."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see --help)")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up, for the command line."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def run_main(main: Callable[[], int | None]) -> int:

@@ -13,6 +13,7 @@ Classifier-free guidance is not a solver: it makes one velocity out of two (`gui
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 
 def euler(velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | None = None) -> Tensor:
     """Straight steps along the velocity at their start. len(ts) - 1 evaluations."""
-    for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:], strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(ts)):
         v = velocity(z, t)
         if callback:
             callback(i, t, z, z - t * v)
@@ -38,7 +39,7 @@ def heun(velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | None = 
     has hardly been trained at t = 0 itself.
     """
     last = len(ts) - 2
-    for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:], strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(ts)):
         v = velocity(z, t)
         if callback:
             callback(i, t, z, z - t * v)
@@ -55,7 +56,7 @@ def dpmpp_2m(velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | Non
     t = 0 are of first order, which is Euler exactly. len(ts) - 1 evaluations.
     """
     previous, h_last = None, None
-    for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:], strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(ts)):
         x0 = z - t * velocity(z, t)
         if callback:
             callback(i, t, z, x0)

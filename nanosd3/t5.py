@@ -73,10 +73,12 @@ class Block(nn.Module):
     def __init__(self, config: T5Config, owns_bias: bool):
         super().__init__()
         attn, mlp = SelfAttention(config, owns_bias), GatedMLP(config.width, config.hidden)
-        self.layer = nn.ModuleList([
-            nn.ModuleDict({"SelfAttention": attn, "layer_norm": RMSNorm(config.width)}),
-            nn.ModuleDict({"DenseReluDense": mlp, "layer_norm": RMSNorm(config.width)}),
-        ])
+        self.layer = nn.ModuleList(
+            [
+                nn.ModuleDict({"SelfAttention": attn, "layer_norm": RMSNorm(config.width)}),
+                nn.ModuleDict({"DenseReluDense": mlp, "layer_norm": RMSNorm(config.width)}),
+            ]
+        )
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         attn, mlp = self.layer
@@ -90,11 +92,13 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.encoder = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab, config.width),
-            "block": nn.ModuleList(Block(config, i == 0) for i in range(config.layers)),
-            "final_layer_norm": RMSNorm(config.width),
-        })
+        self.encoder = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab, config.width),
+                "block": nn.ModuleList(Block(config, i == 0) for i in range(config.layers)),
+                "final_layer_norm": RMSNorm(config.width),
+            }
+        )
         initialise(self)
 
     def forward(self, ids: Tensor) -> Tensor:

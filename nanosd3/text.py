@@ -41,13 +41,13 @@ def drop_encoders(
 ) -> tuple[Tensor, Tensor]:
     """Zero the outputs of the encoders whose entry in `keep` (B, 3) is False."""
     keep = keep.to(context)
-    l, g, t5 = keep[:, :, None].unbind(1)  # each (B, 1)
+    keep_l, keep_g, keep_t5 = keep[:, :, None].unbind(1)  # each (B, 1)
     dl, dg, length = config.clip_l.width, config.clip_g.width, config.clip_l.length
     B, M, Dc = context.shape
-    clip_mask = torch.cat([l.expand(B, dl), g.expand(B, Dc - dl)], dim=1)[:, None]  # (B, 1, Dc)
+    keep_clip = torch.cat([keep_l.expand(B, dl), keep_g.expand(B, Dc - dl)], dim=1)  # (B, Dc)
     clip, rest = context.split([length, M - length], dim=1)
-    context = torch.cat([clip * clip_mask, rest * t5[:, None]], dim=1)
-    return context, pooled * torch.cat([l.expand(B, dl), g.expand(B, dg)], dim=1)
+    context = torch.cat([clip * keep_clip[:, None], rest * keep_t5[:, None]], dim=1)
+    return context, pooled * torch.cat([keep_l.expand(B, dl), keep_g.expand(B, dg)], dim=1)
 
 
 @dataclass

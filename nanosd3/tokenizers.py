@@ -9,9 +9,10 @@ maximisation, and throws out what is used least.
 
 The full vocabularies (CLIP's 48,894 merges, T5's 32,100 pieces) are in the package; the small
 ones of a run are trained here from its captions. Ids agree with the tokenizers published with
-the models. Departures: T5's character map is NFKC plus the few characters it treats otherwise,
-by Python's Unicode tables, which are newer; no ftfy repair of broken text in CLIP (as in
-transformers).
+the models. Departures: T5's character map is NFKC plus the few characters it treats otherwise (by
+Python's newer Unicode tables, and keeping a combining mark after a character that the map
+rewrites, which the published fast tokenizer loses); no ftfy repair of broken text in CLIP (as
+in transformers).
 """
 
 import gzip
@@ -22,6 +23,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets" / "tokenizers"
@@ -127,7 +129,7 @@ class BPE:
         while len(merges) < vocab - 2 - 512:
             pairs: Counter = Counter()
             for symbols, count in words.items():
-                for pair in zip(symbols, symbols[1:], strict=False):
+                for pair in pairwise(symbols):
                     pairs[pair] += count
             if not pairs:
                 break
@@ -139,8 +141,7 @@ class BPE:
     def _encode_word(self, word: str) -> list[int]:
         symbols = word_symbols(word)
         while len(symbols) > 1:
-            pairs = zip(symbols, symbols[1:], strict=False)
-            best = min(pairs, key=lambda pair: self.rank.get(pair, math.inf))
+            best = min(pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf))
             if best not in self.rank:
                 break
             symbols = merge_pair(symbols, best)
@@ -160,7 +161,7 @@ class BPE:
         """The text of ids, words joined by spaces; start, end and unused ids are left out."""
         text = "".join(self.symbols.get(i, "") for i in ids).replace(END_OF_WORD, " ")
         byte = {symbol: b for b, symbol in BYTE_SYMBOLS.items()} | {" ": 32}
-        return bytes(byte[c] for c in text).decode(errors="replace").strip()
+        return bytes(byte[c] for c in text).decode(errors="replace").strip(" ")
 
 
 # --- unigram ------------------------------------------------------------------------------------
@@ -169,20 +170,24 @@ SPACE = "▁"  # stands for the space before a word
 PAD, END, UNKNOWN = 0, 1, 2
 CONTROLS = ["<pad>", "</s>", "<unk>"]
 SENTINEL = re.compile(r"(</s>|<pad>|<unk>|<extra_id_\d+>)")
-# What T5's own character map does otherwise than NFKC: some controls vanish, some are spaces.
+# What T5's own character map does otherwise than NFKC: some controls vanish, some are spaces,
+# and the fullwidth tilde stays as it is.
 CHARACTER_MAP = (
-    dict.fromkeys([*range(1, 9), 0xB, *range(0xE, 0x20), 0x7F, 0x8F, 0x9F])
-    | dict.fromkeys([9, 10, 12, 13, 0x1680, *range(0x200B, 0x2010), 0x2028, 0x2029, 0xFEFF], " ")
-    | {0x2581: " ", 0xFFFD: " "}
+    dict.fromkeys(map(chr, [*range(1, 9), 0xB, *range(0xE, 0x20), 0x7F, 0x8F, 0x9F]), "")
+    | dict.fromkeys(
+        "\t\n\f\r\u1680\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u2581\ufeff\ufffd", " "
+    )
+    | {"\uff5e": "\uff5e"}
 )
-FULLWIDTH_TILDE = "\uff5e"
+MAPPED = re.compile("([" + "".join(map(re.escape, CHARACTER_MAP)) + "])")
 
 
 def normalise_t5(text: str) -> str:
     """T5's characters: NFKC with the exceptions above, runs of spaces collapsed."""
-    parts = text.translate(CHARACTER_MAP).split(FULLWIDTH_TILDE)
-    text = FULLWIDTH_TILDE.join(unicodedata.normalize("NFKC", part) for part in parts)
-    return re.sub(" +", " ", text)
+    parts = MAPPED.split(text)
+    parts[::2] = [unicodedata.normalize("NFKC", part) for part in parts[::2]]
+    parts[1::2] = [CHARACTER_MAP[part] for part in parts[1::2]]
+    return re.sub(" +", " ", "".join(parts))
 
 
 class Unigram:
@@ -241,9 +246,11 @@ class Unigram:
             if part in self.controls:
                 ids.append(self.controls[part])
                 continue
-            part = normalise_t5(part).strip(" ")
-            part = part.lower() if self.lower_case else part
-            for word in part.split(" ") if part else ():
+            part = normalise_t5(part)
+            part = part.lower().strip() if self.lower_case else part
+            if part and part[0] != " ":
+                part = " " + part
+            for word in part.split(" ")[1:]:  # a last space makes a last, empty word
                 ids += self.encode_word(SPACE + word)
         return [*ids, END]
 

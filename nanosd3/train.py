@@ -2,12 +2,10 @@
 
     judge         a classifier of real images, for the metrics only
     autoencoder   images to latents and back
-    clip          two text encoders, against a small image tower
-    t5            the third, by filling in removed words
-    flow          the velocity of latents, given the frozen encoders' outputs
+    flow          the velocity of latents, given the frozen text encoders' outputs
 
 Each takes a `Job` and returns its trained module; a stage that is finished is loaded instead.
-The loop itself is loop.py.
+The text encoders' stages are in train_text.py, the loop itself in loop.py.
 """
 
 import time
@@ -18,16 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosd3.checkpoint import Run, load_weights, save_weights, write_json
+from nanosd3.checkpoint import Run, load_weights, save_weights
 from nanosd3.config import Config, Recipe
-from nanosd3.data import Captions, ImageSet, bins, make_captions, measure, plain_captions, thirds, to_model
+from nanosd3.data import (
+    Captions,
+    ImageSet,
+    bins,
+    make_captions,
+    measure,
+    thirds,
+    to_model,
+)
 from nanosd3.flow import flow_loss, interpolate, logit_normal, stratified
 from nanosd3.loop import fit, make_ema
 from nanosd3.metrics import ConvNet
 from nanosd3.mmdit import MMDiT
 from nanosd3.runtime import rng
-from nanosd3.text import TextEncoders, Tokenizers, drop_encoders
-from nanosd3.tokenizers import END, PAD
+from nanosd3.text import TextEncoders, drop_encoders
 from nanosd3.vae import AutoencoderKL, kl_divergence, sample_posterior
 
 CHUNK = 500  # images at once where nothing is trained
@@ -155,7 +160,8 @@ def autoencoder(job: Job) -> AutoencoderKL:
 
     results = finish_or_load(job, "autoencoder", vae, train)
     vae.config = replace(vae.config, shift=results["shift"], scale=results["scale"])
-    print(f"autoencoder: latents have mean {results['shift']:.3f}, deviation {1 / results['scale']:.3f}")
+    deviation = 1 / results["scale"]
+    print(f"autoencoder: latents have mean {results['shift']:.3f}, deviation {deviation:.3f}")
     return vae
 
 
@@ -173,137 +179,6 @@ def encode_images(
     return mean.contiguous(), std.contiguous()
 
 
-# --- text encoders ------------------------------------------------------------------------------
-
-
-def clip_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor) -> Tensor:
-    """Contrastive loss (CLIP, arXiv 2103.00020): each image finds its caption and each caption
-    its image, among those of the batch. Equal captions share the answer: `same` (B, B)."""
-    logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (B, B)
-    answer = same / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, answer) + F.cross_entropy(logits.T, answer)) / 2
-
-
-def clip(job: Job, described: Described, text: TextEncoders) -> None:
-    """Train both CLIPs against one image tower, which is thrown away afterwards."""
-    images, config, recipe = job.images, job.config, job.config.training.clip
-    dl, dg = config.text.clip_l.width, config.text.clip_g.width
-    captions = described.captions
-    ids_l, ids_g = (ids.to(job.device) for ids in text.clip_ids(captions.texts))
-    students = build(job, "clip", lambda: nn.ModuleDict({
-        "clip_l": text.clip_l,
-        "clip_g": text.clip_g,
-        "tower": ConvNet(dl + dg),
-        "projection_l": nn.Linear(dl, dl, bias=False),  # SD3 uses L unprojected
-        "log_scale": nn.ParameterList([torch.tensor(10.0).log()]),
-    }))  # fmt: skip
-
-    def embed_text(index: Tensor) -> tuple[Tensor, Tensor]:
-        pooled_l = students["clip_l"](ids_l[index])[1]
-        return students["projection_l"](pooled_l), students["clip_g"](ids_g[index])[1]
-
-    def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
-        i = draw_batch(len(images.train_images), recipe, generator)
-        u = torch.rand(recipe.batch, generator=generator)
-        index = captions.draw(images.train_labels[i], described.weight[i], described.slant[i], u)
-        index = index.to(job.device)
-        x = to_model(images.train_images[i], config.image_size).to(job.device)
-        image_l, image_g = students["tower"](x).split([dl, dg], dim=1)
-        text_l, text_g = embed_text(index)
-        same = (index[:, None] == index).float()
-        scale = students["log_scale"][0].exp().clamp(max=100)
-        return clip_loss(image_l, text_l, same, scale) + clip_loss(image_g, text_g, same, scale), {}
-
-    @torch.no_grad()
-    def zero_shot() -> dict:
-        """Class of each test image by the nearest mean of its class's captions."""
-        index = {text: i for i, text in enumerate(captions.texts)}
-        anchors: tuple[list, list] = ([], [])
-        for label in range(len(images.names)):
-            ids = torch.tensor([index[text] for text in plain_captions(images.names, label)])
-            for anchor, embedded in zip(anchors, embed_text(ids.to(job.device)), strict=True):
-                anchor.append(F.normalize(embedded, dim=1).mean(0))
-        test = to_model(images.test_images, config.image_size).to(job.device)
-        outputs = in_chunks(students["tower"], test).split([dl, dg], dim=1)
-        right = [
-            (F.normalize(image, dim=1) @ torch.stack(anchor).T).argmax(1).cpu() == images.test_labels
-            for image, anchor in zip(outputs, anchors, strict=True)
-        ]
-        return {f"zero_shot_{name}": r.float().mean().item() for name, r in zip("lg", right, strict=True)}
-
-    def train() -> dict:
-        fit(job.run, "clip", students, loss_of, recipe, job.seed)
-        return zero_shot()
-
-    results = finish_or_load(job, "clip", students, train)
-    print(f"clip: by its caption alone, the class of {results['zero_shot_l']:.1%} (L) and "
-          f"{results['zero_shot_g']:.1%} (G) of the test images is found")  # fmt: skip
-
-
-def span_corruptions(rows: list[list[int]], sentinels: tuple[int, int], length: int) -> tuple[Tensor, Tensor]:
-    """Every way to remove one span, of up to half its tokens, from each row of ids.
-
-    Returns inputs (n, length), where the first sentinel stands for the span, and targets
-    (n, length): that sentinel, the span, the second sentinel, end.
-    """
-    pad = lambda ids: (ids + [PAD] * length)[:length]  # noqa: E731
-    inputs, targets = [], []
-    for ids in rows:
-        words = ids[:-1]  # without the end token
-        for span in range(1, max(1, len(words) // 2) + 1):
-            for start in range(len(words) - span + 1):
-                inputs.append(pad([*words[:start], sentinels[0], *words[start + span :], END]))
-                targets.append(pad([sentinels[0], *words[start : start + span], sentinels[1], END]))
-    return torch.tensor(inputs), torch.tensor(targets)
-
-
-def t5(job: Job, described: Described, text: TextEncoders) -> None:
-    """Train T5 by span corruption, with a one-layer decoder that is thrown away afterwards."""
-    config, recipe = job.config.text.t5, job.config.training.t5
-    unigram = text.tokenizers.unigram
-    rows = [unigram.encode(caption) for caption in described.captions.texts]
-    sentinels = (unigram.sentinel(0), unigram.sentinel(1))
-    inputs, targets = (ids.to(job.device) for ids in span_corruptions(rows, sentinels, config.length))
-    students = build(job, "t5", lambda: nn.ModuleDict({
-        "t5": text.t5,
-        "decoder": nn.TransformerDecoderLayer(
-            config.width, config.heads, config.hidden, dropout=0.0, batch_first=True
-        ),
-        "position": nn.Embedding(config.length, config.width),
-        "output": nn.Linear(config.width, config.vocab, bias=False),
-    }))  # fmt: skip
-    causal = nn.Transformer.generate_square_subsequent_mask(config.length - 1, device=job.device)
-
-    def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
-        i = draw_batch(len(inputs), recipe, generator).to(job.device)
-        states = students["t5"](inputs[i])
-        said, asked = targets[i, :-1], targets[i, 1:]
-        y = students["t5"].encoder["embed_tokens"](said) + students["position"].weight[:-1]
-        y = students["decoder"](y, states, tgt_mask=causal, tgt_is_causal=True)
-        loss = F.cross_entropy(students["output"](y).flatten(0, 1), asked.flatten(), ignore_index=PAD)
-        return loss, {}
-
-    def train() -> dict:
-        fit(job.run, "t5", students, loss_of, recipe, job.seed)
-        tail = [entry["loss"] for entry in job.run.read_log("t5")[-20:]]
-        return {"loss": sum(tail) / len(tail)}
-
-    results = finish_or_load(job, "t5", students, train)
-    print(f"t5: fills in removed words with a loss of {results['loss']:.2f} nats a piece "
-          f"(a blind guess: {torch.tensor(config.vocab).log():.2f})")  # fmt: skip
-
-
-def text_encoders(job: Job, described: Described) -> TextEncoders:
-    """Tokenizers and the three encoders, trained, frozen and saved."""
-    tokenizers = Tokenizers.train(described.captions.texts, job.config.text)
-    text = build(job, "text", lambda: TextEncoders(job.config.text, tokenizers))
-    clip(job, described, text)
-    t5(job, described, text)
-    write_json(job.run.folder / "tokenizers.json", tokenizers.to_json())
-    save_weights(text, job.run.folder / "text.safetensors")
-    return text.requires_grad_(False).eval()
-
-
 # --- flow ---------------------------------------------------------------------------------------
 
 
@@ -312,7 +187,9 @@ def loss_by_time(losses: Tensor, t: Tensor) -> list[float | None]:
     which = (t * BINS).long().clamp(max=BINS - 1)
     total = torch.zeros(BINS).index_add_(0, which, losses)
     count = torch.zeros(BINS).index_add_(0, which, torch.ones_like(losses))
-    return [round(a / n, 4) if n else None for a, n in zip(total.tolist(), count.tolist(), strict=True)]
+    return [
+        round(a / n, 4) if n else None for a, n in zip(total.tolist(), count.tolist(), strict=True)
+    ]
 
 
 def flow(
@@ -335,7 +212,9 @@ def flow(
     def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
         i = draw_batch(len(mean), recipe, generator)
         u = torch.rand(recipe.batch, generator=generator)
-        caption = described.captions.draw(images.train_labels[i], described.weight[i], described.slant[i], u)
+        caption = described.captions.draw(
+            images.train_labels[i], described.weight[i], described.slant[i], u
+        )
         keep = torch.rand(recipe.batch, 3, generator=generator) >= training.encoder_dropout
         t = logit_normal(stratified(recipe.batch, generator), training.time_mean, training.time_std)
         noise, posterior = torch.randn(2, recipe.batch, *mean.shape[1:], generator=generator)

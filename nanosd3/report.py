@@ -1,0 +1,168 @@
+"""The last stage of training: sample, measure, draw.
+
+Metrics, on samples prompted with captions drawn as in training (as many for each class):
+prompt accuracy by the judge, the Frechet distance in its features with the two floors that give
+it a scale, and whether what the caption says of weight and slant can be measured in the image.
+"""
+
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from nanosd3 import figures
+from nanosd3.checkpoint import write_file, write_json
+from nanosd3.data import DIGITS, bins, measure, to_model
+from nanosd3.metrics import ConvNet, frechet_distance
+from nanosd3.pipeline import Pipeline
+from nanosd3.runtime import rng
+from nanosd3.train import Described, Job, encode_images, in_chunks
+
+COSTS = (5, 9, 17, 33)  # network evaluations at which solvers are compared; odd, for Heun
+SHOWN = (
+    "a handwritten zero", "1", "a bold two leaning right", "the digit 3", "a thin 4 leaning left",
+    "the number five", "an upright six", "a bold handwritten seven leaning right", "8",
+    "a thin nine",
+)  # fmt: skip
+
+
+def shown_prompts(job: Job, described: Described) -> list[str]:
+    """One prompt for each class, of many kinds."""
+    if job.images.names is DIGITS:
+        return list(SHOWN)
+    texts, choices = described.captions.texts, described.captions.choices
+    return [texts[int(choices[label, 1, 1, label])] for label in range(len(job.images.names))]
+
+
+def preview(pipeline: Pipeline, step: int, prompts: list[str]) -> None:
+    """Show early samples in the terminal."""
+    images = pipeline(prompts, steps=8, seed=1)
+    print(f"\n  step {step}: {', '.join(prompts)}\n{figures.shades(images)}\n", file=sys.stderr)
+
+
+def peak_memory() -> float | None:
+    """Largest memory of this process so far, in GB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def balanced(labels: Tensor, classes: int, count: int, generator: torch.Generator) -> Tensor:
+    """Indices of `count` items, as many of each class as possible, drawn at random."""
+    order = torch.randperm(len(labels), generator=generator)
+    each = [order[labels[order] == label] for label in range(classes)]
+    return torch.cat([ids[: count // classes] for ids in each])
+
+
+def followed(prompts: list[str], words: dict[str, int], measured: Tensor, values: Tensor) -> dict:
+    """Of the prompts that say one of `words`: how many samples have that third of the measure,
+    and the mean of the measure for each word (None for a word that no prompt says)."""
+    said = torch.tensor([next((n for w, n in words.items() if w in p), -1) for p in prompts])
+    means = {word: mean_or_none(values[said == n]) for word, n in words.items()}
+    return {"accuracy": mean_or_none((measured == said)[said >= 0].float()), "mean_by_word": means}
+
+
+def mean_or_none(values: Tensor) -> float | None:
+    return values.mean().item() if len(values) else None
+
+
+@torch.no_grad()
+def evaluate(job: Job, described: Described, judge: ConvNet, pipeline: Pipeline) -> dict:
+    """Everything in metrics.json that is measured on images."""
+    images, config, size = job.images, job.config, job.config.image_size
+    classes = len(images.names)
+
+    def features(x: Tensor) -> Tensor:
+        return in_chunks(
+            lambda chunk: judge.features(to_model(chunk, size).to(job.device)).cpu(), x
+        )
+
+    generator = rng(job.seed, "evaluate")
+    chosen = balanced(images.train_labels, classes, config.training.evaluate, generator)
+    labels = images.train_labels[chosen]
+    u = torch.rand(len(chosen), generator=generator)
+    drawn = described.captions.draw(labels, described.weight[chosen], described.slant[chosen], u)
+    prompts = [described.captions.texts[i] for i in drawn.tolist()]
+
+    begin = time.perf_counter()
+    samples = torch.from_numpy(pipeline(prompts, seed=job.seed))
+    seconds = time.perf_counter() - begin
+    mean, _ = encode_images(pipeline.vae, images.train_images[chosen], size, job.device)
+    rebuilt = torch.from_numpy(pipeline.decode(pipeline.vae.normalise(mean)))
+    test, seen = features(images.test_images), features(samples)
+    read = in_chunks(judge.head, seen.to(job.device)).argmax(1).cpu()
+    weight, slant = measure(samples)
+    floor = frechet_distance(features(images.train_images[chosen]), test)
+    distance = frechet_distance(seen, test)
+    return {
+        "samples": len(chosen),
+        "prompt_accuracy": (read == labels).float().mean().item(),
+        "frechet_distance": distance,
+        "frechet_floor_real": floor,
+        "frechet_floor_reconstructions": frechet_distance(features(rebuilt), test),
+        "frechet_ratio_to_real": distance / floor,
+        "weight": followed(prompts, {"thin": 0, "bold": 2},
+                           bins(weight, labels, described.weight_limits), weight),
+        "slant": followed(prompts, {"leaning left": 0, "upright": 1, "leaning right": 2},
+                          bins(slant, labels, described.slant_limits), slant),
+        "images_per_second": len(chosen) / seconds,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def solver_errors(pipeline: Pipeline, prompts: list[str]) -> dict[str, list[tuple[int, float]]]:
+    """Distance of each solver's latents from those of a fine solution, at equal evaluations."""
+    exact = pipeline(prompts, sampler="heun", steps=100, output="latent")
+    errors: dict[str, list[tuple[int, float]]] = {}
+    for sampler in ("euler", "heun", "dpmpp_2m"):
+        for cost in COSTS:
+            steps = (cost + 1) // 2 if sampler == "heun" else cost
+            latents = pipeline(prompts, sampler=sampler, steps=steps, output="latent")
+            error = (latents - exact).square().mean().sqrt().item()
+            errors.setdefault(sampler, []).append((cost, error))
+    return errors
+
+
+@torch.no_grad()
+def draw_trajectory(pipeline: Pipeline, prompts: list[str], path: object) -> None:
+    """Two rows a frame: the noisy latents, decoded, and the clean image they point to."""
+    frames = []
+
+    def record(step: int, t: Tensor, z: Tensor, x0: Tensor) -> None:
+        frames.append(figures.grid([
+            (f"t = {float(t):.2f}, decoded as it is", pipeline.decode(z)),
+            ("where its velocity points", pipeline.decode(x0)),
+        ]))  # fmt: skip
+
+    final = pipeline(prompts, seed=2, callback=record)
+    frames.append(figures.grid([("t = 0.00, decoded as it is", final), ("", final)]))
+    figures.save_animation(frames, path)
+
+
+def report(job: Job, described: Described, judge: ConvNet, pipeline: Pipeline) -> dict:
+    """Write samples.png, trajectory.gif, loss.png, samplers.png and metrics.json; the metrics."""
+    folder = job.run.folder
+    prompts = shown_prompts(job, described)
+    metrics = evaluate(job, described, judge, pipeline)
+
+    columns = 8
+    images = pipeline([prompt for prompt in prompts for _ in range(columns)], seed=job.seed)
+    rows = [(p, images[i * columns : (i + 1) * columns]) for i, p in enumerate(prompts)]
+    write_file(folder / "samples.png", figures.png(figures.grid(rows)))
+    draw_trajectory(pipeline, prompts, folder / "trajectory.gif")
+    figures.plot_loss(job.run.read_log("flow"), folder / "loss.png")
+    errors = solver_errors(pipeline, prompts)
+    figures.plot_samplers(errors, folder / "samplers.png")
+
+    metrics |= {
+        "solver_errors": errors,
+        "stages": job.run.stages,
+        "threads": torch.get_num_threads(),
+        "peak_memory_gb": peak_memory(),
+    }
+    write_json(folder / "metrics.json", metrics)
+    return metrics

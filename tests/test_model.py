@@ -1,0 +1,293 @@
+"""Wiring: every part reaches the output, nothing is shared or dead, shapes are checked."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanosd3.config import CONFIGS
+from nanosd3.layers import RMSNorm, attention, modulate, split_heads
+from nanosd3.mmdit import MMDiT
+from nanosd3.patchify import centre_crop, patchify, sincos_positions, unpatchify
+from nanosd3.vae import AutoencoderKL, kl_divergence, sample_posterior
+
+TINY = CONFIGS["tiny"]
+MMDIT = replace(TINY.mmdit, depth=3, dual_attention=(1,))
+
+
+def perturbed(config=MMDIT) -> MMDiT:
+    """A model whose zero-initialised parts are not zero, so that everything counts."""
+    torch.manual_seed(0)
+    model = MMDiT(config)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def inputs(B=2, H=8, W=8, M=7, config=MMDIT):
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(shape, generator=g)  # noqa: E731
+    z, context = draw(B, config.latent_channels, H, W), draw(B, M, config.context_dim)
+    return z, torch.rand(B, generator=g), context, draw(B, config.pooled_dim)
+
+
+# --- patches ------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(1, 3)
+)
+def test_patchify_round_trip(B, C, rows, columns, p):
+    x = torch.randn(B, C, rows * p, columns * p)
+    tokens = patchify(x, p)
+    assert tokens.shape == (B, rows * columns, p * p * C)
+    assert torch.equal(unpatchify(tokens, p, rows * p, columns * p), x)
+
+
+def test_patchify_order():
+    """Against loops: tokens row by row; in a token (row, column, channel)."""
+    x = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
+    tokens = patchify(x, 2)
+    for b in range(2):
+        for i in range(2):
+            for j in range(3):
+                expected = [
+                    x[b, c, 2 * i + q, 2 * j + r]
+                    for q in range(2)
+                    for r in range(2)
+                    for c in range(3)
+                ]
+                assert tokens[b, i * 3 + j].tolist() == [int(e) for e in expected]
+
+
+def test_patchify_refuses():
+    with pytest.raises(ValueError, match="5x4 is not divisible by the patch size 2"):
+        patchify(torch.zeros(1, 1, 5, 4), 2)
+    with pytest.raises(ValueError, match="5 tokens"):
+        unpatchify(torch.zeros(1, 5, 4), 2, 4, 4)
+    with pytest.raises(ValueError, match="do not fit"):
+        centre_crop(sincos_positions(8, 4, 4, 4), 5, 3)
+
+
+def test_positions_differ_and_crop_from_the_middle():
+    positions = sincos_positions(32, 6, 4, 4)
+    assert len({tuple(p) for p in positions[0].tolist()}) == 36
+    square = positions.view(6, 6, 32)
+    crop = centre_crop(positions, 2, 4)
+    assert torch.equal(crop.view(2, 4, 32), square[2:4, 1:5])
+    # rows share the second half, columns the first
+    assert torch.equal(square[0, 3, :16], square[5, 3, :16])
+    assert torch.equal(square[3, 0, 16:], square[3, 5, 16:])
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+def test_rms_norm():
+    norm, x = RMSNorm(8), torch.randn(3, 8)
+    norm.weight.data = torch.randn(8)
+    expected = x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_modulate():
+    x, shift, scale = torch.randn(2, 5, 8), torch.randn(2, 8), torch.randn(2, 8)
+    normed = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
+    expected = normed * (1 + scale[:, None]) + shift[:, None]
+    torch.testing.assert_close(modulate(x, shift, scale), expected)
+
+
+def test_attention_against_loops():
+    q, k, v = split_heads(torch.randn(2, 5, 3 * 128), 3)
+    out = attention(q, k, v)
+    for b in range(2):
+        for h in range(2):
+            weights = torch.softmax(q[b, h] @ k[b, h].T / 8, dim=1)
+            torch.testing.assert_close(out[b, :, 64 * h : 64 * h + 64], weights @ v[b, h])
+
+
+# --- MMDiT --------------------------------------------------------------------------------------
+
+
+def test_fresh_model_answers_zero():
+    z, t, context, pooled = inputs()
+    v = MMDiT(MMDIT)(z, t, context, pooled)
+    assert v.shape == z.shape and torch.equal(v, torch.zeros_like(z))
+    x0, noise = torch.randn(2, 64, 4, 8, 8)
+    loss = F.mse_loss(torch.zeros_like(x0), noise - x0)  # 1 + E[x0^2], up to sampling
+    assert loss == pytest.approx(1 + x0.square().mean().item(), abs=0.05)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = perturbed()
+    model(*inputs()).square().mean().backward()
+    # The last block's text has no queries: its query norm, stored in official files, is frozen.
+    unused = {"joint_blocks.2.context_block.attn.ln_q.weight"}
+    for name, parameter in model.named_parameters():
+        if name in unused:
+            assert not parameter.requires_grad
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    # ... and the rows of queries in its fused projection are never read.
+    grad = model.joint_blocks[2].context_block.attn.qkv.weight.grad
+    assert (
+        grad[: model.config.width].abs().sum() == 0 and grad[model.config.width :].abs().sum() > 0
+    )
+
+
+def test_learning_starts_from_zero():
+    """The zero initialisation is no dead end: gates open one after the other, from the
+    output back, and after a few steps every parameter has a gradient."""
+    torch.manual_seed(0)
+    model = MMDiT(MMDIT)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    target = torch.randn(2, 4, 8, 8)
+    for _ in range(6):
+        optimizer.zero_grad()
+        (model(*inputs()) - target).square().mean().backward()
+        optimizer.step()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+
+
+@pytest.mark.parametrize("part", range(4), ids=["z", "t", "context", "pooled"])
+def test_every_input_reaches_the_output(part):
+    model, args = perturbed(), list(inputs())
+    before = model(*args)
+    args[part] = args[part] * 0.5 + 0.1
+    assert (model(*args) - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("change", [{"qk_norm": False}, {"dual_attention": ()}, {"grid_span": 8}])
+def test_every_option_reaches_the_output(change):
+    model = perturbed()
+    other = MMDiT(replace(MMDIT, **change))
+    shared = {k: v for k, v in model.state_dict().items() if k != "pos_embed"}
+    own = other.state_dict()
+    for key in own:
+        if key in shared:
+            own[key] = shared[key][: own[key].shape[0]]  # modulation of a dual block is longer
+    other.load_state_dict(own)
+    assert (other(*inputs()) - model(*inputs())).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("stream", ["x_block", "context_block"])
+@pytest.mark.parametrize("branch", ["attn.proj", "mlp.fc2"])
+def test_every_branch_reaches_the_output(stream, branch):
+    """With one branch's output projection zeroed in the first block, the output changes."""
+    model = perturbed()
+    before = model(*inputs())
+    linear = model.joint_blocks[0].get_submodule(f"{stream}.{branch}")
+    linear.weight.data.zero_()
+    assert (model(*inputs()) - before).abs().max() > 1e-4
+
+
+def test_attention_reaches_the_residual_stream():
+    """With every MLP silenced, image tokens still hear each other and the text."""
+    model = perturbed()
+    for name, parameter in model.named_parameters():
+        if ".mlp.fc2." in name and "joint_blocks" in name:
+            parameter.data.zero_()
+    z, t, context, pooled = inputs()
+    before = model(z, t, context, pooled)
+    assert (model(z, t, context + 0.5, pooled) - before).abs().max() > 1e-4
+    z = z.clone()
+    z[:, :, 0, 0] += 1  # one token; another one, far away, must notice
+    assert (model(z, t, context, pooled) - before)[:, :, 7, 7].abs().max() > 1e-5
+
+
+def test_streams_share_no_parameters():
+    pointers = [p.data_ptr() for p in perturbed().parameters()]
+    assert len(pointers) == len(set(pointers))
+
+
+def test_text_is_a_set():
+    """No positions on text tokens: their order changes nothing."""
+    model = perturbed().double()
+    z, t, context, pooled = (x.double() for x in inputs())
+    shuffled = context[:, torch.randperm(7, generator=torch.Generator().manual_seed(0))]
+    torch.testing.assert_close(
+        model(z, t, context, pooled), model(z, t, shuffled, pooled), atol=1e-9, rtol=0
+    )
+
+
+def test_image_tokens_are_not_a_set():
+    model, (z, t, context, pooled) = perturbed(), inputs()
+    flipped = model(z.flip(3), t, context, pooled).flip(3)
+    assert (flipped - model(z, t, context, pooled)).abs().max() > 1e-3
+
+
+def test_batch_of_one_is_a_row():
+    model, args = perturbed().double(), [x.double() for x in inputs(B=3)]
+    whole = model(*args)
+    for i in range(3):
+        torch.testing.assert_close(model(*(x[i : i + 1] for x in args)), whole[i : i + 1])
+
+
+def test_one_time_for_all():
+    model, (z, _, context, pooled) = perturbed(), inputs()
+    same = model(z, torch.tensor(0.3), context, pooled)
+    torch.testing.assert_close(same, model(z, torch.tensor([0.3, 0.3]), context, pooled))
+
+
+def test_sizes():
+    model = perturbed()
+    for H, W in ((4, 8), (12, 2), (8, 10)):
+        assert model(*inputs(H=H, W=W)).shape == (2, 4, H, W)
+    with pytest.raises(ValueError, match="7x8 is not divisible"):
+        model(*inputs(H=7))
+    with pytest.raises(ValueError, match="do not fit"):
+        model(*inputs(H=16))
+    z, t, context, pooled = inputs()
+    for broken in (
+        (z, t[:1], context, pooled),
+        (z, t, context[:1], pooled),
+        (z, t, context, pooled[:1]),
+    ):
+        with pytest.raises(ValueError, match="batch sizes differ"):
+            model(*broken)
+
+
+# --- autoencoder --------------------------------------------------------------------------------
+
+
+def test_vae_shapes_and_sizes():
+    vae = AutoencoderKL(TINY.vae)
+    mean, logvar = vae.encode(torch.randn(2, 1, 24, 32))
+    assert mean.shape == logvar.shape == (2, 4, 6, 8)
+    assert vae.decode(mean).shape == (2, 1, 24, 32)
+    with pytest.raises(ValueError, match="30x32 is not divisible by 4"):
+        vae.encode(torch.zeros(1, 1, 30, 32))
+
+
+def test_vae_gradients_and_clamp():
+    vae = AutoencoderKL(TINY.vae)
+    mean, logvar = vae.encode(torch.randn(2, 1, 16, 16))
+    z = sample_posterior(mean, logvar, torch.randn_like(mean))
+    (vae.decode(z).square().mean() + kl_divergence(mean, logvar).mean()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.parameters())
+    vae.encoder.conv_out.bias.data += 1e4
+    assert vae.encode(torch.zeros(1, 1, 8, 8))[1].max() == 20
+
+
+def test_posterior_and_kl():
+    mean, logvar = torch.randn(2, 3, 4, 4, 4)
+    noise = torch.randn_like(mean)
+    torch.testing.assert_close(
+        sample_posterior(mean, logvar, noise), mean + logvar.exp().sqrt() * noise
+    )
+    posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
+    prior = torch.distributions.Normal(0.0, 1.0)
+    expected = torch.distributions.kl_divergence(posterior, prior).sum((1, 2, 3))
+    torch.testing.assert_close(kl_divergence(mean, logvar), expected)
+    assert kl_divergence(torch.zeros(1, 2), torch.zeros(1, 2)) == 0
+
+
+def test_latents_are_shifted_then_scaled():
+    vae = AutoencoderKL(replace(TINY.vae, shift=0.5, scale=2.0))
+    z = torch.tensor([[0.5, 1.0, -1.5]])
+    assert vae.normalise(z).tolist() == [[0.0, 1.0, -4.0]]
+    torch.testing.assert_close(vae.denormalise(vae.normalise(z)), z)
