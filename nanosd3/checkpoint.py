@@ -108,6 +108,7 @@ class Run:
         """
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file; choose another folder with --out")
+        identity = json.loads(json.dumps(identity))  # as it will be read back: tuples are lists
         index = folder / "run.json"
         if index.exists() and fresh:
             shutil.rmtree(folder)

@@ -124,7 +124,8 @@ def plot_loss(log: list[dict], path: Path) -> None:
     )
     left.set(xlabel="step", ylabel="velocity loss (per latent)", title="Training loss")
     low, high = np.quantile(losses, [0.0, 0.98])
-    left.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+    if high > low:
+        left.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
     left.legend()
 
     by_time = np.array([entry["by_time"] for entry in log], dtype=float)  # None becomes nan

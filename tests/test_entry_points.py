@@ -1,0 +1,245 @@
+"""Every entry point, for real, at the size of `tiny`: train, interrupt, resume, generate."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_mnist
+from nanosd3 import generate, loop, report
+from nanosd3.config import CONFIGS
+from nanosd3.pipeline import Pipeline
+from nanosd3.runtime import run_main
+
+ROOT = Path(__file__).parent.parent
+TRAINING = CONFIGS["tiny"].training
+STAGES = ("judge", "autoencoder", "clip", "t5", "flow")
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def test_run_folder(tiny_run):
+    for name in ("samples.png", "loss.png", "samplers.png", "trajectory.gif"):
+        with Image.open(tiny_run / name) as picture:
+            assert min(picture.size) > 100
+            assert getattr(picture, "n_frames", 1) == (5 if name.endswith("gif") else 1)
+    assert not (tiny_run / "state.pt").exists()
+    assert not [path for path in tiny_run.iterdir() if path.name.startswith(".")]
+
+
+def test_log(tiny_run):
+    log = read_log(tiny_run)
+    for stage in STAGES:
+        steps = [entry["step"] for entry in log if entry["stage"] == stage]
+        assert steps == list(range(getattr(TRAINING, stage).steps))
+    assert all(np.isfinite(entry["loss"]) for entry in log)
+    by_time = [entry["by_time"] for entry in log if entry["stage"] == "flow"]
+    assert all(len(row) == 8 for row in by_time)
+
+
+def test_metrics(tiny_run):
+    metrics = json.loads((tiny_run / "metrics.json").read_text())
+    assert metrics["samples"] == TRAINING.evaluate
+    assert 0 <= metrics["prompt_accuracy"] <= 1
+    assert 0 < metrics["frechet_floor_real"] < metrics["frechet_distance"]
+    assert metrics["weight"].keys() == metrics["slant"].keys() == {"accuracy", "mean_by_word"}
+    assert all(len(points) == 4 for points in metrics["solver_errors"].values())
+    assert {f"zero_shot_{name}" for name in "lg"} <= metrics["stages"]["clip"].keys()
+
+
+def test_finished_run_says_so(tiny_run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.iterdir()}
+    assert train_mnist.main(["--config", "tiny", "--out", str(tiny_run)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in tiny_run.iterdir()}
+
+
+def test_interrupted_everywhere_it_ends_in_the_same_bytes(tiny_run, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the middle of each stage and while the pictures are drawn: each time the same
+    command goes on, and weights, losses and samples are those of a run never interrupted."""
+    command = ["--config", "tiny", "--out", str(tmp_path / "run")]
+    pending = {(stage, 5) for stage in STAGES}
+    steps_run = []
+
+    def rng(seed, stage, step):
+        steps_run.append((stage, step))
+        if (stage, step) in pending:
+            pending.remove((stage, step))
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(seed, stage, step)
+
+    original = loop.rng
+    monkeypatch.setattr(loop, "rng", rng)
+    for stage in STAGES:
+        assert run_main(lambda: train_mnist.main(command)) == 130
+        assert steps_run[-1] == (stage, 5)
+        assert (tmp_path / "run" / "state.pt").exists()
+        assert "interrupted" in capsys.readouterr().err
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report.figures, "plot_loss", interrupted)
+        assert run_main(lambda: train_mnist.main(command)) == 130
+    assert run_main(lambda: train_mnist.main(command)) == 0
+    assert len(steps_run) == len(set(steps_run))  # no step ran twice
+
+    for name in ("judge", "autoencoder", "clip", "t5", "text", "flow"):
+        file = f"{name}.safetensors"
+        assert (tmp_path / "run" / file).read_bytes() == (tiny_run / file).read_bytes(), file
+    assert read_log(tmp_path / "run") == read_log(tiny_run)
+    for file in ("samples.png", "trajectory.gif", "loss.png"):
+        assert (tmp_path / "run" / file).read_bytes() == (tiny_run / file).read_bytes(), file
+
+
+def test_fresh_starts_over(tmp_path, monkeypatch, capsys):
+    tiny = CONFIGS["tiny"]
+    short = {name: replace(getattr(TRAINING, name), steps=1) for name in STAGES}
+    monkeypatch.setitem(
+        train_mnist.CONFIGS, "tiny", replace(tiny, training=replace(TRAINING, **short))
+    )
+    command = ["--config", "tiny", "--out", str(tmp_path / "run")]
+    assert train_mnist.main(command) == 0
+    first = (tmp_path / "run" / "flow.safetensors").stat().st_mtime_ns
+    assert train_mnist.main([*command, "--seed", "1", "--fresh"]) == 0
+    assert (tmp_path / "run" / "flow.safetensors").stat().st_mtime_ns > first
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["seed"] == 1
+
+
+def test_the_seed_matters(tiny_run, tmp_path):
+    pipeline = Pipeline.load(tiny_run)
+    a, b = (pipeline(["7"], seed=seed, output="latent") for seed in (0, 1))
+    assert not torch.equal(a, b)
+
+
+def test_as_a_program(tmp_path, tiny_run):
+    """From another folder, as its own process."""
+    script = [
+        sys.executable,
+        str(ROOT / "train_mnist.py"),
+        "--config",
+        "tiny",
+        "--out",
+        str(tiny_run),
+    ]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "is finished" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "nanosd3.generate", "a seven", "--run", tiny_run, "--out",
+         tmp_path / "x.png", "--count", "2", "--threads", "1"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "x.png").exists()
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+
+def test_generate(tiny_run, tmp_path):
+    prompts, out = ["a handwritten seven", "the digit 3", "a bold 4"], tmp_path / "digits.npy"
+    common = ["--run", str(tiny_run), "--count", "4", "--seed", "5"]
+    assert generate.main([*prompts, *common, "--out", str(out)]) == 0
+    images = np.load(out)
+    assert images.shape == (12, 28, 28) and images.dtype == np.uint8
+    repeated = [prompt for prompt in prompts for _ in range(4)]
+    assert np.array_equal(images, Pipeline.load(tiny_run)(repeated, seed=5))
+    assert generate.main([*prompts, *common, "--out", str(tmp_path / "digits.png")]) == 0
+    with Image.open(tmp_path / "digits.png") as grid:
+        assert grid.width > grid.height > 3 * 56
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_run):
+    """The tiny model with its weights shaken, so that everything in it has an effect."""
+    pipeline = Pipeline.load(tiny_run)
+    torch.manual_seed(0)
+    for parameter in pipeline.mmdit.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    return pipeline
+
+
+OPTIONS = [
+    {"steps": 7},
+    {"guidance": 1.0},
+    {"guidance": 5.0},
+    {"shift": 3.0},
+    {"sampler": "heun"},
+    {"sampler": "dpmpp_2m"},
+    {"negative": "a thin 4"},
+    {"seed": 1},
+    {"drop": ["t5"]},
+    {"drop": ["clip_l"]},
+    {"drop": ["clip_g"]},
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_every_option_changes_the_images(pipeline, tmp_path, tiny_run, option, monkeypatch):
+    prompts = ["a seven", "a bold 3"]
+    images = pipeline(prompts, **option)
+    for other in [{}] + [o for o in OPTIONS if o != option]:
+        assert not np.array_equal(images, pipeline(prompts, **other)), other
+    # ... and the command line hands it over
+    monkeypatch.setattr(generate.Pipeline, "load", lambda *_: pipeline)
+    flags = [["--drop", v[0]] if k == "drop" else [f"--{k}", str(v)] for k, v in option.items()]
+    generate.main(
+        [*prompts, "--count", "1", "--out", str(tmp_path / "x.npy"), *itertools.chain(*flags)]
+    )
+    assert np.array_equal(np.load(tmp_path / "x.npy"), images)
+
+
+def test_prompts_change_the_images(pipeline):
+    images = pipeline(["7", "3", "a bold 7", ""], guidance=3.0, seed=0)
+    same_noise = [pipeline([p], guidance=3.0)[0] for p in ("7", "3", "a bold 7", "")]
+    for i, image in enumerate(same_noise):
+        assert all(not np.array_equal(image, other) for other in same_noise[i + 1 :])
+    assert np.array_equal(images[0], same_noise[0])
+
+
+def test_an_image_does_not_depend_on_its_neighbours(pipeline):
+    """Image i of a call follows from its prompt, the seed and i; batches only save time."""
+    many = pipeline(["7"] * 3, output="latent")
+    torch.testing.assert_close(pipeline(["7"], output="latent")[0], many[0], atol=1e-5, rtol=0)
+    other = pipeline(["a thin 1", "7", "8"], output="latent")
+    torch.testing.assert_close(other[1], many[1], atol=1e-5, rtol=0)
+
+
+def test_large_calls_are_split(pipeline, monkeypatch):
+    whole = pipeline(["7"] * 5, output="latent")
+    monkeypatch.setattr("nanosd3.pipeline.BATCH", 2)
+    torch.testing.assert_close(pipeline(["7"] * 5, output="latent"), whole, atol=1e-5, rtol=0)
+
+
+def test_dropping_all_encoders_is_the_empty_prompt(pipeline):
+    everything = ["clip_l", "clip_g", "t5"]
+    a, b = pipeline(["a seven"], drop=everything), pipeline([""])
+    assert np.array_equal(a, b)
+
+
+def test_callback_sees_every_step(pipeline):
+    seen = []
+    pipeline("7", steps=6, callback=lambda i, t, z, x0: seen.append((i, float(t), z.shape)))
+    assert [i for i, _, _ in seen] == list(range(6)) and seen[0][1] == 1
+    assert seen[0][2] == (1, 4, 8, 8)
+
+
+def test_warnings(pipeline):
+    with pytest.warns(UserWarning, match="'zebra'"):
+        pipeline(["a zebra"])
+    with pytest.warns(UserWarning, match="too long"):
+        pipeline(["a 7 " * 20])
