@@ -10,6 +10,7 @@ A run folder holds
     *.safetensors           weights of the finished stages
     tokenizers.json         the vocabularies trained for it
     state.pt                the unfinished stage: step, weights, optimizer, EMA
+    latents.safetensors     the encoded images, until the flow has been trained on them
     log.jsonl               one object a line: stage, step, loss, ...
 and, once finished, the pictures and metrics.json.
 """
@@ -64,9 +65,23 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_file(path, save_safetensors(cpu))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises InputError naming the file."""
+    try:
+        return load_safetensors(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
+
+
 def save_weights(module: nn.Module, path: Path) -> None:
-    state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-    write_file(path, save_safetensors(state))
+    save_tensors(module.state_dict(), path)
 
 
 def check_state(path: Path, expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
@@ -84,12 +99,7 @@ def check_state(path: Path, expected: dict[str, Tensor], got: dict[str, Tensor])
 
 def load_weights(module: nn.Module, path: Path) -> None:
     """Fill a module from a safetensors file, strictly. Raises InputError naming the file."""
-    try:
-        state = load_safetensors(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
+    state = read_tensors(path)
     check_state(path, module.state_dict(), state)
     module.load_state_dict(state)
 

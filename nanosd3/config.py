@@ -230,9 +230,9 @@ MNIST = Config(
     ),
     vae=VAEConfig(1, (16, 32, 32), 1, latent_channels=4, norm_groups=8, shift=0.0, scale=1.0),
     text=TextConfig(
-        clip_l=CLIPConfig(32, 2, 2, "quick_gelu", 640, 10, projection=False, pad=-1),
-        clip_g=CLIPConfig(64, 2, 2, "gelu", 640, 10, projection=True, pad=0),
-        t5=T5Config(128, 2, 4, head_dim=32, hidden=256, vocab=128, length=10),
+        clip_l=CLIPConfig(32, 2, 2, "quick_gelu", 640, 9, projection=False, pad=-1),
+        clip_g=CLIPConfig(64, 2, 2, "gelu", 640, 9, projection=True, pad=0),
+        t5=T5Config(128, 2, 4, head_dim=32, hidden=256, vocab=128, length=8),
         empty_is_zero=True,
     ),
     sampling=Sampling(steps=20, guidance=2.0, shift=1.0, sampler="euler"),

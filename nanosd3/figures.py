@@ -130,17 +130,16 @@ def plot_loss(log: list[dict], path: Path) -> None:
 
     by_time = np.array([entry["by_time"] for entry in log], dtype=float)  # None becomes nan
     centres = (np.arange(by_time.shape[1]) + 0.5) / by_time.shape[1]
-    for part, name, style in zip(
-        np.array_split(
-            by_time, [len(log) // 10, len(log) * 9 // 20, len(log) * 11 // 20, len(log) * 9 // 10]
-        )[::2],
-        ("first tenth of training", "middle tenth", "last tenth"),
-        ("k:o", "k--s", "k-^"),
-        strict=True,
+    tenth, middle = max(1, len(log) // 10), len(log) // 2
+    for name, style, part in (
+        ("first tenth of training", "k:o", by_time[:tenth]),
+        ("middle tenth", "k--s", by_time[middle : middle + tenth]),
+        ("last tenth", "k-^", by_time[-tenth:]),
     ):
-        count = np.sum(~np.isnan(part), 0)
-        mean = np.where(count > 0, np.nansum(part, 0) / np.maximum(count, 1), np.nan)
-        right.plot(centres, mean, style, markersize=4, label=name)
+        count = np.sum(~np.isnan(part), axis=0)
+        seen = count > 0
+        mean = np.nansum(part, axis=0)[seen] / count[seen]
+        right.plot(centres[seen], mean, style, markersize=4, label=name)
     right.set(
         xlabel="t   (0 data, 1 noise)",
         ylabel="velocity loss (per latent)",

@@ -45,7 +45,7 @@ class Modulation(NamedTuple):
 
     shift: Tensor
     scale: Tensor
-    gate: Tensor
+    gate: Tensor | None = None  # the last block's text has no output to gate
 
 
 class Attention(nn.Module):
@@ -83,9 +83,8 @@ class Stream(nn.Module):
 
     def __init__(self, dim: int, qk_norm: bool, dual: bool = False, keys_only: bool = False):
         super().__init__()
-        self.branches = 1 if keys_only else 3 if dual else 2  # attn, mlp, attn2
-        outputs = 2 if keys_only else 3 * self.branches  # keys only: shift and scale, no gate
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, outputs * dim))
+        self.outputs = 2 if keys_only else 9 if dual else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, self.outputs * dim))
         self.attn = Attention(dim, qk_norm, keys_only)
         if dual:
             self.attn2 = Attention(dim, qk_norm)
@@ -93,13 +92,9 @@ class Stream(nn.Module):
             self.mlp = MLP(dim)
 
     def modulation(self, c: Tensor) -> list[Modulation]:
-        """Conditioning (B, D) to one Modulation for each branch: attn, mlp, then attn2."""
-        parts = self.adaLN_modulation(c).chunk(
-            self.adaLN_modulation[1].out_features // c.shape[1], 1
-        )
-        if self.attn.keys_only:
-            return [Modulation(*parts, gate=None)]
-        return [Modulation(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
+        """Conditioning (B, D) to a Modulation for each branch: attn, mlp and, if dual, attn2."""
+        parts = self.adaLN_modulation(c).chunk(self.outputs, dim=1)
+        return [Modulation(*parts[i : i + 3]) for i in range(0, self.outputs, 3)]
 
 
 class JointBlock(nn.Module):
@@ -116,23 +111,24 @@ class JointBlock(nn.Module):
         The last block returns None for y.
         """
         image, text = self.x_block, self.context_block
-        on_x, on_y = image.modulation(c), text.modulation(c)
-        q_x, k_x, v_x = image.attn.project(modulate(x, on_x[0].shift, on_x[0].scale))
-        q_y, k_y, v_y = text.attn.project(modulate(y, on_y[0].shift, on_y[0].scale))
+        x_attn, x_mlp, *x_attn2 = image.modulation(c)
+        y_attn, *y_mlp = text.modulation(c)
+        q_x, k_x, v_x = image.attn.project(modulate(x, x_attn.shift, x_attn.scale))
+        q_y, k_y, v_y = text.attn.project(modulate(y, y_attn.shift, y_attn.scale))
 
         M = 0 if q_y is None else y.shape[1]
         q = q_x if q_y is None else torch.cat([q_y, q_x], dim=2)  # (B, heads, M+N, 64)
         joint = attention(q, torch.cat([k_y, k_x], dim=2), torch.cat([v_y, v_x], dim=2))
 
-        out = on_x[0].gate[:, None] * image.attn.proj(joint[:, M:])  # (B, N, D)
-        if image.branches == 3:  # both attentions read the block's input
-            own = attention(*image.attn2.project(modulate(x, on_x[2].shift, on_x[2].scale)))
-            out = out + on_x[2].gate[:, None] * image.attn2.proj(own)
-        x = feed_forward(image, x + out, on_x[1])
+        out = x_attn.gate[:, None] * image.attn.proj(joint[:, M:])  # (B, N, D)
+        for on in x_attn2:  # MMDiT-X: a second attention reads the same x
+            own = attention(*image.attn2.project(modulate(x, on.shift, on.scale)))
+            out = out + on.gate[:, None] * image.attn2.proj(own)
+        x = feed_forward(image, x + out, x_mlp)
         if q_y is None:
             return x, None
-        y = y + on_y[0].gate[:, None] * text.attn.proj(joint[:, :M])  # (B, M, D)
-        return x, feed_forward(text, y, on_y[1])
+        y = y + y_attn.gate[:, None] * text.attn.proj(joint[:, :M])  # (B, M, D)
+        return x, feed_forward(text, y, *y_mlp)
 
 
 def feed_forward(stream: Stream, x: Tensor, on: Modulation) -> Tensor:
@@ -217,19 +213,24 @@ def initialise(model: MMDiT) -> None:
     working signal; the zero final layer makes the first prediction 0 and the first loss
     1 + E[x0^2]. It is no dead end: the final layer gets a gradient at once, the rest after it.
     """
-    # Every linear: Xavier, no bias (the patch embedding as the linear layer that it is).
+    # Every linear: Xavier, zero bias (the patch embedding as the linear layer that it is).
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(
-                module.weight.flatten(1) if module.weight.ndim > 2 else module.weight
-            )
+            nn.init.xavier_uniform_(module.weight.flatten(1))
             nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-    # Time and pooled text: small, so that no block starts out ruled by them.
+    # Time and pooled text: signals keep their size. DiT's 0.02 is that at its widths; at 128 it
+    # would make the conditioning some thirty times fainter, and learning to follow it slow.
     for embedder in (model.t_embedder, model.y_embedder):
-        nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+        for linear in (embedder.mlp[0], embedder.mlp[2]):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+    # Queries, keys and values: random biases. With zeros, the queries of image tokens that are
+    # still noise have no direction in common, and finding the one text token that names the
+    # image starts from a saddle: T5 alone was not followed at all (LOG.md).
+    for module in model.modules():
+        if isinstance(module, Attention):
+            nn.init.normal_(module.qkv.bias, std=0.5)
     # adaLN-Zero: all modulations and the final layer.
     for module in model.modules():
         if isinstance(module, Stream | FinalLayer):

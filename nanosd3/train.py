@@ -11,12 +11,13 @@ The text encoders' stages are in train_text.py, the loop itself in loop.py.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosd3.checkpoint import Run, load_weights, save_weights
+from nanosd3.checkpoint import Run, load_weights, read_tensors, save_tensors, save_weights
 from nanosd3.config import Config, Recipe
 from nanosd3.data import (
     Captions,
@@ -153,7 +154,8 @@ def autoencoder(job: Job) -> AutoencoderKL:
 
     def train() -> dict:
         fit(job.run, "autoencoder", vae, loss_of, recipe, job.seed)
-        mean, std = encode_images(vae, images.train_images, config.image_size, job.device)
+        latents_file(job).unlink(missing_ok=True)
+        mean, std = latents(job, vae)
         centre = mean.double().mean()
         variance = (mean.double() - centre).square().mean() + std.double().square().mean()
         return {"shift": centre.item(), "scale": variance.rsqrt().item()}
@@ -177,6 +179,22 @@ def encode_images(
 
     mean, std = in_chunks(moments, images).unbind(1)
     return mean.contiguous(), std.contiguous()
+
+
+def latents_file(job: Job) -> Path:
+    return job.run.folder / "latents.safetensors"
+
+
+def latents(job: Job, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of all training images' latents, from the run's file of them
+    (in float16, which is far finer than the deviation) or encoded into it."""
+    path = latents_file(job)
+    if not path.exists():
+        size = job.config.image_size
+        mean, std = encode_images(vae, job.images.train_images, size, job.device)
+        save_tensors({"mean": mean.half(), "std": std.half()}, path)
+    tensors = read_tensors(path)
+    return tensors["mean"].float(), tensors["std"].float()
 
 
 # --- flow ---------------------------------------------------------------------------------------
@@ -204,10 +222,8 @@ def flow(
     recipe = training.flow
     model = build(job, "flow", lambda: MMDiT(config.mmdit))
     ema = make_ema(model)
-    mean, std, context, pooled = (None,) * 4
-    if "flow" not in job.run.stages:
-        mean, std = encode_images(vae, images.train_images, config.image_size, job.device)
-        context, pooled = text.encode(described.captions.texts)
+    mean, std = latents(job, vae) if "flow" not in job.run.stages else (None, None)
+    context, pooled = text.encode(described.captions.texts)
 
     def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
         i = draw_batch(len(mean), recipe, generator)
@@ -219,8 +235,8 @@ def flow(
         t = logit_normal(stratified(recipe.batch, generator), training.time_mean, training.time_std)
         noise, posterior = torch.randn(2, recipe.batch, *mean.shape[1:], generator=generator)
 
-        i, caption, keep, t, noise = (x.to(job.device) for x in (i, caption, keep, t, noise))
-        x0 = vae.normalise(mean[i] + std[i] * posterior.to(job.device))
+        caption, keep, t, noise = (x.to(job.device) for x in (caption, keep, t, noise))
+        x0 = vae.normalise(mean[i] + std[i] * posterior).to(job.device)
         text_of_batch = drop_encoders(context[caption], pooled[caption], keep, config.text)
         losses = flow_loss(model(interpolate(x0, noise, t), t, *text_of_batch), x0, noise)
         return losses.mean(), {"by_time": loss_by_time(losses.detach().cpu(), t.cpu())}
@@ -229,7 +245,10 @@ def flow(
         fit(job.run, "flow", model, loss_of, recipe, job.seed, ema, training.ema_decay,
             watch=lambda step: watch(step, ema))  # fmt: skip
         model.load_state_dict(ema.state_dict())
-        return {"steps": recipe.steps}
+        latents_file(job).unlink(missing_ok=True)
+        tail = job.run.read_log("flow")[-max(1, recipe.steps // 10) :]
+        return {"loss": sum(entry["loss"] for entry in tail) / len(tail)}
 
-    finish_or_load(job, "flow", model, train)
+    results = finish_or_load(job, "flow", model, train)
+    print(f"flow: velocity loss {results['loss']:.3f} (2 for a guess of zero)")
     return model

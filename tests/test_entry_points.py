@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data import write_set
 
 import train_mnist
 from nanosd3 import generate, loop, report
 from nanosd3.config import CONFIGS
 from nanosd3.pipeline import Pipeline
-from nanosd3.runtime import run_main
+from nanosd3.runtime import InputError, run_main
 
 ROOT = Path(__file__).parent.parent
 TRAINING = CONFIGS["tiny"].training
@@ -107,12 +108,26 @@ def test_interrupted_everywhere_it_ends_in_the_same_bytes(tiny_run, tmp_path, mo
         assert (tmp_path / "run" / file).read_bytes() == (tiny_run / file).read_bytes(), file
 
 
-def test_fresh_starts_over(tmp_path, monkeypatch, capsys):
-    tiny = CONFIGS["tiny"]
+@pytest.fixture
+def one_step(monkeypatch):
+    """`tiny` with a single step in every stage."""
     short = {name: replace(getattr(TRAINING, name), steps=1) for name in STAGES}
-    monkeypatch.setitem(
-        train_mnist.CONFIGS, "tiny", replace(tiny, training=replace(TRAINING, **short))
-    )
+    config = replace(CONFIGS["tiny"], training=replace(TRAINING, **short))
+    monkeypatch.setitem(train_mnist.CONFIGS, "tiny", config)
+
+
+def test_other_images(tmp_path, one_step, capsys):
+    """A folder like Fashion-MNIST's, with its own names as captions, from data to samples."""
+    folder = write_set(tmp_path / "fashion-mnist", train=60)
+    run = tmp_path / "run"
+    assert train_mnist.main(["--config", "tiny", "--data", str(folder), "--out", str(run)]) == 0
+    assert "Fashion-MNIST" in capsys.readouterr().out
+    assert "sneaker" in json.loads((run / "tokenizers.json").read_text())["words"]
+    with pytest.raises(InputError, match="with data"):
+        train_mnist.main(["--config", "tiny", "--out", str(run)])
+
+
+def test_fresh_starts_over(tmp_path, one_step):
     command = ["--config", "tiny", "--out", str(tmp_path / "run")]
     assert train_mnist.main(command) == 0
     first = (tmp_path / "run" / "flow.safetensors").stat().st_mtime_ns
