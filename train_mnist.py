@@ -4,13 +4,13 @@ Data, autoencoder, text encoders, flow, samples: some minutes on two CPU cores, 
 GPU. Ctrl-C stops it; the same command goes on where it stopped.
 """
 
+import argparse
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from nanosd3 import train
 from nanosd3.checkpoint import Run
 from nanosd3.clip import CLIPText
 from nanosd3.config import CONFIGS, Config
@@ -20,14 +20,15 @@ from nanosd3.pipeline import Pipeline
 from nanosd3.report import preview, report, shown_prompts
 from nanosd3.runtime import InputError, Parser, memory_found, positive, run_main, set_up
 from nanosd3.t5 import T5Encoder
-from nanosd3.train_text import text_encoders
+from nanosd3.train import Job, describe_images, train_autoencoder, train_flow, train_judge
+from nanosd3.train_text import train_text_encoders
 from nanosd3.vae import AutoencoderKL
 
 PREVIEWS = (0.1, 0.25, 0.5)  # of the flow's steps, when early samples are shown
 
 
-def parse(arguments: list[str] | None) -> object:
-    parser = Parser("train_mnist.py", description="Train Stable Diffusion 3, small, on MNIST.")
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser("train_mnist.py", "Train Stable Diffusion 3, small, on MNIST.")
     add = parser.add_argument
     add(
         "--config",
@@ -83,29 +84,29 @@ def main(arguments: list[str] | None = None) -> int:
     if "samples" in run.stages:
         print(f"{folder} is finished: see {folder / 'samples.png'}, or start over with --fresh")
         return 0
-    job = train.Job(run, config, images, set_up(args.threads), args.seed)
-    described = train.describe_images(images)
+    job = Job(run, config, images, set_up(args.threads), args.seed)
+    described = describe_images(images)
     print(
         f"data: {len(images.train_images)} images from {images.source} (names: {images.why}); "
         f"{len(described.captions.texts)} captions, such as {described.captions.texts[-1]!r}"
     )
 
     # 2. Autoencoder: images to small latents. (The judge reads digits, for the metrics.)
-    judge = train.judge(job)
-    vae = train.autoencoder(job)
+    judge = train_judge(job)
+    vae = train_autoencoder(job)
 
     # 3. Text encoders: two CLIPs and a T5, trained, then frozen.
-    text = text_encoders(job, described)
+    text = train_text_encoders(job, described)
 
     # 4. Flow: the MMDiT learns the velocity from data to noise.
-    prompts = shown_prompts(job, described)[3:8]
+    prompts = shown_prompts(job, described)[-5:]
+    measured = replace(config, vae=vae.config)
 
     def watch(step: int, ema: MMDiT) -> None:
         if step + 1 in [int(share * config.training.flow.steps) for share in PREVIEWS]:
             preview(Pipeline(measured, text, ema, vae), step + 1, prompts)
 
-    measured = replace(config, vae=vae.config)
-    mmdit = train.flow(job, described, vae, text, watch)
+    mmdit = train_flow(job, described, vae, text, watch)
 
     # 5. Samples: grids, the path from noise to digits, and how good they are.
     metrics = report(job, described, judge, Pipeline(measured, text, mmdit, vae))
@@ -119,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print(
         f"done: {folder / 'samples.png'} and trajectory.gif, loss.png, samplers.png, metrics.json. "
-        f'More: python -m nanosd3.generate "{prompts[4]}" --run {folder} --out digits.png'
+        f'More: python -m nanosd3.generate "{prompts[0]}" --run {folder} --out digits.png'
     )
     return 0
 

@@ -15,12 +15,10 @@ A run folder holds
 and, once finished, the pictures and metrics.json.
 """
 
+import contextlib
 import io
 import json
 import os
-import pickle
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,6 +28,14 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from nanosd3.runtime import InputError
+
+WEIGHTS = ("judge", "autoencoder", "clip", "t5", "text", "flow", "latents")
+PICTURES = ("samples.png", "trajectory.gif", "loss.png", "samplers.png")
+RUN_FILES = (  # all that a run writes, beside run.json and state.pt
+    *(f"{name}.safetensors" for name in WEIGHTS),
+    *PICTURES,
+    *("tokenizers.json", "metrics.json", "log.jsonl"),
+)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -43,11 +49,10 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    except BaseException:  # Ctrl-C: leave nothing behind
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:  # after a failure or Ctrl-C; renamed otherwise
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -57,7 +62,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content, dict):
@@ -87,7 +92,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
 def check_state(path: Path, expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
     """Raises InputError naming the first key that is missing, unexpected or misshapen."""
     for key in expected:
-        if key not in got:
+        if not isinstance(got.get(key), Tensor):
             raise InputError(f"{path}: tensor {key} is missing")
         if got[key].shape != expected[key].shape:
             raise InputError(f"{path}: tensor {key} has shape {tuple(got[key].shape)}, "
@@ -121,7 +126,13 @@ class Run:
         identity = json.loads(json.dumps(identity))  # as it will be read back: tuples are lists
         index = folder / "run.json"
         if index.exists() and fresh:
-            shutil.rmtree(folder)
+            cls.read(folder)  # refuses what is not recognisably a run
+            run = cls(folder, identity, {})
+            (folder / "state.pt").unlink(missing_ok=True)
+            run.write()
+            for name in RUN_FILES:
+                (folder / name).unlink(missing_ok=True)
+            return run
         if index.exists():
             run = cls.read(folder)
             for key, value in identity.items():
@@ -176,8 +187,8 @@ class Run:
         advice = "delete it to repeat the unfinished stage"
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-            reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
+        except Exception as error:  # whatever a damaged file makes of the parser
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
             raise InputError(f"{path}: damaged or no state ({reason}); {advice}") from None
         if not isinstance(state, dict) or "stage" not in state:
             raise InputError(f"{path}: not a state of this program; {advice}")
@@ -187,31 +198,27 @@ class Run:
 
     def log(self, **entry: object) -> None:
         """Append one line to log.jsonl."""
+        path = self.folder / "log.jsonl"
         try:
-            with open(self.folder / "log.jsonl", "a") as file:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
-            raise InputError(f"{self.folder / 'log.jsonl'}: cannot be written ({error})") from None
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
-    def read_log(self, stage: str | None = None) -> list[dict]:
+    def read_log(self) -> list[dict]:
+        """The entries of log.jsonl; a line cut short by a crash is left out."""
         path = self.folder / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        entries = [json.loads(line) for line in lines]
-        return [entry for entry in entries if stage in (None, entry["stage"])]
+        entries = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+        return entries
 
-    def rewind_log(self, keep: Callable[[dict], bool]) -> None:
-        """Drop entries that will be written again, and a last line cut short by a crash."""
-        path = self.folder / "log.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if keep(json.loads(line)):
-                    kept.append(line)
-            except ValueError:
-                pass
-        write_file(path, "".join(line + "\n" for line in kept).encode())
+    def rewind_log(self, stage: str, step: int) -> None:
+        """Drop what `stage` logged from `step` on, which will be written again."""
+        kept = [e for e in self.read_log() if e["stage"] != stage or e["step"] < step]
+        lines = "".join(json.dumps(entry) + "\n" for entry in kept)
+        write_file(self.folder / "log.jsonl", lines.encode())
 
 
 def differs(key: str, had: dict, wanted: dict) -> str:

@@ -39,7 +39,7 @@ class MMDiTConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The autoencoder. It shrinks images by 2 ^ (levels - 1), levels = len(channels)."""
+    """The autoencoder."""
 
     image_channels: int
     channels: tuple[int, ...]  # width at each resolution, finest first
@@ -48,6 +48,11 @@ class VAEConfig:
     norm_groups: int
     shift: float  # mean of the latents
     scale: float  # 1 / their standard deviation
+
+    @property
+    def factor(self) -> int:
+        """How many times smaller than the image the latents are, in height and in width."""
+        return 2 ** (len(self.channels) - 1)
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,6 @@ class TextConfig:
     clip_g: CLIPConfig
     t5: T5Config
     empty_is_zero: bool  # encode "" as zeros, the input seen when all encoders were dropped
-
-    @property
-    def pooled_dim(self) -> int:
-        return self.clip_l.width + self.clip_g.width
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def config_from_dict(content: object, path: Path) -> Config:
             if not isinstance(value, dict):
                 raise InputError(f"{path}: {name} should be an object")
             fields = typing.get_type_hints(kind)
-            for wrong in set(fields) ^ set(value):
+            for wrong in sorted(set(fields) ^ set(value)):
                 state = "is missing" if wrong in fields else "is unknown"
                 raise InputError(f"{path}: {name}.{wrong} {state}")
             return kind(**{f: build(t, value[f], f"{name}.{f}") for f, t in fields.items()})
@@ -235,17 +236,17 @@ MNIST = Config(
         t5=T5Config(128, 2, 4, head_dim=32, hidden=256, vocab=128, length=8),
         empty_is_zero=True,
     ),
-    sampling=Sampling(steps=20, guidance=2.0, shift=1.0, sampler="euler"),
+    sampling=Sampling(steps=12, guidance=1.6, shift=1.0, sampler="heun"),
     training=Training(
         train_images=60000,
         test_images=10000,
-        judge=Recipe(steps=900, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
-        autoencoder=Recipe(steps=600, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
-        clip=Recipe(steps=400, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
+        judge=Recipe(steps=800, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
+        autoencoder=Recipe(steps=350, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
+        clip=Recipe(steps=250, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
         t5=Recipe(steps=300, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
-        flow=Recipe(steps=3000, batch=128, lr=2e-3, warmup=100, weight_decay=0.0),
+        flow=Recipe(steps=3600, batch=128, lr=1e-2, warmup=100, weight_decay=0.0),
         kl_weight=1e-2,
-        time_mean=0.0,
+        time_mean=0.5,  # more towards noise than SD3's 0: there it is decided which digit it is
         time_std=1.0,
         encoder_dropout=0.464,
         ema_decay=0.999,
@@ -261,7 +262,7 @@ TINY = Config(  # every path of the largest model, dual attention included, in s
         depth=2,
         latent_channels=4,
         patch_size=2,
-        context_dim=32,
+        context_dim=48,
         pooled_dim=32,
         grid=6,
         grid_sample=4,
@@ -271,9 +272,9 @@ TINY = Config(  # every path of the largest model, dual attention included, in s
     ),
     vae=VAEConfig(1, (8, 8, 16), 1, latent_channels=4, norm_groups=4, shift=0.0, scale=1.0),
     text=TextConfig(
-        clip_l=CLIPConfig(16, 2, 1, "quick_gelu", 576, 10, projection=False, pad=-1),
-        clip_g=CLIPConfig(16, 2, 1, "gelu", 576, 10, projection=True, pad=0),
-        t5=T5Config(32, 2, 2, head_dim=16, hidden=32, vocab=96, length=10),
+        clip_l=CLIPConfig(16, 2, 1, "quick_gelu", 576, 12, projection=False, pad=-1),
+        clip_g=CLIPConfig(16, 2, 1, "gelu", 576, 12, projection=True, pad=0),
+        t5=T5Config(48, 2, 2, head_dim=16, hidden=32, vocab=96, length=12),
         empty_is_zero=True,
     ),
     sampling=Sampling(steps=4, guidance=2.0, shift=1.0, sampler="euler"),

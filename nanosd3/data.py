@@ -60,10 +60,16 @@ class ImageSet:
     names: Names
     source: str
     why: str  # how the names were chosen
-    fingerprint: str  # of the training images and labels
+    fingerprint: str  # of all images, labels and names
 
     def first(self, train: int, test: int) -> "ImageSet":
-        """The first so many images of each part."""
+        """The first so many images of each part. Raises InputError if a class is not among
+        those to train on."""
+        missing = sorted(set(range(len(self.names))) - set(self.train_labels[:train].tolist()))
+        if missing:
+            name, count = self.names[missing[0]][0], min(train, len(self.train_labels))
+            raise InputError(f"{self.source}: no image of class {name!r} (label {missing[0]}) "
+                             f"among the first {count} training images")  # fmt: skip
         return replace(
             self,
             train_images=self.train_images[:train],
@@ -140,11 +146,7 @@ def load_images(folder: str | Path | None = None) -> ImageSet:
         if int(part.max()) >= len(names):
             raise InputError(f"{path}: label {int(part.max())}, but only {len(names)} class names; "
                              f"put one name a line into {root / 'classes.txt'}")  # fmt: skip
-    missing = sorted(set(range(len(names))) - set(labels.tolist()))
-    if missing:
-        raise InputError(f"{paths[1]}: no image of class {names[missing[0]][0]!r} "
-                         f"(label {missing[0]}); every class needs some")  # fmt: skip
-    content = parts[0].numpy().tobytes() + parts[1].numpy().tobytes()
+    content = b"".join(part.numpy().tobytes() for part in parts) + repr(names).encode()
     return ImageSet(
         train_images=parts[0],
         train_labels=labels,
@@ -161,8 +163,8 @@ def class_names(folder: Path, labels: Tensor, packaged: bool) -> tuple[Names, st
     """The words for each class, and why these."""
     listed = folder / "classes.txt"
     if listed.is_file():
-        lines = [line.strip().lower() for line in listed.read_text().splitlines()]
-        return tuple((line,) for line in lines if line), "from its classes.txt"
+        text = listed.read_text(encoding="utf-8", errors="replace").lower()
+        return tuple((line.strip(),) for line in text.split("\n") if line.strip()), "classes.txt"
     if packaged:
         return DIGITS, "digits"
     if labels[:10].tolist() == FASHION_FIRST_LABELS or "fashion" in folder.resolve().name.lower():
@@ -193,13 +195,14 @@ def measure(images: Tensor) -> tuple[Tensor, Tensor]:
     width of the stroke whatever the size of the digit. Slant is the shift to the right per row
     upwards, -mu11 / mu02: 0 upright, 1 leaning right by 45 degrees.
     """
-    ink = images.double() / 255
-    rows = torch.arange(ink.shape[1], dtype=torch.float64)[None, :, None]
-    columns = torch.arange(ink.shape[2], dtype=torch.float64)[None, None, :]
-    mass = ink.sum((1, 2)).clamp(min=1e-6)
-    dy = rows - ((ink * rows).sum((1, 2)) / mass)[:, None, None]
-    dx = columns - ((ink * columns).sum((1, 2)) / mass)[:, None, None]
-    xx, yy, xy = ((ink * m).sum((1, 2)) / mass for m in (dx * dx, dy * dy, dx * dy))
+    ink = images.float() / 255
+    y, x = torch.arange(ink.shape[1]).double(), torch.arange(ink.shape[2]).double()
+    rows, columns = ink.sum(2).double(), ink.sum(1).double()  # (B, H), (B, W)
+    mass = rows.sum(1).clamp(min=1e-6)
+    my, mx = rows @ y / mass, columns @ x / mass
+    yy = rows @ y**2 / mass - my**2
+    xx = columns @ x**2 / mass - mx**2
+    xy = (ink @ x.float()).double() @ y / mass - mx * my
     weight = mass / (xx + yy).clamp(min=1e-6).sqrt()
     return weight.float(), (-xy / yy.clamp(min=1e-6)).float()
 
@@ -219,8 +222,9 @@ def bins(values: Tensor, labels: Tensor, limits: Tensor) -> Tensor:
 
 
 def with_article(phrase: str) -> str:
-    """'a seven', 'an eight', 'an 8', 'an upright four'."""
-    return ("an " if phrase[0] in "aeiou8" else "a ") + phrase
+    """'a seven', 'a one', 'an eight', 'an 8', 'an upright four'."""
+    an = phrase[0] in "aeiou8" and phrase.split()[0] != "one"
+    return ("an " if an else "a ") + phrase
 
 
 def plain_captions(names: Names, label: int) -> list[str]:

@@ -6,11 +6,16 @@ where it is used. All plots tell their lines apart without colour.
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from nanosd3.checkpoint import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CELL = 56  # pixels of one drawn image, at least
 GAP = 4
@@ -48,12 +53,15 @@ def grid(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
     label, size = 190, 15
     cell = to_image(rows[0][1][0]).width
     columns = min(COLUMNS, max(len(images) for _, images in rows))
-    heights = [-(-len(images) // columns) * (cell + GAP) for _, images in rows]
+    wrapped = [caption_lines(caption, label - 20, size) for caption, _ in rows]
+    heights = [
+        max(-(-len(images) // columns) * (cell + GAP), len(lines) * (size + 3) + GAP)
+        for (_, images), lines in zip(rows, wrapped, strict=True)
+    ]
     canvas = Image.new("RGB", (label + columns * (cell + GAP) + GAP, sum(heights) + GAP), "white")
     draw = ImageDraw.Draw(canvas)
     top = GAP
-    for (caption, images), height in zip(rows, heights, strict=True):
-        lines = caption_lines(caption or '""', label - 20, size)
+    for (_, images), lines, height in zip(rows, wrapped, heights, strict=True):
         middle = top + (height - GAP) / 2 - len(lines) * (size + 3) / 2
         for i, line in enumerate(lines):
             draw.text((10, middle + i * (size + 3)), line, "black", font(size))
@@ -92,13 +100,13 @@ def shades(images: np.ndarray) -> str:
 # --- plots --------------------------------------------------------------------------------------
 
 
-def save_plot(figure: object, path: Path) -> None:
+def save_plot(figure: "Figure", path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     write_file(path, buffer.getvalue())
 
 
-def new_figure(width: float, columns: int) -> tuple[object, list]:
+def new_figure(width: float, columns: int) -> tuple["Figure", list["Axes"]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

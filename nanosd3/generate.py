@@ -1,5 +1,6 @@
 """Prompts to images: `python -m nanosd3.generate "a handwritten seven" --run runs/mnist`."""
 
+import argparse
 import io
 import sys
 import time
@@ -16,10 +17,8 @@ from nanosd3.samplers import SAMPLERS
 from nanosd3.text import ENCODERS
 
 
-def parse(arguments: list[str] | None) -> object:
-    parser = Parser(
-        "python -m nanosd3.generate", description="Images for prompts, from a trained run."
-    )
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser("python -m nanosd3.generate", "Images for prompts, from a trained run.")
     add = parser.add_argument
     add("prompts", nargs="+", metavar="PROMPT", help='such as "a bold seven leaning right"')
     add("--run", type=Path, default=Path("runs/mnist"), help="run folder (default: %(default)s)")
@@ -45,21 +44,24 @@ def main(arguments: list[str] | None = None) -> int:
         raise InputError(f"{args.out}: folder {args.out.parent} does not exist")
     if args.out.is_dir():
         raise InputError(f"{args.out}: is a folder")
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     pipeline = Pipeline.load(args.run, set_up(args.threads))
     prompts = [prompt for prompt in args.prompts for _ in range(args.count)]
     begin = time.perf_counter()
-    images = pipeline(
-        prompts,
-        negative=args.negative,
-        steps=args.steps,
-        guidance=args.guidance,
-        shift=args.shift,
-        sampler=args.sampler,
-        seed=args.seed,
-        drop=args.drop,
-        progress=True,
-    )
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        images = pipeline(
+            prompts,
+            negative=args.negative,
+            steps=args.steps,
+            guidance=args.guidance,
+            shift=args.shift,
+            sampler=args.sampler,
+            seed=args.seed,
+            drop=args.drop,
+            progress=True,
+        )
+    for remark in remarks:
+        print(f"warning: {remark.message}", file=sys.stderr)
     rate = len(images) / (time.perf_counter() - begin)
     if args.out.suffix == ".npy":
         buffer = io.BytesIO()
@@ -67,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         content = buffer.getvalue()
     else:
         rows = np.split(images, len(args.prompts))
-        content = figures.png(figures.grid(list(zip(args.prompts, rows, strict=True))))
+        captions = [prompt or "(no text)" for prompt in args.prompts]
+        content = figures.png(figures.grid(list(zip(captions, rows, strict=True))))
     write_file(args.out, content)
     print(f"{len(images)} images, {rate:.0f} a second: {args.out}")
     return 0

@@ -17,19 +17,18 @@ TIMESTEP_FEATURES = 256
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), times a learned weight: LayerNorm without mean and bias.
+    """x / sqrt(mean(x^2) + 1e-6), times a learned weight: LayerNorm without mean and bias.
 
     On queries and keys (each head's 64 features) it bounds the attention logits; without it
     they grow in long bfloat16 runs until the softmax saturates (paper, section 5.3.2).
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6):
+    def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-6)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -54,15 +53,15 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES) -> Tensor:
-    """Cosines, then sines, of 1000 t at dim/2 frequencies from 1 down to 1/10000; (B, dim).
+def timestep_embedding(t: Tensor) -> Tensor:
+    """Cosines, then sines, of 1000 t at 128 frequencies from 1 down to 1/10000; (B, 256).
 
     The slowest turns by 0.1 radian over all of time, the fastest 160 times. Without the factor
     1000 all but a few would stand still: the commonest mistake in reimplementations.
     """
-    half = dim // 2
+    half = TIMESTEP_FEATURES // 2
     frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
-    angle = (t.float() * TIMESTEP_SCALE)[:, None] * frequency  # (B, dim/2)
+    angle = (t.float() * TIMESTEP_SCALE)[:, None] * frequency  # (B, 128)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 

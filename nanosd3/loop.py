@@ -4,9 +4,9 @@ A stage brings a module and a function that gives the loss of one step; `fit` do
 AdamW, warm-up and cosine decay, gradient clipping, EMA, log, progress bar, Ctrl-C and resume.
 
 Resuming is exact because nothing hidden is carried from step to step: what a step draws (its
-images, noise, timesteps) comes from a generator named after the step, and everything else (weights,
-optimizer, EMA) is in the saved state. A run interrupted and continued gives the same losses
-and the same weights, bit for bit, as one that was not.
+images, noise, timesteps) comes from a generator named after the step, and everything else
+(weights, optimizer, EMA) is in the saved state. On CPU, with the same number of threads, a run
+interrupted and continued gives the same losses and weights, bit for bit, as one that was not.
 """
 
 import copy
@@ -117,7 +117,7 @@ def fit(
     )
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     start = restore(run, stage, module, optimizer, ema)
-    run.rewind_log(lambda e: e["stage"] != stage or e["step"] < start)
+    run.rewind_log(stage, start)
 
     def save(step: int) -> None:
         state = {"step": step, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
@@ -133,7 +133,7 @@ def fit(
             norm = nn.utils.clip_grad_norm_(trained, CLIP_NORM)
             if not torch.isfinite(norm):
                 raise InputError(f"{stage}: loss {loss.item()} at step {step}, gradient norm "
-                                 f"{norm.item()}; try a lower learning rate")  # fmt: skip
+                                 f"{norm.item()}; a lower lr in its recipe may help")  # fmt: skip
             optimizer.step()
             optimizer.zero_grad()
             if ema:
@@ -142,11 +142,12 @@ def fit(
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if watch:
                 watch(step)
+            if stopped() or (step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps:
+                save(step + 1)
             if stopped():
-                save(step + 1)
-                raise Interrupted(f"{stage}: stopped after step {step + 1} of {recipe.steps}")
-            if (step + 1) % SAVE_EVERY == 0:
-                save(step + 1)
+                done = f"{stage}: stopped after step {step + 1} of {recipe.steps}"
+                raise Interrupted(f"{done}; the same command goes on from there")
+        bar.close()
 
 
 def restore(
@@ -157,12 +158,20 @@ def restore(
     if state is None:
         return 0
     path = run.folder / "state.pt"
+    advice = "delete it to repeat the stage"
     for part, name in ((module, "module"), (ema, "ema")):
         if part is not None:
             if not isinstance(state.get(name), dict):
-                raise InputError(f"{path}: no {name} in it; delete it to repeat the stage")
+                raise InputError(f"{path}: no {name} in it; {advice}")
             check_state(path, part.state_dict(), state[name])
             part.load_state_dict(state[name])
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"  going on from step {state['step']}")
-    return state["step"]
+    try:
+        step = int(state["step"])
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in optimizer.state.items():
+            if moments["exp_avg"].shape != parameter.shape:
+                raise ValueError("moments of other shapes")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: its optimizer does not fit ({error}); {advice}") from None
+    print(f"  going on from step {step}")
+    return step

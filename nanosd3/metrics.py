@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class ConvNet(nn.Module):
-    """Images (B, 1, 32, 32) in [-1, 1] to features (B, 64) and outputs (B, outputs).
+    """Images (B, 1, 32, 32) in [-1, 1] to features (B, 64), and those to outputs (B, outputs).
 
     The judge is one, with the classes as outputs; CLIP's small image tower is another.
     """
@@ -46,4 +46,4 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     difference = (a.mean(0) - b.mean(0)).square().sum()
-    return float((difference + cov_a.trace() + cov_b.trace() - 2 * cross).clamp(min=0))
+    return ((difference + cov_a.trace() + cov_b.trace() - 2 * cross).clamp(min=0)).item()

@@ -56,9 +56,8 @@ class Attention(nn.Module):
         super().__init__()
         self.keys_only = keys_only
         self.qkv = nn.Linear(dim, 3 * dim)
-        if qk_norm:
-            self.ln_q = RMSNorm(HEAD_DIM)
-            self.ln_k = RMSNorm(HEAD_DIM)
+        self.ln_q = RMSNorm(HEAD_DIM) if qk_norm else nn.Identity()
+        self.ln_k = RMSNorm(HEAD_DIM) if qk_norm else nn.Identity()
         if keys_only and qk_norm:  # stored in official files, reaches nothing
             self.ln_q.weight.requires_grad_(False)
         if not keys_only:
@@ -68,14 +67,10 @@ class Attention(nn.Module):
         """Tokens (B, L, D) to q, k, v, each (B, heads, L, 64); q is None for keys only."""
         if self.keys_only:
             D = x.shape[-1]
-            q = None
             k, v = split_heads(F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), 2)
-        else:
-            q, k, v = split_heads(self.qkv(x), 3)
-        if hasattr(self, "ln_k"):
-            q = None if q is None else self.ln_q(q)
-            k = self.ln_k(k)
-        return q, k, v
+            return None, self.ln_k(k), v
+        q, k, v = split_heads(self.qkv(x), 3)
+        return self.ln_q(q), self.ln_k(k), v
 
 
 class Stream(nn.Module):
@@ -220,14 +215,14 @@ def initialise(model: MMDiT) -> None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-    # Time and pooled text: signals keep their size. DiT's 0.02 is that at its widths; at 128 it
-    # would make the conditioning some thirty times fainter, and learning to follow it slow.
+    # Time and pooled text: signals keep their size. DiT's 0.02 is near that at its widths; at
+    # 128 it would make the conditioning some twenty times fainter, and slow to be followed.
     for embedder in (model.t_embedder, model.y_embedder):
         for linear in (embedder.mlp[0], embedder.mlp[2]):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-    # Queries, keys and values: random biases. With zeros, the queries of image tokens that are
-    # still noise have no direction in common, and finding the one text token that names the
-    # image starts from a saddle: T5 alone was not followed at all (LOG.md).
+    # Queries, keys and values: random biases. With zeros the queries of image tokens that are
+    # still noise have no direction in common, and those of all heads start alike; finding the
+    # one text token that names the image was so slow that T5 alone was not followed (LOG.md).
     for module in model.modules():
         if isinstance(module, Attention):
             nn.init.normal_(module.qkv.bias, std=0.5)

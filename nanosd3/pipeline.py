@@ -9,7 +9,7 @@ of images or the device.
 """
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +45,13 @@ class Pipeline:
         """The model of a finished run. Raises InputError if it is missing, unfinished, damaged."""
         run = Run.read(Path(folder))
         config = finished_config(run)
-        tokenizers = Tokenizers.from_json(read_json(run.folder / "tokenizers.json"))
+        path = run.folder / "tokenizers.json"
+        try:
+            tokenizers = Tokenizers.from_json(read_json(path))
+        except (KeyError, ValueError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from None
         pipeline = cls(
             config,
             TextEncoders(config.text, tokenizers),
@@ -80,7 +86,7 @@ class Pipeline:
     def noise(self, first: int, count: int, seed: int) -> Tensor:
         """Noise (count, C, h, w) of images first, first + 1, ..."""
         config = self.config
-        side = config.image_size // 2 ** (len(config.vae.channels) - 1)
+        side = config.image_size // config.vae.factor
         shape = (config.mmdit.latent_channels, side, side)
         return torch.stack([
             torch.randn(shape, generator=rng(seed, "noise", i)) for i in range(first, first + count)
@@ -120,11 +126,14 @@ class Pipeline:
         steps = default.steps if steps is None else steps
         guidance = default.guidance if guidance is None else guidance
         shift = default.shift if shift is None else shift
-        solve = check_options(prompts, steps, guidance, shift, sampler or default.sampler, output)
+        sampler = default.sampler if sampler is None else sampler
+        check_options(prompts, negative, steps, guidance, shift, sampler, output)
         for message in self.remarks([*prompts, negative]):
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=3)  # past no_grad's wrapper
         device = self.mmdit.pos_embed.device
         ts = schedule(steps, shift).to(device)
+        if not (ts.diff() < 0).all():
+            raise InputError(f"shift {shift} leaves no room between {steps} steps")
         results = []
         for first in tqdm(range(0, len(prompts), BATCH), "sampling", disable=not progress):
             batch = prompts[first : first + BATCH]
@@ -132,7 +141,7 @@ class Pipeline:
             without = self.encode_text([negative] * len(batch), drop)
             velocity = guided(self.mmdit, with_prompt, without, guidance)
             z = self.noise(first, len(batch), seed).to(device)
-            results.append(solve(velocity, z, ts, callback))
+            results.append(SAMPLERS[sampler](velocity, z, ts, callback))
         if output == "latent":
             return torch.cat(results)
         images = [self.decode(z) for z in results]
@@ -144,19 +153,27 @@ def finished_config(run: Run) -> Config:
     config = config_from_dict(run.identity["config"], run.folder / "run.json")
     for stage in ("autoencoder", "clip", "t5", "flow"):
         if stage not in run.stages:
-            raise InputError(f"{run.folder}: unfinished (no {stage} yet); go on with "
-                             f"`python train_mnist.py --config {config.name} --out {run.folder}`"
-                             )  # fmt: skip
-    measured = run.stages["autoencoder"]
-    return replace(
-        config, vae=replace(config.vae, shift=measured["shift"], scale=measured["scale"])
-    )
+            raise InputError(f"{run.folder}: unfinished (no {stage} yet); go on with the command "
+                             f"that began it, `python train_mnist.py --config {config.name} "
+                             f"--out {run.folder} ...`")  # fmt: skip
+    try:
+        measured = run.stages["autoencoder"]
+        vae = replace(config.vae, shift=measured["shift"], scale=measured["scale"])
+    except (KeyError, TypeError):
+        raise InputError(f"{run.folder / 'run.json'}: damaged: no shift and scale") from None
+    return replace(config, vae=vae)
 
 
 def check_options(
-    prompts: list[str], steps: int, guidance: float, shift: float, sampler: str, output: str
-) -> Callable[..., Tensor]:
-    """The sampler by its name. Raises InputError for any value that makes no sense."""
+    prompts: list[str],
+    negative: str,
+    steps: int,
+    guidance: float,
+    shift: float,
+    sampler: str,
+    output: str,
+) -> None:
+    """Raises InputError for any value that makes no sense."""
     if not prompts:
         raise InputError("no prompts given")
     if steps < 1:
@@ -169,4 +186,5 @@ def check_options(
         raise InputError(f"output must be image or latent, got {output!r}")
     if sampler not in SAMPLERS:
         raise InputError(f"no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
-    return SAMPLERS[sampler]
+    if negative and guidance == 1:
+        raise InputError("a negative prompt has no effect at guidance 1, which is no guidance")

@@ -7,6 +7,7 @@ it a scale, and whether what the caption says of weight and slant can be measure
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def shown_prompts(job: Job, described: Described) -> list[str]:
     if job.images.names is DIGITS:
         return list(SHOWN)
     texts, choices = described.captions.texts, described.captions.choices
-    return [texts[int(choices[label, 1, 1, label])] for label in range(len(job.images.names))]
+    return [texts[int(choices[c, 1, 1, c % choices.shape[3]])] for c in range(len(choices))]
 
 
 def preview(pipeline: Pipeline, step: int, prompts: list[str]) -> None:
@@ -52,16 +53,19 @@ def peak_memory() -> float | None:
 
 
 def balanced(labels: Tensor, classes: int, count: int, generator: torch.Generator) -> Tensor:
-    """Indices of `count` items, as many of each class as possible, drawn at random."""
+    """Indices of about `count` items, the same number of each class, drawn at random."""
     order = torch.randperm(len(labels), generator=generator)
     each = [order[labels[order] == label] for label in range(classes)]
-    return torch.cat([ids[: count // classes] for ids in each])
+    return torch.cat([ids[: max(2, count // classes)] for ids in each])
 
 
 def followed(prompts: list[str], words: dict[str, int], measured: Tensor, values: Tensor) -> dict:
     """Of the prompts that say one of `words`: how many samples have that third of the measure,
     and the mean of the measure for each word (None for a word that no prompt says)."""
-    said = torch.tensor([next((n for w, n in words.items() if w in p), -1) for p in prompts])
+    said = torch.tensor([
+        next((n for word, n in words.items() if f" {word} " in f" {prompt} "), -1)
+        for prompt in prompts
+    ])  # fmt: skip
     means = {word: mean_or_none(values[said == n]) for word, n in words.items()}
     return {"accuracy": mean_or_none((measured == said)[said >= 0].float()), "mean_by_word": means}
 
@@ -128,7 +132,7 @@ def solver_errors(pipeline: Pipeline, prompts: list[str]) -> dict[str, list[tupl
 
 
 @torch.no_grad()
-def draw_trajectory(pipeline: Pipeline, prompts: list[str], path: object) -> None:
+def draw_trajectory(pipeline: Pipeline, prompts: list[str], path: Path) -> None:
     """Two rows a frame: the noisy latents, decoded, and the clean image they point to."""
     frames = []
 
@@ -139,7 +143,8 @@ def draw_trajectory(pipeline: Pipeline, prompts: list[str], path: object) -> Non
         ]))  # fmt: skip
 
     final = pipeline(prompts, seed=2, callback=record)
-    frames.append(figures.grid([("t = 0.00, decoded as it is", final), ("", final)]))
+    captions = ("t = 0.00, decoded as it is", "where its velocity points")
+    frames.append(figures.grid([(caption, final) for caption in captions]))
     figures.save_animation(frames, path)
 
 
@@ -154,7 +159,8 @@ def report(job: Job, described: Described, judge: ConvNet, pipeline: Pipeline) -
     rows = [(p, images[i * columns : (i + 1) * columns]) for i, p in enumerate(prompts)]
     write_file(folder / "samples.png", figures.png(figures.grid(rows)))
     draw_trajectory(pipeline, prompts, folder / "trajectory.gif")
-    figures.plot_loss(job.run.read_log("flow"), folder / "loss.png")
+    log = [entry for entry in job.run.read_log() if entry["stage"] == "flow"]
+    figures.plot_loss(log, folder / "loss.png")
     errors = solver_errors(pipeline, prompts)
     figures.plot_samplers(errors, folder / "samplers.png")
 

@@ -27,7 +27,11 @@ class InputError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are InputErrors: one line, without the usage above it."""
+    """A command line whose mistakes are InputErrors: one line, without the usage above it.
+    Options are taken by their whole names only."""
+
+    def __init__(self, name: str, description: str):
+        super().__init__(name, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see --help)")
@@ -52,12 +56,15 @@ def run_main(main: Callable[[], int | None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `... | head`: the reader has gone, there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a path that cannot even be looked at
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def rng(*name: int | str) -> torch.Generator:
@@ -109,10 +116,20 @@ def memory_found() -> tuple[float, str]:
         free, _ = torch.cuda.mem_get_info()
         return free / 1e9, f"free on {torch.cuda.get_device_name()}"
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 / 1e9, "available in this machine's memory"
-    except OSError:
-        pass
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return pages * size / 1e9, "in this machine's memory"
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return min(found * 1024 / 1e9, group_memory()), "available on this machine"
+    except (OSError, StopIteration):  # not Linux
+        names = getattr(os, "sysconf_names", {})
+        if "SC_PHYS_PAGES" not in names:
+            return float("nan"), "(this system does not tell)"
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return size / 1e9, "in this machine"
+
+
+def group_memory() -> float:
+    """The memory limit of this process's control group in GB, infinite without one."""
+    try:
+        return int(Path("/sys/fs/cgroup/memory.max").read_text()) / 1e9
+    except (OSError, ValueError):  # no control groups here, or no limit ("max")
+        return float("inf")

@@ -84,7 +84,8 @@ def build(job: Job, name: str, make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def finish_or_load(job: Job, stage: str, module: nn.Module, train: Callable[[], dict]) -> dict:
-    """Run a stage and keep its weights, or load them if it is finished; what it measured."""
+    """Run a stage and keep its weights, or load them if it is finished; what it measured, with
+    the seconds that this process spent on it."""
     path = job.run.folder / f"{stage}.safetensors"
     if stage in job.run.stages:
         load_weights(module, path)
@@ -95,6 +96,13 @@ def finish_or_load(job: Job, stage: str, module: nn.Module, train: Callable[[], 
         job.run.finish(stage, results | {"seconds": round(time.perf_counter() - begin, 1)})
     module.requires_grad_(False).eval()
     return job.run.stages[stage]
+
+
+def last_loss(job: Job, stage: str) -> float:
+    """The mean of the last tenth of a stage's losses."""
+    losses = [entry["loss"] for entry in job.run.read_log() if entry["stage"] == stage]
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
 
 
 def draw_batch(count: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
@@ -110,7 +118,7 @@ def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(chunk) for chunk in x.split(CHUNK)])
 
 
-def judge(job: Job) -> ConvNet:
+def train_judge(job: Job) -> ConvNet:
     """Learn to read real images."""
     images, size, recipe = job.images, job.config.image_size, job.config.training.judge
     net = build(job, "judge", lambda: ConvNet(len(images.names)))
@@ -134,17 +142,16 @@ def judge(job: Job) -> ConvNet:
 # --- autoencoder --------------------------------------------------------------------------------
 
 
-def autoencoder(job: Job) -> AutoencoderKL:
+def train_autoencoder(job: Job) -> AutoencoderKL:
     """Learn latents; measure their mean and deviation, which the config returned applies."""
     images, config, training = job.images, job.config, job.config.training
-    make = lambda: AutoencoderKL(config.vae).to(memory_format=torch.channels_last)  # noqa: E731
-    vae = build(job, "autoencoder", make)
+    vae = build(job, "autoencoder", lambda: AutoencoderKL(config.vae))
     recipe = training.autoencoder
 
     def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
         i = draw_batch(len(images.train_images), recipe, generator)
         x = to_model(images.train_images[i], config.image_size).to(job.device)
-        mean, logvar = vae.encode(x.contiguous(memory_format=torch.channels_last))
+        mean, logvar = vae.encode(x)
         noise = torch.randn(mean.shape, generator=generator).to(job.device)
         difference = vae.decode(sample_posterior(mean, logvar, noise)) - x
         reconstruction = difference.square().flatten(1).sum(1).mean()
@@ -173,7 +180,7 @@ def encode_images(
     """Mean and standard deviation (n, C, h, w) of the latents of uint8 images, not normalised."""
 
     def moments(chunk: Tensor) -> Tensor:
-        x = to_model(chunk, size).to(device).contiguous(memory_format=torch.channels_last)
+        x = to_model(chunk, size).to(device)
         mean, logvar = vae.encode(x)
         return torch.stack([mean, (0.5 * logvar).exp()], dim=1)
 
@@ -201,7 +208,7 @@ def latents(job: Job, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
 
 
 def loss_by_time(losses: Tensor, t: Tensor) -> list[float | None]:
-    """Mean loss in each of 8 equal intervals of t; None where there is no sample."""
+    """Mean loss in each of BINS equal intervals of t; None where there is no sample."""
     which = (t * BINS).long().clamp(max=BINS - 1)
     total = torch.zeros(BINS).index_add_(0, which, losses)
     count = torch.zeros(BINS).index_add_(0, which, torch.ones_like(losses))
@@ -210,7 +217,7 @@ def loss_by_time(losses: Tensor, t: Tensor) -> list[float | None]:
     ]
 
 
-def flow(
+def train_flow(
     job: Job,
     described: Described,
     vae: AutoencoderKL,
@@ -221,9 +228,10 @@ def flow(
     images, config, training = job.images, job.config, job.config.training
     recipe = training.flow
     model = build(job, "flow", lambda: MMDiT(config.mmdit))
-    ema = make_ema(model)
-    mean, std = latents(job, vae) if "flow" not in job.run.stages else (None, None)
-    context, pooled = text.encode(described.captions.texts)
+    if "flow" not in job.run.stages:
+        ema = make_ema(model)
+        mean, std = latents(job, vae)
+        context, pooled = text.encode(described.captions.texts)
 
     def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
         i = draw_batch(len(mean), recipe, generator)
@@ -246,8 +254,7 @@ def flow(
             watch=lambda step: watch(step, ema))  # fmt: skip
         model.load_state_dict(ema.state_dict())
         latents_file(job).unlink(missing_ok=True)
-        tail = job.run.read_log("flow")[-max(1, recipe.steps // 10) :]
-        return {"loss": sum(entry["loss"] for entry in tail) / len(tail)}
+        return {"loss": last_loss(job, "flow")}
 
     results = finish_or_load(job, "flow", model, train)
     print(f"flow: velocity loss {results['loss']:.3f} (2 for a guess of zero)")

@@ -6,6 +6,8 @@ caption in a batch and the other way round, T5 to fill in removed words. The net
 the tasks need (image tower, decoder) are thrown away; SD3 never sees them.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,9 +16,10 @@ from nanosd3.checkpoint import save_weights, write_json
 from nanosd3.data import plain_captions, to_model
 from nanosd3.loop import fit
 from nanosd3.metrics import ConvNet
+from nanosd3.runtime import InputError
 from nanosd3.text import TextEncoders, Tokenizers
 from nanosd3.tokenizers import END, PAD
-from nanosd3.train import Described, Job, build, draw_batch, finish_or_load, in_chunks
+from nanosd3.train import Described, Job, build, draw_batch, finish_or_load, in_chunks, last_loss
 
 
 def clip_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor) -> Tensor:
@@ -27,7 +30,7 @@ def clip_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor) -> Tenso
     return (F.cross_entropy(logits, answer) + F.cross_entropy(logits.T, answer)) / 2
 
 
-def clip(job: Job, described: Described, text: TextEncoders) -> None:
+def train_clip(job: Job, described: Described, text: TextEncoders) -> None:
     """Train both CLIPs against one image tower, which is thrown away afterwards."""
     images, config, recipe = job.images, job.config, job.config.training.clip
     dl, dg = config.text.clip_l.width, config.text.clip_g.width
@@ -38,7 +41,7 @@ def clip(job: Job, described: Described, text: TextEncoders) -> None:
         "clip_g": text.clip_g,
         "tower": ConvNet(dl + dg),
         "projection_l": nn.Linear(dl, dl, bias=False),  # SD3 uses L unprojected
-        "log_scale": nn.ParameterList([torch.tensor(10.0).log()]),
+        "log_scale": nn.ParameterList([torch.tensor(math.log(10))]),
     }))  # fmt: skip
 
     def embed_text(index: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +109,7 @@ def span_corruptions(
     return torch.tensor(inputs), torch.tensor(targets)
 
 
-def t5(job: Job, described: Described, text: TextEncoders) -> None:
+def train_t5(job: Job, described: Described, text: TextEncoders) -> None:
     """Train T5 by span corruption, with a one-layer decoder that is thrown away afterwards."""
     config, recipe = job.config.text.t5, job.config.training.t5
     unigram = text.tokenizers.unigram
@@ -138,20 +141,27 @@ def t5(job: Job, described: Described, text: TextEncoders) -> None:
 
     def train() -> dict:
         fit(job.run, "t5", students, loss_of, recipe, job.seed)
-        tail = [entry["loss"] for entry in job.run.read_log("t5")[-20:]]
-        return {"loss": sum(tail) / len(tail)}
+        return {"loss": last_loss(job, "t5")}
 
     results = finish_or_load(job, "t5", students, train)
     print(f"t5: fills in removed words with a loss of {results['loss']:.2f} nats a piece "
-          f"(a blind guess: {torch.tensor(config.vocab).log():.2f})")  # fmt: skip
+          f"(a blind guess: {math.log(config.vocab):.2f})")  # fmt: skip
 
 
-def text_encoders(job: Job, described: Described) -> TextEncoders:
+def train_text_encoders(job: Job, described: Described) -> TextEncoders:
     """Tokenizers and the three encoders, trained, frozen and saved."""
-    tokenizers = Tokenizers.train(described.captions.texts, job.config.text)
+    captions = described.captions.texts
+    try:
+        tokenizers = Tokenizers.train(captions, job.config.text)
+    except ValueError as error:  # more characters than places
+        raise InputError(f"{job.images.source}: class names too varied for "
+                         f"{job.config.name}: {error}") from None  # fmt: skip
     text = build(job, "text", lambda: TextEncoders(job.config.text, tokenizers))
-    clip(job, described, text)
-    t5(job, described, text)
+    if long := text.truncated(captions):
+        raise InputError(f"{job.images.source}: class names too long for {job.config.name}: "
+                         f"{long[0]!r} has more tokens than its encoders take")  # fmt: skip
+    train_clip(job, described, text)
+    train_t5(job, described, text)
     write_json(job.run.folder / "tokenizers.json", tokenizers.to_json())
     save_weights(text, job.run.folder / "text.safetensors")
     return text.requires_grad_(False).eval()

@@ -65,8 +65,8 @@ def test_mnist_in_the_package():
     assert images.test_labels.bincount().sum() == 10000 and images.names is DIGITS
     assert images.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert images.train_images.float().mean().item() == pytest.approx(33.318, abs=1e-3)
-    small = images.first(12, 7)
-    assert len(small.train_images) == len(small.train_labels) == 12 and len(small.test_labels) == 7
+    small = images.first(50, 7)
+    assert len(small.train_images) == len(small.train_labels) == 50 and len(small.test_labels) == 7
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -117,7 +117,9 @@ def test_bad_folders(tmp_path):
     with pytest.raises(InputError, match="label 26, but only 10 class names"):
         load_images(write_set(tmp_path / "letters", labels=[1, 26, *range(10)]))
     with pytest.raises(InputError, match="no image of class 'zero'"):
-        load_images(write_set(tmp_path / "few", labels=[1, 2, 3]))
+        load_images(write_set(tmp_path / "few", labels=[1, 2, 3])).first(30, 20)
+    with pytest.raises(InputError, match=r"no image of class 'three' .* among the first 6 "):
+        load_images().first(6, 20)
 
 
 def test_checksums(tmp_path, monkeypatch):
@@ -171,7 +173,9 @@ def test_thirds():
 def test_captions():
     captions = make_captions(DIGITS)
     assert len(set(captions.texts)) == len(captions.texts)
+    assert "an one" not in captions.texts
     for text in (
+        "a one",
         "a handwritten seven",
         "the digit 7",
         "7",

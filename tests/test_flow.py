@@ -82,6 +82,20 @@ def test_density(transform, density):
     torch.testing.assert_close(t.mean(), (fine * density(fine)).mean(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [-0.9, 0.0, 1.29, 1.7])
+def test_mode_histogram(scale):
+    """The density at t(u) is 1 / |dt/du|, the derivative written out; its mean is 1/2."""
+    u = (torch.arange(2_000_000, dtype=F64) + 0.5) / 2_000_000
+    t = mode(u, scale)
+    slope = 1 + scale * (1 - math.pi / 2 * torch.sin(math.pi * u))  # of -t
+    found = torch.histc(t, 20, 0, 1) / len(u) * 20
+    which = (t * 20).long().clamp(max=19)
+    # a bin's share of u is its width over the mean slope in it, the mean taken over u
+    mean_slope = torch.zeros(20, dtype=F64).index_add_(0, which, slope) / torch.bincount(which)
+    torch.testing.assert_close(found, 1 / mean_slope, rtol=1e-3, atol=0)
+    assert t.mean() == pytest.approx(0.5, abs=1e-6)
+
+
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 1.29, 1.75])
 def test_mode_density(scale):
     """The mode density has no closed form in t, but t falls with u and dt/du is known."""

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanosd3.config import CONFIGS
 from nanosd3.data import DIGITS, FASHION, make_captions
 from nanosd3.tokenizers import (
     ASSETS,
@@ -131,9 +132,9 @@ def test_trained_vocabularies_know_their_words():
         for name in (name for alternatives in names for name in alternatives):
             assert 2 not in unigram.encode(name)
             assert len(bpe.encode(name)) <= 2 + 3  # start, end, and "t", "-", "shirt"
-        assert all(
-            len(bpe.encode(text)) <= 10 and len(unigram.encode(text)) <= 10 for text in corpus
-        )
+        lengths = CONFIGS["mnist"].text
+        assert max(len(bpe.encode(text)) for text in corpus) <= lengths.clip_l.length
+        assert max(len(unigram.encode(text)) for text in corpus) <= lengths.t5.length
         assert all(unigram.decode(unigram.encode(text)) == text for text in corpus)
 
 
