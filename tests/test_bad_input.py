@@ -10,6 +10,7 @@ from safetensors.torch import load, save_file
 
 import train_mnist
 from nanosd3 import checkpoint, generate
+from nanosd3.checkpoint import Run
 from nanosd3.config import CONFIGS
 from nanosd3.runtime import InputError, run_main
 
@@ -77,11 +78,15 @@ def test_full_size_says_what_it_needs(capsys, monkeypatch):
         (["--out", "x.jpg"], "must end in .png or .npy"),
         (["--out", "no/such/folder/x.png"], "does not exist"),
         (["--seeed", "3"], "--seeed"),
+        (["--see", "3"], "--see"),
+        (["--negative", "3", "--guidance", "1"], "no effect at guidance 1"),
+        (["--shift", "1e9"], "leaves no room"),
+        (["--run", "x" * 300], "file name too long"),
     ],
 )
 def test_generate(capsys, tiny_run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert message in refused(capsys, generate.main, "7", "--run", tiny_run, *arguments)
+    assert message in refused(capsys, generate.main, "7", "--run", tiny_run, *arguments).replace("File", "file")
     assert not list(tmp_path.iterdir())
 
 
@@ -108,6 +113,20 @@ def test_missing_and_foreign_folders(capsys, tmp_path):
         line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", tmp_path, *more)
         assert "is not empty and holds no run.json" in line
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_fresh_deletes_nothing_but_a_run(capsys, run, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "run.json").write_text('{"mine": 1}')
+    (other / "thesis.txt").write_text("years of work")
+    before = snapshot(other)
+    command = ["--config", "tiny", "--fresh", "--out"]
+    assert "damaged: no config" in refused(capsys, train_mnist.main, *command, other)
+    assert snapshot(other) == before
+    (run / "notes.txt").write_text("mine")
+    Run.open(run, {"config": {"name": "tiny"}}, fresh=True)
+    assert {path.name for path in run.iterdir()} == {"run.json", "notes.txt"}
 
 
 def test_run_of_another_config_data_or_seed(capsys, run):
@@ -178,6 +197,12 @@ def test_damaged_weights(capsys, run, name):
     assert "shape (3, 5), expected" in line_for(lambda: save_file(wrong, path))
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", "{", '{"clip_merges": ["a"], "clip_vocab": 9}'])
+def test_damaged_tokenizers(capsys, run, content):
+    (run / "tokenizers.json").write_text(content)
+    assert "tokenizers.json: " in refused(capsys, generate.main, "7", "--run", run)
+
+
 class Bomb:
     """Creates a file when unpickled."""
 
@@ -218,6 +243,14 @@ def test_damaged_state(capsys, run, damage):
 
 
 # --- writing --------------------------------------------------------------------------------------
+
+
+def test_optimizer_that_does_not_fit(capsys, run):
+    weights = load((run / "flow.safetensors").read_bytes())
+    state = {"stage": "flow", "step": 3, "module": weights, "ema": weights, "optimizer": {}}
+    torch.save(state, unfinished(run))
+    line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", run)
+    assert "state.pt: its optimizer does not fit" in line
 
 
 def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from PIL import Image
 from test_data import write_set
 
 import train_mnist
-from nanosd3 import generate, loop, report
+from nanosd3 import generate, loop, report, train
 from nanosd3.config import CONFIGS
 from nanosd3.pipeline import Pipeline
 from nanosd3.runtime import InputError, run_main
@@ -115,6 +115,32 @@ def one_step(monkeypatch):
     short = {name: replace(getattr(TRAINING, name), steps=1) for name in STAGES}
     config = replace(CONFIGS["tiny"], training=replace(TRAINING, **short))
     monkeypatch.setitem(train_mnist.CONFIGS, "tiny", config)
+
+
+def test_interrupted_after_the_last_step(tmp_path, one_step, monkeypatch):
+    """Between a stage's training and its end (here: encoding the images) nothing is lost."""
+    command = ["--config", "tiny", "--out", str(tmp_path / "run")]
+    steps_run, original = [], loop.rng
+    monkeypatch.setattr(loop, "rng", lambda *name: steps_run.append(name) or original(*name))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "latents", interrupted)
+        assert run_main(lambda: train_mnist.main(command)) == 130
+    assert train_mnist.main(command) == 0
+    assert sorted(stage for _, stage, _ in steps_run) == sorted(STAGES)
+
+
+@pytest.mark.parametrize("classes", [2, 30])
+def test_any_number_of_classes(tmp_path, one_step, classes):
+    folder = write_set(tmp_path / "set", train=4 * classes, test=60, labels=list(range(classes)))
+    (folder / "classes.txt").write_text("\n".join(f"Thing{i}" for i in range(classes)))
+    run = tmp_path / "run"
+    assert train_mnist.main(["--config", "tiny", "--data", str(folder), "--out", str(run)]) == 0
+    with Image.open(run / "samples.png") as grid:
+        assert grid.height == classes * 60 + 4
 
 
 def test_other_images(tmp_path, one_step, capsys):
@@ -217,6 +243,11 @@ def test_every_option_changes_the_images(pipeline, tmp_path, tiny_run, option, m
         [*prompts, "--count", "1", "--out", str(tmp_path / "x.npy"), *itertools.chain(*flags)]
     )
     assert np.array_equal(np.load(tmp_path / "x.npy"), images)
+
+
+def test_a_negative_prompt_needs_guidance(pipeline):
+    with pytest.raises(InputError, match="no effect at guidance 1"):
+        pipeline(["7"], negative="3", guidance=1.0)
 
 
 def test_prompts_change_the_images(pipeline):
