@@ -236,7 +236,7 @@ MNIST = Config(
         t5=T5Config(128, 2, 4, head_dim=32, hidden=256, vocab=128, length=8),
         empty_is_zero=True,
     ),
-    sampling=Sampling(steps=12, guidance=1.75, shift=1.0, sampler="heun"),
+    sampling=Sampling(steps=12, guidance=1.7, shift=1.0, sampler="heun"),
     training=Training(
         train_images=60000,
         test_images=10000,
@@ -244,7 +244,7 @@ MNIST = Config(
         autoencoder=Recipe(steps=450, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
         clip=Recipe(steps=350, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
         t5=Recipe(steps=300, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
-        flow=Recipe(steps=4600, batch=128, lr=7e-3, warmup=100, weight_decay=0.0),
+        flow=Recipe(steps=4600, batch=128, lr=1e-2, warmup=100, weight_decay=0.0),
         kl_weight=1e-2,
         time_mean=0.8,  # more towards noise than SD3's 0: there it is decided which digit it is
         time_std=1.0,
