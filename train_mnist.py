@@ -66,6 +66,11 @@ def refuse(config: Config) -> None:
                      f"{verdict}")  # fmt: skip
 
 
+def share(followed: dict) -> str:
+    """How many samples have what the prompt says, if any prompt says it."""
+    return "-" if followed["accuracy"] is None else f"{followed['accuracy']:.0%}"
+
+
 def count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -115,8 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"samples: {metrics['prompt_accuracy']:.1%} are what the prompt says; Frechet distance "
         f"{metrics['frechet_distance']:.2f} (real images {metrics['frechet_floor_real']:.2f}, "
         f"reconstructions {metrics['frechet_floor_reconstructions']:.2f}); weight as told "
-        f"{metrics['weight']['accuracy']:.0%}, slant {metrics['slant']['accuracy']:.0%} "
-        f"(chance: 33%); {metrics['images_per_second']:.0f} images a second"
+        f"{share(metrics['weight'])}, slant {share(metrics['slant'])} (chance: 33%); "
+        f"{metrics['images_per_second']:.0f} images a second"
     )
     print(
         f"done: {folder / 'samples.png'} and trajectory.gif, loss.png, samplers.png, metrics.json. "

@@ -86,7 +86,9 @@ def test_full_size_says_what_it_needs(capsys, monkeypatch):
 )
 def test_generate(capsys, tiny_run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert message in refused(capsys, generate.main, "7", "--run", tiny_run, *arguments).replace("File", "file")
+    assert message in refused(capsys, generate.main, "7", "--run", tiny_run, *arguments).replace(
+        "File", "file"
+    )
     assert not list(tmp_path.iterdir())
 
 
