@@ -205,14 +205,14 @@ class Run:
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
-    def read_log(self) -> list[dict]:
-        """The entries of log.jsonl; a line cut short by a crash is left out."""
+    def read_log(self, stage: str | None = None) -> list[dict]:
+        """The entries of log.jsonl, of one stage or all; a line cut by a crash is left out."""
         path = self.folder / "log.jsonl"
         entries = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             with contextlib.suppress(ValueError):
                 entries.append(json.loads(line))
-        return entries
+        return [entry for entry in entries if stage in (None, entry["stage"])]
 
     def rewind_log(self, stage: str, step: int) -> None:
         """Drop what `stage` logged from `step` on, which will be written again."""

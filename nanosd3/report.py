@@ -159,8 +159,7 @@ def report(job: Job, described: Described, judge: ConvNet, pipeline: Pipeline) -
     rows = [(p, images[i * columns : (i + 1) * columns]) for i, p in enumerate(prompts)]
     write_file(folder / "samples.png", figures.png(figures.grid(rows)))
     draw_trajectory(pipeline, prompts, folder / "trajectory.gif")
-    log = [entry for entry in job.run.read_log() if entry["stage"] == "flow"]
-    figures.plot_loss(log, folder / "loss.png")
+    figures.plot_loss(job.run.read_log("flow"), folder / "loss.png")
     errors = solver_errors(pipeline, prompts)
     figures.plot_samplers(errors, folder / "samplers.png")
 

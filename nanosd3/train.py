@@ -100,7 +100,7 @@ def finish_or_load(job: Job, stage: str, module: nn.Module, train: Callable[[], 
 
 def last_loss(job: Job, stage: str) -> float:
     """The mean of the last tenth of a stage's losses."""
-    losses = [entry["loss"] for entry in job.run.read_log() if entry["stage"] == stage]
+    losses = [entry["loss"] for entry in job.run.read_log(stage)]
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
 
