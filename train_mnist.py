@@ -16,6 +16,7 @@ from nanosd3.clip import CLIPText
 from nanosd3.config import CONFIGS, Config
 from nanosd3.data import load_images
 from nanosd3.mmdit import MMDiT
+from nanosd3.parts import Parts
 from nanosd3.pipeline import Pipeline
 from nanosd3.report import preview, report, shown_prompts
 from nanosd3.runtime import InputError, Parser, memory_found, positive, run_main, set_up
@@ -107,14 +108,18 @@ def main(arguments: list[str] | None = None) -> int:
     prompts = shown_prompts(job, described)[-5:]
     measured = replace(config, vae=vae.config)
 
+    def pipeline_of(mmdit: MMDiT) -> Pipeline:
+        parts = {**text.parts, "mmdit": mmdit, "vae": vae}
+        return Pipeline(measured, text.tokenizers, Parts(parts, job.device))
+
     def watch(step: int, ema: MMDiT) -> None:
         if step + 1 in [int(share * config.training.flow.steps) for share in PREVIEWS]:
-            preview(Pipeline(measured, text, ema, vae), step + 1, prompts)
+            preview(pipeline_of(ema), step + 1, prompts)
 
     mmdit = train_flow(job, described, vae, text, watch)
 
     # 5. Samples: grids, the path from noise to digits, and how good they are.
-    metrics = report(job, described, judge, Pipeline(measured, text, mmdit, vae))
+    metrics = report(job, described, judge, pipeline_of(mmdit))
     run.finish("samples", {})
     print(
         f"samples: {metrics['prompt_accuracy']:.1%} are what the prompt says; Frechet distance "

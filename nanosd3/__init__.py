@@ -16,12 +16,14 @@ Time, used everywhere
 
 Layers: a module imports only from rows above its own
     runtime
-    config   patchify   layers   flow   samplers   tokenizers
-    mmdit   vae   clip   t5   data   metrics
-    text   checkpoint
+    config   patchify   layers   flow   samplers   tokenizers   parts   images
+    mmdit   vae   clip   t5   data   metrics   options   layouts   weightfiles
+    text   checkpoint   sizes
     pipeline   loop   figures
-    train   generate
-    train_text   report
+    train   found
+    train_text   report   export
+    weights
+    generate   bench
 
 Reading order: flow, samplers, patchify, layers, mmdit (the spine); then vae, clip, t5,
 tokenizers, text; then pipeline, loop, train. Nothing happens at import time.

@@ -310,6 +310,9 @@ CONFIGS = {
         official(
             "sd3.5-large", official_mmdit(38, qk_norm=True), Sampling(40, 4.5, 3.0, "dpmpp_2m")
         ),
+        official(  # distilled: few steps, no guidance
+            "sd3.5-large-turbo", official_mmdit(38, qk_norm=True), Sampling(4, 1.0, 3.0, "euler")
+        ),
         *(study(depth) for depth in (15, 18, 21, 30, 38)),
     )
 }

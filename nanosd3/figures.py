@@ -51,11 +51,11 @@ def caption_lines(text: str, width: int, size: int) -> list[str]:
 def grid(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
     """Captions on the left, each with its images (n, H, W) or (n, H, W, 3) beside it."""
     label, size = 190, 15
-    cell = to_image(rows[0][1][0]).width
-    columns = min(COLUMNS, max(len(images) for _, images in rows))
+    cell, tall = to_image(rows[0][1][0]).size
+    columns = min(COLUMNS, max(1, 4096 // cell), max(len(images) for _, images in rows))
     wrapped = [caption_lines(caption, label - 20, size) for caption, _ in rows]
     heights = [
-        max(-(-len(images) // columns) * (cell + GAP), len(lines) * (size + 3) + GAP)
+        max(-(-len(images) // columns) * (tall + GAP), len(lines) * (size + 3) + GAP)
         for (_, images), lines in zip(rows, wrapped, strict=True)
     ]
     canvas = Image.new("RGB", (label + columns * (cell + GAP) + GAP, sum(heights) + GAP), "white")
@@ -66,7 +66,7 @@ def grid(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
         for i, line in enumerate(lines):
             draw.text((10, middle + i * (size + 3)), line, "black", font(size))
         for i, image in enumerate(images):
-            place = (label + i % columns * (cell + GAP), top + i // columns * (cell + GAP))
+            place = (label + i % columns * (cell + GAP), top + i // columns * (tall + GAP))
             canvas.paste(to_image(image), place)
         top += height
     return canvas

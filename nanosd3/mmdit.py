@@ -19,6 +19,7 @@ kept and not computed. Modules are named as in the official single-file checkpoi
 Paper: arXiv 2403.03206, section 4 and figure 2.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -177,9 +178,16 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(D, patch * patch * channels)
         initialise(self)
 
-    def forward(self, z: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        skip: Collection[int] = (),
+    ) -> Tensor:
         """Velocity (B, C, H, W) of latents z (B, C, H, W) at time t (B,), or () for all alike,
-        given context (B, M, Dc) and pooled text (B, Dp).
+        given context (B, M, Dc) and pooled text (B, Dp). Blocks in `skip` are left out.
 
         Raises ValueError if H or W is not divisible by the patch size, is larger than the
         position grid, or the batch sizes differ.
@@ -195,8 +203,9 @@ class MMDiT(nn.Module):
         y = self.context_embedder(context)  # (B, M, D)
         features = timestep_embedding(t).to(z.dtype)  # (B, 256)
         c = self.t_embedder(features) + self.y_embedder(pooled)  # (B, D)
-        for block in self.joint_blocks:
-            x, y = block(x, y, c)
+        for i, block in enumerate(self.joint_blocks):
+            if i not in skip:
+                x, y = block(x, y, c)
         x = self.final_layer(x, c)  # (B, N, p*p*C)
         return unpatchify(x, patch, H, W)  # (B, C, H, W)
 

@@ -3,9 +3,14 @@
     prompts --three encoders--> context, pooled
     noise   --solver, guided velocity--> latents --denormalise, decode--> images
 
-`Pipeline.load("runs/mnist")` opens a finished run; calling it gives uint8 images. Image i of a
-call starts from noise that depends on the seed and on i alone, not on the prompts, the number
-of images or the device.
+`Pipeline.load("runs/mnist")` opens a finished run, `nanosd3.weights.load(PATH)` official weights;
+calling it gives uint8 images. The three steps follow each other for all prompts of a call, so
+that of a large model only the parts at work need to be in memory (parts.py). Image i of a call
+starts from noise that depends on the seed and on i alone, not on the prompts, the number of
+images or the device.
+
+*Image to image*: start not from noise but from a noisy picture, so late that its layout is kept.
+*Repainting*: the same with a mask; outside it the picture is known at every t.
 """
 
 import warnings
@@ -15,101 +20,140 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from nanosd3.checkpoint import Run, load_weights, read_json
 from nanosd3.config import Config, config_from_dict
 from nanosd3.data import to_uint8
-from nanosd3.flow import schedule
+from nanosd3.flow import interpolate
+from nanosd3.images import to_latent_mask, to_pixels
 from nanosd3.mmdit import MMDiT
+from nanosd3.options import (
+    SKIP_SCALE,
+    STRENGTH,
+    Request,
+    check,
+    check_noise,
+    latent_size,
+    skip_of,
+    times,
+)
+from nanosd3.parts import Parts
 from nanosd3.runtime import InputError, rng
-from nanosd3.samplers import SAMPLERS, Callback, guided
-from nanosd3.text import TextEncoders, Tokenizers
+from nanosd3.samplers import SAMPLERS, Callback, Skip, guided, inpainting
+from nanosd3.text import ENCODERS, TextEncoders, Tokenizers, make_encoders
 from nanosd3.vae import AutoencoderKL
 
-BATCH = 250  # images sampled at once; more would only need more memory
+ACTIVATIONS = 2**26  # numbers in the widest activation of the transformer or decoder, at most
+BATCH = 250  # images at once, at most
 
 
 class Pipeline:
-    """Text encoders, MMDiT and autoencoder of one config."""
+    """Tokenizers and the networks of one config: clip_l, clip_g, t5, mmdit and vae."""
 
-    def __init__(self, config: Config, text: TextEncoders, mmdit: MMDiT, vae: AutoencoderKL):
+    def __init__(self, config: Config, tokenizers: Tokenizers, parts: Parts):
         self.config = config
-        self.text = text.eval()
-        self.mmdit = mmdit.eval()
-        self.vae = vae.eval()
+        self.parts = parts
+        self.text = TextEncoders(config.text, tokenizers, parts)
+        for module in parts.ready.values():
+            module.eval()
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Pipeline":
         """The model of a finished run. Raises InputError if it is missing, unfinished, damaged."""
-        run = Run.read(Path(folder))
+        run, device = Run.read(Path(folder)), torch.device(device)
         config = finished_config(run)
-        path = run.folder / "tokenizers.json"
-        try:
-            tokenizers = Tokenizers.from_json(read_json(path))
-        except (KeyError, ValueError, TypeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from None
-        pipeline = cls(
-            config,
-            TextEncoders(config.text, tokenizers),
-            MMDiT(config.mmdit),
-            AutoencoderKL(config.vae),
-        )
-        parts = {"text": pipeline.text, "flow": pipeline.mmdit, "autoencoder": pipeline.vae}
-        for name, module in parts.items():
+        modules = {
+            "text": make_encoders(config.text),
+            "flow": MMDiT(config.mmdit),
+            "autoencoder": AutoencoderKL(config.vae),
+        }
+        for name, module in modules.items():
             load_weights(module, run.folder / f"{name}.safetensors")
-            module.to(device)
-        return pipeline
+            module.requires_grad_(False).to(device)
+        parts = {**modules["text"], "mmdit": modules["flow"], "vae": modules["autoencoder"]}
+        return cls(config, read_tokenizers(run.folder / "tokenizers.json"), Parts(parts, device))
 
-    def encode_text(self, prompts: list[str], drop: Collection[str] = ()) -> tuple[Tensor, Tensor]:
+    @property
+    def mmdit(self) -> MMDiT:
+        return self.parts["mmdit"]
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.parts["vae"]
+
+    def encode_text(
+        self, prompts: list[str], drop: Collection[str] = (), t5_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Context (B, M, Dc) and pooled (B, Dp); equal prompts are encoded once."""
         distinct = list(dict.fromkeys(prompts))
-        context, pooled = self.text.encode(distinct, drop)
+        context, pooled = self.text.encode(distinct, drop, t5_length)
         index = torch.tensor([distinct.index(p) for p in prompts], device=context.device)
         return context[index], pooled[index]
 
-    def remarks(self, prompts: list[str]) -> list[str]:
-        """What the user should know about the prompts."""
-        remarks = []
+    def remarks(self, request: Request) -> list[str]:
+        """What the user should know about the prompts. Raises InputError if a CLIP is absent."""
+        remarks, prompts = [], list(dict.fromkeys([*request.prompts, request.negative]))
+        for name in ENCODERS:
+            if name in self.parts or name in request.drop:
+                continue
+            if name != "t5":
+                raise InputError(f"{name} is absent; name its file (--{name.replace('_', '-')}), "
+                                 f"or leave it out knowingly (--drop {name})")  # fmt: skip
+            remarks.append("t5 is absent; zeros stand for its tokens, as when it was dropped in "
+                           "training")  # fmt: skip
         if unknown := self.text.tokenizers.unknown_words(prompts):
             words = ", ".join(map(repr, unknown))
             remarks.append(f"unknown to this model, which has seen no such word: {words}")
-        remarks += [
-            f"too long, cut at the end: {p!r}"
-            for p in self.text.truncated(list(dict.fromkeys(prompts)))
-        ]
-        return remarks
+        return remarks + self.text.truncated(prompts, request.t5_length)
 
-    def noise(self, first: int, count: int, seed: int) -> Tensor:
-        """Noise (count, C, h, w) of images first, first + 1, ..."""
-        config = self.config
-        side = config.image_size // config.vae.factor
-        shape = (config.mmdit.latent_channels, side, side)
+    def noise(self, count: int, seed: int, size: tuple[int, int]) -> Tensor:
+        """Noise (count, C, h, w); each image has a stream of its own."""
+        shape = (self.config.mmdit.latent_channels, *size)
         return torch.stack([
-            torch.randn(shape, generator=rng(seed, "noise", i)) for i in range(first, first + count)
+            torch.randn(shape, generator=rng(seed, "noise", i)) for i in range(count)
         ])  # fmt: skip
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Images (B, channels, H, W) in [-1, 1] to normalised latents (B, C, h, w): the mean of
+        the encoder's Gaussian, so that the same image gives the same latents."""
+        pad, vae = (self.config.padding,) * 4, self.vae
+        x = F.pad(pixels, pad, value=-1.0).to(self.parts.device, dtype_of(vae))
+        return vae.normalise(vae.encode(x)[0])
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Normalised latents (B, C, h, w) to images uint8 (B, H, W) or (B, H, W, C)."""
-        x = self.vae.decode(self.vae.denormalise(latents))
-        cut = self.config.padding
-        return to_uint8(x[:, :, cut : x.shape[2] - cut, cut : x.shape[3] - cut]).cpu().numpy()
+        vae, cut = self.vae, self.config.padding
+        pixels = latents[0, 0].numel() * self.config.vae.factor**2
+        images = []
+        for z in latents.split(at_once(pixels * self.config.vae.channels[0])):
+            x = vae.decode(vae.denormalise(z.to(dtype_of(vae))))
+            images.append(to_uint8(x[:, :, cut : x.shape[2] - cut, cut : x.shape[3] - cut]).cpu())
+        return torch.cat(images).numpy()
 
     @torch.no_grad()
     def __call__(
         self,
         prompts: str | list[str],
-        *,
         negative: str = "",
+        *,
         steps: int | None = None,
         guidance: float | None = None,
         shift: float | None = None,
         sampler: str | None = None,
         seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
+        t5_length: int | None = None,
         drop: Collection[str] = (),
+        skip_layers: Collection[int] = (),
+        skip_scale: float = SKIP_SCALE,
+        noise: Tensor | None = None,
+        image: object = None,
+        strength: float | None = None,
+        mask: object = None,
         output: str = "image",
         callback: Callback | None = None,
         progress: bool = False,
@@ -117,35 +161,141 @@ class Pipeline:
         """One image for each prompt: uint8 (B, H, W), or (B, H, W, C) in colour; with
         output="latent" the normalised latents (B, C, h, w) instead.
 
-        What is None follows the config. `callback` sees every step of every batch of images;
-        `progress` shows a bar. Warns of words no caption had, and of prompts that are cut.
-        Raises InputError for values that make no sense.
+        What is None follows the config. Sizes are in pixels. `noise` (B, C, h, w) replaces the
+        seeded draw. `image`, one for all or one for each prompt: uint8 (H, W[, C]) or a Pillow
+        image, noised to the share `strength` of the way (0.6, or 1 with a mask) and sampled from
+        there; `mask`, bool or uint8 (H, W), marks what is repainted. `skip_layers` are left out
+        in skip-layer guidance. `callback` sees every step of every batch of images; `progress`
+        shows a bar. Warns of words no caption had, and of prompts that are cut. Raises
+        InputError for values that make no sense.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        default = self.config.sampling
-        steps = default.steps if steps is None else steps
-        guidance = default.guidance if guidance is None else guidance
-        shift = default.shift if shift is None else shift
-        sampler = default.sampler if sampler is None else sampler
-        check_options(prompts, negative, steps, guidance, shift, sampler, output)
-        for message in self.remarks([*prompts, negative]):
+        config = self.config
+        given = {"steps": steps, "guidance": guidance, "shift": shift, "sampler": sampler}
+        how = replace(config.sampling, **{k: v for k, v in given.items() if v is not None})
+        request = Request(prompts, negative, how, drop, t5_length)
+        check(request, output)
+        pixels, mask, height, width = known_image(config, image, mask, height, width)
+        if strength is None:
+            strength = 1.0 if pixels is None or mask is not None else STRENGTH
+        elif pixels is None:
+            raise InputError("strength has no effect without an image")
+        ts = times(how, strength)
+        skip = skip_of(skip_layers, skip_scale, ts, config.mmdit.depth)
+        size = latent_size(config, height, width)
+        shape = (len(prompts), config.mmdit.latent_channels, *size)
+        noise = self.noise(len(prompts), seed, size) if noise is None else check_noise(noise, shape)
+        for message in self.remarks(request):
             warnings.warn(message, stacklevel=3)  # past no_grad's wrapper
-        device = self.mmdit.pos_embed.device
-        ts = schedule(steps, shift).to(device)
-        if not (ts.diff() < 0).all():
-            raise InputError(f"shift {shift} leaves no room between {steps} steps")
-        results = []
-        for first in tqdm(range(0, len(prompts), BATCH), "sampling", disable=not progress):
-            batch = prompts[first : first + BATCH]
-            with_prompt = self.encode_text(batch, drop)
-            without = self.encode_text([negative] * len(batch), drop)
-            velocity = guided(self.mmdit, with_prompt, without, guidance)
-            z = self.noise(first, len(batch), seed).to(device)
-            results.append(SAMPLERS[sampler](velocity, z, ts, callback))
+
+        known = None
+        if pixels is not None:
+            known = self.encode(pixels).expand(shape)
+            self.parts.release("vae")
+        text = self.encode_each(request)
+        latents = self.sample(request, text, ts, noise, known, mask, skip, callback, progress)
+        self.parts.release("mmdit")
         if output == "latent":
-            return torch.cat(results)
-        images = [self.decode(z) for z in results]
-        return np.concatenate(images)
+            return latents
+        images = self.decode(latents)
+        self.parts.release("vae")
+        return images
+
+    def encode_each(self, request: Request) -> dict[str, tuple[Tensor, Tensor]]:
+        """Context (M, Dc) and pooled (Dp) of each text of a request."""
+        encoded = self.text.encode(request.texts, request.drop, request.t5_length)
+        return dict(zip(request.texts, zip(*encoded, strict=True), strict=True))
+
+    def sample(
+        self,
+        request: Request,
+        text: dict[str, tuple[Tensor, Tensor]],
+        ts: Tensor,
+        noise: Tensor,
+        known: Tensor | None,
+        mask: Tensor | None,
+        skip: Skip | None,
+        callback: Callback | None,
+        progress: bool,
+    ) -> Tensor:
+        """Latents (B, C, h, w): noise, or `known` latents noised, followed along `ts`."""
+        mmdit, device = self.mmdit, self.parts.device
+        dtype = dtype_of(mmdit)
+        exact = torch.promote_types(dtype, torch.float32)  # the solver's own numbers
+        ts, how = ts.to(device), request.how
+
+        def model(z: Tensor, t: Tensor, *texts: Tensor, skip: Collection[int] = ()) -> Tensor:
+            return mmdit(z.to(dtype), t, *texts, skip=skip).to(exact)
+
+        def text_of(prompts: list[str]) -> tuple[Tensor, ...]:
+            both = zip(*(text[prompt] for prompt in prompts), strict=True)
+            return tuple(torch.stack(rows).to(dtype) for rows in both)
+
+        patches = noise[0, 0].numel() // self.config.mmdit.patch_size**2
+        tokens = patches + len(next(iter(text.values()))[0])
+        rows = torch.arange(len(noise)).split(at_once(tokens * 4 * self.config.mmdit.width))
+        bar = tqdm(total=len(rows) * (len(ts) - 1), desc="sampling", disable=not progress)
+
+        def watch(step: int, t: Tensor, z: Tensor, x0: Tensor) -> None:
+            bar.update(step > 0)  # a step is done when the next begins
+            if callback:
+                callback(step, t, z, x0)
+
+        results = []
+        for row in rows:
+            batch = [request.prompts[i] for i in row]
+            negative = [request.negative] * len(batch) if how.guidance != 1 else batch
+            velocity = guided(model, text_of(batch), text_of(negative), how.guidance, skip)
+            z = eps = noise[row].to(device, exact)
+            if known is not None:
+                x0 = known[row].to(eps)
+                z = interpolate(x0, eps, ts[0])
+                if mask is not None:
+                    velocity = inpainting(velocity, mask.to(eps), x0, eps)
+            results.append(SAMPLERS[how.sampler](velocity, z, ts, watch))
+            bar.update()
+        bar.close()
+        return torch.cat(results)
+
+
+def dtype_of(module: torch.nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def at_once(numbers: int) -> int:
+    """How many images to compute at once, of so many numbers in the widest activation each."""
+    return min(BATCH, max(1, ACTIVATIONS // numbers))
+
+
+def known_image(
+    config: Config, image: object, mask: object, height: int | None, width: int | None
+) -> tuple[Tensor | None, Tensor | None, int | None, int | None]:
+    """Pixels (B, channels, H, W) and latent mask of a picture to start from, and its size.
+
+    Raises InputError if they do not fit each other, or the size asked for.
+    """
+    if image is None:
+        if mask is not None:
+            raise InputError("mask has no effect without an image")
+        return None, None, height, width
+    pixels = to_pixels(image, config.vae.image_channels)
+    H, W = pixels.shape[2:]
+    if (height or H, width or W) != (H, W):
+        raise InputError(f"image: is {H}x{W} (height x width), but {height or H}x{width or W} "
+                         "is asked for; scale or crop it first")  # fmt: skip
+    latent_size(config, H, W)
+    if mask is not None:
+        mask = to_latent_mask(mask, H, W, config.vae.factor, config.padding)
+    return pixels, mask, H, W
+
+
+def read_tokenizers(path: Path) -> Tokenizers:
+    try:
+        return Tokenizers.from_json(read_json(path))
+    except (KeyError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from None
 
 
 def finished_config(run: Run) -> Config:
@@ -162,29 +312,3 @@ def finished_config(run: Run) -> Config:
     except (KeyError, TypeError):
         raise InputError(f"{run.folder / 'run.json'}: damaged: no shift and scale") from None
     return replace(config, vae=vae)
-
-
-def check_options(
-    prompts: list[str],
-    negative: str,
-    steps: int,
-    guidance: float,
-    shift: float,
-    sampler: str,
-    output: str,
-) -> None:
-    """Raises InputError for any value that makes no sense."""
-    if not prompts:
-        raise InputError("no prompts given")
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}")
-    if not 0 <= guidance < float("inf"):
-        raise InputError(f"guidance must be a number from 0 up, got {guidance}")
-    if not 0 < shift < float("inf"):
-        raise InputError(f"shift must be a number above 0, got {shift}")
-    if output not in ("image", "latent"):
-        raise InputError(f"output must be image or latent, got {output!r}")
-    if sampler not in SAMPLERS:
-        raise InputError(f"no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
-    if negative and guidance == 1:
-        raise InputError("a negative prompt has no effect at guidance 1, which is no guidance")

@@ -9,11 +9,13 @@ Euler asks once a step and has an error of order h; Heun asks twice (once in the
 has order h^2; DPM++ 2M asks once and remembers the last answer. Compare them at equal numbers of
 questions, not of steps.
 
-Classifier-free guidance is not a solver: it makes one velocity out of two (`guided`).
+What else shapes a picture is no matter of the solver but of the velocity it follows: guidance
+makes one velocity out of two (`guided`), repainting holds it where the image is known.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,24 +76,54 @@ def dpmpp_2m(velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | Non
 SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
+class Skip(NamedTuple):
+    """Skip-layer guidance: `layers` are left out, for t between `first` and `last`."""
+
+    layers: tuple[int, ...]
+    scale: float
+    first: float
+    last: float
+
+
 def guided(
-    model: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    model: Callable[..., Tensor],
     prompt: tuple[Tensor, Tensor],
     negative: tuple[Tensor, Tensor],
     scale: float,
+    skip: Skip | None = None,
 ) -> Velocity:
     """Classifier-free guidance: v = v_negative + scale (v_prompt - v_negative).
 
     `model(z, t, context, pooled)` is a network; `prompt` and `negative` are its (context, pooled)
     for each image of the batch. Both velocities come from one call on a doubled batch; at scale 1
     they cannot differ from the prompt's alone, and the other is not computed.
+
+    With `skip`, some layers are left out for one more velocity to move away from, as SD3.5
+    medium likes it early on: v + scale (v_prompt - v_prompt without the layers).
     """
-    if scale == 1:
-        return lambda z, t: model(z, t, *prompt)
-    context, pooled = (torch.cat(pair) for pair in zip(prompt, negative, strict=True))
+    both = tuple(torch.cat(pair) for pair in zip(prompt, negative, strict=True))
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
-        with_prompt, without = model(torch.cat([z, z]), t, context, pooled).chunk(2)
-        return without + scale * (with_prompt - without)
+        if scale == 1:
+            v = with_prompt = model(z, t, *prompt)
+        else:
+            with_prompt, without = model(torch.cat([z, z]), t, *both).chunk(2)
+            v = without + scale * (with_prompt - without)
+        if skip and skip.first >= t >= skip.last:
+            v = v + skip.scale * (with_prompt - model(z, t, *prompt, skip=skip.layers))
+        return v
 
     return velocity
+
+
+def inpainting(velocity: Velocity, mask: Tensor, x0: Tensor, noise: Tensor) -> Velocity:
+    """Repaint where `mask` (..., h, w) is 1; elsewhere the clean latents x0 are known.
+
+    There the way from their noise to them is known too: it is a straight line, whose velocity
+    any solver follows exactly, so at each t the surroundings are those of the known image.
+    """
+
+    def known_outside(z: Tensor, t: Tensor) -> Tensor:
+        return torch.lerp(noise - x0, velocity(z, t), mask)
+
+    return known_outside

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from nanosd3.clip import CLIPText
 from nanosd3.config import TextConfig
+from nanosd3.parts import Parts
 from nanosd3.runtime import InputError
 from nanosd3.t5 import T5Encoder
 from nanosd3.tokenizers import BPE, PAD, Unigram, fit_length
 
 ENCODERS = ("clip_l", "clip_g", "t5")
+ACTIVATIONS = 2**28  # numbers in the widest activation of an encoder, at most
 
 
 def join_context(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
@@ -94,16 +96,19 @@ class Tokenizers:
         return [word for word in dict.fromkeys(said) if word not in self.words]
 
 
-class TextEncoders(nn.Module):
-    """Prompts to (context, pooled)."""
+def make_encoders(config: TextConfig) -> nn.ModuleDict:
+    """The three encoders with fresh weights."""
+    made = (CLIPText(config.clip_l), CLIPText(config.clip_g), T5Encoder(config.t5))
+    return nn.ModuleDict(zip(ENCODERS, made, strict=True))
 
-    def __init__(self, config: TextConfig, tokenizers: Tokenizers):
-        super().__init__()
+
+class TextEncoders:
+    """Prompts to (context, pooled). An encoder that is not among the `parts` counts as dropped."""
+
+    def __init__(self, config: TextConfig, tokenizers: Tokenizers, parts: Parts):
         self.config = config
         self.tokenizers = tokenizers
-        self.clip_l = CLIPText(config.clip_l)
-        self.clip_g = CLIPText(config.clip_g)
-        self.t5 = T5Encoder(config.t5)
+        self.parts = parts
 
     def clip_ids(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids (B, Lc) for CLIP-L and for CLIP-G, which pad differently."""
@@ -116,19 +121,53 @@ class TextEncoders(nn.Module):
             for c in (self.config.clip_l, self.config.clip_g)
         )  # fmt: skip
 
-    def t5_ids(self, prompts: list[str]) -> Tensor:
-        """Ids (B, Lt) for T5."""
-        encode, length = self.tokenizers.unigram.encode, self.config.t5.length
+    def t5_ids(self, prompts: list[str], length: int | None = None) -> Tensor:
+        """Ids (B, Lt) for T5; `length` None is the config's."""
+        encode, length = self.tokenizers.unigram.encode, length or self.config.t5.length
         return torch.tensor([fit_length(encode(prompt), length, PAD) for prompt in prompts])
 
-    def truncated(self, prompts: list[str]) -> list[str]:
-        """The prompts that are too long for CLIP or T5, and will be cut."""
-        clip, t5 = self.config.clip_l.length, self.config.t5.length
-        encode_clip, encode_t5 = self.tokenizers.bpe.encode, self.tokenizers.unigram.encode
-        return [p for p in prompts if len(encode_clip(p)) > clip or len(encode_t5(p)) > t5]
+    def truncated(self, prompts: list[str], t5_length: int | None = None) -> list[str]:
+        """What is too long for an encoder, and will be cut: a line for each such prompt."""
+        bpe, unigram = self.tokenizers.bpe, self.tokenizers.unigram
+        limits = {
+            "the CLIPs": (bpe.encode, self.config.clip_l.length),
+            "T5": (unigram.encode, t5_length or self.config.t5.length),
+        }
+        lines = []
+        for prompt in prompts:
+            cut = [
+                f"{name} ({length} of {len(encode(prompt))} tokens kept)"
+                for name, (encode, length) in limits.items()
+                if len(encode(prompt)) > length
+            ]
+            if cut:
+                lines.append(f"too long for {' and '.join(cut)}, cut at the end: {prompt!r}")
+        return lines
+
+    def run(self, name: str, ids: Tensor, drop: Collection[str]) -> tuple[Tensor, Tensor]:
+        """States (B, L, D) and, for the CLIPs, pooled vector (B, D) of one encoder; zeros if it
+        is dropped or absent. Raises InputError if they are not finite."""
+        config = getattr(self.config, name)
+        if name in drop or name not in self.parts:
+            states = torch.zeros(*ids.shape, config.width, device=self.parts.device)
+            return states, states[:, 0]
+        encoder = self.parts[name]
+        widest = config.hidden if name == "t5" else 4 * config.width
+        chunk = max(1, ACTIVATIONS // (ids.shape[1] * widest))
+        outputs = [encoder(part) for part in ids.to(self.parts.device).split(chunk)]
+        self.parts.release(name)
+        if name == "t5":
+            outputs = [(states, states[:, 0]) for states in outputs]
+        states, pooled = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        if not (states.isfinite().all() and pooled.isfinite().all()):
+            raise InputError(f"{name}: its output is not finite; was it run in float16? "
+                             "float32 and bfloat16 have the range it needs")  # fmt: skip
+        return states, pooled
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], drop: Collection[str] = ()) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, prompts: list[str], drop: Collection[str] = (), t5_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Context (B, M, Dc) and pooled (B, Dp) of the prompts; `drop` leaves out encoders.
 
         Where the config says so, "" gives zeros, the input of samples trained without text.
@@ -137,13 +176,13 @@ class TextEncoders(nn.Module):
         for name in drop:
             if name not in ENCODERS:
                 raise InputError(f"drop: no encoder {name!r}; there are {', '.join(ENCODERS)}")
-        device = self.clip_l.text_model.final_layer_norm.weight.device
         ids_l, ids_g = self.clip_ids(prompts)
-        states_l, pooled_l = self.clip_l(ids_l.to(device))
-        states_g, pooled_g = self.clip_g(ids_g.to(device))
-        context = join_context(states_l, states_g, self.t5(self.t5_ids(prompts).to(device)))
+        states_l, pooled_l = self.run("clip_l", ids_l, drop)
+        states_g, pooled_g = self.run("clip_g", ids_g, drop)
+        states_t5, _ = self.run("t5", self.t5_ids(prompts, t5_length), drop)
+        context = join_context(states_l, states_g, states_t5)
         pooled = torch.cat([pooled_l, pooled_g], dim=1)
-        keep = torch.tensor([name not in drop for name in ENCODERS]).expand(len(prompts), 3)
-        if self.config.empty_is_zero:
-            keep = keep & torch.tensor([[bool(prompt.strip())] for prompt in prompts])
-        return drop_encoders(context, pooled, keep.to(device), self.config)
+        if not self.config.empty_is_zero:
+            return context, pooled
+        keep = torch.tensor([[bool(prompt.strip())] for prompt in prompts]).expand(-1, 3)
+        return drop_encoders(context, pooled, keep, self.config)

@@ -16,8 +16,9 @@ from nanosd3.checkpoint import save_weights, write_json
 from nanosd3.data import plain_captions, to_model
 from nanosd3.loop import fit
 from nanosd3.metrics import ConvNet
+from nanosd3.parts import Parts
 from nanosd3.runtime import InputError
-from nanosd3.text import TextEncoders, Tokenizers
+from nanosd3.text import TextEncoders, Tokenizers, make_encoders
 from nanosd3.tokenizers import END, PAD
 from nanosd3.train import Described, Job, build, draw_batch, finish_or_load, in_chunks, last_loss
 
@@ -37,8 +38,8 @@ def train_clip(job: Job, described: Described, text: TextEncoders) -> None:
     captions = described.captions
     ids_l, ids_g = (ids.to(job.device) for ids in text.clip_ids(captions.texts))
     students = build(job, "clip", lambda: nn.ModuleDict({
-        "clip_l": text.clip_l,
-        "clip_g": text.clip_g,
+        "clip_l": text.parts["clip_l"],
+        "clip_g": text.parts["clip_g"],
         "tower": ConvNet(dl + dg),
         "projection_l": nn.Linear(dl, dl, bias=False),  # SD3 uses L unprojected
         "log_scale": nn.ParameterList([torch.tensor(math.log(10))]),
@@ -119,7 +120,7 @@ def train_t5(job: Job, described: Described, text: TextEncoders) -> None:
         ids.to(job.device) for ids in span_corruptions(rows, sentinels, config.length)
     )
     students = build(job, "t5", lambda: nn.ModuleDict({
-        "t5": text.t5,
+        "t5": text.parts["t5"],
         "decoder": nn.TransformerDecoderLayer(
             config.width, config.heads, config.hidden, dropout=0.0, batch_first=True
         ),
@@ -156,12 +157,14 @@ def train_text_encoders(job: Job, described: Described) -> TextEncoders:
     except ValueError as error:  # more characters than places
         raise InputError(f"{job.images.source}: class names too varied for "
                          f"{job.config.name}: {error}") from None  # fmt: skip
-    text = build(job, "text", lambda: TextEncoders(job.config.text, tokenizers))
+    encoders = build(job, "text", lambda: make_encoders(job.config.text))
+    text = TextEncoders(job.config.text, tokenizers, Parts(encoders, job.device))
     if long := text.truncated(captions):
         raise InputError(f"{job.images.source}: class names too long for {job.config.name}: "
-                         f"{long[0]!r} has more tokens than its encoders take")  # fmt: skip
+                         f"a caption is {long[0]}")  # fmt: skip
     train_clip(job, described, text)
     train_t5(job, described, text)
     write_json(job.run.folder / "tokenizers.json", tokenizers.to_json())
-    save_weights(text, job.run.folder / "text.safetensors")
-    return text.requires_grad_(False).eval()
+    save_weights(encoders, job.run.folder / "text.safetensors")
+    encoders.requires_grad_(False).eval()
+    return text

@@ -11,12 +11,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nanosd3"
 LAYERS = [  # as the package docstring lists them
     {"runtime"},
-    {"config", "patchify", "layers", "flow", "samplers", "tokenizers"},
-    {"mmdit", "vae", "clip", "t5", "data", "metrics"},
-    {"text", "checkpoint"},
+    {"config", "patchify", "layers", "flow", "samplers", "tokenizers", "parts", "images"},
+    {"mmdit", "vae", "clip", "t5", "data", "metrics", "options", "layouts", "weightfiles"},
+    {"text", "checkpoint", "sizes"},
     {"pipeline", "loop", "figures"},
-    {"train", "generate"},
-    {"train_text", "report"},
+    {"train", "found"},
+    {"train_text", "report", "export"},
+    {"weights"},
+    {"generate", "bench"},
 ]
 
 

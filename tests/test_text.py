@@ -5,8 +5,16 @@ import torch
 
 from nanosd3.config import CONFIGS
 from nanosd3.data import DIGITS, make_captions
+from nanosd3.parts import Parts
 from nanosd3.runtime import InputError
-from nanosd3.text import ENCODERS, TextEncoders, Tokenizers, drop_encoders, join_context
+from nanosd3.text import (
+    ENCODERS,
+    TextEncoders,
+    Tokenizers,
+    drop_encoders,
+    join_context,
+    make_encoders,
+)
 
 CONFIG = CONFIGS["tiny"].text
 CAPTIONS = make_captions(DIGITS).texts
@@ -16,7 +24,8 @@ DL, DG, L = CONFIG.clip_l.width, CONFIG.clip_g.width, CONFIG.clip_l.length
 @pytest.fixture(scope="module")
 def text():
     torch.manual_seed(0)
-    return TextEncoders(CONFIG, Tokenizers.train(CAPTIONS, CONFIG)).eval()
+    parts = Parts(make_encoders(CONFIG).eval(), torch.device("cpu"))
+    return TextEncoders(CONFIG, Tokenizers.train(CAPTIONS, CONFIG), parts)
 
 
 def test_join_order():
@@ -31,11 +40,13 @@ def test_encoding(text):
     assert context.shape == (2, L + CONFIG.t5.length, CONFIG.t5.width)
     assert pooled.shape == (2, DL + DG)
     ids_l, ids_g = text.clip_ids(["a handwritten seven"])
-    states, pooled_l = text.clip_l(ids_l)
+    states, pooled_l = text.parts["clip_l"](ids_l)
     torch.testing.assert_close(context[:1, :L, :DL], states)
     torch.testing.assert_close(pooled[:1, :DL], pooled_l)
-    torch.testing.assert_close(pooled[:1, DL:], text.clip_g(ids_g)[1])
-    torch.testing.assert_close(context[:1, L:], text.t5(text.t5_ids(["a handwritten seven"])))
+    torch.testing.assert_close(pooled[:1, DL:], text.parts["clip_g"](ids_g)[1])
+    torch.testing.assert_close(
+        context[:1, L:], text.parts["t5"](text.t5_ids(["a handwritten seven"]))
+    )
 
 
 def test_padding(text):
@@ -50,9 +61,9 @@ def test_pooled_is_read_at_the_first_end_token(text):
     ids_l, _ = text.clip_ids(["7"])
     other = ids_l.clone()
     other[0, 3:] = 5
-    assert torch.equal(text.clip_l(ids_l)[1], text.clip_l(other)[1])
+    assert torch.equal(text.parts["clip_l"](ids_l)[1], text.parts["clip_l"](other)[1])
     other[0, 1] = 5
-    assert not torch.allclose(text.clip_l(ids_l)[1], text.clip_l(other)[1])
+    assert not torch.allclose(text.parts["clip_l"](ids_l)[1], text.parts["clip_l"](other)[1])
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -97,7 +108,11 @@ def test_unknown_encoder(text):
 
 def test_unknown_words_and_long_prompts(text):
     assert text.tokenizers.unknown_words(["a Bold zebra", "zebra 7 !"]) == ["zebra", "!"]
-    assert text.truncated(["a thin 4", "a " * 30]) == ["a " * 30]
+    (line,) = text.truncated(["a thin 4", "a " * 30])
+    assert line.startswith("too long for the CLIPs (12 of 32 tokens kept) and T5 (12 of 31 tokens")
+    assert text.truncated(["a " * 12], t5_length=20)[0].startswith("too long for the CLIPs (12 of")
+    assert "CLIPs (" in line and not text.truncated(["a"], t5_length=2)
+    assert text.truncated(["a"], t5_length=1)[0].startswith("too long for T5 (1 of 2 tokens kept)")
 
 
 def test_tokenizers_are_saved_whole(text):
@@ -110,7 +125,7 @@ def test_tokenizers_are_saved_whole(text):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_parameter_gets_a_gradient(text, name):
-    module = getattr(text, name)
+    module = text.parts[name]
     ids = (
         text.t5_ids(CAPTIONS[:8]) if name == "t5" else text.clip_ids(CAPTIONS[:8])[name == "clip_g"]
     )

@@ -1,0 +1,313 @@
+"""What a file or folder of weights holds: which parts, whose, and under which names.
+
+`find` opens a single-file checkpoint, a diffusers folder, a folder of a run or one exported from
+here, reads names and shapes and little else, and gives the parts under our names with the config
+they amount to. What is not Stable Diffusion 3 is called by its name, if that is known.
+
+`report` and `check` compare the parts with what the model needs. Loading is strict: every tensor
+must be there in the right shape. Tensors that the model has not are reported and left alone; a
+few that official files are known to hold for other programs are not mentioned.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nanosd3.checkpoint import Run, read_json
+from nanosd3.clip import CLIPText
+from nanosd3.config import Config, config_from_dict
+from nanosd3.layers import HEAD_DIM
+from nanosd3.layouts import COMPONENTS, FOLDERS, PREFIXES, from_diffusers
+from nanosd3.mmdit import MMDiT
+from nanosd3.parts import State
+from nanosd3.pipeline import finished_config, read_tokenizers
+from nanosd3.runtime import InputError
+from nanosd3.sizes import config_of, refuse_foreign
+from nanosd3.t5 import T5Encoder
+from nanosd3.text import Tokenizers
+from nanosd3.tokenizers import BPE, Unigram
+from nanosd3.vae import AutoencoderKL
+from nanosd3.weightfiles import open_folder, open_weights, read_metadata
+
+OWN = "nanosd3.json"  # config and tokenizers, beside or inside what is exported from here
+KNOWN_EXTRAS = ("position_ids", "logit_scale", "shared.weight", "quant_conv.", "loss.")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What PATH holds, before any of it is read: our names, the config, and how it was told."""
+
+    path: Path
+    config: Config
+    parts: dict[str, State]
+    tokenizers: Tokenizers
+    told: str
+
+
+def find(path: Path, files: dict[str, Path] | None = None) -> Found:
+    """Open PATH and, instead of the parts in it or beside them, `files` (clip_l, clip_g, t5, vae).
+
+    Reads names, shapes and little else. Raises InputError if this is no Stable Diffusion 3.
+    """
+    files = {name: Path(file) for name, file in (files or {}).items() if file is not None}
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    own = None
+    if (path / "run.json").exists():
+        if files:
+            raise InputError(f"{path}: is a run, which has all its parts; name no files beside it")
+        return find_run(path)
+    if path.is_dir():
+        parts = open_diffusers(path)
+        own = read_json(path / OWN) if (path / OWN).exists() else None
+    else:
+        parts = open_single(path)
+        own = parse_own(read_metadata(path).get("nanosd3"), path)
+    for name, file in files.items():
+        parts[name] = open_part(name, file)
+    for name in ("mmdit", "vae"):
+        if name not in parts:
+            what, flag = ("transformer", "") if name == "mmdit" else ("autoencoder", " (--vae)")
+            raise InputError(f"{path}: holds no {what}{flag}; it has {', '.join(parts) or 'none'} "
+                             "of SD3's parts")  # fmt: skip
+    if "t5" in parts:
+        parts["t5"] = settle_t5(parts["t5"])
+    if own is not None:
+        config, tokenizers = own_config(own, path)
+        told = "as exported by nanosd3"
+        absent = [name for name in COMPONENTS if name not in parts]
+        if absent:
+            raise InputError(f"{path}: {', '.join(absent)} missing, which {OWN} promises")
+    else:
+        config, told = config_of(parts, path)
+        if path.is_dir():
+            config = as_folder_says(config, path, parts)
+        tokenizers = Tokenizers(BPE.official(), Unigram.official(), frozenset())
+    return Found(path, config, parts, tokenizers, told)
+
+
+def open_single(path: Path) -> dict[str, State]:
+    """The parts of a single file, by the prefixes of their names."""
+    state = open_weights(path)
+    parts: dict[str, State] = {}
+    for name, tensor in state.items():
+        for part, prefix in PREFIXES.items():
+            if name.startswith(prefix):
+                parts.setdefault(part, {})[name.removeprefix(prefix)] = tensor
+    names = list(state)
+    if "mmdit" not in parts and "joint_blocks.0.x_block.attn.qkv.weight" in state:
+        parts["mmdit"] = state  # a transformer alone, without prefix
+    if "joint_blocks.0.x_block.attn.qkv.weight" not in parts.get("mmdit", {}):
+        refuse_foreign(names, path)
+        raise InputError(f"{path}: holds no transformer of Stable Diffusion 3 (none of its "
+                         f"{len(names)} tensors is named like one; the first is "
+                         f"{next(iter(names), 'missing')})")  # fmt: skip
+    return parts
+
+
+def open_diffusers(folder: Path) -> dict[str, State]:
+    """The parts of a diffusers folder, under our names."""
+    if (folder / "unet").is_dir():
+        kind = "SDXL" if (folder / "text_encoder_2").is_dir() else "Stable Diffusion 1 or 2"
+        raise InputError(f"{folder}: this is {kind}, not Stable Diffusion 3")
+    if not (folder / "transformer").is_dir():
+        raise InputError(f"{folder}: holds no transformer/ (a diffusers folder) and no run.json "
+                         "(a run of this program)")  # fmt: skip
+    parts = {}
+    for name, (subfolder, stem) in FOLDERS.items():
+        if (folder / subfolder).is_dir():
+            state = open_folder(folder / subfolder, stem)
+            refuse_foreign(list(state), folder / subfolder)
+            parts[name] = from_diffusers(name, state)
+    return parts
+
+
+def open_part(name: str, file: Path) -> State:
+    """One part in a file of its own, in either layout."""
+    state = open_weights(file)
+    refuse_foreign(list(state), file)
+    prefix = PREFIXES[name]
+    if any(key.startswith(prefix) for key in state):
+        state = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+    if name == "vae" and any(key.startswith("decoder.up_blocks.") for key in state):
+        state = from_diffusers(name, state)
+    sign = {"vae": "decoder.conv_in.weight", "t5": "encoder.final_layer_norm.weight"}
+    if sign.get(name, "text_model.final_layer_norm.weight") not in state:
+        raise InputError(f"{file}: is no {name} (its first tensor is {next(iter(state), 'none')})")
+    return state
+
+
+def find_run(folder: Path) -> Found:
+    """A finished run of this program."""
+    run = Run.read(folder)
+    text = open_weights(folder / "text.safetensors")
+    parts: dict[str, State] = {
+        "mmdit": open_weights(folder / "flow.safetensors"),
+        "vae": open_weights(folder / "autoencoder.safetensors"),
+    }
+    for name in ("clip_l", "clip_g", "t5"):
+        own = {k: t for k, t in text.items() if k.startswith(f"{name}.")}
+        parts[name] = {k.removeprefix(f"{name}."): t for k, t in own.items()}
+    tokenizers = read_tokenizers(folder / "tokenizers.json")
+    return Found(folder, finished_config(run), parts, tokenizers, "a run of this program")
+
+
+def settle_t5(state: State) -> State:
+    """The embedding may be stored under either of two names, or both."""
+    if "encoder.embed_tokens.weight" not in state and "shared.weight" in state:
+        return state | {"encoder.embed_tokens.weight": state["shared.weight"]}
+    return state
+
+
+def as_folder_says(config: Config, folder: Path, parts: dict[str, State]) -> Config:
+    """What a diffusers folder's own configs and weights change of the released models' values.
+
+    CLIP-L's pooled vector is used unprojected in SD3. Single files may hold OpenAI's matrix all
+    the same, which nobody reads; diffusers always multiplies, by the identity or whatever else
+    the folder has. Raises InputError for heads of another size.
+    """
+    said = {
+        name: read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("transformer/config.json", "vae/config.json",
+                     "scheduler/scheduler_config.json")
+    }  # fmt: skip
+    transformer, vae, scheduler = said.values()
+    if (heads := transformer.get("attention_head_dim", HEAD_DIM)) != HEAD_DIM:
+        raise InputError(f"{folder}: attention heads of {heads}, SD3's have {HEAD_DIM}")
+    projection = False
+    if "text_projection.weight" in parts.get("clip_l", {}):
+        matrix = parts["clip_l"]["text_projection.weight"].read().float()
+        projection = matrix.shape[0] != matrix.shape[1] or not matrix.equal(torch.eye(len(matrix)))
+    return replace(
+        config,
+        text=replace(config.text, clip_l=replace(config.text.clip_l, projection=projection)),
+        vae=replace(
+            config.vae,
+            norm_groups=vae.get("norm_num_groups", config.vae.norm_groups),
+            shift=vae.get("shift_factor", config.vae.shift),
+            scale=vae.get("scaling_factor", config.vae.scale),
+        ),
+        sampling=replace(
+            config.sampling, shift=float(scheduler.get("shift", config.sampling.shift))
+        ),
+    )
+
+
+def parse_own(text: str | None, path: Path) -> dict | None:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: its own description is damaged ({error})") from None
+
+
+def own_config(content: dict, path: Path) -> tuple[Config, Tokenizers]:
+    """What `export` wrote down of a model trained here."""
+    try:
+        config = config_from_dict(content["config"], path)
+        tokenizers = content["tokenizers"]
+        if tokenizers is None:
+            return config, Tokenizers(BPE.official(), Unigram.official(), frozenset())
+        return config, Tokenizers.from_json(tokenizers)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: its own description is damaged ({error})") from None
+
+
+# --- checking -----------------------------------------------------------------------------------
+
+
+def makers(config: Config) -> dict[str, Callable[[], nn.Module]]:
+    """How each part is built."""
+    return {
+        "mmdit": lambda: MMDiT(config.mmdit),
+        "vae": lambda: AutoencoderKL(config.vae),
+        "clip_l": lambda: CLIPText(config.text.clip_l),
+        "clip_g": lambda: CLIPText(config.text.clip_g),
+        "t5": lambda: T5Encoder(config.text.t5),
+    }
+
+
+def on_meta(config: Config, name: str) -> nn.Module:
+    """A part without memory: names and shapes only."""
+    with torch.device("meta"):
+        return makers(config)[name]()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One part, compared with what the model needs."""
+
+    loaded: int
+    bytes: int
+    dtypes: list[str]
+    missing: list[str]
+    misshapen: list[str]
+    unexpected: list[str]
+
+
+def check_part(config: Config, name: str, state: State) -> Checked:
+    needed = {k: tuple(t.shape) for k, t in on_meta(config, name).state_dict().items()}
+    shared = [key for key in needed if key in state]
+    projection = "text_projection.weight" if name == "clip_l" else ""
+    return Checked(
+        loaded=sum(state[key].shape == needed[key] for key in shared),
+        bytes=sum(state[key].size for key in shared),
+        dtypes=sorted({str(state[key].dtype).removeprefix("torch.") for key in shared}),
+        missing=[key for key in needed if key not in state],
+        misshapen=[
+            f"{state[key].name}: has {state[key].shape}, expected {needed[key]}"
+            for key in shared
+            if state[key].shape != needed[key]
+        ],
+        unexpected=[
+            tensor.name
+            for key, tensor in state.items()
+            if key not in needed and key != projection
+            and not any(extra in key for extra in KNOWN_EXTRAS)
+        ],
+    )  # fmt: skip
+
+
+def report(found: Found) -> str:
+    """What is there and what is not, part by part, as text."""
+    how, text = found.config.sampling, found.config.text
+    lines = [
+        f"{found.path}: {found.config.name} ({found.told})",
+        f"sampled with {how.steps} steps of {how.sampler}, guidance {how.guidance:g}, shift "
+        f"{how.shift:g}; T5 reads {text.t5.length} tokens",
+        f"{'part':8}{'tensors':>9}{'MB':>10}  {'type':18}{'missing':>8}{'misshapen':>11}"
+        f"{'unexpected':>12}",
+    ]
+    details = []
+    for name in COMPONENTS:
+        if name not in found.parts:
+            lines.append(f"{name:8}{'absent':>9}")
+            continue
+        c = check_part(found.config, name, found.parts[name])
+        lines.append(
+            f"{name:8}{c.loaded:9}{c.bytes / 1e6:10,.0f}  {', '.join(c.dtypes):18}"
+            f"{len(c.missing):8}{len(c.misshapen):11}{len(c.unexpected):12}"
+        )
+        for what in ("missing", "misshapen", "unexpected"):
+            details += [f"  {name}, {what}: {entry}" for entry in getattr(c, what)]
+    return "\n".join(lines + details)
+
+
+def check(found: Found) -> None:
+    """Raises InputError with the list of what is missing or misshapen."""
+    wrong = []
+    for name, state in found.parts.items():
+        checked = check_part(found.config, name, state)
+        wrong += [f"{name} lacks {key}" for key in checked.missing]
+        wrong += [f"{name} {entry}" for entry in checked.misshapen]
+    if wrong:
+        more = f" ... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise InputError(f"{found.path}: {len(wrong)} tensors missing or of wrong shape: "
+                         f"{'; '.join(wrong[:20])}{more}")  # fmt: skip
