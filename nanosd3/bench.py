@@ -11,7 +11,6 @@ random; text encoders have their full width but few layers, as all layers cost t
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanosd3.config import CONFIGS, Config
 from nanosd3.export import part_config
 from nanosd3.found import on_meta
+from nanosd3.layers import linear
 from nanosd3.layouts import COMPONENTS, PREFIXES, to_diffusers
 from nanosd3.parts import stored
 from nanosd3.runtime import InputError, Parser, positive, run_main, set_up
@@ -205,7 +205,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP a second of a large matrix product: what this machine gives at best."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = min(seconds(lambda: a @ b, device) for _ in range(10))
+    best = min(seconds(lambda: linear(a, b), device) for _ in range(10))
     return 2 * n**3 / best
 
 
@@ -214,13 +214,13 @@ def bench_forward(args: argparse.Namespace) -> None:
     device = set_up(args.threads)
     peak = matrix_peak(device, getattr(torch, args.dtype))
     print(f"{args.config}, {args.size}x{args.size}, batch {args.batch}, {args.dtype}, text "
-          f"encoders of {args.layers} layers; a matrix product reaches {peak / 1e9:.0f} GFLOP/s")  # fmt: skip
+          f"encoders of {args.layers} layers; matrix product {peak / 1e9:.0f} GFLOP/s")  # fmt: skip
     print("| part | ours | share of peak | time ratio | memory ratio | beyond weights | "
           "difference |\n| --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
     for part in args.parts or COMPONENTS:
         ours, other = prepare(args, part, device)
-        with FlopCounterMode(display=False) as counter:
-            a = ours()
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            a = ours()  # the counter knows the products that have gradients
         difference = (a - other()).abs().max() / a.abs().max()
         pairs = [(seconds(ours, device), seconds(other, device)) for _ in range(args.repeats)]
         time_ratio = statistics.median(mine / their for mine, their in pairs)
@@ -251,33 +251,36 @@ def write_random(config: Config, path: Path, without: list[str]) -> dict[str, in
     return counts
 
 
+CHILD = """
+import sys
+from nanosd3 import bench, generate
+before = bench.status_of("VmHWM")
+generate.main(sys.argv[1:])
+print(before, bench.status_of("VmHWM"))
+"""
+
+
 def bench_memory(args: argparse.Namespace) -> None:
     """Peak memory of `generate` in a process of its own, beside the weights of each part."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / f"{args.config}.safetensors"
         counts = write_random(CONFIGS[args.config], path, args.without)
-        command = [sys.executable, "-m", "nanosd3.generate", "a photo of a cat"]
-        command += ["--weights", str(path), "--out", str(Path(folder) / "cat.png")]
-        command += ["--height", str(args.size), "--width", str(args.size), "--steps", "2"]
-        command += [word for part in args.without for word in ("--drop", part)]
-        done = subprocess.run(command, check=False)
+        options = ["a photo of a cat", "--weights", path, "--out", Path(folder) / "cat.png"]
+        options += ["--height", args.size, "--width", args.size, "--steps", 2]
+        options += [word for part in args.without for word in ("--drop", part)]
+        command = [sys.executable, "-c", CHILD, *map(str, options)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise InputError(f"generate ended with status {done.returncode}")
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    bare = subprocess.run(
-        [sys.executable, "-c", "import resource, nanosd3.generate as g\n"
-         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    base = int(bare.stdout) * 1024
+        before, peak = map(int, done.stdout.split()[-2:])
     weights = {part: 4 * n for part, n in counts.items()}
     largest = max(weights, key=weights.get)
     for part, size in weights.items():
         print(f"{NAMES[part]:12}{size / 1e9:7.2f} GB in float32")
-    print(f"program     {base / 1e9:7.2f} GB before any weights")
-    print(f"peak        {peak / 1e9:7.2f} GB, which is {peak / (base + weights[largest]):.3f} of the "
-          f"largest part ({NAMES[largest]}) and the program; all parts together: "
-          f"{(base + sum(weights.values())) / 1e9:.2f} GB")  # fmt: skip
+    print(f"program     {before / 1e9:7.2f} GB before any weights")
+    print(f"peak        {peak / 1e9:7.2f} GB: {peak / (before + weights[largest]):.2f} of the "
+          f"program and its largest part ({NAMES[largest]}); with all parts at once "
+          f"{(before + sum(weights.values())) / 1e9:.2f} GB")  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

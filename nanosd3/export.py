@@ -133,7 +133,7 @@ def model_index(found: Found) -> dict:
         "text_encoder_3": ("transformers", "T5EncoderModel", "t5"),
         "tokenizer": ("transformers", "CLIPTokenizer", "clip_l"),
         "tokenizer_2": ("transformers", "CLIPTokenizer", "clip_g"),
-        "tokenizer_3": ("transformers", t5_tokenizer_class(found.tokenizers.unigram), "t5"),
+        "tokenizer_3": ("transformers", "PreTrainedTokenizerFast", "t5"),
     }
     index = {"_class_name": "StableDiffusion3Pipeline"}
     for name, (library, kind, part) in classes.items():
@@ -250,13 +250,9 @@ def write_clip_tokenizer(folder: Path, bpe: BPE, clip: CLIPConfig) -> None:
     })  # fmt: skip
 
 
-def t5_tokenizer_class(unigram: Unigram) -> str:
-    """T5's own class builds its normaliser anew, which does not fold case."""
-    return "PreTrainedTokenizerFast" if unigram.lower_case else "T5TokenizerFast"
-
-
 def write_t5_tokenizer(folder: Path, unigram: Unigram, length: int) -> None:
-    """tokenizer.json, which is the published one with these pieces."""
+    """tokenizer.json: the published one with these pieces. T5's own class would ignore half of
+    it: transformers 5 builds the normaliser anew, without lower case and with a strip."""
     content = json.loads(gzip.decompress((ASSETS / "t5_tokenizer.json.gz").read_bytes()))
     content["model"]["vocab"] = unigram.pieces
     content["added_tokens"] = [
@@ -274,7 +270,7 @@ def write_t5_tokenizer(folder: Path, unigram: Unigram, length: int) -> None:
     }
     sentinels = sum(piece.startswith("<extra_id") for piece in unigram.controls)
     write_text(folder / "tokenizer_config.json", special | {
-        "tokenizer_class": t5_tokenizer_class(unigram),
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "extra_ids": sentinels,
         "model_max_length": length,
     })  # fmt: skip

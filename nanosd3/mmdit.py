@@ -23,7 +23,6 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosd3.config import MMDiTConfig
@@ -32,8 +31,10 @@ from nanosd3.layers import (
     MLP,
     TIMESTEP_FEATURES,
     Embedder,
+    Linear,
     RMSNorm,
     attention,
+    linear,
     modulate,
     split_heads,
     timestep_embedding,
@@ -56,19 +57,19 @@ class Attention(nn.Module):
     def __init__(self, dim: int, qk_norm: bool, keys_only: bool = False):
         super().__init__()
         self.keys_only = keys_only
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.ln_q = RMSNorm(HEAD_DIM) if qk_norm else nn.Identity()
         self.ln_k = RMSNorm(HEAD_DIM) if qk_norm else nn.Identity()
         if keys_only and qk_norm:  # stored in official files, reaches nothing
             self.ln_q.weight.requires_grad_(False)
         if not keys_only:
-            self.proj = nn.Linear(dim, dim)
+            self.proj = Linear(dim, dim)
 
     def project(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Tokens (B, L, D) to q, k, v, each (B, heads, L, 64); q is None for keys only."""
         if self.keys_only:
             D = x.shape[-1]
-            k, v = split_heads(F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), 2)
+            k, v = split_heads(linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), 2)
             return None, self.ln_k(k), v
         q, k, v = split_heads(self.qkv(x), 3)
         return self.ln_q(q), self.ln_k(k), v
@@ -80,7 +81,7 @@ class Stream(nn.Module):
     def __init__(self, dim: int, qk_norm: bool, dual: bool = False, keys_only: bool = False):
         super().__init__()
         self.outputs = 2 if keys_only else 9 if dual else 6
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, self.outputs * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, self.outputs * dim))
         self.attn = Attention(dim, qk_norm, keys_only)
         if dual:
             self.attn2 = Attention(dim, qk_norm)
@@ -109,22 +110,28 @@ class JointBlock(nn.Module):
         image, text = self.x_block, self.context_block
         x_attn, x_mlp, *x_attn2 = image.modulation(c)
         y_attn, *y_mlp = text.modulation(c)
-        q_x, k_x, v_x = image.attn.project(modulate(x, x_attn.shift, x_attn.scale))
-        q_y, k_y, v_y = text.attn.project(modulate(y, y_attn.shift, y_attn.scale))
-
-        M = 0 if q_y is None else y.shape[1]
-        q = q_x if q_y is None else torch.cat([q_y, q_x], dim=2)  # (B, heads, M+N, 64)
-        joint = attention(q, torch.cat([k_y, k_x], dim=2), torch.cat([v_y, v_x], dim=2))
-
-        out = x_attn.gate[:, None] * image.attn.proj(joint[:, M:])  # (B, N, D)
+        from_joint, for_text = self.attend(x, y, x_attn, y_attn)
+        out = x_attn.gate[:, None] * image.attn.proj(from_joint)  # (B, N, D)
         for on in x_attn2:  # MMDiT-X: a second attention reads the same x
             own = attention(*image.attn2.project(modulate(x, on.shift, on.scale)))
             out = out + on.gate[:, None] * image.attn2.proj(own)
         x = feed_forward(image, x + out, x_mlp)
-        if q_y is None:
+        if text.attn.keys_only:
             return x, None
-        y = y + y_attn.gate[:, None] * text.attn.proj(joint[:, :M])  # (B, M, D)
+        y = y + y_attn.gate[:, None] * text.attn.proj(for_text)  # (B, M, D)
         return x, feed_forward(text, y, *y_mlp)
+
+    def attend(
+        self, x: Tensor, y: Tensor, x_on: Modulation, y_on: Modulation
+    ) -> tuple[Tensor, Tensor]:
+        """What the image tokens (B, N, D) and the text tokens (B, M, D) take from both streams;
+        M is 0 in the last block."""
+        q_x, k_x, v_x = self.x_block.attn.project(modulate(x, x_on.shift, x_on.scale))
+        q_y, k_y, v_y = self.context_block.attn.project(modulate(y, y_on.shift, y_on.scale))
+        M = 0 if q_y is None else y.shape[1]
+        q = q_x if q_y is None else torch.cat([q_y, q_x], dim=2)  # (B, heads, M+N, 64)
+        joint = attention(q, torch.cat([k_y, k_x], dim=2), torch.cat([v_y, v_x], dim=2))
+        return joint[:, M:], joint[:, :M]
 
 
 def feed_forward(stream: Stream, x: Tensor, on: Modulation) -> Tensor:
@@ -142,7 +149,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), patchify's order
-        return F.linear(patchify(z, self.patch), weight, self.proj.bias)  # (B, N, D)
+        return linear(patchify(z, self.patch), weight, self.proj.bias)  # (B, N, D)
 
 
 class FinalLayer(nn.Module):
@@ -150,8 +157,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, features: int):
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
-        self.linear = nn.Linear(dim, features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
+        self.linear = Linear(dim, features)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
@@ -168,7 +175,7 @@ class MMDiT(nn.Module):
         self.x_embedder = PatchEmbed(channels, patch, D)
         self.t_embedder = Embedder(TIMESTEP_FEATURES, D)
         self.y_embedder = Embedder(config.pooled_dim, D)
-        self.context_embedder = nn.Linear(config.context_dim, D)
+        self.context_embedder = Linear(config.context_dim, D)
         positions = sincos_positions(D, config.grid, config.grid_sample, config.grid_span)
         self.register_buffer("pos_embed", positions)  # (1, grid*grid, D)
         self.joint_blocks = nn.ModuleList(
@@ -227,8 +234,8 @@ def initialise(model: MMDiT) -> None:
     # Time and pooled text: signals keep their size. DiT's 0.02 is near that at its widths; at
     # 128 it would make the conditioning some twenty times fainter, and slow to be followed.
     for embedder in (model.t_embedder, model.y_embedder):
-        for linear in (embedder.mlp[0], embedder.mlp[2]):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        for layer in (embedder.mlp[0], embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     # Queries, keys and values: random biases. With zeros the queries of image tokens that are
     # still noise have no direction in common, and those of all heads start alike; finding the
     # one text token that names the image was so slow that T5 alone was not followed (LOG.md).

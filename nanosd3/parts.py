@@ -74,18 +74,24 @@ def fill(
     first tensor that holds NaN or infinity.
     """
     buffers = {name for name, _ in module.named_buffers()}
-    filled = {}
-    for key, target in module.state_dict().items():
-        tensor = state[key].read()
-        if not is_finite(tensor):
-            raise InputError(f"{state[key].file}: tensor {state[key].name} holds NaN or infinity")
-        kind = tensor.dtype if dtype is None or key in buffers else dtype
-        if tensor.dtype == kind and tensor.device == device and target.is_contiguous():
-            filled[key] = tensor  # memory-mapped: read when used, and no copy at all
-        else:  # in the target's layout, which is channels-last for convolutions
-            filled[key] = torch.empty_like(target, dtype=kind, device=device).copy_(tensor)
+    filled = {
+        key: cast(state[key], target, device, None if key in buffers else dtype)
+        for key, target in module.state_dict().items()
+    }
     module.load_state_dict(filled, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def cast(source: Stored, target: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """The numbers of `source`, memory-mapped if nothing about them changes; otherwise in the
+    target's layout, which is channels-last for convolutions."""
+    tensor = source.read()
+    if not is_finite(tensor):
+        raise InputError(f"{source.file}: tensor {source.name} holds NaN or infinity")
+    dtype = dtype or tensor.dtype
+    if tensor.dtype == dtype and tensor.device == device and target.is_contiguous():
+        return tensor
+    return torch.empty_like(target, dtype=dtype, device=device).copy_(tensor)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -126,16 +126,22 @@ def t5_config(state: State, path: Path) -> T5Config:
     )
 
 
-def text_config(parts: dict[str, State], path: Path, context_dim: int) -> TextConfig:
-    """Sizes of the encoders that are there; of the others, the official ones."""
-    text = replace(OFFICIAL_TEXT, t5=replace(OFFICIAL_TEXT.t5, width=context_dim))
-    for name in ("clip_l", "clip_g"):
-        if name in parts:
-            made = clip_config(parts[name], path, getattr(text, name))
-            text = replace(text, **{name: made})
-    if (text.clip_l.width, text.clip_g.width) == (1280, 768):
+def text_config(parts: dict[str, State], path: Path, mmdit: MMDiTConfig) -> TextConfig:
+    """Sizes of the encoders that are there; of the others, what the transformer takes."""
+    names = ("clip_l", "clip_g")
+    like = {name: getattr(OFFICIAL_TEXT, name) for name in names}
+    clips = {name: clip_config(parts[name], path, like[name]) for name in names if name in parts}
+    if not clips:
+        clips["clip_l"] = replace(like["clip_l"], width=mmdit.pooled_dim * 3 // 8)  # 768 of 2048
+    rest = mmdit.pooled_dim - sum(clip.width for clip in clips.values())
+    for name in names:
+        clips.setdefault(name, replace(like[name], width=rest))
+    if (clips["clip_l"].width, clips["clip_g"].width) == (1280, 768):
         raise InputError(f"{path}: CLIP-L is 1280 wide and CLIP-G 768; they are exchanged")
-    return replace(text, t5=t5_config(parts["t5"], path)) if "t5" in parts else text
+    t5 = replace(OFFICIAL_TEXT.t5, width=mmdit.context_dim)
+    if "t5" in parts:
+        t5 = t5_config(parts["t5"], path)
+    return replace(OFFICIAL_TEXT, t5=t5, **clips)
 
 
 def known_as(mmdit: MMDiTConfig, path: Path) -> tuple[str, Sampling, str]:
@@ -151,6 +157,7 @@ def known_as(mmdit: MMDiTConfig, path: Path) -> tuple[str, Sampling, str]:
                 told += ', and "turbo" in its name, which alone tells it from sd3.5-large'
             return name, config.sampling, told
     name = "sd3.5-large" if mmdit.qk_norm else "sd3-medium"
+    name = "sd3.5-medium" if mmdit.dual_attention else name
     return "unreleased size", CONFIGS[name].sampling, f"{told}; sampled as {name}"
 
 
@@ -160,7 +167,7 @@ def config_of(parts: dict[str, State], path: Path) -> tuple[Config, str]:
     Raises InputError if they do not belong together.
     """
     mmdit, vae = mmdit_config(parts["mmdit"], path), vae_config(parts["vae"], path)
-    text = text_config(parts, path, mmdit.context_dim)
+    text = text_config(parts, path, mmdit)
     pooled = text.clip_l.width + text.clip_g.width
     for what, part, needed in (
         ("channels of the autoencoder's latents", vae.latent_channels, mmdit.latent_channels),

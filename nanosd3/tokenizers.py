@@ -11,8 +11,9 @@ The full vocabularies (CLIP's 48,894 merges, T5's 32,100 pieces) are in the pack
 ones of a run are trained here from its captions. Ids agree with the tokenizers published with
 the models. Departures: T5's character map is NFKC plus the few characters it treats otherwise (by
 Python's newer Unicode tables, and keeping a combining mark after a character that the map
-rewrites, which the published fast tokenizer loses); no ftfy repair of broken text in CLIP (as
-in transformers).
+rewrites, which the published fast tokenizer loses); a space at the end makes an empty last word
+(as in the published tokenizer.json; SentencePiece itself strips it); no ftfy repair of broken text
+in CLIP (as in transformers).
 """
 
 import gzip

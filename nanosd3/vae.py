@@ -29,6 +29,11 @@ def conv3(c_in: int, c_out: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x); where no gradient is asked for, in the memory of x, which is not needed."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResBlock(nn.Module):
     """Two convolutions around a skip; the skip is a 1x1 convolution if the channels change."""
 
@@ -39,9 +44,9 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
+        return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class SelfAttention(nn.Module):
@@ -135,7 +140,7 @@ class Encoder(nn.Module):
         for level in self.down:
             x = level(x)
         x = self.mid(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -158,7 +163,7 @@ class Decoder(nn.Module):
         z = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             z = level(z)
-        return self.conv_out(F.silu(self.norm_out(z)))
+        return self.conv_out(silu(self.norm_out(z)))
 
 
 class AutoencoderKL(nn.Module):

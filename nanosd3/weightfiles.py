@@ -48,6 +48,8 @@ def open_weights(path: Path) -> State:
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise InputError(f"{path}: is a web page, not weights; was the licence accepted and the "
                          "download logged in?")  # fmt: skip
+    if start.startswith(b"GGUF"):
+        raise InputError(f"{path}: is a GGUF file, which is not supported; take .safetensors")
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return open_checkpoint(path)
     return open_safetensors(path)

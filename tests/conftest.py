@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import tiny_official
 import torch
 
 import train_mnist
+from nanosd3.export import export
+from nanosd3.found import find
 
 torch.set_num_threads(1)  # the models here are too small to share
 
@@ -22,4 +25,24 @@ def one_thread():
 def tiny_run(tmp_path_factory, one_thread) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert train_mnist.main(["--config", "tiny", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def official_parts(one_thread) -> dict[str, dict]:
+    return tiny_official.parts()
+
+
+@pytest.fixture(scope="session")
+def official_file(tmp_path_factory, official_parts) -> Path:
+    """A single file with everything in it, as the official ones."""
+    path = tmp_path_factory.mktemp("official") / "tiny_incl_clips_t5.safetensors"
+    return tiny_official.write_single(official_parts, path)
+
+
+@pytest.fixture(scope="session")
+def official_folder(official_file) -> Path:
+    """The same model as a diffusers folder."""
+    folder = official_file.with_name("tiny-diffusers")
+    export(find(official_file), "diffusers", folder)
     return folder

@@ -1,0 +1,395 @@
+"""Weights and pictures that cannot be used: one line that says why, and nothing written."""
+
+import json
+import pickle
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_official
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_bad_input import refused
+
+from nanosd3 import bench, generate, weights
+from nanosd3.runtime import InputError
+
+SMALL = ["--height", "64", "--width", "96", "--steps", "2"]
+
+
+@pytest.fixture
+def ask(capsys, tmp_path, official_file):
+    """Refused by `generate`, with nothing written; the line."""
+
+    def ask(*options: object, weights: Path = official_file) -> str:
+        out = tmp_path / "cat.png"
+        line = refused(
+            capsys, generate.main, "a cat", "--weights", weights, "--out", out, *SMALL, *options
+        )
+        assert not out.exists()
+        return line
+
+    return ask
+
+
+# --- files that are no weights --------------------------------------------------------------------
+
+
+def with_header(header: bytes, data: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def entry(start: int, end: int, shape: list[int]) -> dict:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"hello, this is a text file and no more than that", "not a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git lfs pull"),
+        (b"<!DOCTYPE html><html>Log in</html>", "is a web page"),
+        (b"GGUF\x03\x00\x00\x00", "is a GGUF file"),
+        (b"\x80\x04garbage", "damaged or no checkpoint"),
+        (b"PK\x03\x04garbage", "damaged or no checkpoint"),
+        (struct.pack("<Q", 2**40) + b"{}", "not a safetensors file"),
+        (with_header(b"{not json}", b""), "not a safetensors file"),
+        (with_header(json.dumps({"a": entry(0, 400, [10])}).encode(), b"\0" * 40),
+         "not a safetensors file"),
+        (with_header(json.dumps({"a": entry(0, 40, [10]), "b": entry(20, 60, [10])}).encode(),
+                     b"\0" * 60), "not a safetensors file"),
+        (with_header(json.dumps({"a": entry(0, 40, [99])}).encode(), b"\0" * 40),
+         "not a safetensors file"),
+    ],
+    ids=["empty", "text", "pointer", "page", "gguf", "pickle", "zip", "length", "json", "offsets",
+         "overlap", "shape"],
+)  # fmt: skip
+def test_files_that_are_no_weights(ask, tmp_path, content, message):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(content)
+    line = ask(weights=path)
+    assert message in line and str(path) in line
+
+
+def test_truncated(ask, official_file, tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(official_file.read_bytes()[:-1000])
+    assert "damaged or not a safetensors file" in ask(weights=path)
+
+
+def test_missing(ask, tmp_path):
+    assert "no such file or folder" in ask(weights=tmp_path / "none.safetensors")
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_checkpoint_is_refused(ask, tmp_path, zipped):
+    proof = tmp_path / "executed"
+    torch.save({"state_dict": {}, "hyper": Harmful(proof)}, tmp_path / "m.ckpt",
+               _use_new_zipfile_serialization=zipped)  # fmt: skip
+    assert "holds Python objects besides tensors" in ask(weights=tmp_path / "m.ckpt")
+    (tmp_path / "m.bin").write_bytes(pickle.dumps(Harmful(proof)))
+    ask(weights=tmp_path / "m.bin")
+    assert not proof.exists()
+
+
+# --- other models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["double_blocks.0.img_attn.qkv.weight", "img_in.weight"], "this is FLUX"),
+        (["model.diffusion_model.double_blocks.0.img_mod.lin.weight"], "this is FLUX"),
+        (["model.diffusion_model.input_blocks.0.0.weight",
+          "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight"], "is SDXL"),
+        (["model.diffusion_model.input_blocks.0.0.weight",
+          "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+          "first_stage_model.decoder.conv_in.weight"], "this is Stable Diffusion 1 or 2"),
+        (["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"], "this is a LoRA"),
+        (["something.weight"], "holds no transformer of Stable Diffusion 3"),
+    ],
+)  # fmt: skip
+def test_other_models_are_named(ask, tmp_path, names, message):
+    path = tmp_path / "m.safetensors"
+    save_file({name: torch.zeros(2) for name in names}, path)
+    assert message in ask(weights=path)
+
+
+def test_other_folders_are_named(ask, tmp_path, official_folder):
+    for part in ("unet", "text_encoder_2"):
+        (tmp_path / "xl" / part).mkdir(parents=True)
+    assert "this is SDXL" in ask(weights=tmp_path / "xl")
+    assert "holds no transformer/" in ask(weights=official_folder / "transformer")
+    folder = shutil.copytree(official_folder, tmp_path / "d")
+    config = json.loads((folder / "transformer/config.json").read_text())
+    (folder / "transformer/config.json").write_text(json.dumps(config | {"attention_head_dim": 8}))
+    assert "attention heads of 8, SD3's have 64" in ask(weights=folder)
+    (folder / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    assert "holds no diffusion_pytorch_model.safetensors" in ask(weights=folder)
+
+
+def test_autoencoder_of_four_channels(ask, official_parts, tmp_path):
+    vae = official_parts["vae"] | {"decoder.conv_in.weight": torch.zeros(64, 4, 3, 3)}
+    path = tiny_official.write_single(official_parts | {"vae": vae}, tmp_path / "m.safetensors")
+    line = ask(weights=path)
+    assert "4 latent channels, that of Stable Diffusion 1.5 or SDXL; SD3's has 16" in line
+
+
+def test_parts_of_another_model(ask, official_parts, tmp_path):
+    """A T5 of another width, and files in the wrong place."""
+    t5 = {
+        k: t[..., :128].contiguous() if "embed" in k else t for k, t in official_parts["t5"].items()
+    }
+    save_file(t5, tmp_path / "t5.safetensors")
+    line = ask("--t5", tmp_path / "t5.safetensors")
+    assert "features of T5: 128, but the transformer takes 256" in line
+    save_file(official_parts["clip_l"], tmp_path / "clip.safetensors")
+    assert "pooled features of both CLIPs" in ask("--clip-g", tmp_path / "clip.safetensors")
+    assert "is no t5" in ask("--t5", tmp_path / "clip.safetensors")
+    scaled = official_parts["t5"] | {"encoder.block.0.layer.0.SelfAttention.q.scale_weight":
+                                     torch.ones(1)}  # fmt: skip
+    save_file(scaled, tmp_path / "t5.safetensors")
+    assert "8-bit weights with scales of their own" in ask("--t5", tmp_path / "t5.safetensors")
+
+
+def test_missing_and_misshapen_tensors_are_listed(ask, official_parts, tmp_path):
+    vae = dict(official_parts["vae"])
+    del vae["decoder.norm_out.bias"]
+    clip = official_parts["clip_g"] | {"text_projection.weight": torch.zeros(3, 4)}
+    path = tiny_official.write_single(
+        official_parts | {"vae": vae, "clip_g": clip}, tmp_path / "m.safetensors"
+    )
+    line = ask(weights=path)
+    assert (
+        "2 tensors missing or of wrong shape" in line and "vae lacks decoder.norm_out.bias" in line
+    )
+    assert "text_projection.weight: has (3, 4), expected (128, 128)" in line
+
+
+@pytest.mark.parametrize("part", ["mmdit", "vae", "t5"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_a_number_in_the_weights(ask, official_parts, tmp_path, part, value):
+    state = {k: t.clone() for k, t in official_parts[part].items()}
+    name = next(k for k, t in state.items() if t.ndim > 1 and k != "pos_embed")
+    state[name].view(-1)[7] = value
+    path = tiny_official.write_single(official_parts | {part: state}, tmp_path / "m.safetensors")
+    line = ask(weights=path)
+    assert name in line and "holds NaN or infinity" in line
+
+
+def test_an_encoder_that_overflows(official_parts, tmp_path):
+    t5 = {k: t.clone() for k, t in official_parts["t5"].items()}
+    t5["encoder.block.0.layer.0.SelfAttention.o.weight"].fill_(3e38)
+    path = tiny_official.write_single(official_parts | {"t5": t5}, tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match="t5: its output is not finite"):
+        weights.load(path).encode_text(["a cat"])
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--height", "100"], "nearest: 96 or 112"),
+        (["--width", "1"], "nearest: 16 or 32"),
+        (["--height", "4000"], "nearest: 192"),  # a grid of 12 patches of 16 pixels
+        (["--skip-layers", "2"], "no layer 2; this model has 0 to 1"),
+        (["--skip-layers", "0", "--steps", "2"], "none is in the part where it acts"),
+        (["--skip-layers", "a,b"], "expected numbers as in 7,8,9"),
+        (["--skip-scale", "2"], "no effect without --skip-layers"),
+        (["--strength", "0.5"], "no effect without --init-image"),
+        (["--mask", "m.png"], "no effect without --init-image"),
+        (["--t5-length", "0"], "must be at least 1"),
+        (["--dtype", "int8"], "invalid choice"),
+        (["--run", "runs/mnist"], "name one of them"),
+    ],
+)
+def test_options(ask, options, message):
+    assert message in ask(*options)
+
+
+def test_options_of_weights_only(capsys, tiny_run):
+    line = refused(capsys, generate.main, "7", "--run", tiny_run, "--t5", "x")
+    assert "--t5 belongs to --weights" in line
+    assert "--report is of --weights" in refused(capsys, generate.main, "--report")
+
+
+def test_sizes_of_mnist(capsys, tiny_run, tmp_path):
+    line = refused(capsys, generate.main, "7", "--run", tiny_run, "--height", "30", "--out",
+                   tmp_path / "x.png")  # fmt: skip
+    assert "height 30: sizes of this model go in steps of 8 up to 44; nearest: 28 or 36" in line
+
+
+def test_long_prompts_are_cut_and_said(official_file):
+    pipeline = weights.load(official_file)
+    small = {"height": 64, "width": 96, "steps": 1, "output": "latent"}
+    with pytest.warns(UserWarning, match=r"too long for the CLIPs \(77 of 102 tokens kept\), cut"):
+        cut = pipeline("cat " * 100, **small)
+    assert cut.isfinite().all()
+
+
+# --- weights command ----------------------------------------------------------------------------
+
+
+def test_export_options(capsys, tiny_run, tmp_path):
+    ask = lambda *options: refused(capsys, weights.main, *options)  # noqa: E731
+    assert "export needs --layout" in ask("export", tiny_run)
+    assert "belong to export" in ask("report", tiny_run, "--layout", "single")
+    assert "must be named *.safetensors" in ask(
+        "export", tiny_run, "--layout", "single", "--out", tmp_path / "m.bin"
+    )
+    (tmp_path / "there").mkdir()
+    assert "exists already" in ask(
+        "export", tiny_run, "--layout", "diffusers", "--out", tmp_path / "there"
+    )
+    assert "does not exist" in ask(
+        "export", tiny_run, "--layout", "diffusers", "--out", tmp_path / "no" / "where"
+    )
+    assert "name no files beside it" in ask("report", tiny_run, "--t5", "x")
+    assert not any(path.suffix == ".tmp" for path in tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing(capsys, tiny_run, tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nanosd3.export.save_file", full)
+    for layout, name in (("single", "m.safetensors"), ("diffusers", "d")):
+        line = refused(capsys, weights.main, "export", tiny_run, "--layout", layout, "--out",
+                       tmp_path / name)  # fmt: skip
+        assert "No space left" in line and not list(tmp_path.iterdir())
+
+
+def test_damaged_description(capsys, tiny_run, tmp_path):
+    weights.main(["export", str(tiny_run), "--layout", "single", "--out",
+                  str(tmp_path / "m.safetensors")])  # fmt: skip
+    state = load_file(tmp_path / "m.safetensors")
+    for own, message in (("{", "damaged"), ("{}", "damaged"), ('{"config": {}}', "is missing")):
+        save_file(state, tmp_path / "m.safetensors", metadata={"nanosd3": own})
+        assert message in refused(capsys, weights.main, "report", tmp_path / "m.safetensors")
+
+
+def test_unfinished_run(capsys, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    content = json.loads((run / "run.json").read_text())
+    del content["stages"]["flow"]
+    (run / "run.json").write_text(json.dumps(content))
+    assert "unfinished (no flow yet)" in refused(
+        capsys,
+        weights.main,
+        "export",
+        run,
+        "--layout",
+        "single",
+        "--out",
+        tmp_path / "m.safetensors",
+    )
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (96, 64), **save) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **save)
+    return path
+
+
+def test_plain_pictures_are_taken(official_file, tmp_path):
+    for name, mode in (("a.png", "RGB"), ("b.jpg", "RGB"), ("c.png", "L"), ("d.png", "1")):
+        out = tmp_path / f"{name}.out.png"
+        source = picture(tmp_path / name, mode)
+        assert generate.main(["a cat", "--weights", str(official_file), "--steps", "2",
+                              "--init-image", str(source), "--out", str(out)]) == 0  # fmt: skip
+        with Image.open(out) as image:
+            assert image.size == (96, 64)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha(ask, tmp_path, mode):
+    assert "alpha" in ask("--init-image", picture(tmp_path / "a.png", mode))
+
+
+def test_palette_and_transparent_palette(ask, tmp_path):
+    assert "palette" in ask("--init-image", picture(tmp_path / "a.png", "P"))
+    assert "alpha" in ask("--init-image", picture(tmp_path / "a.png", "P", transparency=0))
+
+
+def test_sixteen_bits(ask, tmp_path):
+    Image.fromarray(np.full((64, 96), 40000, np.uint16)).save(tmp_path / "a.png")
+    assert "more than 8 bits" in ask("--init-image", tmp_path / "a.png")
+    assert "colour mode CMYK" in ask("--init-image", picture(tmp_path / "a.jpg", "CMYK"))
+
+
+def test_exif_rotation(ask, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    line = ask("--init-image", picture(tmp_path / "a.jpg", exif=exif))
+    assert "stored turned" in line and "upright" in line
+
+
+def test_not_a_picture(ask, tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    assert "is not a picture" in ask("--init-image", tmp_path / "a.png")
+    assert "No such file" in ask("--init-image", tmp_path / "none.png")
+    whole = picture(tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
+    assert "b.png" in ask("--init-image", tmp_path / "b.png")
+
+
+def test_pictures_of_another_size(ask, tmp_path):
+    line = ask("--init-image", picture(tmp_path / "a.png", size=(64, 64)))
+    assert "image: is 64x64 (height x width), but 64x96 is asked for" in line
+    good = picture(tmp_path / "b.png")
+    mask = picture(tmp_path / "m.png", "L", size=(64, 64))
+    line = ask("--init-image", good, "--mask", mask)
+    assert "mask: is 64x64 (height x width), but the image is 64x96" in line
+    line = ask("--init-image", good, "--mask", good)
+    assert "a mask is black and white" in line
+    Image.new("L", (96, 64)).save(tmp_path / "m.png")
+    assert "nothing is marked" in ask("--init-image", good, "--mask", tmp_path / "m.png")
+    assert "less than one step" in ask("--init-image", good, "--strength", "1e-18")
+    assert "strength must be above 0" in ask("--init-image", good, "--strength", "1.5")
+
+
+def test_size_of_a_picture_must_be_divisible(capsys, official_file, tmp_path):
+    odd = picture(tmp_path / "a.png", size=(100, 64))
+    line = refused(capsys, generate.main, "a cat", "--weights", official_file, "--init-image", odd,
+                   "--out", tmp_path / "x.png")  # fmt: skip
+    assert "width 100" in line and "nearest: 96 or 112" in line
+
+
+def test_colours_for_a_grey_model(capsys, tiny_run, tmp_path):
+    colours = picture(tmp_path / "a.png", size=(28, 28))
+    line = refused(capsys, generate.main, "7", "--run", tiny_run, "--init-image", colours, "--out",
+                   tmp_path / "x.png")  # fmt: skip
+    assert "is in colour, the model is not" in line
+
+
+def test_noise_of_another_shape(official_file):
+    pipeline = weights.load(official_file)
+    with pytest.raises(InputError, match=r"noise: has shape \(1, 16, 8, 8\), expected"):
+        pipeline("a cat", height=64, width=96, noise=torch.zeros(1, 16, 8, 8))
+    with pytest.raises(InputError, match="strength has no effect without an image"):
+        pipeline("a cat", strength=0.5)
+    with pytest.raises(InputError, match="mask has no effect without an image"):
+        pipeline("a cat", mask=np.ones((64, 96), bool))
+    with pytest.raises(InputError, match="expected uint8 pixels"):
+        pipeline("a cat", image=np.zeros((64, 96, 3)))
+
+
+def test_bench_options(capsys):
+    assert "invalid choice" in refused(capsys, bench.main, "forward", "--against", "magic")
