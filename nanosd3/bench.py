@@ -157,8 +157,8 @@ def prepare(args: argparse.Namespace, part: str, device: torch.device) -> tuple[
 
 
 @torch.no_grad()
-def peak_memory(args: argparse.Namespace, part: str, foreign: bool, answer: object) -> None:
-    """In a process of its own: bytes at the peak of one pass, in all and beyond the weights."""
+def peak_memory(args: argparse.Namespace, part: str, foreign: bool) -> tuple[int, int]:
+    """Bytes at the peak of one pass, in all and beyond the weights."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     base = resident()
@@ -169,12 +169,11 @@ def peak_memory(args: argparse.Namespace, part: str, foreign: bool, answer: obje
         torch.cuda.reset_peak_memory_stats()
         forward()
         peak = torch.cuda.max_memory_allocated()
-        answer.put((peak, peak - weights))
-        return
+        return peak, peak - weights
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     forward()
-    answer.put((peak_resident() - base, peak_resident() - before))
+    return peak_resident() - base, peak_resident() - before
 
 
 def resident() -> int:
@@ -191,14 +190,11 @@ def status_of(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def alone(args: argparse.Namespace, part: str, foreign: bool) -> tuple[int, int]:
+def alone(function: Callable, *arguments: object) -> object:
+    """What a function returns in a process of its own, whose memory goes with it."""
     context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=peak_memory, args=(args, part, foreign, answer))
-    process.start()
-    result = answer.get()
-    process.join()
-    return result
+    with context.Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -230,7 +226,7 @@ def bench_forward(args: argparse.Namespace) -> None:
         if not args.against:
             print(row + "- | - | - | - |")
             continue
-        mine, their = alone(args, part, False), alone(args, part, True)
+        mine, their = (alone(peak_memory, args, part, foreign) for foreign in (False, True))
         print(row + f"{time_ratio:.2f} | {mine[0] / their[0]:.2f} | {mine[1] / their[1]:.2f} | "
               f"{difference:.0e} |", flush=True)  # fmt: skip
 
@@ -264,7 +260,7 @@ def bench_memory(args: argparse.Namespace) -> None:
     """Peak memory of `generate` in a process of its own, beside the weights of each part."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / f"{args.config}.safetensors"
-        counts = write_random(CONFIGS[args.config], path, args.without)
+        counts = alone(write_random, CONFIGS[args.config], path, args.without)
         options = ["a photo of a cat", "--weights", path, "--out", Path(folder) / "cat.png"]
         options += ["--height", args.size, "--width", args.size, "--steps", 2]
         options += [word for part in args.without for word in ("--drop", part)]

@@ -68,8 +68,8 @@ def to_pixels(image: object, channels: int) -> Tensor:
     Raises InputError if it is neither.
     """
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    pixels = torch.as_tensor(image)
+        image = image.convert("RGB" if channels == 3 else "L")
+    pixels = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
     if pixels.dtype != torch.uint8:
         raise InputError(f"image: expected uint8 pixels, got {pixels.dtype}")
     if channels == 1 and pixels.shape[-1:] != (1,):
@@ -84,8 +84,8 @@ def to_latent_mask(mask: object, height: int, width: int, factor: int, padding: 
     """bool or uint8 (H, W), or a Pillow image, to float (1, 1, h, w), 1 where any of the latent's
     pixels is to be repainted. Raises InputError for another size, or if nothing is marked."""
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
-    marked = torch.as_tensor(mask)
+        mask = mask.convert("L")
+    marked = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
     marked = marked if marked.dtype == torch.bool else marked >= 128
     if tuple(marked.shape) != (height, width):
         raise InputError(f"mask: is {'x'.join(map(str, marked.shape))} (height x width), but the "

@@ -86,22 +86,19 @@ def cast(source: Stored, target: Tensor, device: torch.device, dtype: torch.dtyp
     """The numbers of `source`, memory-mapped if nothing about them changes; otherwise in the
     target's layout, which is channels-last for convolutions."""
     tensor = source.read()
+    dtype = dtype or tensor.dtype
+    if tensor.dtype != dtype or tensor.device != device or not target.is_contiguous():
+        tensor = torch.empty_like(target, dtype=dtype, device=device).copy_(tensor)
     if not is_finite(tensor):
         raise InputError(f"{source.file}: tensor {source.name} holds NaN or infinity")
-    dtype = dtype or tensor.dtype
-    if tensor.dtype == dtype and tensor.device == device and target.is_contiguous():
-        return tensor
-    return torch.empty_like(target, dtype=dtype, device=device).copy_(tensor)
+    return tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite; the sum shows it without a copy of the tensor."""
-    if not tensor.is_floating_point():
-        return True
+    """Whether no number is NaN or infinite; mostly the sum shows it, without another copy."""
     if tensor.dtype.itemsize == 1:  # 8-bit floats, which cannot be summed
         tensor = tensor.half()
-    total = tensor.sum(dtype=torch.float64)
-    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 class Parts(Mapping[str, nn.Module]):
