@@ -4,9 +4,10 @@
     python -m nanosd3.bench memory --config sd3-medium       a whole run, by its largest stage
 
 Machines are noisy, so a time means little and a ratio of two taken side by side means more:
-`forward` runs both in turn, several times, and gives the median of the ratios. Memory is the peak
-of a process of its own. Outputs are compared too: a fast wrong answer is not fast. Weights are
-random; text encoders have their full width but few layers, as all layers cost the same.
+`forward` runs both in turn, several times, and gives the median of the ratios. Memory is that of
+all tensors alive at the peak of a pass, with the weights and without. Outputs are compared too: a
+fast wrong answer is not fast. Weights are random; text encoders have their full width but few
+layers, as all layers cost the same.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -141,60 +143,36 @@ def seconds(forward: Forward, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def prepare(args: argparse.Namespace, part: str, device: torch.device) -> tuple[Forward, Forward]:
-    """Our forward and theirs, on the same weights and inputs."""
+def prepare(
+    args: argparse.Namespace, part: str, device: torch.device
+) -> tuple[Forward, Forward, int]:
+    """Our forward and theirs, on the same weights and inputs, and the bytes of the weights."""
     config, dtype = measured_config(args), getattr(torch, args.dtype)
     ours = randomly_filled(config, part, device, dtype)
     given = inputs(config, part, args.size, args.batch, next(ours.parameters()))
     other = theirs(config, part, ours) if args.against else ours
     made = [
-        forward_of(ours, part, given, False),
-        forward_of(other, part, given, bool(args.against)),
+        forward_of(ours, part, given, foreign=False),
+        forward_of(other, part, given, foreign=other is not ours),
     ]
     if args.compile:
         made = [torch.compile(forward) for forward in made]
-    return made[0], made[1]
+    weights = sum(t.numel() * t.element_size() for t in ours.state_dict().values())
+    return made[0], made[1], weights
 
 
-@torch.no_grad()
-def peak_memory(args: argparse.Namespace, part: str, foreign: bool) -> tuple[int, int]:
-    """Bytes at the peak of one pass, in all and beyond the weights."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    base = resident()
-    ours, other = prepare(args, part, device)
-    forward = other if foreign else ours
+def peak_memory(forward: Forward, device: torch.device) -> int:
+    """Bytes of tensors alive at the peak of one pass, beyond what was there before."""
     if device.type == "cuda":
-        weights = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         forward()
-        peak = torch.cuda.max_memory_allocated()
-        return peak, peak - weights
-    before = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    forward()
-    return peak_resident() - base, peak_resident() - before
-
-
-def resident() -> int:
-    return status_of("VmRSS")
-
-
-def peak_resident() -> int:
-    return status_of("VmHWM")
-
-
-def status_of(field: str) -> int:
-    """A line of this process's status, in bytes (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def alone(function: Callable, *arguments: object) -> object:
-    """What a function returns in a process of its own, whose memory goes with it."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(function, arguments)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        forward()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(accumulate(change for _, change in sorted(changes)))
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -214,24 +192,37 @@ def bench_forward(args: argparse.Namespace) -> None:
     print("| part | ours | share of peak | time ratio | memory ratio | beyond weights | "
           "difference |\n| --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
     for part in args.parts or COMPONENTS:
-        ours, other = prepare(args, part, device)
+        ours, other, weights = prepare(args, part, device)
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            a = ours()  # the counter knows the products that have gradients
-        difference = (a - other()).abs().max() / a.abs().max()
+            ours()  # the counter knows the products that have gradients
+        answer = ours()
+        difference = (answer - other()).abs().max() / answer.abs().max()
         pairs = [(seconds(ours, device), seconds(other, device)) for _ in range(args.repeats)]
-        time_ratio = statistics.median(mine / their for mine, their in pairs)
         best = min(mine for mine, _ in pairs)
-        del ours, other
-        row = f"| {NAMES[part]} | {best:.2f} s | {counter.get_total_flops() / best / peak:.0%} | "
+        row = f"| {NAMES[part]} | {best:.3f} s | {counter.get_total_flops() / best / peak:.0%} | "
         if not args.against:
             print(row + "- | - | - | - |")
             continue
-        mine, their = (alone(peak_memory, args, part, foreign) for foreign in (False, True))
-        print(row + f"{time_ratio:.2f} | {mine[0] / their[0]:.2f} | {mine[1] / their[1]:.2f} | "
-              f"{difference:.0e} |", flush=True)  # fmt: skip
+        time_ratio = statistics.median(mine / their for mine, their in pairs)
+        mine, their = (peak_memory(forward, device) for forward in (ours, other))
+        print(row + f"{time_ratio:.2f} | {(weights + mine) / (weights + their):.2f} | "
+              f"{mine / their:.2f} | {difference:.0e} |", flush=True)  # fmt: skip
 
 
 # --- a whole run --------------------------------------------------------------------------------
+
+
+def status_of(field: str) -> int:
+    """A line of this process's status, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def alone(function: Callable, *arguments: object) -> object:
+    """What a function returns in a process of its own, whose memory goes with it."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def write_random(config: Config, path: Path, without: list[str]) -> dict[str, int]:

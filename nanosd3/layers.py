@@ -73,6 +73,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation; where no gradient is asked for, in the memory of x."""
+    if torch.is_grad_enabled():
+        return F.gelu(x, approximate="tanh")
+    return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
 class MLP(nn.Module):
     """Linear, GELU (tanh approximation), Linear, with a hidden layer four times as wide."""
 
@@ -82,7 +89,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 def timestep_embedding(t: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ kept and not computed. Modules are named as in the official single-file checkpoi
 Paper: arXiv 2403.03206, section 4 and figure 2.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -65,14 +65,19 @@ class Attention(nn.Module):
         if not keys_only:
             self.proj = Linear(dim, dim)
 
-    def project(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Tokens (B, L, D) to q, k, v, each (B, heads, L, 64); q is None for keys only."""
+    def project(self, x: Tensor) -> Iterator[Tensor | None]:
+        """Tokens (B, L, D) to q, k, v, each (B, heads, L, 64), one after the other, so that none
+        waits for the next in memory; q is None for keys only."""
+        q = None
         if self.keys_only:
             D = x.shape[-1]
             k, v = split_heads(linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), 2)
-            return None, self.ln_k(k), v
-        q, k, v = split_heads(self.qkv(x), 3)
-        return self.ln_q(q), self.ln_k(k), v
+        else:
+            q, k, v = split_heads(self.qkv(x), 3)
+        del x  # nor does it wait
+        yield None if q is None else self.ln_q(q)
+        yield self.ln_k(k)
+        yield v
 
 
 class Stream(nn.Module):
@@ -126,12 +131,18 @@ class JointBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the image tokens (B, N, D) and the text tokens (B, M, D) take from both streams;
         M is 0 in the last block."""
-        q_x, k_x, v_x = self.x_block.attn.project(modulate(x, x_on.shift, x_on.scale))
-        q_y, k_y, v_y = self.context_block.attn.project(modulate(y, y_on.shift, y_on.scale))
-        M = 0 if q_y is None else y.shape[1]
-        q = q_x if q_y is None else torch.cat([q_y, q_x], dim=2)  # (B, heads, M+N, 64)
-        joint = attention(q, torch.cat([k_y, k_x], dim=2), torch.cat([v_y, v_x], dim=2))
+        joint = attention(*side_by_side(
+            self.context_block.attn.project(modulate(y, y_on.shift, y_on.scale)),
+            self.x_block.attn.project(modulate(x, x_on.shift, x_on.scale)),
+        ))  # (B, M+N, D), without text queries (B, N, D)  # fmt: skip
+        M = joint.shape[1] - x.shape[1]
         return joint[:, M:], joint[:, :M]
+
+
+def side_by_side(text: Iterable[Tensor | None], image: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Queries, keys, values of both streams, each (B, heads, M+N, 64), text first."""
+    for t, i in zip(text, image, strict=True):
+        yield i if t is None else torch.cat([t, i], dim=2)
 
 
 def feed_forward(stream: Stream, x: Tensor, on: Modulation) -> Tensor:

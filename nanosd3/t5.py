@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosd3.config import T5Config
-from nanosd3.layers import Linear, RMSNorm
+from nanosd3.layers import Linear, RMSNorm, gelu
 
 BUCKETS = 32  # half for keys before the query, half for keys after it
 BUCKET_STARTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91)  # distance of bucket 1, 2...
@@ -66,7 +66,7 @@ class GatedMLP(nn.Module):
         self.wo = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+        return self.wo(gelu(self.wi_0(x)) * self.wi_1(x))
 
 
 class Block(nn.Module):
