@@ -249,6 +249,8 @@ print(before, bench.status_of("VmHWM"))
 
 def bench_memory(args: argparse.Namespace) -> None:
     """Peak memory of `generate` in a process of its own, beside the weights of each part."""
+    if CONFIGS[args.config].training:
+        raise InputError(f"memory: {args.config} is small; name one of the official models")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / f"{args.config}.safetensors"
         counts = alone(write_random, CONFIGS[args.config], path, args.without)

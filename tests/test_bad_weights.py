@@ -393,3 +393,4 @@ def test_noise_of_another_shape(official_file):
 
 def test_bench_options(capsys):
     assert "invalid choice" in refused(capsys, bench.main, "forward", "--against", "magic")
+    assert "tiny is small" in refused(capsys, bench.main, "memory", "--config", "tiny")

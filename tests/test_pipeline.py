@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import tiny_official
 import torch
 from PIL import Image
 
-from nanosd3 import generate, weights
+from nanosd3 import bench, generate, weights
 from nanosd3.flow import schedule
 from nanosd3.samplers import SAMPLERS, inpainting
 
@@ -204,3 +205,25 @@ def test_the_progress_bar_counts_steps(official_file, capsys):
     pipeline = weights.load(official_file)
     pipeline("a cat", height=64, width=96, steps=7, progress=True)
     assert "7/7" in capsys.readouterr().err
+
+
+# --- bench --------------------------------------------------------------------------------------
+
+
+def test_bench_forward(capsys):
+    """Ours and theirs give the same numbers, so the times are of the same work."""
+    pytest.importorskip("diffusers")
+    arguments = ["--config", "tiny", "--size", "32", "--repeats", "2", "--threads", "1"]
+    assert bench.main(["forward", "--against", "diffusers", *arguments]) == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line[0] == "|"][2:]
+    assert [row[1].strip() for row in rows] == list(bench.NAMES.values())
+    for row in rows:
+        assert float(row[4]) > 0 and float(row[6]) > 0 and float(row[7]) < 1e-4
+    assert bench.main(["forward", "--parts", "vae", *arguments]) == 0
+
+
+def test_bench_memory(capfd, monkeypatch):
+    monkeypatch.setattr(bench, "CONFIGS", {"small": tiny_official.CONFIG})
+    assert bench.main(["memory", "--config", "small", "--size", "64", "--without", "t5"]) == 0
+    said = capfd.readouterr().out
+    assert "of the program and its largest part (CLIP-G)" in said and "T5" not in said
