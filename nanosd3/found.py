@@ -46,6 +46,7 @@ class Found:
     parts: dict[str, State]
     tokenizers: Tokenizers
     told: str
+    outside: list[str]  # names in a single file that belong to no part
 
 
 def find(path: Path, files: dict[str, Path] | None = None) -> Found:
@@ -56,7 +57,7 @@ def find(path: Path, files: dict[str, Path] | None = None) -> Found:
     files = {name: Path(file) for name, file in (files or {}).items() if file is not None}
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    own = None
+    own, outside = None, []
     if (path / "run.json").exists():
         if files:
             raise InputError(f"{path}: is a run, which has all its parts; name no files beside it")
@@ -65,7 +66,7 @@ def find(path: Path, files: dict[str, Path] | None = None) -> Found:
         parts = open_diffusers(path)
         own = read_json(path / OWN) if (path / OWN).exists() else None
     else:
-        parts = open_single(path)
+        parts, outside = open_single(path)
         own = parse_own(read_metadata(path).get("nanosd3"), path)
     for name, file in files.items():
         parts[name] = open_part(name, file)
@@ -87,26 +88,33 @@ def find(path: Path, files: dict[str, Path] | None = None) -> Found:
         if path.is_dir():
             config = as_folder_says(config, path, parts)
         tokenizers = Tokenizers(BPE.official(), Unigram.official(), frozenset())
-    return Found(path, config, parts, tokenizers, told)
+    return Found(path, config, parts, tokenizers, told, outside)
 
 
-def open_single(path: Path) -> dict[str, State]:
-    """The parts of a single file, by the prefixes of their names."""
+def open_single(path: Path) -> tuple[dict[str, State], list[str]]:
+    """The parts of a single file, by the prefixes of their names, and the names without one."""
     state = open_weights(path)
+    sign = "joint_blocks.0.x_block.attn.qkv.weight"
+    if sign in state:  # a transformer alone
+        return {"mmdit": state}, []
     parts: dict[str, State] = {}
+    outside = []
     for name, tensor in state.items():
-        for part, prefix in PREFIXES.items():
-            if name.startswith(prefix):
-                parts.setdefault(part, {})[name.removeprefix(prefix)] = tensor
-    names = list(state)
-    if "mmdit" not in parts and "joint_blocks.0.x_block.attn.qkv.weight" in state:
-        parts["mmdit"] = state  # a transformer alone, without prefix
-    if "joint_blocks.0.x_block.attn.qkv.weight" not in parts.get("mmdit", {}):
-        refuse_foreign(names, path)
+        part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
+        if part:
+            parts.setdefault(part, {})[name.removeprefix(PREFIXES[part])] = tensor
+        elif not is_known_extra(name):
+            outside.append(name)
+    if sign not in parts.get("mmdit", {}):
+        refuse_foreign(list(state), path)
         raise InputError(f"{path}: holds no transformer of Stable Diffusion 3 (none of its "
-                         f"{len(names)} tensors is named like one; the first is "
-                         f"{next(iter(names), 'missing')})")  # fmt: skip
-    return parts
+                         f"{len(state)} tensors is named like one; the first is "
+                         f"{next(iter(state), 'missing')})")  # fmt: skip
+    return parts, outside
+
+
+def is_known_extra(name: str) -> bool:
+    return any(extra in name for extra in KNOWN_EXTRAS)
 
 
 def open_diffusers(folder: Path) -> dict[str, State]:
@@ -153,7 +161,7 @@ def find_run(folder: Path) -> Found:
         own = {k: t for k, t in text.items() if k.startswith(f"{name}.")}
         parts[name] = {k.removeprefix(f"{name}."): t for k, t in own.items()}
     tokenizers = read_tokenizers(folder / "tokenizers.json")
-    return Found(folder, finished_config(run), parts, tokenizers, "a run of this program")
+    return Found(folder, finished_config(run), parts, tokenizers, "a run of this program", [])
 
 
 def settle_t5(state: State) -> State:
@@ -270,7 +278,7 @@ def check_part(config: Config, name: str, state: State) -> Checked:
             tensor.name
             for key, tensor in state.items()
             if key not in needed and key != projection
-            and not any(extra in key for extra in KNOWN_EXTRAS)
+            and not is_known_extra(key)
         ],
     )  # fmt: skip
 
@@ -297,6 +305,7 @@ def report(found: Found) -> str:
         )
         for what in ("missing", "misshapen", "unexpected"):
             details += [f"  {name}, {what}: {entry}" for entry in getattr(c, what)]
+    details += [f"  of no part: {name}" for name in found.outside]
     return "\n".join(lines + details)
 
 

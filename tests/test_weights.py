@@ -298,10 +298,23 @@ def test_report(official_file, official_parts, tmp_path):
     assert "  mmdit, missing: joint_blocks.1.x_block.mlp.fc1.bias" in lines
     assert any("misshapen" in x and "has (3,), expected (64,)" in x for x in lines)
     assert "  mmdit, unexpected: model.diffusion_model.something.else" in lines
+    assert not any("of no part" in line for line in lines)
     with pytest.raises(InputError) as error:
         check(found)
     assert "2 tensors missing or of wrong shape" in str(error.value)
     assert "mlp.fc1.bias" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_report_names_what_belongs_to_no_part(official_file, tmp_path):
+    extra = {
+        "text_encoders.clip_l.logit_scale": torch.zeros(1),  # known, and of no use here
+        "control.weight": torch.zeros(1),
+    }
+    save_file(load_file(official_file) | extra, tmp_path / "m.safetensors")
+    found = find(tmp_path / "m.safetensors")
+    check(found)
+    assert found.outside == ["control.weight"]
+    assert "  of no part: control.weight" in report(found).splitlines()
 
 
 def test_report_builds_nothing(official_file, monkeypatch):
