@@ -21,7 +21,8 @@ Layers: a module imports only from rows above its own
     text   checkpoint   sizes
     pipeline   loop   figures
     train   found
-    train_text   report   export
+    train_text   report   audit
+    export
     weights
     generate   bench
 

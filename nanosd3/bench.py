@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nanosd3.audit import on_meta
 from nanosd3.config import CONFIGS, Config
 from nanosd3.export import part_config
-from nanosd3.found import on_meta
 from nanosd3.layers import linear
 from nanosd3.layouts import COMPONENTS, PREFIXES, to_diffusers
 from nanosd3.parts import stored

@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from nanosd3.audit import on_meta
 from nanosd3.config import CLIPConfig, Config
-from nanosd3.found import OWN, Found, on_meta
+from nanosd3.found import OWN, Found
 from nanosd3.layers import HEAD_DIM
 from nanosd3.layouts import FOLDERS, PREFIXES, to_diffusers
 from nanosd3.parts import State, stored
 from nanosd3.runtime import InputError
+from nanosd3.sizes import config_of
 from nanosd3.tokenizers import ASSETS, BPE, PAD, SPECIALS, Unigram
 
 LAYOUTS = ("single", "diffusers")
@@ -70,10 +72,13 @@ def needed(found: Found, part: str) -> State:
 
 
 def own_description(found: Found) -> str | None:
-    """Config and tokenizers of a model trained here; None for official ones, whose shapes tell."""
-    if not found.tokenizers.words:
+    """Config and tokenizers of a model that shapes do not tell: one trained here, or one from a
+    folder with settings of its own. None for the others."""
+    trained = bool(found.tokenizers.words)
+    if not trained and config_of(found.parts, found.path)[0] == found.config:
         return None
-    content = {"config": asdict(found.config), "tokenizers": found.tokenizers.to_json()}
+    tokenizers = found.tokenizers.to_json() if trained else None
+    content = {"config": asdict(found.config), "tokenizers": tokenizers}
     return json.dumps(content, ensure_ascii=False)
 
 

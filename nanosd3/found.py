@@ -4,37 +4,31 @@
 here, reads names and shapes and little else, and gives the parts under our names with the config
 they amount to. What is not Stable Diffusion 3 is called by its name, if that is known.
 
-`report` and `check` compare the parts with what the model needs. Loading is strict: every tensor
-must be there in the right shape. Tensors that the model has not are reported and left alone; a
-few that official files are known to hold for other programs are not mentioned.
+Whether the parts are whole is the matter of audit.py.
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from nanosd3.checkpoint import Run, read_json
-from nanosd3.clip import CLIPText
 from nanosd3.config import Config, config_from_dict
 from nanosd3.layers import HEAD_DIM
 from nanosd3.layouts import COMPONENTS, FOLDERS, PREFIXES, from_diffusers
-from nanosd3.mmdit import MMDiT
 from nanosd3.parts import State
 from nanosd3.pipeline import finished_config, read_tokenizers
 from nanosd3.runtime import InputError
-from nanosd3.sizes import config_of, refuse_foreign
-from nanosd3.t5 import T5Encoder
+from nanosd3.sizes import config_of, file_of, refuse_foreign, refuse_scaled
 from nanosd3.text import Tokenizers
 from nanosd3.tokenizers import BPE, Unigram
-from nanosd3.vae import AutoencoderKL
 from nanosd3.weightfiles import open_folder, open_weights, read_metadata
 
 OWN = "nanosd3.json"  # config and tokenizers, beside or inside what is exported from here
-KNOWN_EXTRAS = ("position_ids", "logit_scale", "shared.weight", "quant_conv.", "loss.")
+KNOWN_EXTRAS = r"(.*\.)?(position_ids|logit_scale|shared\.weight|loss\..*|model_ema\..*)"
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ def find(path: Path, files: dict[str, Path] | None = None) -> Found:
             raise InputError(f"{path}: is a run, which has all its parts; name no files beside it")
         return find_run(path)
     if path.is_dir():
-        parts = open_diffusers(path)
+        parts = open_diffusers(path, list(files))
         own = read_json(path / OWN) if (path / OWN).exists() else None
     else:
         parts, outside = open_single(path)
@@ -75,14 +69,17 @@ def find(path: Path, files: dict[str, Path] | None = None) -> Found:
             what, flag = ("transformer", "") if name == "mmdit" else ("autoencoder", " (--vae)")
             raise InputError(f"{path}: holds no {what}{flag}; it has {', '.join(parts) or 'none'} "
                              "of SD3's parts")  # fmt: skip
+    for part in parts.values():
+        refuse_scaled(list(part), file_of(part))
     if "t5" in parts:
         parts["t5"] = settle_t5(parts["t5"])
     if own is not None:
         config, tokenizers = own_config(own, path)
         told = "as exported by nanosd3"
         absent = [name for name in COMPONENTS if name not in parts]
-        if absent:
-            raise InputError(f"{path}: {', '.join(absent)} missing, which {OWN} promises")
+        if absent and tokenizers.words:
+            raise InputError(f"{path}: holds no {', '.join(absent)}, without which a model trained "
+                             "here cannot be used")  # fmt: skip
     else:
         config, told = config_of(parts, path)
         if path.is_dir():
@@ -106,6 +103,9 @@ def open_single(path: Path) -> tuple[dict[str, State], list[str]]:
         elif not is_known_extra(name):
             outside.append(name)
     if sign not in parts.get("mmdit", {}):
+        if "transformer_blocks.0.attn.to_q.weight" in state:
+            raise InputError(f"{path}: is one part of a diffusers folder; name the folder that "
+                             "holds transformer/, vae/ and the others")  # fmt: skip
         refuse_foreign(list(state), path)
         raise InputError(f"{path}: holds no transformer of Stable Diffusion 3 (none of its "
                          f"{len(state)} tensors is named like one; the first is "
@@ -114,11 +114,15 @@ def open_single(path: Path) -> tuple[dict[str, State], list[str]]:
 
 
 def is_known_extra(name: str) -> bool:
-    return any(extra in name for extra in KNOWN_EXTRAS)
+    """Whether other programs, but no model of ours, have a tensor of this name."""
+    return re.fullmatch(KNOWN_EXTRAS, name) is not None
 
 
-def open_diffusers(folder: Path) -> dict[str, State]:
-    """The parts of a diffusers folder, under our names."""
+def open_diffusers(folder: Path, replaced: Collection[str]) -> dict[str, State]:
+    """The parts of a diffusers folder, under our names, but for those `replaced` by files.
+
+    A text encoder whose subfolder holds no weights is absent, as one without a subfolder.
+    """
     if (folder / "unet").is_dir():
         kind = "SDXL" if (folder / "text_encoder_2").is_dir() else "Stable Diffusion 1 or 2"
         raise InputError(f"{folder}: this is {kind}, not Stable Diffusion 3")
@@ -127,10 +131,14 @@ def open_diffusers(folder: Path) -> dict[str, State]:
                          "(a run of this program)")  # fmt: skip
     parts = {}
     for name, (subfolder, stem) in FOLDERS.items():
-        if (folder / subfolder).is_dir():
-            state = open_folder(folder / subfolder, stem)
+        if name in replaced or not (folder / subfolder).is_dir():
+            continue
+        if state := open_folder(folder / subfolder, stem):
             refuse_foreign(list(state), folder / subfolder)
             parts[name] = from_diffusers(name, state)
+        elif name in ("mmdit", "vae"):
+            raise InputError(f"{folder / subfolder}: holds no {stem}.safetensors, nor an index of "
+                             "its shards")  # fmt: skip
     return parts
 
 
@@ -176,32 +184,37 @@ def as_folder_says(config: Config, folder: Path, parts: dict[str, State]) -> Con
 
     CLIP-L's pooled vector is used unprojected in SD3. Single files may hold OpenAI's matrix all
     the same, which nobody reads; diffusers always multiplies, by the identity or whatever else
-    the folder has. Raises InputError for heads of another size.
+    the folder has. Raises InputError, naming the file, for what no model here does.
     """
-    said = {
-        name: read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("transformer/config.json", "vae/config.json",
-                     "scheduler/scheduler_config.json")
-    }  # fmt: skip
-    transformer, vae, scheduler = said.values()
-    if (heads := transformer.get("attention_head_dim", HEAD_DIM)) != HEAD_DIM:
+
+    def said(name: str, key: str, otherwise: float, kind: type = float) -> float:
+        path = folder / name
+        value = read_json(path).get(key, otherwise) if path.is_file() else otherwise
+        if type(value) not in (int, kind) or not value > 0:
+            raise InputError(f"{path}: {key} should be a number above 0, got {value!r}")
+        return kind(value)
+
+    if (heads := said("transformer/config.json", "attention_head_dim", HEAD_DIM, int)) != HEAD_DIM:
         raise InputError(f"{folder}: attention heads of {heads}, SD3's have {HEAD_DIM}")
+    groups = said("vae/config.json", "norm_num_groups", config.vae.norm_groups, int)
+    if any(width % groups for width in config.vae.channels):
+        raise InputError(f"{folder / 'vae/config.json'}: norm_num_groups {groups} does not divide "
+                         f"the widths {config.vae.channels}")  # fmt: skip
     projection = False
     if "text_projection.weight" in parts.get("clip_l", {}):
         matrix = parts["clip_l"]["text_projection.weight"].read().float()
         projection = matrix.shape[0] != matrix.shape[1] or not matrix.equal(torch.eye(len(matrix)))
+    shift = said("scheduler/scheduler_config.json", "shift", config.sampling.shift)
     return replace(
         config,
         text=replace(config.text, clip_l=replace(config.text.clip_l, projection=projection)),
         vae=replace(
             config.vae,
-            norm_groups=vae.get("norm_num_groups", config.vae.norm_groups),
-            shift=vae.get("shift_factor", config.vae.shift),
-            scale=vae.get("scaling_factor", config.vae.scale),
+            norm_groups=groups,
+            shift=said("vae/config.json", "shift_factor", config.vae.shift),
+            scale=said("vae/config.json", "scaling_factor", config.vae.scale),
         ),
-        sampling=replace(
-            config.sampling, shift=float(scheduler.get("shift", config.sampling.shift))
-        ),
+        sampling=replace(config.sampling, shift=shift),
     )
 
 
@@ -226,97 +239,3 @@ def own_config(content: dict, path: Path) -> tuple[Config, Tokenizers]:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: its own description is damaged ({error})") from None
-
-
-# --- checking -----------------------------------------------------------------------------------
-
-
-def makers(config: Config) -> dict[str, Callable[[], nn.Module]]:
-    """How each part is built."""
-    return {
-        "mmdit": lambda: MMDiT(config.mmdit),
-        "vae": lambda: AutoencoderKL(config.vae),
-        "clip_l": lambda: CLIPText(config.text.clip_l),
-        "clip_g": lambda: CLIPText(config.text.clip_g),
-        "t5": lambda: T5Encoder(config.text.t5),
-    }
-
-
-def on_meta(config: Config, name: str) -> nn.Module:
-    """A part without memory: names and shapes only."""
-    with torch.device("meta"):
-        return makers(config)[name]()
-
-
-@dataclass(frozen=True)
-class Checked:
-    """One part, compared with what the model needs."""
-
-    loaded: int
-    bytes: int
-    dtypes: list[str]
-    missing: list[str]
-    misshapen: list[str]
-    unexpected: list[str]
-
-
-def check_part(config: Config, name: str, state: State) -> Checked:
-    needed = {k: tuple(t.shape) for k, t in on_meta(config, name).state_dict().items()}
-    shared = [key for key in needed if key in state]
-    projection = "text_projection.weight" if name == "clip_l" else ""
-    return Checked(
-        loaded=sum(state[key].shape == needed[key] for key in shared),
-        bytes=sum(state[key].size for key in shared),
-        dtypes=sorted({str(state[key].dtype).removeprefix("torch.") for key in shared}),
-        missing=[key for key in needed if key not in state],
-        misshapen=[
-            f"{state[key].name}: has {state[key].shape}, expected {needed[key]}"
-            for key in shared
-            if state[key].shape != needed[key]
-        ],
-        unexpected=[
-            tensor.name
-            for key, tensor in state.items()
-            if key not in needed and key != projection
-            and not is_known_extra(key)
-        ],
-    )  # fmt: skip
-
-
-def report(found: Found) -> str:
-    """What is there and what is not, part by part, as text."""
-    how, text = found.config.sampling, found.config.text
-    lines = [
-        f"{found.path}: {found.config.name} ({found.told})",
-        f"sampled with {how.steps} steps of {how.sampler}, guidance {how.guidance:g}, shift "
-        f"{how.shift:g}; T5 reads {text.t5.length} tokens",
-        f"{'part':8}{'tensors':>9}{'MB':>10}  {'type':18}{'missing':>8}{'misshapen':>11}"
-        f"{'unexpected':>12}",
-    ]
-    details = []
-    for name in COMPONENTS:
-        if name not in found.parts:
-            lines.append(f"{name:8}{'absent':>9}")
-            continue
-        c = check_part(found.config, name, found.parts[name])
-        lines.append(
-            f"{name:8}{c.loaded:9}{c.bytes / 1e6:10,.0f}  {', '.join(c.dtypes):18}"
-            f"{len(c.missing):8}{len(c.misshapen):11}{len(c.unexpected):12}"
-        )
-        for what in ("missing", "misshapen", "unexpected"):
-            details += [f"  {name}, {what}: {entry}" for entry in getattr(c, what)]
-    details += [f"  of no part: {name}" for name in found.outside]
-    return "\n".join(lines + details)
-
-
-def check(found: Found) -> None:
-    """Raises InputError with the list of what is missing or misshapen."""
-    wrong = []
-    for name, state in found.parts.items():
-        checked = check_part(found.config, name, state)
-        wrong += [f"{name} lacks {key}" for key in checked.missing]
-        wrong += [f"{name} {entry}" for entry in checked.misshapen]
-    if wrong:
-        more = f" ... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise InputError(f"{found.path}: {len(wrong)} tensors missing or of wrong shape: "
-                         f"{'; '.join(wrong[:20])}{more}")  # fmt: skip

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from nanosd3 import figures
+from nanosd3.audit import report
 from nanosd3.checkpoint import write_file
-from nanosd3.found import find, report
+from nanosd3.found import find
 from nanosd3.images import read_image, read_mask
 from nanosd3.options import SKIP_RANGE, SKIP_SCALE, STRENGTH
 from nanosd3.pipeline import Pipeline
@@ -49,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--height", type=positive, help="pixels (default: the model's)")
     add("--width", type=positive, help="pixels (default: the model's)")
     add("--steps", type=positive, help="solver steps (default: the model's)")
-    add("--guidance", type=float, help="guidance scale; 1: none (default: the model's)")
+    add("--guidance", type=float, help="guidance scale; up to 1: none (default: the model's)")
     add("--sampler", choices=tuple(SAMPLERS), help="ODE solver (default: the model's)")
     add("--shift", type=float, help="timestep shift towards noise (default: the model's)")
     add("--negative", default="", help="what guidance moves away from (default: no text)")
@@ -133,8 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
     mask = read_mask(args.mask) if args.mask else None
     count = args.count or (1 if args.weights else 8)
     begin = time.perf_counter()
-    with warnings.catch_warnings(record=True) as remarks:
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         images = pipeline(
             [prompt for prompt in args.prompts for _ in range(count)],
             args.negative,
@@ -154,8 +156,6 @@ def main(arguments: list[str] | None = None) -> int:
             mask=mask,
             progress=True,
         )
-    for remark in remarks:
-        print(f"warning: {remark.message}", file=sys.stderr)
     seconds = time.perf_counter() - begin
     write_file(out, content(images, args.prompts, out.suffix))
     print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.3g} a second): {out}")

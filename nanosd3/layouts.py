@@ -157,9 +157,9 @@ def from_diffusers(component: str, state: State) -> State:
             if (steps := match(theirs[0], name)) is None:
                 continue
             names = [pattern.format(*steps) for pattern in theirs]
-            if not all(other in state for other in names):
+            if not stackable(names, state):
                 continue
-            if what == "reversed":
+            if what == "reversed" and steps[0].isdecimal():
                 steps[0] = str(levels - 1 - int(steps[0]))
             ours = ours.format(*steps)
             if len(names) > 1:
@@ -177,5 +177,13 @@ def part_of_stack(component: str, name: str, state: State) -> bool:
     for _, theirs, _ in TABLES[component]:
         for pattern in theirs[1:]:
             if (steps := match(pattern, name)) is not None:
-                return all(other.format(*steps) in state for other in theirs)
+                return stackable([other.format(*steps) for other in theirs], state)
     return False
+
+
+def stackable(names: list[str], state: State) -> bool:
+    """Whether these tensors are all there and of one shape."""
+    if len(names) == 1:
+        return True
+    shapes = {state[name].shape if name in state else None for name in names}
+    return len(shapes) == 1 and shapes not in ({None}, {()})

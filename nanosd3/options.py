@@ -3,11 +3,13 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanosd3.config import Config, Sampling
 from nanosd3.flow import schedule
+from nanosd3.images import to_latent_mask, to_pixels
 from nanosd3.runtime import InputError
 from nanosd3.samplers import SAMPLERS, Skip
 
@@ -38,6 +40,12 @@ def check(request: Request, output: str) -> None:
     how, negative, t5_length = request.how, request.negative, request.t5_length
     if not request.prompts:
         raise InputError("no prompts given")
+    for prompt in (*request.prompts, negative):
+        if not isinstance(prompt, str):
+            raise InputError(f"a prompt must be text, got {prompt!r}")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError(f"prompt {prompt!r}: is not valid Unicode; was it typed in UTF-8?")
+    whole("steps", how.steps)
     if how.steps < 1:
         raise InputError(f"steps must be at least 1, got {how.steps}")
     if not 0 <= how.guidance < float("inf"):
@@ -48,10 +56,17 @@ def check(request: Request, output: str) -> None:
         raise InputError(f"output must be image or latent, got {output!r}")
     if how.sampler not in SAMPLERS:
         raise InputError(f"no sampler {how.sampler!r}; there are {', '.join(SAMPLERS)}")
-    if negative and how.guidance == 1:
-        raise InputError("a negative prompt has no effect at guidance 1, which is no guidance")
-    if t5_length is not None and t5_length < 1:
+    if negative and how.guidance <= 1:
+        raise InputError("a negative prompt has no effect at guidance 1 or less, which is none")
+    if t5_length is not None and whole("t5_length", t5_length) < 1:
         raise InputError(f"t5_length must be at least 1, got {t5_length}")
+
+
+def whole(name: str, value: object) -> int:
+    """A whole number. Raises InputError for anything else."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise InputError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
 
 
 def latent_size(config: Config, height: int | None, width: int | None) -> tuple[int, int]:
@@ -63,10 +78,11 @@ def latent_size(config: Config, height: int | None, width: int | None) -> tuple[
     most = config.mmdit.grid * step - border
     latent = []
     for name, pixels in (("height", height), ("width", width)):
-        padded = config.image_size if pixels is None else pixels + border
+        padded = config.image_size if pixels is None else whole(name, pixels) + border
         if padded % step or not step <= padded <= most + border:
             below = min(max(padded // step, 1), config.mmdit.grid) * step - border
             sizes = [str(size) for size in (below, below + step) if size <= most]
+            pixels = "not given" if pixels is None else pixels
             raise InputError(f"{name} {pixels}: sizes of this model go in steps of {step} up to "
                              f"{most}; nearest: {' or '.join(sizes)}")  # fmt: skip
         latent.append(padded // config.vae.factor)
@@ -116,3 +132,33 @@ def check_noise(noise: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not torch.isfinite(noise).all():
         raise InputError("noise: holds NaN or infinity")
     return noise
+
+
+def known_image(
+    config: Config,
+    image: object,
+    mask: object,
+    height: int | None,
+    width: int | None,
+    count: int,
+) -> tuple[Tensor | None, Tensor | None, int | None, int | None]:
+    """Pixels (B, channels, H, W) and latent mask of a picture to start from, and its size.
+
+    Raises InputError if they do not fit each other, the `count` of prompts, or the size asked
+    for.
+    """
+    if image is None:
+        if mask is not None:
+            raise InputError("mask has no effect without an image")
+        return None, None, height, width
+    pixels = to_pixels(image, config.vae.image_channels)
+    if len(pixels) not in (1, count):
+        raise InputError(f"image: {len(pixels)} images for {count} prompts")
+    H, W = pixels.shape[2:]
+    if (height or H, width or W) != (H, W):
+        raise InputError(f"image: is {H}x{W} (height x width), but {height or H}x{width or W} "
+                         "is asked for; scale or crop it first")  # fmt: skip
+    latent_size(config, H, W)
+    if mask is not None:
+        mask = to_latent_mask(mask, H, W, config.vae.factor, config.padding)
+    return pixels, mask, H, W

@@ -90,7 +90,10 @@ def cast(source: Stored, target: Tensor, device: torch.device, dtype: torch.dtyp
     if tensor.dtype != dtype or tensor.device != device or not target.is_contiguous():
         tensor = torch.empty_like(target, dtype=dtype, device=device).copy_(tensor)
     if not is_finite(tensor):
-        raise InputError(f"{source.file}: tensor {source.name} holds NaN or infinity")
+        wrong = "holds NaN or infinity"
+        if is_finite(source.read()):
+            wrong = f"has numbers too large for {dtype}; take bfloat16 or float32"
+        raise InputError(f"{source.file}: tensor {source.name} {wrong}")
     return tensor
 
 

@@ -28,7 +28,6 @@ from nanosd3.checkpoint import Run, load_weights, read_json
 from nanosd3.config import Config, config_from_dict
 from nanosd3.data import to_uint8
 from nanosd3.flow import interpolate
-from nanosd3.images import to_latent_mask, to_pixels
 from nanosd3.mmdit import MMDiT
 from nanosd3.options import (
     SKIP_SCALE,
@@ -36,6 +35,7 @@ from nanosd3.options import (
     Request,
     check,
     check_noise,
+    known_image,
     latent_size,
     skip_of,
     times,
@@ -85,29 +85,41 @@ class Pipeline:
         return self.parts["vae"]
 
     def encode_text(
-        self, prompts: list[str], drop: Collection[str] = (), t5_length: int | None = None
+        self,
+        prompts: str | list[str],
+        drop: Collection[str] = (),
+        t5_length: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Context (B, M, Dc) and pooled (B, Dp); equal prompts are encoded once."""
+        """Context (B, M, Dc) and pooled (B, Dp); equal prompts are encoded once.
+
+        Raises InputError if a CLIP is absent and not dropped; an absent T5 is warned of.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        for message in self.absent(drop):
+            warnings.warn(message, stacklevel=2)
         distinct = list(dict.fromkeys(prompts))
         context, pooled = self.text.encode(distinct, drop, t5_length)
         index = torch.tensor([distinct.index(p) for p in prompts], device=context.device)
         return context[index], pooled[index]
 
-    def remarks(self, request: Request) -> list[str]:
-        """What the user should know about the prompts. Raises InputError if a CLIP is absent."""
-        remarks, prompts = [], list(dict.fromkeys([*request.prompts, request.negative]))
-        for name in ENCODERS:
-            if name in self.parts or name in request.drop:
-                continue
+    def absent(self, drop: Collection[str]) -> list[str]:
+        """What to say of encoders that are not there. Raises InputError for a CLIP."""
+        names = [name for name in ENCODERS if name not in self.parts and name not in drop]
+        for name in names:
             if name != "t5":
                 raise InputError(f"{name} is absent; name its file (--{name.replace('_', '-')}), "
                                  f"or leave it out knowingly (--drop {name})")  # fmt: skip
-            remarks.append("t5 is absent; zeros stand for its tokens, as when it was dropped in "
-                           "training")  # fmt: skip
+        return ["t5 is absent; zeros stand for its tokens, as when it was dropped in training"
+                for _ in names]  # fmt: skip
+
+    def remarks(self, request: Request) -> list[str]:
+        """What the user should know about the prompts. Raises InputError if a CLIP is absent."""
+        remarks = self.absent(request.drop)
+        prompts = list(dict.fromkeys([*request.prompts, request.negative]))
         if unknown := self.text.tokenizers.unknown_words(prompts):
             words = ", ".join(map(repr, unknown))
             remarks.append(f"unknown to this model, which has seen no such word: {words}")
-        return remarks + self.text.truncated(prompts, request.t5_length)
+        return remarks + self.text.truncated(prompts, request.t5_length, request.drop)
 
     def noise(self, count: int, seed: int, size: tuple[int, int]) -> Tensor:
         """Noise (count, C, h, w); each image has a stream of its own."""
@@ -120,8 +132,11 @@ class Pipeline:
         """Images (B, channels, H, W) in [-1, 1] to normalised latents (B, C, h, w): the mean of
         the encoder's Gaussian, so that the same image gives the same latents."""
         pad, vae = (self.config.padding,) * 4, self.vae
-        x = F.pad(pixels, pad, value=-1.0).to(self.parts.device, dtype_of(vae))
-        return vae.normalise(vae.encode(x)[0])
+        latents = []
+        for x in pixels.split(at_once(pixels[0, 0].numel() * self.config.vae.channels[0])):
+            x = F.pad(x, pad, value=-1.0).to(self.parts.device, dtype_of(vae))
+            latents.append(vae.normalise(vae.encode(x)[0]))
+        return torch.cat(latents)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Normalised latents (B, C, h, w) to images uint8 (B, H, W) or (B, H, W, C)."""
@@ -129,7 +144,7 @@ class Pipeline:
         pixels = latents[0, 0].numel() * self.config.vae.factor**2
         images = []
         for z in latents.split(at_once(pixels * self.config.vae.channels[0])):
-            x = vae.decode(vae.denormalise(z.to(dtype_of(vae))))
+            x = finite(vae.decode(vae.denormalise(z.to(dtype_of(vae)))), "the decoded image")
             images.append(to_uint8(x[:, :, cut : x.shape[2] - cut, cut : x.shape[3] - cut]).cpu())
         return torch.cat(images).numpy()
 
@@ -173,9 +188,10 @@ class Pipeline:
         config = self.config
         given = {"steps": steps, "guidance": guidance, "shift": shift, "sampler": sampler}
         how = replace(config.sampling, **{k: v for k, v in given.items() if v is not None})
+        check(Request(prompts, negative, how, drop, t5_length), output)
+        how = replace(how, guidance=max(how.guidance, 1.0))  # as in diffusers: up to 1 is none
         request = Request(prompts, negative, how, drop, t5_length)
-        check(request, output)
-        pixels, mask, height, width = known_image(config, image, mask, height, width)
+        pixels, mask, height, width = known_image(config, image, mask, height, width, len(prompts))
         if strength is None:
             strength = 1.0 if pixels is None or mask is not None else STRENGTH
         elif pixels is None:
@@ -255,7 +271,15 @@ class Pipeline:
             results.append(SAMPLERS[how.sampler](velocity, z, ts, watch))
             bar.update()
         bar.close()
-        return torch.cat(results)
+        return finite(torch.cat(results), "the latents")
+
+
+def finite(x: Tensor, what: str) -> Tensor:
+    """x. Raises InputError if it holds NaN or infinity, which would be painted black."""
+    if not x.isfinite().all():
+        raise InputError(f"{what}: not finite, the activations are too large for this type "
+                         "(float16?); try bfloat16 or float32, and less guidance")  # fmt: skip
+    return x
 
 
 def dtype_of(module: torch.nn.Module) -> torch.dtype:
@@ -265,28 +289,6 @@ def dtype_of(module: torch.nn.Module) -> torch.dtype:
 def at_once(numbers: int) -> int:
     """How many images to compute at once, of so many numbers in the widest activation each."""
     return min(BATCH, max(1, ACTIVATIONS // numbers))
-
-
-def known_image(
-    config: Config, image: object, mask: object, height: int | None, width: int | None
-) -> tuple[Tensor | None, Tensor | None, int | None, int | None]:
-    """Pixels (B, channels, H, W) and latent mask of a picture to start from, and its size.
-
-    Raises InputError if they do not fit each other, or the size asked for.
-    """
-    if image is None:
-        if mask is not None:
-            raise InputError("mask has no effect without an image")
-        return None, None, height, width
-    pixels = to_pixels(image, config.vae.image_channels)
-    H, W = pixels.shape[2:]
-    if (height or H, width or W) != (H, W):
-        raise InputError(f"image: is {H}x{W} (height x width), but {height or H}x{width or W} "
-                         "is asked for; scale or crop it first")  # fmt: skip
-    latent_size(config, H, W)
-    if mask is not None:
-        mask = to_latent_mask(mask, H, W, config.vae.factor, config.padding)
-    return pixels, mask, H, W
 
 
 def read_tokenizers(path: Path) -> Tokenizers:

@@ -126,13 +126,17 @@ class TextEncoders:
         encode, length = self.tokenizers.unigram.encode, length or self.config.t5.length
         return torch.tensor([fit_length(encode(prompt), length, PAD) for prompt in prompts])
 
-    def truncated(self, prompts: list[str], t5_length: int | None = None) -> list[str]:
+    def truncated(
+        self, prompts: list[str], t5_length: int | None = None, drop: Collection[str] = ()
+    ) -> list[str]:
         """What is too long for an encoder, and will be cut: a line for each such prompt."""
         bpe, unigram = self.tokenizers.bpe, self.tokenizers.unigram
-        limits = {
-            "the CLIPs": (bpe.encode, self.config.clip_l.length),
-            "T5": (unigram.encode, t5_length or self.config.t5.length),
-        }
+        heard = [name for name in ENCODERS if name in self.parts and name not in drop]
+        limits = {}
+        if "clip_l" in heard or "clip_g" in heard:
+            limits["the CLIPs"] = (bpe.encode, self.config.clip_l.length)
+        if "t5" in heard:
+            limits["T5"] = (unigram.encode, t5_length or self.config.t5.length)
         lines = []
         for prompt in prompts:
             cut = [
@@ -155,6 +159,7 @@ class TextEncoders:
         widest = config.hidden if name == "t5" else 4 * config.width
         chunk = max(1, ACTIVATIONS // (ids.shape[1] * widest))
         outputs = [encoder(part) for part in ids.to(self.parts.device).split(chunk)]
+        del encoder
         self.parts.release(name)
         if name == "t5":
             outputs = [(states, states[:, 0]) for states in outputs]

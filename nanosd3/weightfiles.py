@@ -8,6 +8,7 @@ the header tells the truth about the file. Checkpoints of pickled objects are re
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,8 @@ def open_weights(path: Path) -> State:
                          "download logged in?")  # fmt: skip
     if start.startswith(b"GGUF"):
         raise InputError(f"{path}: is a GGUF file, which is not supported; take .safetensors")
-    if start.startswith((b"PK\x03\x04", b"\x80")):
+    # A pickle begins with 0x80, but so may the length at the head of a safetensors file.
+    if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":
         return open_checkpoint(path)
     return open_safetensors(path)
 
@@ -94,7 +96,9 @@ def open_checkpoint(path: Path) -> State:
     """A torch checkpoint: a dictionary of tensors, perhaps under "state_dict"."""
     try:
         mapped = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():  # of protocols, which matter to nobody here
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             raise InputError(f"{path}: holds Python objects besides tensors, which could run code; "
@@ -117,16 +121,17 @@ def open_checkpoint(path: Path) -> State:
 
 def open_folder(folder: Path, stem: str) -> State:
     """The weights in a folder of diffusers or transformers: `stem`.safetensors, in shards with
-    an index, as fp16 variant, or .bin. Raises InputError if there are none."""
+    an index, as fp16 variant, or .bin. Empty if there are none."""
     for variant in ("", ".fp16"):
+        for name in (f"{stem}{variant}.safetensors", f"{stem}{variant}.bin",
+                     f"pytorch_model{variant}.bin"):  # fmt: skip
+            if (folder / name).is_file():
+                return open_weights(folder / name)
         for suffix in ("safetensors", "bin"):
-            whole = folder / f"{stem}{variant}.{suffix}"
-            if whole.is_file():
-                return open_weights(whole)
             index = folder / f"{stem}.{suffix}.index{variant}.json"
             if index.is_file():
                 return open_shards(index)
-    raise InputError(f"{folder}: holds no {stem}.safetensors, nor an index of its shards")
+    return {}
 
 
 def open_shards(index: Path) -> State:

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nanosd3.audit import check, on_meta, report
 from nanosd3.export import LAYOUTS, export
-from nanosd3.found import Found, check, find, on_meta, report
+from nanosd3.found import Found, find
 from nanosd3.parts import Parts, fill
 from nanosd3.pipeline import Pipeline
 from nanosd3.runtime import InputError, Parser, run_main

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,106 @@ def test_missing_and_misshapen_tensors_are_listed(ask, official_parts, tmp_path)
     assert "text_projection.weight: has (3, 4), expected (128, 128)" in line
 
 
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("mmdit", "pos_embed"),
+        ("mmdit", "x_embedder.proj.weight"),
+        ("mmdit", "context_embedder.weight"),
+        ("mmdit", "y_embedder.mlp.0.weight"),
+        ("vae", "decoder.conv_in.weight"),
+        ("vae", "encoder.conv_in.weight"),
+        ("vae", "encoder.down.0.block.0.conv1.weight"),
+        ("clip_l", "text_model.embeddings.token_embedding.weight"),
+        ("clip_g", "text_model.embeddings.position_embedding.weight"),
+        ("t5", "encoder.embed_tokens.weight"),
+        ("t5", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+        ("t5", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    ],
+)
+@pytest.mark.parametrize("wrong", [torch.zeros(()), torch.zeros(7), torch.zeros(0, 1, 2, 2)])
+def test_tensors_that_tell_sizes_are_looked_at(ask, official_parts, tmp_path, part, name, wrong):
+    state = official_parts[part] | {name: wrong}
+    path = tiny_official.write_single(official_parts | {part: state}, tmp_path / "m.safetensors")
+    assert name in ask(weights=path)
+
+
+def test_vocabularies_must_be_the_official_ones(ask, official_parts, tmp_path):
+    for part, name, rows, message in (
+        ("clip_l", "text_model.embeddings.token_embedding.weight", 20000, "a CLIP of 20000 tokens"),
+        ("clip_g", "text_model.embeddings.position_embedding.weight", 38, "length 38"),
+        ("t5", "encoder.embed_tokens.weight", 16000, "a T5 of 16000 tokens"),
+    ):
+        state = official_parts[part] | {name: official_parts[part][name][:rows].contiguous()}
+        path = tiny_official.write_single(
+            official_parts | {part: state}, tmp_path / "m.safetensors"
+        )
+        assert message in ask(weights=path)
+
+
+def test_what_other_programs_quantised_is_refused(ask, official_parts, tmp_path):
+    name = "joint_blocks.0.x_block.mlp.fc1.weight"
+    for extra, message in (
+        ({"joint_blocks.0.x_block.mlp.fc1.scale_weight": torch.ones(1)}, "scales of their own"),
+        ({"joint_blocks.0.x_block.mlp.fc1.weight_scale": torch.ones(1)}, "scales of their own"),
+        ({name: official_parts["mmdit"][name].int()}, "is of type torch.int32"),
+    ):
+        path = tiny_official.write_single(
+            official_parts | {"mmdit": official_parts["mmdit"] | extra}, tmp_path / "m.safetensors"
+        )
+        assert message in ask(weights=path)
+    vae = official_parts["vae"] | {"quant_conv.weight": torch.zeros(32, 32, 1, 1)}
+    path = tiny_official.write_single(official_parts | {"vae": vae}, tmp_path / "m.safetensors")
+    assert "quant_conv" in ask(weights=path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("vae/config.json", {"shift_factor": None}, "shift_factor should be a number"),
+        ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor should be a number"),
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor should be a number above 0"),
+        ("vae/config.json", {"norm_num_groups": 7}, "norm_num_groups 7 does not divide"),
+        ("scheduler/scheduler_config.json", {"shift": "abc"}, "shift should be a number"),
+    ],
+)
+def test_configs_of_a_folder(ask, official_folder, tmp_path, file, change, message):
+    folder = shutil.copytree(official_folder, tmp_path / "d")
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | change))
+    line = ask(weights=folder)
+    assert message in line and file in line
+
+
+def test_odd_names_and_shapes_in_a_folder(ask, official_folder, tmp_path):
+    folder = shutil.copytree(official_folder, tmp_path / "d")
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    whole, name = load_file(file), "transformer_blocks.0.attn.to_k.weight"
+    for wrong in (whole[name][:, 1:].contiguous(), whole[name][1:].contiguous(), torch.zeros(())):
+        save_file(whole | {name: wrong}, file)
+        assert "joint_blocks.0.x_block.attn.qkv.weight" in ask(weights=folder)
+    save_file(whole, file)
+    vae = folder / "vae/diffusion_pytorch_model.safetensors"
+    save_file(load_file(vae) | {"decoder.up_blocks.x.resnets.0.norm1.weight": torch.ones(1)}, vae)
+    generate.main(["--weights", str(folder), "--report"])
+    assert "one part of a diffusers folder" in ask(weights=file)
+
+
+def test_activations_that_overflow(official_parts, tmp_path):
+    """Not a black picture without a word."""
+    state = {k: t.clone() for k, t in official_parts["mmdit"].items()}
+    state["joint_blocks.1.x_block.attn.proj.weight"] *= 1e6
+    path = tiny_official.write_single(official_parts | {"mmdit": state}, tmp_path / "m.safetensors")
+    small = {"height": 64, "width": 96, "steps": 2}
+    with pytest.raises(InputError, match=r"proj.weight has numbers too large for torch.float16"):
+        weights.load(path, dtype=torch.float16)("a cat", **small)
+    state["joint_blocks.1.x_block.attn.proj.weight"] /= 5e1
+    path = tiny_official.write_single(official_parts | {"mmdit": state}, tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=r"the latents: not finite.*try bfloat16 or float32"):
+        weights.load(path, dtype=torch.float16)("a cat", **small)
+    assert weights.load(path)("a cat", **small).std() > 1
+
+
 @pytest.mark.parametrize("part", ["mmdit", "vae", "t5"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number_in_the_weights(ask, official_parts, tmp_path, part, value):
@@ -330,7 +431,20 @@ def test_palette_and_transparent_palette(ask, tmp_path):
 
 def test_sixteen_bits(ask, tmp_path):
     Image.fromarray(np.full((64, 96), 40000, np.uint16)).save(tmp_path / "a.png")
-    assert "more than 8 bits" in ask("--init-image", tmp_path / "a.png")
+    assert "16 bits" in ask("--init-image", tmp_path / "a.png")
+    rows = b"".join(b"\0" + bytes(96 * 6) for _ in range(64))  # RGB, which Pillow would halve
+    size = struct.pack(">IIBBBBB", 96, 64, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    ))  # fmt: skip
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.mode == "RGB"
+    assert "16 bits" in ask("--init-image", tmp_path / "b.png")
+    frames = [Image.new("RGB", (96, 64), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "c.tiff", save_all=True, append_images=frames[1:])
+    assert "has 2 frames" in ask("--init-image", tmp_path / "c.tiff")
     assert "colour mode CMYK" in ask("--init-image", picture(tmp_path / "a.jpg", "CMYK"))
 
 
@@ -372,6 +486,27 @@ def test_size_of_a_picture_must_be_divisible(capsys, official_file, tmp_path):
     assert "width 100" in line and "nearest: 96 or 112" in line
 
 
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (Image.new("RGBA", (96, 64)), "image: has transparent pixels"),
+        (Image.new("I;16", (96, 64)), "image: has more than 8 bits"),
+        ("photo.png", "image: expected an array of pixels or a Pillow image, got a str"),
+        (np.zeros((2, 64, 96, 3), np.uint8), "2 images for 1 prompts"),
+        (np.zeros((64, 96), np.uint8), r"expected \(H, W, 3\)"),
+    ],
+)
+def test_pictures_in_memory(official_file, picture, message):
+    with pytest.raises(InputError, match=message):
+        weights.load(official_file)("a cat", image=picture)
+
+
+def test_masks_in_memory(official_file):
+    image = np.zeros((64, 96, 3), np.uint8)
+    with pytest.raises(InputError, match="mask: expected bool or uint8"):
+        weights.load(official_file)("a cat", image=image, mask=np.ones((64, 96), np.uint16))
+
+
 def test_colours_for_a_grey_model(capsys, tiny_run, tmp_path):
     colours = picture(tmp_path / "a.png", size=(28, 28))
     line = refused(capsys, generate.main, "7", "--run", tiny_run, "--init-image", colours, "--out",
@@ -389,6 +524,14 @@ def test_noise_of_another_shape(official_file):
         pipeline("a cat", mask=np.ones((64, 96), bool))
     with pytest.raises(InputError, match="expected uint8 pixels"):
         pipeline("a cat", image=np.zeros((64, 96, 3)))
+    with pytest.raises(InputError, match=r"steps must be a whole number, got 2\.5"):
+        pipeline("a cat", steps=2.5)
+    with pytest.raises(InputError, match="height must be a whole number"):
+        pipeline("a cat", height=64.0)
+    with pytest.raises(InputError, match="is not valid Unicode"):
+        pipeline("caf\udce9")
+    with pytest.raises(InputError, match="a prompt must be text"):
+        pipeline(["a cat", 7])
 
 
 def test_bench_options(capsys):

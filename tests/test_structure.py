@@ -16,7 +16,8 @@ LAYERS = [  # as the package docstring lists them
     {"text", "checkpoint", "sizes"},
     {"pipeline", "loop", "figures"},
     {"train", "found"},
-    {"train_text", "report", "export"},
+    {"train_text", "report", "audit"},
+    {"export"},
     {"weights"},
     {"generate", "bench"},
 ]

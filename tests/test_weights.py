@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanosd3 import weights
+from nanosd3.audit import check, on_meta, report
 from nanosd3.config import CONFIGS
 from nanosd3.export import export
-from nanosd3.found import check, find, on_meta, report
+from nanosd3.found import find
 from nanosd3.layouts import COMPONENTS, PREFIXES, from_diffusers, to_diffusers
 from nanosd3.parts import Parts, fill, stored
 from nanosd3.pipeline import Pipeline
 from nanosd3.runtime import InputError
 from nanosd3.sizes import known_as, mmdit_config
+from nanosd3.weightfiles import read_metadata
 
 PROMPTS = ["a photo of a cat", "hello world!"]
 SMALL = {"height": 64, "width": 96, "steps": 3, "guidance": 3.0}
@@ -66,7 +68,7 @@ def test_released_models_are_recognised(name, file, tmp_path):
         key: stored(key, tensor, tmp_path)
         for key, tensor in on_meta(CONFIGS[name], "mmdit").state_dict().items()
     }
-    mmdit = mmdit_config(state, tmp_path)
+    mmdit = mmdit_config(state)
     assert mmdit == CONFIGS[name].mmdit
     found, sampling, told = known_as(mmdit, tmp_path / file)
     assert (found, sampling) == (name, CONFIGS[name].sampling)
@@ -184,7 +186,8 @@ def test_absent_t5_is_zeros_and_said(official_parts, official_file, tmp_path):
         images = without("a cat", **SMALL)
     assert np.array_equal(images, whole("a cat", drop=["t5"], **SMALL))
     assert not np.array_equal(images, whole("a cat", **SMALL))
-    context, _ = without.encode_text(["a cat"], t5_length=9)
+    with pytest.warns(UserWarning, match="t5 is absent"):
+        context, _ = without.encode_text("a cat", t5_length=9)
     assert context.shape == (1, 77 + 9, 256) and (context[:, 77:] == 0).all()
 
 
@@ -243,6 +246,51 @@ def test_a_folder_may_say_shift_and_scale(official_folder, tmp_path):
         (folder / name).write_text(json.dumps(content | change))
     config = find(folder).config
     assert (config.vae.shift, config.vae.scale, config.sampling.shift) == (0.5, 2.0, 1.5)
+
+
+def test_settings_of_a_folder_stay_in_a_single_file(official_folder, tmp_path):
+    """Nothing that shapes cannot tell is lost on the way."""
+    folder = shutil.copytree(official_folder, tmp_path / "d")
+    content = json.loads((folder / "vae/config.json").read_text())
+    (folder / "vae/config.json").write_text(json.dumps(content | {"shift_factor": 0.5}))
+    export(find(folder), "single", tmp_path / "m.safetensors")
+    assert find(tmp_path / "m.safetensors").config == find(folder).config
+    export(find(official_folder), "single", tmp_path / "plain.safetensors")
+    assert read_metadata(tmp_path / "plain.safetensors") == {"format": "pt"}
+
+
+def test_text_encoders_without_weights_are_absent(official_folder, official_parts, tmp_path):
+    """As in a repository cloned without its largest files."""
+    folder = shutil.copytree(official_folder, tmp_path / "d")
+    (folder / "text_encoder_3/model.safetensors").unlink()
+    assert "t5" not in find(folder).parts
+    save_file(official_parts["t5"], tmp_path / "t5.safetensors")
+    assert "t5" in find(folder, {"t5": tmp_path / "t5.safetensors"}).parts
+    model = folder / "text_encoder/model.safetensors"
+    torch.save(load_file(model), model.with_name("pytorch_model.bin"))
+    model.unlink()
+    assert torch.equal(states(folder)["clip_l"]["text_model.final_layer_norm.weight"],
+                       official_parts["clip_l"]["text_model.final_layer_norm.weight"])  # fmt: skip
+
+
+def test_any_header_length(official_parts, tmp_path):
+    """A file whose first byte is that of a pickle, by the length of its header."""
+    state = {f"model.diffusion_model.{k}": t for k, t in official_parts["mmdit"].items()}
+    state |= {f"first_stage_model.{k}": t for k, t in official_parts["vae"].items()}
+    path = tmp_path / "m.sft"
+    for n in range(64):
+        save_file(state, path, metadata={"note": "x" * 8 * n})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    assert path.read_bytes()[:1] == b"\x80"
+    assert set(find(path).parts) == {"mmdit", "vae"}
+
+
+def test_turbo_by_the_folder_above(tmp_path):
+    large = CONFIGS["sd3.5-large"].mmdit
+    hub = tmp_path / "models--stabilityai--stable-diffusion-3.5-large-turbo" / "snapshots" / "ab12"
+    assert known_as(large, hub)[0] == "sd3.5-large-turbo"
+    assert known_as(large, tmp_path.parent / "sd3.5_large.safetensors")[0] == "sd3.5-large"
 
 
 def test_a_projection_of_clip_l(official_file, official_folder, official_parts, tmp_path):
@@ -322,7 +370,6 @@ def test_report_builds_nothing(official_file, monkeypatch):
         raise AssertionError("read")
 
     monkeypatch.setattr("nanosd3.weightfiles.safe_open.get_tensor", nothing, raising=False)
-    monkeypatch.setattr("nanosd3.parts.fill", nothing)
     report(find(official_file))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from nanosd3.audit import makers
 from nanosd3.config import CONFIGS, Config, MMDiTConfig
-from nanosd3.found import makers
 from nanosd3.layouts import COMPONENTS, PREFIXES
 
 BASE = CONFIGS["sd3.5-medium"]
