@@ -110,24 +110,15 @@ def field(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("steps", [3, 10])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_euler(steps, shift):
-    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_euler_and_heun(name, steps, shift):
+    kind = f"FlowMatch{name.title()}DiscreteScheduler"
+    theirs = getattr(diffusers, kind)(shift=shift)
     theirs.set_timesteps(steps)
     z = noise = draw(2, 3, dtype=torch.float32)
     for t in theirs.timesteps:
         z = theirs.step(field(z, t / 1000), t, z).prev_sample
-    near("euler", samplers.euler(field, noise, schedule(steps, shift)), z, 1e-5)
-
-
-@pytest.mark.parametrize("steps", [3, 10])
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_heun(steps, shift):
-    theirs = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
-    theirs.set_timesteps(steps)
-    z = noise = draw(2, 3, dtype=torch.float32)
-    for t in theirs.timesteps:
-        z = theirs.step(field(z, t / 1000), t, z).prev_sample
-    near("heun", samplers.heun(field, noise, schedule(steps, shift)), z, 1e-5)
+    near(name, samplers.SAMPLERS[name](field, noise, schedule(steps, shift)), z, 1e-5)
 
 
 @pytest.mark.parametrize("steps", [3, 10])
