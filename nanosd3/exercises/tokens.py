@@ -1,0 +1,458 @@
+"""Exercises on tokens: images to patches and back, positions, modulation, norms, attention."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanosd3 import layers, patchify
+from nanosd3.exercises.base import Case, Exercise, Mutant, normal
+
+# --- patches ------------------------------------------------------------------------------------
+
+
+def patch_cases(generator: torch.Generator) -> list[Case]:
+    return [
+        Case("not square, 4x6 with patches of 2", (normal(generator, 2, 3, 4, 6), 2)),
+        Case("square, 6x6 with patches of 3", (normal(generator, 2, 4, 6, 6), 3)),
+        Case("one channel", (normal(generator, 5, 1, 2, 8), 2)),
+    ]
+
+
+def patchify_spec(x: Tensor, patch: int) -> Tensor:
+    B, C, H, W = x.shape
+    tokens = torch.empty(B, (H // patch) * (W // patch), patch * patch * C, dtype=x.dtype)
+    for b in range(B):
+        for row in range(H // patch):
+            for column in range(W // patch):
+                n = row * (W // patch) + column  # tokens go row by row
+                for i in range(patch):
+                    for j in range(patch):
+                        for c in range(C):  # in a token: row, column, channel
+                            value = x[b, c, row * patch + i, column * patch + j]
+                            tokens[b, n, (i * patch + j) * C + c] = value
+    return tokens
+
+
+def channels_first(x: Tensor, patch: int) -> Tensor:
+    B, C, H, W = x.shape
+    x = x.reshape(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, patch * patch * C)
+
+
+def columns_first(x: Tensor, patch: int) -> Tensor:
+    B, C, H, W = x.shape
+    x = x.reshape(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 4, 2, 3, 5, 1).reshape(B, -1, patch * patch * C)
+
+
+def transposed_patches(x: Tensor, patch: int) -> Tensor:
+    B, C, H, W = x.shape
+    x = x.reshape(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 5, 3, 1).reshape(B, -1, patch * patch * C)
+
+
+def only_reshaped(x: Tensor, patch: int) -> Tensor:
+    B, C, H, W = x.shape
+    return x.reshape(B, (H // patch) * (W // patch), patch * patch * C)
+
+
+PATCHIFY = Exercise(
+    name="patchify",
+    topic="tokens",
+    points=3,
+    difficulty=2,
+    signature="def patchify(x: Tensor, patch: int) -> Tensor:",
+    task="Cut images (B, C, H, W) into tokens (B, N, p*p*C), N = (H/p)(W/p), row by row; a\n"
+    "token's numbers are ordered (row in patch, column in patch, channel).",
+    specification=patchify_spec,
+    reference=patchify.patchify,
+    cases=patch_cases,
+    mutants=(
+        Mutant(channels_first, "Inside a token the channel should change fastest."),
+        Mutant(columns_first, "Tokens should go row by row; yours go down the columns."),
+        Mutant(transposed_patches, "Inside a token rows and columns are exchanged."),
+        Mutant(only_reshaped, "A reshape alone keeps the order of memory: neighbours in a patch "
+               "are not neighbours there. Split the axes, then permute."),
+    ),
+    why="The transformer's cost falls with the square of the number of tokens.",
+    where="nanosd3/patchify.py, patchify",
+    names=("x", "patch"),
+)  # fmt: skip
+
+
+def token_cases(generator: torch.Generator) -> list[Case]:
+    return [
+        Case("not square, 4x6 with patches of 2", (normal(generator, 2, 6, 12), 2, 4, 6)),
+        Case("square, 6x6 with patches of 3", (normal(generator, 2, 4, 36), 3, 6, 6)),
+        Case("one channel", (normal(generator, 5, 4, 4), 2, 2, 8)),
+    ]
+
+
+def unpatchify_spec(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    B, N, features = tokens.shape
+    C, columns = features // patch**2, width // patch
+    x = torch.empty(B, C, height, width, dtype=tokens.dtype)
+    for b in range(B):
+        for n in range(N):
+            for f in range(features):
+                c, place = f % C, f // C
+                i, j = place // patch, place % patch
+                x[b, c, n // columns * patch + i, n % columns * patch + j] = tokens[b, n, f]
+    return x
+
+
+def unpatchify_channels_first(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    B, _, features = tokens.shape
+    x = tokens.reshape(B, height // patch, width // patch, features // patch**2, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, -1, height, width)
+
+
+def unpatchify_only_reshaped(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    return tokens.reshape(len(tokens), -1, height, width)
+
+
+def unpatchify_columns_first(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    B, _, features = tokens.shape
+    x = tokens.reshape(B, width // patch, height // patch, patch, patch, features // patch**2)
+    return x.permute(0, 5, 2, 3, 1, 4).reshape(B, -1, height, width)
+
+
+UNPATCHIFY = Exercise(
+    name="unpatchify",
+    topic="tokens",
+    points=3,
+    difficulty=2,
+    signature="def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:",
+    task="Put tokens (B, N, p*p*C), as patchify makes them, back together: (B, C, height, width).",
+    specification=unpatchify_spec,
+    reference=patchify.unpatchify,
+    cases=token_cases,
+    mutants=(
+        Mutant(unpatchify_channels_first, "This gives a fine checkerboard of colours: inside a "
+               "token the channel changes fastest."),
+        Mutant(unpatchify_only_reshaped, "A reshape alone does not undo patchify; where do a "
+               "token's numbers belong?"),
+        Mutant(unpatchify_columns_first, "Tokens go row by row; yours are laid down the columns."),
+    ),
+    why="Official models order a token's numbers differently going in and coming out; this is out.",
+    where="nanosd3/patchify.py, unpatchify",
+    names=("tokens", "patch", "height", "width"),
+)  # fmt: skip
+
+# --- positions ----------------------------------------------------------------------------------
+
+
+def position_cases(generator: torch.Generator) -> list[Case]:
+    return [Case(f"width {D}, grid {g}", (D, g, s, span))
+            for D, g, s, span in ((24, 6, 4, 4), (16, 5, 5, 10), (8, 12, 8, 2))]  # fmt: skip
+
+
+def positions_spec(width: int, grid: int, sample: int, span: int) -> Tensor:
+    quarter = width // 4
+
+    def code(index: int) -> list[float]:
+        coordinate = (index - (grid - sample) / 2) * (span / sample)
+        angles = [coordinate * 10000 ** (-k / quarter) for k in range(quarter)]
+        return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+
+    rows = [code(column) + code(row) for row in range(grid) for column in range(grid)]
+    return torch.tensor([rows])
+
+
+def axes_exchanged(width: int, grid: int, sample: int, span: int) -> Tensor:
+    table = patchify.sincos_positions(width, grid, sample, span)
+    return torch.cat(table.chunk(2, dim=2)[::-1], dim=2)
+
+
+def raw_integers(width: int, grid: int, sample: int, span: int) -> Tensor:
+    return patchify.sincos_positions(width, grid, grid, grid)
+
+
+def not_centred(width: int, grid: int, sample: int, span: int) -> Tensor:
+    return patchify.sincos_positions(width, grid, grid, grid * span // sample)
+
+
+def cosines_first(width: int, grid: int, sample: int, span: int) -> Tensor:
+    a, b, c, d = patchify.sincos_positions(width, grid, sample, span).chunk(4, dim=2)
+    return torch.cat([b, a, d, c], dim=2)
+
+
+POSITIONS = Exercise(
+    name="sincos_positions",
+    topic="tokens",
+    points=4,
+    difficulty=3,
+    signature="def sincos_positions(width: int, grid: int, sample: int, span: int) -> Tensor:",
+    task="SD3's fixed positions (1, grid*grid, width), row by row. Index i stands at coordinate\n"
+    "(i - (grid - sample) / 2) span / sample. A coordinate's code is sin and then cos of it times\n"
+    "10000^(-k / (width/4)), k = 0 .. width/4 - 1; the column's code comes first, then the row's.",
+    specification=positions_spec,
+    reference=patchify.sincos_positions,
+    cases=position_cases,
+    mutants=(
+        Mutant(axes_exchanged, "The column's code fills the first half."),
+        Mutant(raw_integers, "Coordinates are not indices: the middle `sample` of them run from 0 "
+               "up to `span`."),
+        Mutant(not_centred, "Coordinate 0 is where the centred square of `sample` begins, not at "
+               "the edge of the grid."),
+        Mutant(cosines_first, "Sines come first, then cosines."),
+    ),
+    why="Images of other shapes are cropped from the middle of this grid instead of stretching it.",
+    where="nanosd3/patchify.py, sincos_positions (paper, section 5.3.2)",
+    differentiable=False,
+    other_devices=False,  # nothing comes in
+    names=("width", "grid", "sample", "span"),
+)  # fmt: skip
+
+
+def crop_cases(generator: torch.Generator) -> list[Case]:
+    return [
+        Case(f"{rows}x{columns} of {grid}x{grid}",
+             (normal(generator, 1, grid**2, 3), rows, columns))
+        for grid, rows, columns in ((6, 2, 4), (7, 4, 3), (5, 5, 5))
+    ]  # fmt: skip
+
+
+def crop_spec(positions: Tensor, rows: int, columns: int) -> Tensor:
+    grid = round(positions.shape[1] ** 0.5)
+    top, left = (grid - rows) // 2, (grid - columns) // 2
+    kept = [positions[0, (top + i) * grid + left + j] for i in range(rows) for j in range(columns)]
+    return torch.stack(kept)[None]
+
+
+def top_left(positions: Tensor, rows: int, columns: int) -> Tensor:
+    grid = round(positions.shape[1] ** 0.5)
+    square = positions.view(1, grid, grid, -1)
+    return square[:, :rows, :columns].reshape(1, rows * columns, -1)
+
+
+def first_ones(positions: Tensor, rows: int, columns: int) -> Tensor:
+    return positions[:, : rows * columns]
+
+
+def exchanged_crop(positions: Tensor, rows: int, columns: int) -> Tensor:
+    return patchify.centre_crop(positions, columns, rows)
+
+
+CROP = Exercise(
+    name="centre_crop",
+    topic="tokens",
+    points=2,
+    difficulty=2,
+    signature="def centre_crop(positions: Tensor, rows: int, columns: int) -> Tensor:",
+    task="The middle rows x columns of positions (1, grid*grid, D), as (1, rows*columns, D); an\n"
+    "odd remainder is left at the bottom and on the right.",
+    specification=crop_spec,
+    reference=patchify.centre_crop,
+    cases=crop_cases,
+    mutants=(
+        Mutant(top_left, "That is the top left corner, not the middle."),
+        Mutant(first_ones, "The first tokens are the top rows of the whole grid; make it a square "
+               "again first."),
+        Mutant(exchanged_crop, "Rows and columns are exchanged."),
+    ),
+    why="A wrong crop is invisible on square images of full size and ruins all others.",
+    where="nanosd3/patchify.py, centre_crop",
+    names=("positions", "rows", "columns"),
+)  # fmt: skip
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+def modulate_cases(generator: torch.Generator) -> list[Case]:
+    def case(B: int, L: int, D: int) -> Case:
+        x, shift, scale = (
+            normal(generator, B, L, D),
+            normal(generator, B, D),
+            normal(generator, B, D),
+        )
+        return Case(f"(B, L, D) = ({B}, {L}, {D})", (2 * x + 1, shift, scale))
+
+    return [case(2, 3, 8), case(1, 5, 4)]
+
+
+def modulate_spec(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    B, L, D = x.shape
+    for b in range(B):
+        for n in range(L):
+            mean = sum(x[b, n]) / D
+            variance = sum((value - mean) ** 2 for value in x[b, n]) / D
+            for d in range(D):
+                normed = (x[b, n, d] - mean) / (variance + 1e-6) ** 0.5
+                out[b, n, d] = normed * (1 + scale[b, d]) + shift[b, d]
+    return out
+
+
+def one_forgotten(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return layers.modulate(x, shift, scale - 1)
+
+
+def not_normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def exchanged_halves(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return layers.modulate(x, scale, shift)
+
+
+def shifted_first(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift[:, None]) * (1 + scale[:, None])
+
+
+def rms_instead(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+    return normed * (1 + scale[:, None]) + shift[:, None]
+
+
+MODULATE = Exercise(
+    name="modulate",
+    topic="tokens",
+    points=2,
+    difficulty=1,
+    signature="def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:",
+    task="adaLN: a LayerNorm without weights (eps 1e-6) over the last axis of x (B, L, D), times\n"
+    "(1 + scale), plus shift; shift and scale are (B, D).",
+    specification=modulate_spec,
+    reference=layers.modulate,
+    cases=modulate_cases,
+    mutants=(
+        Mutant(one_forgotten, "With scale 0 the normed x should pass unchanged, not vanish."),
+        Mutant(not_normed, "x is to be normalised first."),
+        Mutant(exchanged_halves, "Shift and scale are exchanged: the mistake when reading "
+               "diffusers' files."),
+        Mutant(shifted_first, "Scale first, then shift."),
+        Mutant(rms_instead, "LayerNorm also takes the mean away."),
+    ),
+    why="It is how the timestep and the pooled text reach every layer.",
+    where="nanosd3/layers.py, modulate",
+    names=("x", "shift", "scale"),
+)  # fmt: skip
+
+
+def time_cases(generator: torch.Generator) -> list[Case]:
+    return [Case("five times", (torch.rand(5, generator=generator),)),
+            Case("the ends", (torch.tensor([0.0, 1.0]),))]  # fmt: skip
+
+
+def time_spec(t: Tensor) -> Tensor:
+    rows = []
+    for time in t.tolist():
+        angles = [1000 * time * math.exp(-math.log(10000) * k / 128) for k in range(128)]
+        rows.append([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
+    return torch.tensor(rows)
+
+
+def not_times_1000(t: Tensor) -> Tensor:
+    return layers.timestep_embedding(t / 1000)
+
+
+def sines_first(t: Tensor) -> Tensor:
+    return layers.timestep_embedding(t).roll(128, dims=1)
+
+
+def divided_by_127(t: Tensor) -> Tensor:
+    k = torch.arange(128, device=t.device)
+    angle = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) * k / 127)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+TIME = Exercise(
+    name="timestep_embedding",
+    topic="tokens",
+    points=2,
+    difficulty=2,
+    signature="def timestep_embedding(t: Tensor) -> Tensor:",
+    task="t (B,) in [0, 1] -> (B, 256) in float32: 128 cosines, then 128 sines, of\n"
+    "1000 t 10000^(-k / 128), k = 0 .. 127.",
+    specification=time_spec,
+    reference=layers.timestep_embedding,
+    cases=time_cases,
+    mutants=(
+        Mutant(not_times_1000, "t in [0, 1] hardly turns the slow frequencies: it is multiplied by "
+               "1000 first."),
+        Mutant(sines_first, "Cosines first, then sines."),
+        Mutant(divided_by_127, "The exponent is k / 128; the last frequency is not quite 1/10000."),
+    ),
+    why="Without the factor 1000 the network can hardly tell one time from another.",
+    where="nanosd3/layers.py, timestep_embedding",
+    tolerance=1e-3,  # float32 angles of up to 1000 radians
+    differentiable=False,
+    names=("t",),
+)  # fmt: skip
+
+
+def attention_cases(generator: torch.Generator) -> list[Case]:
+    def case(label: str, B: int, heads: int, queries: int, keys: int) -> Case:
+        sizes = (queries, keys, keys)
+        return Case(label, tuple(normal(generator, B, heads, L, 64) for L in sizes))
+
+    return [
+        case("as many queries as keys", 2, 3, 5, 5),
+        case("fewer queries than keys", 1, 2, 3, 7),
+    ]
+
+
+def attention_spec(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    B, heads, L, _ = q.shape
+    out = torch.empty(B, L, heads * 64, dtype=q.dtype)
+    for b in range(B):
+        for h in range(heads):
+            for i in range(L):
+                logits = torch.stack([q[b, h, i] @ key / 8 for key in k[b, h]])
+                weights = logits.exp() / logits.exp().sum()
+                mixed = sum(w * value for w, value in zip(weights, v[b, h], strict=True))
+                out[b, i, 64 * h : 64 * (h + 1)] = mixed
+    return out
+
+
+def not_divided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return layers.attention(8 * q, k, v)
+
+
+def divided_by_64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return layers.attention(q / 8, k, v)
+
+
+def heads_not_joined_in_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out.permute(0, 2, 3, 1).flatten(2)
+
+
+def view_without_transpose(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out.reshape(out.shape[0], out.shape[2], -1)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return out.transpose(1, 2).flatten(2)
+
+
+ATTENTION = Exercise(
+    name="attention",
+    topic="tokens",
+    points=4,
+    difficulty=2,
+    signature="def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:",
+    task="softmax(q k^T / 8) v for q (B, heads, L, 64), k and v (B, heads, S, 64), without a\n"
+    "mask; then the heads side by side: (B, L, heads * 64).",
+    specification=attention_spec,
+    reference=layers.attention,
+    cases=attention_cases,
+    mutants=(
+        Mutant(not_divided, "The logits are divided by 8, the square root of a head's width."),
+        Mutant(divided_by_64, "Divide by the square root of a head's width, not by the width."),
+        Mutant(heads_not_joined_in_order, "All of head 0 should come first, then all of head 1."),
+        Mutant(view_without_transpose, "Before the heads are joined, heads and tokens must change "
+               "places."),
+        Mutant(causal, "No mask: an image has no before and after."),
+    ),
+    why="The one place where tokens meet.",
+    where="nanosd3/layers.py, attention",
+    names=("q", "k", "v"),
+)  # fmt: skip
+
+EXERCISES = (PATCHIFY, UNPATCHIFY, POSITIONS, CROP, MODULATE, TIME, ATTENTION)
