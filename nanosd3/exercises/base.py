@@ -23,15 +23,6 @@ class Case:
     label: str
     arguments: tuple
 
-    def fresh(self, dtype: torch.dtype | None = None) -> list:
-        """The arguments, tensors copied, those of floats in `dtype` if one is given."""
-        return [
-            (a.clone() if dtype is None or not a.is_floating_point() else a.to(dtype, copy=True))
-            if isinstance(a, Tensor)
-            else a
-            for a in self.arguments
-        ]
-
 
 @dataclass(frozen=True)
 class Mutant:
