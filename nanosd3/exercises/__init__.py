@@ -9,12 +9,12 @@ all sizes distinct, and the wrong answers students really give, each with a sent
 
 from collections.abc import Callable
 
-from nanosd3.exercises import flow, tokens
+from nanosd3.exercises import flow, sampling, tokens
 from nanosd3.exercises.base import Exercise
 from nanosd3.exercises.checker import judge
 
 EXERCISES: dict[str, Exercise] = {
-    entry.name: entry for entry in (*flow.EXERCISES, *tokens.EXERCISES)
+    entry.name: entry for entry in (*flow.EXERCISES, *tokens.EXERCISES, *sampling.EXERCISES)
 }
 MARKS = {"right": "✓", "wrong": "✗", "not attempted": "·"}
 

@@ -112,7 +112,10 @@ def check_values(exercise: Exercise, cases: list[Case], entries: list[dict]) -> 
     results = []
     for case, entry in zip(cases, entries, strict=False):
         got, expected = value_of(entry, case), exercise.reference(*copies(case.arguments))
-        check_form(got, expected, case)
+        try:
+            check_form(got, expected, case)
+        except Finding as finding:
+            raise Finding(f"{finding} {hint_of(exercise, [(case, got, False)])}".strip()) from None
         results.append((case, got, close(got, expected, exercise.tolerance)))
     wrong = [case.label for case, _, is_right in results if not is_right]
     right = [case.label for case, _, is_right in results if is_right]
@@ -131,7 +134,10 @@ def hint_of(exercise: Exercise, results: list[tuple[Case, object, bool]]) -> str
         except Exception:  # a mutant may not take every case
             continue
         pairs = zip(results, answers, strict=True)
-        if all(close(got, theirs, exercise.tolerance) for (_, got, _), theirs in pairs):
+        if all(
+            len(flat(got)) == len(flat(theirs)) and close(got, theirs, exercise.tolerance)
+            for (_, got, _), theirs in pairs
+        ):
             return mutant.hint
     return ""
 
