@@ -9,12 +9,13 @@ all sizes distinct, and the wrong answers students really give, each with a sent
 
 from collections.abc import Callable
 
-from nanosd3.exercises import flow, sampling, tokens
+from nanosd3.exercises import flow, sampling, solvers, tokens
 from nanosd3.exercises.base import Exercise
 from nanosd3.exercises.checker import judge
 
+TOPICS = (flow, tokens, solvers, sampling)
 EXERCISES: dict[str, Exercise] = {
-    entry.name: entry for entry in (*flow.EXERCISES, *tokens.EXERCISES, *sampling.EXERCISES)
+    entry.name: entry for topic in TOPICS for entry in topic.EXERCISES
 }
 MARKS = {"right": "✓", "wrong": "✗", "not attempted": "·"}
 

@@ -54,7 +54,8 @@ def start(file: Path, only: list[str]) -> None:
     head = (
         '"""Answers. Fill in what you like, in any order, then\n\n'
         f'    python -m nanosd3.exercises grade {file.name}\n"""\n\n'
-        "import math\n\nimport torch\nimport torch.nn.functional as F\nfrom torch import Tensor"
+        "import math\nfrom collections.abc import Callable\n\n"
+        "import torch\nimport torch.nn.functional as F\nfrom torch import Tensor"
     )
     write_file(file, ("\n\n\n".join([head, *map(stub, chosen(only))]) + "\n").encode())
     print(f"written: {file}")

@@ -23,14 +23,23 @@ LEAVES = (bool, int, float, str)
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
+FIELD = "@velocity"  # stands for `field` among the arguments of a case, which are only data
+
+
+def field(z: Tensor, t: Tensor) -> Tensor:
+    """A velocity that depends on place and time, for exercises on solvers."""
+    return torch.sin(3 * z + 2 * t) - 0.5 * z * t
+
+
 def copies(arguments: tuple, dtype: torch.dtype | None = None) -> list:
     """The arguments, tensors copied, those of floats in `dtype` if one is given."""
-    return [
-        (a.clone() if dtype is None or not a.is_floating_point() else a.to(dtype, copy=True))
-        if isinstance(a, Tensor)
-        else a
-        for a in arguments
-    ]
+
+    def copy(a: object) -> object:
+        if not isinstance(a, Tensor):
+            return field if isinstance(a, str) and a == FIELD else a
+        return a.clone() if dtype is None or not a.is_floating_point() else a.to(dtype, copy=True)
+
+    return [copy(a) for a in arguments]
 
 
 def storable(value: object) -> object:
