@@ -26,6 +26,8 @@ Layers: a module imports only from rows above its own
     weights
     generate   bench
 
+The exercises (nanosd3/exercises) import all of it and are imported by nothing.
+
 Reading order: flow, samplers, patchify, layers, mmdit (the spine); then vae, clip, t5,
 tokenizers, text; then pipeline, loop, train. Nothing happens at import time.
 """
