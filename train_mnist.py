@@ -11,19 +11,18 @@ from pathlib import Path
 
 import torch
 
+from nanosd3.audit import on_meta
 from nanosd3.checkpoint import Run
-from nanosd3.clip import CLIPText
 from nanosd3.config import CONFIGS, Config
 from nanosd3.data import load_images
+from nanosd3.layouts import COMPONENTS
 from nanosd3.mmdit import MMDiT
 from nanosd3.parts import Parts
 from nanosd3.pipeline import Pipeline
 from nanosd3.report import preview, report, shown_prompts
 from nanosd3.runtime import InputError, Parser, memory_found, positive, run_main, set_up
-from nanosd3.t5 import T5Encoder
 from nanosd3.train import Job, describe_images, train_autoencoder, train_flow, train_judge
 from nanosd3.train_text import train_text_encoders
-from nanosd3.vae import AutoencoderKL
 
 PREVIEWS = (0.1, 0.25, 0.5)  # of the flow's steps, when early samples are shown
 
@@ -47,22 +46,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def refuse(config: Config) -> None:
     """Say what training a full-size config takes, before anything is allocated."""
-    with torch.device("meta"):
-        text = config.text
-        trained = MMDiT(config.mmdit)
-        frozen = (
-            AutoencoderKL(config.vae),
-            CLIPText(text.clip_l),
-            CLIPText(text.clip_g),
-            T5Encoder(text.t5),
-        )
+    trained, *frozen = (count(on_meta(config, part)) for part in COMPONENTS)  # the MMDiT first
     # float32 weights, gradients, two Adam moments and the average; the frozen parts in bfloat16
-    needed = 20 * count(trained) / 1e9 + sum(2 * count(part) for part in frozen) / 1e9
+    needed = 20 * trained / 1e9 + 2 * sum(frozen) / 1e9
     found, where = memory_found()
     verdict = (
         "not enough" if found < needed else "enough, but this script trains mnist and tiny only"
     )
-    raise InputError(f"{config.name}: training its {count(trained) / 1e9:.1f}B parameters needs "
+    raise InputError(f"{config.name}: training its {trained / 1e9:.1f}B parameters needs "
                      f"{needed:.0f} GB of memory before activations; found {found:.0f} GB {where}: "
                      f"{verdict}")  # fmt: skip
 

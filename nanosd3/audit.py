@@ -8,6 +8,7 @@ modules on the meta device, which have shapes and no memory.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -40,6 +41,12 @@ def on_meta(config: Config, name: str) -> nn.Module:
         return makers(config)[name]()
 
 
+@cache
+def shapes(config: Config, name: str) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a part's tensors."""
+    return {key: tuple(t.shape) for key, t in on_meta(config, name).state_dict().items()}
+
+
 @dataclass(frozen=True)
 class Checked:
     """One part, compared with what the model needs."""
@@ -53,7 +60,7 @@ class Checked:
 
 
 def check_part(config: Config, name: str, state: State) -> Checked:
-    needed = {k: tuple(t.shape) for k, t in on_meta(config, name).state_dict().items()}
+    needed = shapes(config, name)
     shared = [key for key in needed if key in state]
     projection = "text_projection.weight" if name == "clip_l" else ""
     return Checked(

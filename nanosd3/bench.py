@@ -29,11 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanosd3.audit import on_meta
 from nanosd3.config import CONFIGS, Config
-from nanosd3.export import part_config
+from nanosd3.export import diffusers_state, part_config
 from nanosd3.layers import linear
-from nanosd3.layouts import COMPONENTS, PREFIXES, to_diffusers
+from nanosd3.layouts import COMPONENTS, PREFIXES
 from nanosd3.parts import stored
 from nanosd3.runtime import InputError, Parser, positive, run_main, set_up
+from nanosd3.text import ENCODERS
+from nanosd3.weights import DTYPES
 
 Forward = Callable[[], Tensor]
 NAMES = {"mmdit": "transformer", "vae": "VAE decode", "clip_l": "CLIP-L", "clip_g": "CLIP-G",
@@ -72,18 +74,15 @@ def theirs(config: Config, part: str, ours: nn.Module) -> nn.Module:
                 transformers.CLIPTextConfig(**settings)
             )
     state = {k: stored(k, t, Path()) for k, t in ours.state_dict().items()}
-    read = {key: tensor.read() for key, tensor in to_diffusers(part, state).items()}
-    if part == "clip_l":
-        read["text_projection.weight"] = torch.eye(config.text.clip_l.width).to(
-            next(ours.parameters())
-        )
-    if part == "t5":
-        read["shared.weight"] = read["encoder.embed_tokens.weight"]
+    like = next(ours.parameters())
+    read = {key: t.read().to(like.device) for key, t in diffusers_state(part, state).items()}
+    if part == "t5":  # tied, and asked for under both names
+        read["encoder.embed_tokens.weight"] = read["shared.weight"]
     other.load_state_dict(read, assign=True)
     for name, buffer in other.named_buffers():  # not stored, so still without memory
         if buffer.is_meta:
             module, _, leaf = name.rpartition(".")
-            fresh = torch.arange(buffer.shape[-1], device=next(ours.parameters()).device)
+            fresh = torch.arange(buffer.shape[-1], device=like.device)
             setattr(other.get_submodule(module), leaf, fresh.expand(buffer.shape))
     return other.requires_grad_(False).eval()
 
@@ -130,7 +129,7 @@ def measured_config(args: argparse.Namespace) -> Config:
     text = config.text
     few = {
         name: replace(getattr(text, name), layers=min(args.layers, getattr(text, name).layers))
-        for name in ("clip_l", "clip_g", "t5")
+        for name in ENCODERS
     }
     return replace(config, text=replace(text, **few))
 
@@ -147,7 +146,7 @@ def prepare(
     args: argparse.Namespace, part: str, device: torch.device
 ) -> tuple[Forward, Forward, int]:
     """Our forward and theirs, on the same weights and inputs, and the bytes of the weights."""
-    config, dtype = measured_config(args), getattr(torch, args.dtype)
+    config, dtype = measured_config(args), DTYPES[args.dtype]
     ours = randomly_filled(config, part, device, dtype)
     given = inputs(config, part, args.size, args.batch, next(ours.parameters()))
     other = theirs(config, part, ours) if args.against else ours
@@ -186,7 +185,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
 @torch.no_grad()
 def bench_forward(args: argparse.Namespace) -> None:
     device = set_up(args.threads)
-    peak = matrix_peak(device, getattr(torch, args.dtype))
+    peak = matrix_peak(device, DTYPES[args.dtype])
     print(f"{args.config}, {args.size}x{args.size}, batch {args.batch}, {args.dtype}, text "
           f"encoders of {args.layers} layers; matrix product {peak / 1e9:.0f} GFLOP/s")  # fmt: skip
     print("| part | ours | share of peak | time ratio | memory ratio | beyond weights | "
@@ -283,9 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--layers", type=positive, default=4, help="forward: of the text encoders (default: 4)")
     add("--repeats", type=positive, default=5, help="forward: pairs (default: %(default)s)")
     add("--parts", nargs="+", choices=COMPONENTS, help="forward: which (default: all)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--dtype", default="float32", choices=tuple(DTYPES))
     add("--compile", action="store_true", help="forward: through torch.compile")
-    add("--without", nargs="*", default=[], choices=COMPONENTS[2:], help="memory: leave out")
+    add("--without", nargs="*", default=[], choices=ENCODERS, help="memory: leave out")
     add("--folder", type=Path, help="memory: where the weights go (default: the temporary folder)")
     add("--threads", type=positive, help="CPU threads (default: all usable cores)")
     args = parser.parse_args(arguments)

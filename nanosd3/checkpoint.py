@@ -19,6 +19,8 @@ import contextlib
 import io
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -38,21 +40,29 @@ RUN_FILES = (  # all that a run writes, beside run.json and state.pt
 )
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename. Raises InputError where that is not possible."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file or folder under, which is then renamed to it; what was
+    begun is removed after a failure or Ctrl-C. Raises InputError where writing is not possible."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write beside, flush to disk, rename. Raises InputError where that is not possible."""
+    with replacing(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:  # after a failure or Ctrl-C; renamed otherwise
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_json(path: Path, content: dict) -> None:

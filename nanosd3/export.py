@@ -10,15 +10,14 @@ tokenizers in the files that transformers reads.
 import gzip
 import json
 import os
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from nanosd3.audit import on_meta
+from nanosd3.audit import shapes
+from nanosd3.checkpoint import replacing, write_file, write_json
 from nanosd3.config import CLIPConfig, Config
 from nanosd3.found import OWN, Found
 from nanosd3.layers import HEAD_DIM
@@ -41,17 +40,8 @@ def export(found: Found, layout: str, out: Path) -> None:
     if layout == "single" and out.suffix != ".safetensors":
         raise InputError(f"{out}: a single file must be named *.safetensors")
     write = write_single if layout == "single" else write_diffusers
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(out) as temporary:
         write(found, temporary)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from None
-    finally:  # after a failure or Ctrl-C; renamed otherwise
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def write_tensors(state: State, path: Path, metadata: dict[str, str]) -> None:
@@ -67,19 +57,17 @@ def write_tensors(state: State, path: Path, metadata: dict[str, str]) -> None:
 
 def needed(found: Found, part: str) -> State:
     """The tensors of a part that the model has, under our names."""
-    names = on_meta(found.config, part).state_dict()
-    return {name: found.parts[part][name] for name in names}
+    return {name: found.parts[part][name] for name in shapes(found.config, part)}
 
 
-def own_description(found: Found) -> str | None:
+def own_description(found: Found) -> dict | None:
     """Config and tokenizers of a model that shapes do not tell: one trained here, or one from a
     folder with settings of its own. None for the others."""
     trained = bool(found.tokenizers.words)
     if not trained and config_of(found.parts, found.path)[0] == found.config:
         return None
     tokenizers = found.tokenizers.to_json() if trained else None
-    content = {"config": asdict(found.config), "tokenizers": tokenizers}
-    return json.dumps(content, ensure_ascii=False)
+    return {"config": asdict(found.config), "tokenizers": tokenizers}
 
 
 def write_single(found: Found, path: Path) -> None:
@@ -88,7 +76,7 @@ def write_single(found: Found, path: Path) -> None:
         tensors = needed(found, part)
         state |= {PREFIXES[part] + name: tensor for name, tensor in tensors.items()}
     own = own_description(found)
-    write_tensors(state, path, {"nanosd3": own} if own else {})
+    write_tensors(state, path, {"nanosd3": json.dumps(own, ensure_ascii=False)} if own else {})
 
 
 # --- diffusers ----------------------------------------------------------------------------------
@@ -99,17 +87,11 @@ def write_diffusers(found: Found, folder: Path) -> None:
     folder.mkdir()
     for part in found.parts:
         subfolder, stem = FOLDERS[part]
-        state = to_diffusers(part, needed(found, part))
-        if part == "clip_l" and "text_projection.weight" not in state:
-            identity = torch.eye(config.text.clip_l.width, dtype=next(iter(state.values())).dtype)
-            file = next(iter(state.values())).file
-            state["text_projection.weight"] = stored("identity", identity, file)
-        if part == "t5":  # the name transformers writes
-            state["shared.weight"] = state.pop("encoder.embed_tokens.weight")
+        state = diffusers_state(part, needed(found, part))
         (folder / subfolder).mkdir()
         write_tensors(state, folder / subfolder / f"{stem}.safetensors", {})
-        write_text(folder / subfolder / "config.json", part_config(config, part))
-    write_text(folder / "scheduler" / "scheduler_config.json", {
+        write_json(folder / subfolder / "config.json", part_config(config, part))
+    write_json(folder / "scheduler" / "scheduler_config.json", {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
         "shift": config.sampling.shift,
@@ -118,14 +100,22 @@ def write_diffusers(found: Found, folder: Path) -> None:
     write_clip_tokenizer(folder / "tokenizer", bpe, config.text.clip_l)
     write_clip_tokenizer(folder / "tokenizer_2", bpe, config.text.clip_g)
     write_t5_tokenizer(folder / "tokenizer_3", unigram, config.text.t5.length)
-    write_text(folder / "model_index.json", model_index(found))
+    write_json(folder / "model_index.json", model_index(found))
     if own := own_description(found):
-        write_text(folder / OWN, json.loads(own))
+        write_json(folder / OWN, own)
 
 
-def write_text(path: Path, content: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def diffusers_state(part: str, state: State) -> State:
+    """Our tensors of a part as diffusers and transformers write them: with a projection for both
+    CLIPs (of L the identity, SD3 takes it unprojected), and T5's embedding as `shared`."""
+    state = to_diffusers(part, state)
+    if part == "clip_l" and "text_projection.weight" not in state:
+        like = state["text_model.final_layer_norm.weight"]
+        identity = torch.eye(like.shape[0], dtype=like.dtype)
+        state["text_projection.weight"] = stored("identity", identity, like.file)
+    if part == "t5":
+        state["shared.weight"] = state.pop("encoder.embed_tokens.weight")
+    return state
 
 
 def model_index(found: Found) -> dict:
@@ -148,14 +138,9 @@ def model_index(found: Found) -> dict:
 
 def part_config(config: Config, part: str) -> dict:
     """A part's config.json."""
-    makers: dict[str, Callable[[], dict]] = {
-        "mmdit": lambda: mmdit_json(config),
-        "vae": lambda: vae_json(config),
-        "clip_l": lambda: clip_json(config.text.clip_l),
-        "clip_g": lambda: clip_json(config.text.clip_g),
-        "t5": lambda: t5_json(config),
-    }
-    return makers[part]()
+    if part in ("clip_l", "clip_g"):
+        return clip_json(getattr(config.text, part))
+    return {"mmdit": mmdit_json, "vae": vae_json, "t5": t5_json}[part](config)
 
 
 def mmdit_json(config: Config) -> dict:
@@ -245,12 +230,12 @@ def write_clip_tokenizer(folder: Path, bpe: BPE, clip: CLIPConfig) -> None:
     """vocab.json and merges.txt, and what to pad with."""
     start, end = SPECIALS
     pad = end if clip.pad < 0 else bpe.symbols[clip.pad]
-    write_text(folder / "vocab.json", bpe.ids | {start: bpe.start, end: bpe.end})
+    write_json(folder / "vocab.json", bpe.ids | {start: bpe.start, end: bpe.end})
     merges = ["#version: 0.2", *(" ".join(pair) for pair in bpe.merges)]
-    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    write_file(folder / "merges.txt", ("\n".join(merges) + "\n").encode())
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
-    write_text(folder / "special_tokens_map.json", special)
-    write_text(folder / "tokenizer_config.json", special | {
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", special | {
         "tokenizer_class": "CLIPTokenizer", "model_max_length": clip.length
     })  # fmt: skip
 
@@ -267,14 +252,14 @@ def write_t5_tokenizer(folder: Path, unigram: Unigram, length: int) -> None:
     ]  # fmt: skip
     if unigram.lower_case:
         content["normalizer"]["normalizers"].append({"type": "Lowercase"})
-    write_text(folder / "tokenizer.json", content)
+    write_json(folder / "tokenizer.json", content)
     special = {
         "eos_token": unigram.pieces[1][0],
         "unk_token": unigram.pieces[2][0],
         "pad_token": unigram.pieces[PAD][0],
     }
     sentinels = sum(piece.startswith("<extra_id") for piece in unigram.controls)
-    write_text(folder / "tokenizer_config.json", special | {
+    write_json(folder / "tokenizer_config.json", special | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "extra_ids": sentinels,
         "model_max_length": length,

@@ -23,8 +23,7 @@ from nanosd3.parts import State
 from nanosd3.pipeline import finished_config, read_tokenizers
 from nanosd3.runtime import InputError
 from nanosd3.sizes import config_of, file_of, refuse_foreign, refuse_scaled
-from nanosd3.text import Tokenizers
-from nanosd3.tokenizers import BPE, Unigram
+from nanosd3.text import ENCODERS, Tokenizers
 from nanosd3.weightfiles import open_folder, open_weights, read_metadata
 
 OWN = "nanosd3.json"  # config and tokenizers, beside or inside what is exported from here
@@ -84,7 +83,7 @@ def find(path: Path, files: dict[str, Path] | None = None) -> Found:
         config, told = config_of(parts, path)
         if path.is_dir():
             config = as_folder_says(config, path, parts)
-        tokenizers = Tokenizers(BPE.official(), Unigram.official(), frozenset())
+        tokenizers = Tokenizers.official()
     return Found(path, config, parts, tokenizers, told, outside)
 
 
@@ -165,7 +164,7 @@ def find_run(folder: Path) -> Found:
         "mmdit": open_weights(folder / "flow.safetensors"),
         "vae": open_weights(folder / "autoencoder.safetensors"),
     }
-    for name in ("clip_l", "clip_g", "t5"):
+    for name in ENCODERS:
         own = {k: t for k, t in text.items() if k.startswith(f"{name}.")}
         parts[name] = {k.removeprefix(f"{name}."): t for k, t in own.items()}
     tokenizers = read_tokenizers(folder / "tokenizers.json")
@@ -233,7 +232,7 @@ def own_config(content: dict, path: Path) -> tuple[Config, Tokenizers]:
         config = config_from_dict(content["config"], path)
         tokenizers = content["tokenizers"]
         if tokenizers is None:
-            return config, Tokenizers(BPE.official(), Unigram.official(), frozenset())
+            return config, Tokenizers.official()
         return config, Tokenizers.from_json(tokenizers)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):

@@ -1,7 +1,7 @@
 """What may be asked of a pipeline, checked: one line for each value that makes no sense."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,8 +35,9 @@ class Request:
         return list(dict.fromkeys([*self.prompts, *negative]))
 
 
-def check(request: Request, output: str) -> None:
-    """Raises InputError for any value that makes no sense."""
+def checked(request: Request, output: str) -> Request:
+    """The request, with guidance 1 for less: none, as in diffusers. Raises InputError for any
+    value that makes no sense."""
     how, negative, t5_length = request.how, request.negative, request.t5_length
     if not request.prompts:
         raise InputError("no prompts given")
@@ -60,6 +61,7 @@ def check(request: Request, output: str) -> None:
         raise InputError("a negative prompt has no effect at guidance 1 or less, which is none")
     if t5_length is not None and whole("t5_length", t5_length) < 1:
         raise InputError(f"t5_length must be at least 1, got {t5_length}")
+    return replace(request, how=replace(how, guidance=max(how.guidance, 1.0)))
 
 
 def whole(name: str, value: object) -> int:
@@ -87,6 +89,15 @@ def latent_size(config: Config, height: int | None, width: int | None) -> tuple[
                              f"{most}; nearest: {' or '.join(sizes)}")  # fmt: skip
         latent.append(padded // config.vae.factor)
     return latent[0], latent[1]
+
+
+def strength_of(strength: float | None, pixels: Tensor | None, mask: Tensor | None) -> float:
+    """How much of a picture is made new. Raises InputError if one is asked for without it."""
+    if strength is None:
+        return 1.0 if pixels is None or mask is not None else STRENGTH
+    if pixels is None:
+        raise InputError("strength has no effect without an image")
+    return strength
 
 
 def times(how: Sampling, strength: float) -> Tensor:

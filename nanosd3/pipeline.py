@@ -31,13 +31,13 @@ from nanosd3.flow import interpolate
 from nanosd3.mmdit import MMDiT
 from nanosd3.options import (
     SKIP_SCALE,
-    STRENGTH,
     Request,
-    check,
     check_noise,
+    checked,
     known_image,
     latent_size,
     skip_of,
+    strength_of,
     times,
 )
 from nanosd3.parts import Parts
@@ -97,10 +97,7 @@ class Pipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for message in self.absent(drop):
             warnings.warn(message, stacklevel=2)
-        distinct = list(dict.fromkeys(prompts))
-        context, pooled = self.text.encode(distinct, drop, t5_length)
-        index = torch.tensor([distinct.index(p) for p in prompts], device=context.device)
-        return context[index], pooled[index]
+        return rows_of(self.encode_each(list(dict.fromkeys(prompts)), drop, t5_length), prompts)
 
     def absent(self, drop: Collection[str]) -> list[str]:
         """What to say of encoders that are not there. Raises InputError for a CLIP."""
@@ -188,15 +185,9 @@ class Pipeline:
         config = self.config
         given = {"steps": steps, "guidance": guidance, "shift": shift, "sampler": sampler}
         how = replace(config.sampling, **{k: v for k, v in given.items() if v is not None})
-        check(Request(prompts, negative, how, drop, t5_length), output)
-        how = replace(how, guidance=max(how.guidance, 1.0))  # as in diffusers: up to 1 is none
-        request = Request(prompts, negative, how, drop, t5_length)
+        request = checked(Request(prompts, negative, how, drop, t5_length), output)
         pixels, mask, height, width = known_image(config, image, mask, height, width, len(prompts))
-        if strength is None:
-            strength = 1.0 if pixels is None or mask is not None else STRENGTH
-        elif pixels is None:
-            raise InputError("strength has no effect without an image")
-        ts = times(how, strength)
+        ts = times(request.how, strength_of(strength, pixels, mask))
         skip = skip_of(skip_layers, skip_scale, ts, config.mmdit.depth)
         size = latent_size(config, height, width)
         shape = (len(prompts), config.mmdit.latent_channels, *size)
@@ -208,7 +199,7 @@ class Pipeline:
         if pixels is not None:
             known = self.encode(pixels).expand(shape)
             self.parts.release("vae")
-        text = self.encode_each(request)
+        text = self.encode_each(request.texts, drop, t5_length)
         latents = self.sample(request, text, ts, noise, known, mask, skip, callback, progress)
         self.parts.release("mmdit")
         if output == "latent":
@@ -217,10 +208,12 @@ class Pipeline:
         self.parts.release("vae")
         return images
 
-    def encode_each(self, request: Request) -> dict[str, tuple[Tensor, Tensor]]:
-        """Context (M, Dc) and pooled (Dp) of each text of a request."""
-        encoded = self.text.encode(request.texts, request.drop, request.t5_length)
-        return dict(zip(request.texts, zip(*encoded, strict=True), strict=True))
+    def encode_each(
+        self, texts: list[str], drop: Collection[str], t5_length: int | None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Context (M, Dc) and pooled (Dp) of each of some different texts."""
+        encoded = self.text.encode(texts, drop, t5_length)
+        return dict(zip(texts, zip(*encoded, strict=True), strict=True))
 
     def sample(
         self,
@@ -243,10 +236,7 @@ class Pipeline:
         def model(z: Tensor, t: Tensor, *texts: Tensor, skip: Collection[int] = ()) -> Tensor:
             return mmdit(z.to(dtype), t, *texts, skip=skip).to(exact)
 
-        def text_of(prompts: list[str]) -> tuple[Tensor, ...]:
-            both = zip(*(text[prompt] for prompt in prompts), strict=True)
-            return tuple(torch.stack(rows).to(dtype) for rows in both)
-
+        text = {t: (context.to(dtype), pooled.to(dtype)) for t, (context, pooled) in text.items()}
         patches = noise[0, 0].numel() // self.config.mmdit.patch_size**2
         tokens = patches + len(next(iter(text.values()))[0])
         rows = torch.arange(len(noise)).split(at_once(tokens * 4 * self.config.mmdit.width))
@@ -260,8 +250,10 @@ class Pipeline:
         results = []
         for row in rows:
             batch = [request.prompts[i] for i in row]
-            negative = [request.negative] * len(batch) if how.guidance != 1 else batch
-            velocity = guided(model, text_of(batch), text_of(negative), how.guidance, skip)
+            prompt = negative = rows_of(text, batch)
+            if how.guidance != 1:
+                negative = rows_of(text, [request.negative] * len(batch))
+            velocity = guided(model, prompt, negative, how.guidance, skip)
             z = eps = noise[row].to(device, exact)
             if known is not None:
                 x0 = known[row].to(eps)
@@ -272,6 +264,12 @@ class Pipeline:
             bar.update()
         bar.close()
         return finite(torch.cat(results), "the latents")
+
+
+def rows_of(text: dict[str, tuple[Tensor, Tensor]], prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Context (B, M, Dc) and pooled (B, Dp) of prompts that are encoded already."""
+    context, pooled = zip(*(text[prompt] for prompt in prompts), strict=True)
+    return torch.stack(context), torch.stack(pooled)
 
 
 def finite(x: Tensor, what: str) -> Tensor:

@@ -101,7 +101,9 @@ def guided(
     With `skip`, some layers are left out for one more velocity to move away from, as SD3.5
     medium likes it early on: v + scale (v_prompt - v_prompt without the layers).
     """
-    both = tuple(torch.cat(pair) for pair in zip(prompt, negative, strict=True))
+    both = ()
+    if scale != 1:
+        both = tuple(torch.cat(pair) for pair in zip(prompt, negative, strict=True))
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
         if scale == 1:

@@ -64,6 +64,11 @@ class Tokenizers:
     words: frozenset[str]
 
     @classmethod
+    def official(cls) -> "Tokenizers":
+        """The published vocabularies."""
+        return cls(BPE.official(), Unigram.official(), frozenset())
+
+    @classmethod
     def train(cls, corpus: list[str], config: TextConfig) -> "Tokenizers":
         words = frozenset(word for text in corpus for word in text.lower().split())
         bpe = BPE.train(corpus, config.clip_l.vocab)

@@ -22,6 +22,10 @@ from nanosd3.found import Found, find
 from nanosd3.parts import Parts, fill
 from nanosd3.pipeline import Pipeline
 from nanosd3.runtime import InputError, Parser, run_main
+from nanosd3.text import ENCODERS
+
+DTYPES = {kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16")}
+FILES = (*ENCODERS, "vae")  # parts that may be files of their own
 
 
 def load(
@@ -62,21 +66,18 @@ def open_pipeline(
     return Pipeline(found.config, found.tokenizers, Parts(sources, device, staged))
 
 
-DTYPES = {kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16")}
-
-
 # --- command line -------------------------------------------------------------------------------
 
 
 def add_files(parser: Parser) -> None:
     """The options that name parts in files of their own."""
-    for name, what in (("clip-l", "CLIP-L"), ("clip-g", "CLIP-G"), ("t5", "T5"), ("vae", "VAE")):
+    for name in (part.replace("_", "-") for part in FILES):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE",
-                            help=f"the {what}, if it is a file of its own")  # fmt: skip
+                            help=f"the {name.upper()}, if it is a file of its own")  # fmt: skip
 
 
 def files_of(args: argparse.Namespace) -> dict[str, Path | None]:
-    return {name: getattr(args, name) for name in ("clip_l", "clip_g", "t5", "vae")}
+    return {name: getattr(args, name) for name in FILES}
 
 
 def main(arguments: list[str] | None = None) -> int:

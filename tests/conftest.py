@@ -26,9 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --student only the exercises, without it everything else."""
     student = bool(config.getoption("--student"))
-    chosen = [item for item in items if ("student" in item.keywords) == student]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    left_out = [item for item in items if ("student" in item.keywords) != student]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if ("student" in item.keywords) == student]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -63,7 +63,7 @@ def replaced(name: str, body: str) -> str:
         ("return __import__('nanosd3.flow').flow.velocity_target(x0, noise)", "closed book"),
         (f"return open({str(Path(flow.__file__))!r}).read()", "closed book"),
         ("import socket; socket.create_connection(('127.0.0.1', 9))", "not allowed"),
-        ("open('/tmp/nanosd3-was-here', 'w')", "not allowed"),
+        ("open('OUTSIDE', 'w')", "not allowed"),
         ("import subprocess; subprocess.run(['true'])", "not allowed"),
         ("import os; os.system('true')", "not allowed"),
         ("import os; os.fork()", "not allowed"),
@@ -73,11 +73,12 @@ def replaced(name: str, body: str) -> str:
         ("a = []; a.append(a); return a", "raised RecursionError"),
     ],
 )
-def test_one_bad_answer_spoils_only_itself(verdicts, body, message):
-    found = verdicts(replaced("velocity_target", body))
+def test_one_bad_answer_spoils_only_itself(verdicts, tmp_path, body, message):
+    outside = tmp_path / "was-here"
+    found = verdicts(replaced("velocity_target", body.replace("OUTSIDE", str(outside))))
     assert found["velocity_target"].points == 0 and message in found["velocity_target"].message
     assert found["interpolate"].points == found["shift"].points == 1
-    assert not Path("/tmp/nanosd3-was-here").exists()
+    assert not outside.exists()
 
 
 @pytest.mark.parametrize(

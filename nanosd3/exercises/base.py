@@ -10,7 +10,7 @@ label, so that the checker can say where an answer is right and where it is not.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,13 +47,13 @@ class Exercise:
     specification: Callable  # in plain loops
     reference: Callable  # the package's own function
     cases: Callable[[torch.Generator], list[Case]]
+    names: tuple[str, ...]  # of the arguments, for messages
     mutants: tuple[Mutant, ...]
     why: str  # it matters
     where: str  # it stands in the package
     tolerance: float = 1e-5
     differentiable: bool = True
     other_devices: bool = True  # may be tried on tensors without memory, as on a GPU
-    names: tuple[str, ...] = field(default=())  # of the arguments, for messages
 
     def drawn(self) -> list[Case]:
         """The cases, the same each time."""

@@ -94,6 +94,8 @@ def check_form(got: object, expected: object, case: Case) -> None:
 
 
 def close(got: object, expected: object, tolerance: float) -> bool:
+    if len(flat(got)) != len(flat(expected)):
+        return False
     for x, y in zip(flat(got), flat(expected), strict=True):
         if isinstance(y, Tensor):
             if not isinstance(x, Tensor) or x.shape != y.shape:
@@ -134,10 +136,7 @@ def hint_of(exercise: Exercise, results: list[tuple[Case, object, bool]]) -> str
         except Exception:  # a mutant may not take every case
             continue
         pairs = zip(results, answers, strict=True)
-        if all(
-            len(flat(got)) == len(flat(theirs)) and close(got, theirs, exercise.tolerance)
-            for (_, got, _), theirs in pairs
-        ):
+        if all(close(got, theirs, exercise.tolerance) for (_, got, _), theirs in pairs):
             return mutant.hint
     return ""
 
