@@ -105,9 +105,15 @@ class CLIPText(nn.Module):
         for layer in self.text_model.encoder["layers"]:
             penultimate, x = x, layer(x)
         x = self.text_model.final_layer_norm(x)
-        end = (ids == self.config.vocab - 1).int().argmax(1)  # the first, of several
-        pooled = x[torch.arange(len(x), device=x.device), end]  # (B, D)
+        pooled = pool_at_end(x, ids, self.config.vocab - 1)  # (B, D)
         return penultimate, self.text_projection(pooled) if self.config.projection else pooled
+
+
+def pool_at_end(states: Tensor, ids: Tensor, end: int) -> Tensor:
+    """Of states (B, L, D) those at the first token `end` of ids (B, L): (B, D). There may be
+    several, since some models pad with it."""
+    first = (ids == end).int().argmax(1)
+    return states[torch.arange(len(states), device=states.device), first]
 
 
 def initialise(model: CLIPText) -> None:

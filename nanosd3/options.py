@@ -100,9 +100,14 @@ def strength_of(strength: float | None, pixels: Tensor | None, mask: Tensor | No
     return strength
 
 
+def first_step(steps: int, strength: float) -> int:
+    """The step to begin with, of `steps`, to make the share `strength` of a picture new: as in
+    diffusers (Stability's code differs by one for some values, by rounding)."""
+    return int(max(steps - min(steps * strength, steps), 0))
+
+
 def times(how: Sampling, strength: float) -> Tensor:
-    """The times to visit, from `strength` of the way to noise on. Which step that is: as in
-    diffusers (Stability's code differs by one for some values, by rounding).
+    """The times to visit, from `strength` of the way to noise on.
 
     Raises InputError if that leaves no step, or no room between two.
     """
@@ -111,7 +116,7 @@ def times(how: Sampling, strength: float) -> Tensor:
     ts = schedule(how.steps, how.shift)
     if not (ts.diff() < 0).all():
         raise InputError(f"shift {how.shift} leaves no room between {how.steps} steps")
-    start = int(max(how.steps - min(how.steps * strength, how.steps), 0))
+    start = first_step(how.steps, strength)
     if start == how.steps:
         raise InputError(f"strength {strength} of {how.steps} steps is less than one step")
     return ts[start:]

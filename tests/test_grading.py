@@ -151,7 +151,7 @@ def test_start_then_grade(tmp_path, capsys):
     capsys.readouterr()
     assert __main__.main(["grade", str(file), "--only", "flow", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["score"] == 0 and found["out_of"] == 10
+    assert found["score"] == 0 and found["out_of"] == 11
     assert {row["status"] for row in found["exercises"]} == {"not attempted"}
     file.write_text(RIGHT)
     assert __main__.main(["grade", str(file), "--only", "shift", "patchify"]) == 0

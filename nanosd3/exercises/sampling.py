@@ -1,127 +1,10 @@
-"""Exercises on the two ends of the flow: latents from an image, and guidance towards a prompt;
-and on the text between: positions in T5, and how three encoders become one context."""
-
-import math
+"""Exercises on what shapes a sample: guidance, a picture to start from, repainting."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nanosd3 import samplers, t5, text, vae
+from nanosd3 import flow, options, samplers
 from nanosd3.exercises.base import Case, Exercise, Mutant, normal
-
-# --- latents ------------------------------------------------------------------------------------
-
-
-def posterior_cases(generator: torch.Generator) -> list[Case]:
-    return [
-        Case(f"shape {shape}", (normal(generator, *shape), normal(generator, *shape),
-                                normal(generator, *shape)))
-        for shape in ((2, 3, 4, 5), (7, 2))
-    ]  # fmt: skip
-
-
-def posterior_spec(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    z = torch.empty_like(mean)
-    triples = zip(mean.flatten(), logvar.flatten(), noise.flatten(), strict=True)
-    for i, (m, log_variance, n) in enumerate(triples):
-        variance = math.exp(log_variance)
-        z.view(-1)[i] = m + math.sqrt(variance) * n
-    return z
-
-
-def variance_as_deviation(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    return mean + logvar.exp() * noise
-
-
-def log_as_deviation(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    return mean + logvar * noise
-
-
-def inverse_deviation(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    return mean + torch.exp(-0.5 * logvar) * noise
-
-
-POSTERIOR = Exercise(
-    name="sample_posterior",
-    topic="latents",
-    points=1,
-    difficulty=1,
-    signature="def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:",
-    task="A latent from the encoder's Gaussian: mean and log-variance from the network, noise\n"
-    "from N(0, 1), all of one shape. Gradients should reach mean and logvar.",
-    specification=posterior_spec,
-    reference=vae.sample_posterior,
-    cases=posterior_cases,
-    mutants=(
-        Mutant(variance_as_deviation, "exp(logvar) is the variance; noise is multiplied by its "
-               "square root."),
-        Mutant(log_as_deviation, "logvar is a logarithm; what is it the logarithm of?"),
-        Mutant(inverse_deviation, "A larger logvar should mean more noise; yours means less."),
-    ),
-    why="The randomness comes from outside, so the encoder can be trained through it.",
-    where="nanosd3/vae.py, sample_posterior",
-    names=("mean", "logvar", "noise"),
-)  # fmt: skip
-
-
-def kl_cases(generator: torch.Generator) -> list[Case]:
-    return [
-        Case(f"shape {shape}", (normal(generator, *shape), normal(generator, *shape)))
-        for shape in ((2, 3, 4, 5), (7, 2))
-    ]
-
-
-def kl_spec(mean: Tensor, logvar: Tensor) -> Tensor:
-    totals = []
-    for m, log_variance in zip(mean, logvar, strict=True):
-        total = 0.0
-        for a, b in zip(m.flatten().tolist(), log_variance.flatten().tolist(), strict=True):
-            total += 0.5 * (a * a + math.exp(b) - 1 - b)
-        totals.append(total)
-    return torch.tensor(totals, dtype=mean.dtype)
-
-
-def kl_averaged(mean: Tensor, logvar: Tensor) -> Tensor:
-    return vae.kl_divergence(mean, logvar) / mean[0].numel()
-
-
-def kl_without_half(mean: Tensor, logvar: Tensor) -> Tensor:
-    return 2 * vae.kl_divergence(mean, logvar)
-
-
-def kl_of_deviation(mean: Tensor, logvar: Tensor) -> Tensor:
-    return 0.5 * (mean.square() + torch.exp(0.5 * logvar) - 1 - logvar).flatten(1).sum(1)
-
-
-def kl_negative(mean: Tensor, logvar: Tensor) -> Tensor:
-    return -vae.kl_divergence(mean, logvar)
-
-
-KL = Exercise(
-    name="kl_divergence",
-    topic="latents",
-    points=2,
-    difficulty=1,
-    signature="def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:",
-    task="KL(N(mean, exp(logvar)) || N(0, 1)) of each image, summed over its latents:\n"
-    "(B, ...) twice -> (B,). One latent has (mean^2 + variance - 1 - log variance) / 2.",
-    specification=kl_spec,
-    reference=vae.kl_divergence,
-    cases=kl_cases,
-    mutants=(
-        Mutant(kl_averaged, "Summed over an image's latents, not averaged: the weight of the term "
-               "depends on which."),
-        Mutant(kl_without_half, "Each latent counts half of the bracket."),
-        Mutant(kl_of_deviation, "The bracket has the variance, exp(logvar), not the deviation."),
-        Mutant(kl_negative, "A divergence is never negative."),
-    ),
-    why="It keeps latents near each other, so that the flow has something simple to start from.",
-    where="nanosd3/vae.py, kl_divergence",
-    names=("mean", "logvar"),
-)  # fmt: skip
-
-# --- guidance -----------------------------------------------------------------------------------
 
 
 def guide(v_prompt: Tensor, v_negative: Tensor, scale: float) -> Tensor:
@@ -188,128 +71,145 @@ GUIDANCE = Exercise(
     names=("v_prompt", "v_negative", "scale"),
 )  # fmt: skip
 
-# --- text ---------------------------------------------------------------------------------------
+
+def start_cases(generator: torch.Generator) -> list[Case]:
+    return [
+        Case(f"{steps} steps, shift {alpha}, strength {strength}",
+             (normal(generator, 2, 3, 4), normal(generator, 2, 3, 4),
+              flow.schedule(steps, alpha), strength))
+        for steps, alpha, strength in ((10, 3.0, 0.6), (8, 1.0, 0.3), (5, 3.0, 1.0))
+    ]  # fmt: skip
 
 
-def bucket_cases(generator: torch.Generator) -> list[Case]:
-    return [Case(f"{length} tokens", (length,)) for length in (5, 20, 140)]
+def start_spec(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    steps = len(ts) - 1
+    skipped = int(steps - steps * strength)  # steps left out at the noisy end
+    rest = ts[skipped:]
+    z = torch.empty_like(x0)
+    for i, (clean, n) in enumerate(zip(x0.flatten(), noise.flatten(), strict=True)):
+        z.view(-1)[i] = (1 - rest[0]) * clean + rest[0] * n
+    return z, rest
 
 
-def buckets_spec(length: int) -> Tensor:
-    """16 buckets for keys before the query (or at it), 16 for those after it."""
-    starts = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91)
-    table = torch.zeros(length, length, dtype=torch.long)
-    for query in range(length):
-        for key in range(length):
-            for start in starts:
-                if abs(key - query) >= start:
-                    table[query, key] += 1
-            if key > query:
-                table[query, key] += 16
-    return table
+def image_to_image(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """What the pipeline begins with when it is given a picture."""
+    rest = ts[options.first_step(len(ts) - 1, strength) :]
+    return flow.interpolate(x0, noise, rest[0]), rest
 
 
-def buckets_transposed(length: int) -> Tensor:
-    return t5.distance_buckets(length).T
+def strength_as_time(
+    x0: Tensor, noise: Tensor, ts: Tensor, strength: float
+) -> tuple[Tensor, Tensor]:
+    return flow.interpolate(x0, noise, torch.tensor(strength)), image_to_image(
+        x0, noise, ts, strength
+    )[1]
 
 
-def no_direction(length: int) -> Tensor:
-    return t5.distance_buckets(length) % 16
+def share_left_out(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    rest = ts[int((len(ts) - 1) * strength) :]
+    return flow.interpolate(x0, noise, rest[0]), rest
 
 
-def not_logarithmic(length: int) -> Tensor:
-    i = torch.arange(length)
-    distance = i[None, :] - i[:, None]
-    return distance.abs().clamp(max=15) + 16 * (distance > 0)
+def noise_on_top(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    _, rest = image_to_image(x0, noise, ts, strength)
+    return x0 + rest[0] * noise, rest
 
 
-BUCKETS = Exercise(
-    name="distance_buckets",
-    topic="text",
-    points=3,
-    difficulty=3,
-    signature="def distance_buckets(length: int) -> Tensor:",
-    task="T5's relative positions: a bucket (length, length), of type long, for the distance from\n"
-    "each query (row) to each key (column). Buckets 0 to 7 are single distances; 8 to 15 begin at\n"
-    "8, 12, 16, 23, 32, 46, 64 and 91. For keys behind the query add 16.",
-    specification=buckets_spec,
-    reference=t5.distance_buckets,
-    cases=bucket_cases,
-    mutants=(
-        Mutant(buckets_transposed, "Rows are queries, columns are keys; which lies behind?"),
-        Mutant(no_direction, "Before and after are told apart: keys behind the query add 16."),
-        Mutant(not_logarithmic, "From 8 on a bucket holds many distances, more the further away."),
-    ),
-    why="Near words are told apart one by one, far ones roughly.",
-    where="nanosd3/t5.py, distance_buckets",
-    differentiable=False,
-    other_devices=False,  # nothing comes in
-    names=("length",),
-)
+def all_steps(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    return image_to_image(x0, noise, ts, strength)[0], ts
 
 
-def context_cases(generator: torch.Generator) -> list[Case]:
-    def case(B: int, Lc: int, dl: int, dg: int, Lt: int, Dc: int) -> Case:
-        states = (normal(generator, B, Lc, dl), normal(generator, B, Lc, dg),
-                  normal(generator, B, Lt, Dc))  # fmt: skip
-        return Case(f"{Lc} and {Lt} tokens", states)
-
-    return [case(2, 3, 4, 5, 6, 12), case(1, 4, 2, 3, 2, 5)]
-
-
-def context_spec(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
-    B, Lc, dl = clip_l.shape
-    dg, Lt, Dc = clip_g.shape[2], t5.shape[1], t5.shape[2]
-    context = torch.zeros(B, Lc + Lt, Dc, dtype=t5.dtype)
-    for b in range(B):
-        for n in range(Lc):
-            context[b, n, :dl] = clip_l[b, n]
-            context[b, n, dl : dl + dg] = clip_g[b, n]
-        for n in range(Lt):
-            context[b, Lc + n] = t5[b, n]
-    return context
-
-
-def g_before_l(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
-    return text.join_context(clip_g, clip_l, t5)
-
-
-def t5_first(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
-    return text.join_context(clip_l, clip_g, t5).roll(t5.shape[1], dims=1)
-
-
-def padded_on_the_left(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
-    clip = torch.cat([clip_l, clip_g], dim=2)
-    return torch.cat([F.pad(clip, (t5.shape[2] - clip.shape[2], 0)), t5], dim=1)
-
-
-def encoders_as_tokens(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
-    wide = [F.pad(c, (0, t5.shape[2] - c.shape[2])) for c in (clip_l, clip_g)]
-    return torch.cat([*wide, t5], dim=1)
-
-
-CONTEXT = Exercise(
-    name="join_context",
-    topic="text",
+IMAGE_TO_IMAGE = Exercise(
+    name="image_to_image",
+    topic="sampling",
     points=2,
     difficulty=2,
-    signature="def join_context(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:",
-    task="One context from three encoders: states of the CLIPs, (B, Lc, dl) and (B, Lc, dg), side\n"
-    "by side, with zeros on the right up to T5's width Dc >= dl + dg; behind them, as further\n"
-    "tokens, T5's (B, Lt, Dc). Result: (B, Lc + Lt, Dc).",
-    specification=context_spec,
-    reference=text.join_context,
-    cases=context_cases,
+    signature="def image_to_image(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) "
+    "-> tuple[Tensor, Tensor]:",
+    task="Start from a picture: of the steps between times ts the share `strength`, in (0, 1],\n"
+    "at the end is taken (what is left out is rounded down to whole steps). Return the noisy\n"
+    "latents to begin with, those of x0 at the first time left, and the times left.",
+    specification=start_spec,
+    reference=image_to_image,
+    cases=start_cases,
     mutants=(
-        Mutant(g_before_l, "CLIP-L comes first, then CLIP-G."),
-        Mutant(t5_first, "T5's tokens stand behind the CLIPs'."),
-        Mutant(padded_on_the_left, "The zeros go to the right of the CLIPs' features."),
-        Mutant(encoders_as_tokens, "The CLIPs describe the same tokens: their features stand side "
-               "by side, not their tokens one after the other."),
+        Mutant(strength_as_time, "The picture must be as noisy as the first time left says; with a "
+               "shift that is not the strength."),
+        Mutant(share_left_out, "Strength is the share of steps taken, not of those left out: 1 "
+               "makes everything new."),
+        Mutant(noise_on_top, "At time t only the share 1 - t of the picture is left."),
+        Mutant(all_steps, "Only the times left are walked through."),
     ),
-    why="Dropping an encoder is then only writing zeros over its part.",
-    where="nanosd3/text.py, join_context (paper, section 4)",
-    names=("clip_l", "clip_g", "t5"),
+    why="The layout is decided early: what starts late keeps it.",
+    where="nanosd3/options.py, first_step, and nanosd3/pipeline.py",
+    names=("x0", "noise", "ts", "strength"),
+    differentiable=False,
+    other_devices=False,  # slices by a number
 )  # fmt: skip
 
-EXERCISES = (POSTERIOR, KL, GUIDANCE, BUCKETS, CONTEXT)
+
+def repaint_cases(generator: torch.Generator) -> list[Case]:
+    def case(*shape: int) -> Case:
+        v, x0, noise = (normal(generator, *shape) for _ in range(3))
+        mask = (torch.rand(shape[-2:], generator=generator) < 0.5).float()
+        return Case(f"shape {shape}", (v, mask, x0, noise))
+
+    return [case(2, 3, 4, 5), case(1, 2, 6, 3)]
+
+
+def repaint_spec(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    out = torch.empty_like(v)
+    H, W = v.shape[2:]
+    for i in range(H):
+        for j in range(W):
+            known = noise[:, :, i, j] - x0[:, :, i, j]  # the straight line to what is known
+            out[:, :, i, j] = mask[i, j] * v[:, :, i, j] + (1 - mask[i, j]) * known
+    return out
+
+
+def repaint(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    """One velocity of `samplers.inpainting`."""
+    velocity = samplers.inpainting(lambda z, t: v, mask, x0, noise)
+    return velocity(v, torch.tensor(0.5))
+
+
+def mask_inverted(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    return repaint(v, 1 - mask, x0, noise)
+
+
+def held_still(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    return mask * v
+
+
+def wrong_way(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    return repaint(v, mask, noise, x0)
+
+
+def picture_as_velocity(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    return mask * v + (1 - mask) * x0
+
+
+REPAINT = Exercise(
+    name="repaint",
+    topic="sampling",
+    points=2,
+    difficulty=2,
+    signature="def repaint(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:",
+    task="Repaint where mask (h, w) is 1: there the velocity is the network's, v (B, C, h, w).\n"
+    "Elsewhere the clean latents x0 are known, and so is the straight line from the noise that\n"
+    "sampling began with to them: return the velocity that follows it.",
+    specification=repaint_spec,
+    reference=repaint,
+    cases=repaint_cases,
+    mutants=(
+        Mutant(mask_inverted, "Where the mask is 1 the network paints."),
+        Mutant(held_still, "A velocity of 0 leaves the noise where it is."),
+        Mutant(wrong_way, "Velocities point from data to noise here, the known one too."),
+        Mutant(picture_as_velocity, "x0 is where the line ends, not how it runs."),
+    ),
+    why="The way to what is known is straight, so every solver follows it exactly.",
+    where="nanosd3/samplers.py, inpainting",
+    names=("v", "mask", "x0", "noise"),
+)
+
+EXERCISES = (GUIDANCE, IMAGE_TO_IMAGE, REPAINT)

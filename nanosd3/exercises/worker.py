@@ -11,6 +11,7 @@ cannot be taken off again, that refuses the network, other processes, the packag
 is open) and writing anywhere but in its folder.
 """
 
+import copy
 import os
 import sys
 import traceback
@@ -34,12 +35,12 @@ def field(z: Tensor, t: Tensor) -> Tensor:
 def copies(arguments: tuple, dtype: torch.dtype | None = None) -> list:
     """The arguments, tensors copied, those of floats in `dtype` if one is given."""
 
-    def copy(a: object) -> object:
+    def copied(a: object) -> object:
         if not isinstance(a, Tensor):
-            return field if isinstance(a, str) and a == FIELD else a
+            return field if isinstance(a, str) and a == FIELD else copy.deepcopy(a)
         return a.clone() if dtype is None or not a.is_floating_point() else a.to(dtype, copy=True)
 
-    return [copy(a) for a in arguments]
+    return [copied(a) for a in arguments]
 
 
 def storable(value: object) -> object:

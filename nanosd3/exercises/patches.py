@@ -1,12 +1,11 @@
-"""Exercises on tokens: images to patches and back, positions, modulation, norms, attention."""
+"""Exercises on tokens: images to patches and back, and where each patch is."""
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nanosd3 import layers, patchify
+from nanosd3 import patchify
 from nanosd3.exercises.base import Case, Exercise, Mutant, normal
 
 # --- patches ------------------------------------------------------------------------------------
@@ -60,7 +59,7 @@ def only_reshaped(x: Tensor, patch: int) -> Tensor:
 
 PATCHIFY = Exercise(
     name="patchify",
-    topic="tokens",
+    topic="patches",
     points=3,
     difficulty=2,
     signature="def patchify(x: Tensor, patch: int) -> Tensor:",
@@ -121,7 +120,7 @@ def unpatchify_columns_first(tokens: Tensor, patch: int, height: int, width: int
 
 UNPATCHIFY = Exercise(
     name="unpatchify",
-    topic="tokens",
+    topic="patches",
     points=3,
     difficulty=2,
     signature="def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:",
@@ -181,7 +180,7 @@ def cosines_first(width: int, grid: int, sample: int, span: int) -> Tensor:
 
 POSITIONS = Exercise(
     name="sincos_positions",
-    topic="tokens",
+    topic="patches",
     points=4,
     difficulty=3,
     signature="def sincos_positions(width: int, grid: int, sample: int, span: int) -> Tensor:",
@@ -238,7 +237,7 @@ def exchanged_crop(positions: Tensor, rows: int, columns: int) -> Tensor:
 
 CROP = Exercise(
     name="centre_crop",
-    topic="tokens",
+    topic="patches",
     points=2,
     difficulty=2,
     signature="def centre_crop(positions: Tensor, rows: int, columns: int) -> Tensor:",
@@ -258,201 +257,4 @@ CROP = Exercise(
     names=("positions", "rows", "columns"),
 )  # fmt: skip
 
-# --- layers -------------------------------------------------------------------------------------
-
-
-def modulate_cases(generator: torch.Generator) -> list[Case]:
-    def case(B: int, L: int, D: int) -> Case:
-        x, shift, scale = (
-            normal(generator, B, L, D),
-            normal(generator, B, D),
-            normal(generator, B, D),
-        )
-        return Case(f"(B, L, D) = ({B}, {L}, {D})", (2 * x + 1, shift, scale))
-
-    return [case(2, 3, 8), case(1, 5, 4)]
-
-
-def modulate_spec(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    B, L, D = x.shape
-    for b in range(B):
-        for n in range(L):
-            mean = sum(x[b, n]) / D
-            variance = sum((value - mean) ** 2 for value in x[b, n]) / D
-            for d in range(D):
-                normed = (x[b, n, d] - mean) / (variance + 1e-6) ** 0.5
-                out[b, n, d] = normed * (1 + scale[b, d]) + shift[b, d]
-    return out
-
-
-def one_forgotten(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return layers.modulate(x, shift, scale - 1)
-
-
-def not_normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def exchanged_halves(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return layers.modulate(x, scale, shift)
-
-
-def shifted_first(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return (F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift[:, None]) * (1 + scale[:, None])
-
-
-def rms_instead(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
-    return normed * (1 + scale[:, None]) + shift[:, None]
-
-
-MODULATE = Exercise(
-    name="modulate",
-    topic="tokens",
-    points=2,
-    difficulty=1,
-    signature="def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:",
-    task="adaLN: a LayerNorm without weights (eps 1e-6) over the last axis of x (B, L, D), times\n"
-    "(1 + scale), plus shift; shift and scale are (B, D).",
-    specification=modulate_spec,
-    reference=layers.modulate,
-    cases=modulate_cases,
-    mutants=(
-        Mutant(one_forgotten, "With scale 0 the normed x should pass unchanged, not vanish."),
-        Mutant(not_normed, "x is to be normalised first."),
-        Mutant(exchanged_halves, "Shift and scale are exchanged: the mistake when reading "
-               "diffusers' files."),
-        Mutant(shifted_first, "Scale first, then shift."),
-        Mutant(rms_instead, "LayerNorm also takes the mean away."),
-    ),
-    why="It is how the timestep and the pooled text reach every layer.",
-    where="nanosd3/layers.py, modulate",
-    names=("x", "shift", "scale"),
-)  # fmt: skip
-
-
-def time_cases(generator: torch.Generator) -> list[Case]:
-    return [Case("five times", (torch.rand(5, generator=generator),)),
-            Case("the ends", (torch.tensor([0.0, 1.0]),))]  # fmt: skip
-
-
-def time_spec(t: Tensor) -> Tensor:
-    rows = []
-    for time in t.tolist():
-        angles = [1000 * time * math.exp(-math.log(10000) * k / 128) for k in range(128)]
-        rows.append([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
-    return torch.tensor(rows)
-
-
-def not_times_1000(t: Tensor) -> Tensor:
-    return layers.timestep_embedding(t / 1000)
-
-
-def sines_first(t: Tensor) -> Tensor:
-    return layers.timestep_embedding(t).roll(128, dims=1)
-
-
-def divided_by_127(t: Tensor) -> Tensor:
-    k = torch.arange(128, device=t.device)
-    angle = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) * k / 127)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-TIME = Exercise(
-    name="timestep_embedding",
-    topic="tokens",
-    points=2,
-    difficulty=2,
-    signature="def timestep_embedding(t: Tensor) -> Tensor:",
-    task="t (B,) in [0, 1] -> (B, 256) in float32: 128 cosines, then 128 sines, of\n"
-    "1000 t 10000^(-k / 128), k = 0 .. 127.",
-    specification=time_spec,
-    reference=layers.timestep_embedding,
-    cases=time_cases,
-    mutants=(
-        Mutant(not_times_1000, "t in [0, 1] hardly turns the slow frequencies: it is multiplied by "
-               "1000 first."),
-        Mutant(sines_first, "Cosines first, then sines."),
-        Mutant(divided_by_127, "The exponent is k / 128; the last frequency is not quite 1/10000."),
-    ),
-    why="Without the factor 1000 the network can hardly tell one time from another.",
-    where="nanosd3/layers.py, timestep_embedding",
-    tolerance=1e-3,  # float32 angles of up to 1000 radians
-    differentiable=False,
-    names=("t",),
-)  # fmt: skip
-
-
-def attention_cases(generator: torch.Generator) -> list[Case]:
-    def case(label: str, B: int, heads: int, queries: int, keys: int) -> Case:
-        sizes = (queries, keys, keys)
-        return Case(label, tuple(normal(generator, B, heads, L, 64) for L in sizes))
-
-    return [
-        case("as many queries as keys", 2, 3, 5, 5),
-        case("fewer queries than keys", 1, 2, 3, 7),
-    ]
-
-
-def attention_spec(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    B, heads, L, _ = q.shape
-    out = torch.empty(B, L, heads * 64, dtype=q.dtype)
-    for b in range(B):
-        for h in range(heads):
-            for i in range(L):
-                logits = torch.stack([q[b, h, i] @ key / 8 for key in k[b, h]])
-                weights = logits.exp() / logits.exp().sum()
-                mixed = sum(w * value for w, value in zip(weights, v[b, h], strict=True))
-                out[b, i, 64 * h : 64 * (h + 1)] = mixed
-    return out
-
-
-def not_divided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return layers.attention(8 * q, k, v)
-
-
-def divided_by_64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return layers.attention(q / 8, k, v)
-
-
-def heads_not_joined_in_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(q, k, v)
-    return out.permute(0, 2, 3, 1).flatten(2)
-
-
-def view_without_transpose(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(q, k, v)
-    return out.reshape(out.shape[0], out.shape[2], -1)
-
-
-def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return out.transpose(1, 2).flatten(2)
-
-
-ATTENTION = Exercise(
-    name="attention",
-    topic="tokens",
-    points=4,
-    difficulty=2,
-    signature="def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:",
-    task="softmax(q k^T / 8) v for q (B, heads, L, 64), k and v (B, heads, S, 64), without a\n"
-    "mask; then the heads side by side: (B, L, heads * 64).",
-    specification=attention_spec,
-    reference=layers.attention,
-    cases=attention_cases,
-    mutants=(
-        Mutant(not_divided, "The logits are divided by 8, the square root of a head's width."),
-        Mutant(divided_by_64, "Divide by the square root of a head's width, not by the width."),
-        Mutant(heads_not_joined_in_order, "All of head 0 should come first, then all of head 1."),
-        Mutant(view_without_transpose, "Before the heads are joined, heads and tokens must change "
-               "places."),
-        Mutant(causal, "No mask: an image has no before and after."),
-    ),
-    why="The one place where tokens meet.",
-    where="nanosd3/layers.py, attention",
-    names=("q", "k", "v"),
-)  # fmt: skip
-
-EXERCISES = (PATCHIFY, UNPATCHIFY, POSITIONS, CROP, MODULATE, TIME, ATTENTION)
+EXERCISES = (PATCHIFY, UNPATCHIFY, POSITIONS, CROP)

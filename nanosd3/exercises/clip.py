@@ -1,0 +1,149 @@
+"""Exercises on CLIP: its pooled vector, its loss."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanosd3 import clip, train_text
+from nanosd3.exercises.base import Case, Exercise, Mutant, normal
+
+
+def pool_cases(generator: torch.Generator) -> list[Case]:
+    return [
+        Case("padded with the end token",
+             (normal(generator, 3, 6, 4), torch.tensor([[8, 1, 2, 7, 7, 7], [8, 3, 7, 7, 7, 7],
+                                                        [8, 1, 9, 4, 5, 7]]), 7)),
+        Case("padded with zeros",
+             (normal(generator, 2, 5, 3), torch.tensor([[6, 1, 7, 0, 0], [6, 2, 3, 7, 0]]), 7)),
+    ]  # fmt: skip
+
+
+def pool_spec(states: Tensor, ids: Tensor, end: int) -> Tensor:
+    rows = []
+    for b in range(len(ids)):
+        n = 0
+        while ids[b, n] != end:
+            n += 1
+        rows.append(states[b, n])
+    return torch.stack(rows)
+
+
+def last_state(states: Tensor, ids: Tensor, end: int) -> Tensor:
+    return states[:, -1]
+
+
+def largest_id(states: Tensor, ids: Tensor, end: int) -> Tensor:
+    return states[torch.arange(len(ids), device=ids.device), ids.argmax(1)]
+
+
+def last_end(states: Tensor, ids: Tensor, end: int) -> Tensor:
+    length = ids.shape[1]
+    return clip.pool_at_end(states.flip(1), ids.flip(1), end) if length else states
+
+
+def averaged(states: Tensor, ids: Tensor, end: int) -> Tensor:
+    return states.mean(1)
+
+
+def before_the_end(states: Tensor, ids: Tensor, end: int) -> Tensor:
+    return clip.pool_at_end(states.roll(1, dims=1), ids, end)
+
+
+POOL = Exercise(
+    name="pool_at_end",
+    topic="text",
+    points=1,
+    difficulty=1,
+    signature="def pool_at_end(states: Tensor, ids: Tensor, end: int) -> Tensor:",
+    task="CLIP's pooled vector: of states (B, L, D) the one at the first end-of-text token of\n"
+    "each row of ids (B, L), whose id is `end`. Result: (B, D). There may be several end tokens.",
+    specification=pool_spec,
+    reference=clip.pool_at_end,
+    cases=pool_cases,
+    mutants=(
+        Mutant(last_state, "The last position is padding; where does the text end?"),
+        Mutant(largest_id, "The end token need not have the largest id."),
+        Mutant(last_end, "The first end token, not the last: some models pad with it."),
+        Mutant(averaged, "One position is taken, not the mean of all."),
+        Mutant(before_the_end, "One too early: the end token itself has read the whole text."),
+    ),
+    why="The attention is causal, so only that position has seen every word.",
+    where="nanosd3/clip.py, pool_at_end",
+    names=("states", "ids", "end"),
+)
+
+
+def pairs_cases(generator: torch.Generator) -> list[Case]:
+    return [
+        Case(f"{B} pairs of {D} features, scale {scale}",
+             (normal(generator, B, D), 2 * normal(generator, B, D), scale))
+        for B, D, scale in ((4, 6, 10.0), (3, 5, 2.0))
+    ]  # fmt: skip
+
+
+def contrastive_spec(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    B = len(image)
+    images = [x / x.norm() for x in image]
+    texts = [x / x.norm() for x in text]
+    total = 0.0
+    for i in range(B):
+        to_texts = torch.stack([scale * images[i] @ texts[j] for j in range(B)])
+        to_images = torch.stack([scale * texts[i] @ images[j] for j in range(B)])
+        for logits in (to_texts, to_images):  # the partner of i is i
+            total = total - (logits[i] - torch.log(logits.exp().sum()))
+    return total / (2 * B)
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    """`train_text.clip_loss` of a batch without equal captions."""
+    same = torch.eye(len(image), dtype=image.dtype, device=image.device)
+    return train_text.clip_loss(image, text, same, scale)
+
+
+def not_on_the_sphere(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    logits, answer = scale * image @ text.T, torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(logits, answer) + F.cross_entropy(logits.T, answer)) / 2
+
+
+def one_direction(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
+    return F.cross_entropy(logits, torch.arange(len(image), device=image.device))
+
+
+def both_added(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    return 2 * contrastive_loss(image, text, scale)
+
+
+def scale_forgotten(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    return contrastive_loss(image, text, 1.0)
+
+
+def scale_divides(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    return contrastive_loss(image, text, 1 / scale)
+
+
+CONTRASTIVE = Exercise(
+    name="contrastive_loss",
+    topic="text",
+    points=3,
+    difficulty=2,
+    signature="def contrastive_loss(image: Tensor, text: Tensor, scale: float) -> Tensor:",
+    task="Loss of CLIP for B pairs, image and text (B, D) in one order: logits are scale times\n"
+    "the cosine of each image with each text; each image should find its text among all, and each\n"
+    "text its image (cross-entropy). The mean of both directions: a tensor of shape ().",
+    specification=contrastive_spec,
+    reference=contrastive_loss,
+    cases=pairs_cases,
+    mutants=(
+        Mutant(not_on_the_sphere, "Cosines: the lengths of the vectors should not matter."),
+        Mutant(one_direction, "Texts look for their images as well."),
+        Mutant(both_added, "The mean of the two directions, not their sum."),
+        Mutant(scale_forgotten, "The scale is not used: cosines alone cannot be sure of anything."),
+        Mutant(scale_divides, "The scale multiplies; as a temperature it would divide."),
+    ),
+    why="It taught CLIP what captions mean without a single label.",
+    where="nanosd3/train_text.py, clip_loss (arXiv 2103.00020)",
+    names=("image", "text", "scale"),
+)
+
+EXERCISES = (POOL, CONTRASTIVE)

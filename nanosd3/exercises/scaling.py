@@ -1,0 +1,114 @@
+"""Exercises on the scale and shift between autoencoder and flow."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from nanosd3 import vae
+from nanosd3.exercises.base import Case, Exercise, Mutant, normal
+
+
+def scaling_cases(generator: torch.Generator) -> list[Case]:
+    return [
+        Case(f"shift {shift}, scale {scale}", (normal(generator, 2, 3, 4, 5), shift, scale))
+        for shift, scale in ((0.0609, 1.5305), (-0.4, 0.18215))
+    ]
+
+
+def of_numbers(shift: float, scale: float) -> SimpleNamespace:
+    """As much of an autoencoder as its scaling needs."""
+    return SimpleNamespace(config=SimpleNamespace(shift=shift, scale=scale))
+
+
+def normalise(z: Tensor, shift: float, scale: float) -> Tensor:
+    return vae.AutoencoderKL.normalise(of_numbers(shift, scale), z)
+
+
+def denormalise(x0: Tensor, shift: float, scale: float) -> Tensor:
+    return vae.AutoencoderKL.denormalise(of_numbers(shift, scale), x0)
+
+
+def normalise_spec(z: Tensor, shift: float, scale: float) -> Tensor:
+    x0 = torch.empty_like(z)
+    for i, value in enumerate(z.flatten()):
+        x0.view(-1)[i] = (value - shift) * scale
+    return x0
+
+
+def scaled_first(z: Tensor, shift: float, scale: float) -> Tensor:
+    return z * scale - shift
+
+
+def shift_forgotten(z: Tensor, shift: float, scale: float) -> Tensor:
+    return z * scale
+
+
+def divided_by_scale(z: Tensor, shift: float, scale: float) -> Tensor:
+    return (z - shift) / scale
+
+
+NORMALISE = Exercise(
+    name="normalise",
+    topic="latents",
+    points=1,
+    difficulty=1,
+    signature="def normalise(z: Tensor, shift: float, scale: float) -> Tensor:",
+    task="Latents z of any shape, as the encoder makes them, to what the flow works on: mean\n"
+    "0 and deviation 1: shift is their mean, scale one over their deviation.",
+    specification=normalise_spec,
+    reference=normalise,
+    cases=scaling_cases,
+    mutants=(
+        Mutant(scaled_first, "The mean is taken away before scaling."),
+        Mutant(shift_forgotten, "The shift is not used: SD3 was the first of its line to have one, "
+               "and training scripts shipped without it."),
+        Mutant(divided_by_scale, "scale is one over the deviation, so it multiplies."),
+    ),
+    why="Noise has deviation 1: latents of another size would be drowned by it, or drown it.",
+    where="nanosd3/vae.py, AutoencoderKL.normalise",
+    names=("z", "shift", "scale"),
+)  # fmt: skip
+
+
+def denormalise_spec(x0: Tensor, shift: float, scale: float) -> Tensor:
+    z = torch.empty_like(x0)
+    for i, value in enumerate(x0.flatten()):
+        z.view(-1)[i] = value / scale + shift
+    return z
+
+
+def shifted_first(x0: Tensor, shift: float, scale: float) -> Tensor:
+    return (x0 + shift) / scale
+
+
+def only_divided(x0: Tensor, shift: float, scale: float) -> Tensor:
+    return x0 / scale
+
+
+def applied_again(x0: Tensor, shift: float, scale: float) -> Tensor:
+    return (x0 - shift) * scale
+
+
+DENORMALISE = Exercise(
+    name="denormalise",
+    topic="latents",
+    points=1,
+    difficulty=1,
+    signature="def denormalise(x0: Tensor, shift: float, scale: float) -> Tensor:",
+    task="Back again: latents x0 of any shape, as the flow makes them ((z - shift) scale),\n"
+    "to what the decoder expects.",
+    specification=denormalise_spec,
+    reference=denormalise,
+    cases=scaling_cases,
+    mutants=(
+        Mutant(shifted_first, "Undo in the opposite order: the scale was applied last."),
+        Mutant(only_divided, "The shift is not undone."),
+        Mutant(applied_again, "That normalises a second time; the decoder wants the inverse."),
+    ),
+    why="A forgotten shift gives pictures that are a little wrong everywhere, for months.",
+    where="nanosd3/vae.py, AutoencoderKL.denormalise",
+    names=("x0", "shift", "scale"),
+)
+
+EXERCISES = (NORMALISE, DENORMALISE)
