@@ -24,7 +24,7 @@ Layers: a module imports only from rows above its own
     train_text   report   audit
     export
     weights
-    generate   bench
+    generate   bench   student
 
 The exercises (nanosd3/exercises) import all of it and are imported by nothing.
 

@@ -13,24 +13,6 @@ from nanosd3.found import find
 torch.set_num_threads(1)  # the models here are too small to share
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--student", metavar="FILE", help="grade a file of answers, and only that")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    file = config.getoption("--student")
-    if file and not Path(file).is_file():
-        raise pytest.UsageError(f"--student {file}: no such file")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --student only the exercises, without it everything else."""
-    student = bool(config.getoption("--student"))
-    left_out = [item for item in items if ("student" in item.keywords) != student]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if ("student" in item.keywords) == student]
-
-
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """So that tests take the same time beside other work."""

@@ -19,7 +19,7 @@ LAYERS = [  # as the package docstring lists them
     {"train_text", "report", "audit"},
     {"export"},
     {"weights"},
-    {"generate", "bench"},
+    {"generate", "bench", "student"},
 ]
 
 

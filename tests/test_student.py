@@ -1,4 +1,4 @@
-"""`pytest --student=hw.py`: a file of answers, each exercise a test; nothing else is run then."""
+"""`pytest --student hw.py`: a file of answers, each exercise a test; nothing else is run then."""
 
 import subprocess
 import sys
@@ -7,42 +7,41 @@ from pathlib import Path
 import pytest
 
 from nanosd3.exercises import EXERCISES
-from nanosd3.exercises.grading import grade
 
 ROOT = Path(__file__).parent.parent
+ANSWERS = (
+    "def velocity_target(x0, noise):\n    return noise - x0\n\n"
+    "def shift(t, alpha):\n    return alpha * t\n"
+)
 
 
-@pytest.fixture(scope="session")
-def verdicts(pytestconfig) -> dict:
-    file = Path(pytestconfig.getoption("--student"))
-    return {v.name: v for v in grade(file, list(EXERCISES.values()))}
-
-
-@pytest.mark.student
-@pytest.mark.parametrize("name", EXERCISES)
-def test_answer(verdicts, name):
-    verdict = verdicts[name]
-    if verdict.status == "not attempted":
-        pytest.skip(verdict.message)
-    if verdict.status == "wrong":
-        pytest.fail(f"{name}: {verdict.message}", pytrace=False)
-
-
-def test_the_option(tmp_path):
-    (tmp_path / "hw.py").write_text(
-        "def velocity_target(x0, noise):\n    return noise - x0\n\n"
-        "def shift(t, alpha):\n    return alpha * t\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", f"--student={tmp_path / 'hw.py'}", "-p",
-         "no:cacheprovider"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The plugin is named for environments where the package is not installed."""
+    command = [sys.executable, "-m", "pytest", "-p", "nanosd3.student", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 1, done.stdout
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["in the repository", "elsewhere"])
+def test_the_option(tmp_path, here):
+    (tmp_path / "hw.py").write_text(ANSWERS)
+    option = ["--student", str(tmp_path / "hw.py")] if here else ["--student=hw.py"]
+    done = run(ROOT if here else tmp_path, *option)
+    assert done.returncode == 1, done.stdout + done.stderr
     assert f"1 failed, 1 passed, {len(EXERCISES) - 2} skipped" in done.stdout
     assert "shift: values: " in done.stdout and "t = 1 should stay at 1" in done.stdout
-    missing = subprocess.run(
-        [sys.executable, "-m", "pytest", "--student=no.py"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+
+
+def test_bad_files(tmp_path):
+    missing = run(ROOT, "--student", "no.py")
     assert missing.returncode == 4 and "no.py: no such file" in missing.stderr
+    (tmp_path / "hw.py").write_text("def (:\n")
+    broken = run(tmp_path, "--student", "hw.py")
+    assert broken.returncode == 2 and "hw.py: line 1: " in broken.stdout + broken.stderr
+
+
+def test_the_package_brings_the_plugin():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert '[project.entry-points.pytest11]\n"nanosd3.student" = "nanosd3.student"' in text
