@@ -81,7 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
     if "samples" in run.stages:
         print(f"{folder} is finished: see {folder / 'samples.png'}, or start over with --fresh")
         return 0
-    job = Job(run, config, images, set_up(args.threads), args.seed)
+    with run.alone():
+        train(Job(run, config, images, set_up(args.threads), args.seed))
+    return 0
+
+
+def train(job: Job) -> None:
+    """All stages, one after the other; those that are finished are loaded."""
+    run, config, images, folder = job.run, job.config, job.images, job.run.folder
     described = describe_images(images)
     print(
         f"data: {len(images.train_images)} images from {images.source} (names: {images.why}); "
@@ -123,7 +130,6 @@ def main(arguments: list[str] | None = None) -> int:
         f"done: {folder / 'samples.png'} and trajectory.gif, loss.png, samplers.png, metrics.json. "
         f'More: python -m nanosd3.generate "{prompts[0]}" --run {folder} --out digits.png'
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,20 +2,21 @@
 
 Every file is first written under a temporary name, flushed to disk and then renamed, so that a
 crash or a full disk leaves the old file or none, never half of one. Weights are safetensors;
-the state of an unfinished stage is a torch file, read with `weights_only=True`. Neither can
-execute code when it is read.
+the state of an unfinished stage is a torch file behind its checksum, read with
+`weights_only=True`. Neither can execute code when it is read.
 
 A run folder holds
     run.json                what it is (config, data, seed) and which stages are finished
     *.safetensors           weights of the finished stages
     tokenizers.json         the vocabularies trained for it
-    state.pt                the unfinished stage: step, weights, optimizer, EMA
+    state-STEP.pt           the unfinished stage: step, weights, optimizer, EMA; the last two
     latents.safetensors     the encoded images, until the flow has been trained on them
     log.jsonl               one object a line: stage, step, loss, ...
 and, once finished, the pictures and metrics.json.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -31,6 +32,12 @@ from torch import Tensor, nn
 
 from nanosd3.runtime import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed there
+    fcntl = None
+
+STATES_KEPT = 2
 WEIGHTS = ("judge", "autoencoder", "clip", "t5", "text", "flow", "latents")
 PICTURES = ("samples.png", "trajectory.gif", "loss.png", "samplers.png")
 RUN_FILES = (  # all that a run writes, beside run.json and state.pt
@@ -138,7 +145,7 @@ class Run:
         if index.exists() and fresh:
             cls.read(folder)  # refuses what is not recognisably a run
             run = cls(folder, identity, {})
-            (folder / "state.pt").unlink(missing_ok=True)
+            run.forget_states()
             run.write()
             for name in RUN_FILES:
                 (folder / name).unlink(missing_ok=True)
@@ -180,29 +187,65 @@ class Run:
         """Mark a stage as finished, with what it measured; its state is no longer needed."""
         self.stages[stage] = results
         self.write()
-        (self.folder / "state.pt").unlink(missing_ok=True)
+        self.forget_states()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While open, no other process may train in this folder. Raises InputError if one does.
+        (The lock is the operating system's: it ends with the process, however that ends.)"""
+        if fcntl is None:
+            yield
+            return
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise InputError(f"{self.folder}: another process is training in it; wait for it, or "
+                             "choose another folder with --out") from None  # fmt: skip
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            os.close(folder)
 
     # --- the unfinished stage ---
 
-    def save_state(self, stage: str, state: dict) -> None:
-        buffer = io.BytesIO()
-        torch.save({"stage": stage, **state}, buffer)
-        write_file(self.folder / "state.pt", buffer.getvalue())
+    def states(self) -> list[Path]:
+        """Files of saved states, the newest first."""
+        return sorted(self.folder.glob("state-*.pt"), reverse=True)
 
-    def load_state(self, stage: str) -> dict | None:
-        """The state saved for `stage`, or None if there is none. Raises InputError if damaged."""
-        path = self.folder / "state.pt"
-        if not path.exists():
-            return None
-        advice = "delete it to repeat the unfinished stage"
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:  # whatever a damaged file makes of the parser
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-            raise InputError(f"{path}: damaged or no state ({reason}); {advice}") from None
-        if not isinstance(state, dict) or "stage" not in state:
-            raise InputError(f"{path}: not a state of this program; {advice}")
-        return state if state["stage"] == stage else None
+    def forget_states(self) -> None:
+        for path in self.states():
+            path.unlink(missing_ok=True)
+
+    def save_state(self, stage: str, step: int, state: dict) -> None:
+        """Save a state after `step` steps, and keep the one before in case this one is damaged."""
+        buffer = io.BytesIO()
+        torch.save({"stage": stage, "step": step, **state}, buffer)
+        content = buffer.getvalue()
+        path = self.folder / f"state-{step:08d}.pt"
+        write_file(path, hashlib.sha256(content).digest() + content)
+        for old in self.states()[STATES_KEPT:]:
+            old.unlink(missing_ok=True)
+
+    def load_state(self, stage: str) -> tuple[Path, dict] | None:
+        """The newest sound state saved for `stage` and its file, or None if there is none; damaged
+        ones are named. Raises InputError if all are damaged."""
+        damaged = []
+        for path in self.states():
+            try:
+                state = read_state(path)
+            except InputError as error:
+                damaged.append(str(error))
+                continue
+            for line in damaged:
+                print(f"  warning: {line}; using the one before, {path.name}")
+            return (path, state) if state["stage"] == stage else None
+        if damaged:
+            raise InputError(f"{damaged[0]}; delete it to repeat the unfinished stage")
+        return None
 
     # --- the log ---
 
@@ -216,19 +259,38 @@ class Run:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
     def read_log(self, stage: str | None = None) -> list[dict]:
-        """The entries of log.jsonl, of one stage or all; a line cut by a crash is left out."""
+        """The entries of log.jsonl: all, or those of one stage that are of no skipped step. A line
+        cut by a crash is left out."""
         path = self.folder / "log.jsonl"
         entries = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             with contextlib.suppress(ValueError):
                 entries.append(json.loads(line))
-        return [entry for entry in entries if stage in (None, entry["stage"])]
+        return [e for e in entries if stage is None or (e["stage"] == stage and "skipped" not in e)]
 
     def rewind_log(self, stage: str, step: int) -> None:
         """Drop what `stage` logged from `step` on, which will be written again."""
         kept = [e for e in self.read_log() if e["stage"] != stage or e["step"] < step]
         lines = "".join(json.dumps(entry) + "\n" for entry in kept)
         write_file(self.folder / "log.jsonl", lines.encode())
+
+
+def read_state(path: Path) -> dict:
+    """A state as `Run.save_state` wrote it. Raises InputError naming the file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    digest, content = content[:32], content[32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise InputError(f"{path}: damaged (its checksum differs)")
+    try:
+        state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception:  # whatever a foreign file makes of the parser
+        state = None
+    if not isinstance(state, dict) or not {"stage", "step"} <= state.keys():
+        raise InputError(f"{path}: not a state of this program")
+    return state
 
 
 def differs(key: str, had: dict, wanted: dict) -> str:

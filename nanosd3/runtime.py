@@ -49,8 +49,8 @@ def positive(text: str) -> int:
 
 
 def run_main(main: Callable[[], int | None]) -> int:
-    """Run a command line and return its exit status: 2 with one line for bad input, 130 for
-    Ctrl-C; no traceback for either."""
+    """Run a command line and return its exit status: 2 with one line for bad input or too little
+    memory, 130 for Ctrl-C (unless it says another); no traceback for any."""
     try:
         return main() or 0
     except InputError as error:
@@ -58,13 +58,25 @@ def run_main(main: Callable[[], int | None]) -> int:
         return 2
     except KeyboardInterrupt as stop:
         print(f"\n{stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
-        return 130
+        return getattr(stop, "status", 130)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        advice = "ask for fewer or smaller images at once, or choose a smaller --config"
+        print(f"error: out of memory; {advice}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # `... | head`: the reader has gone, there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # a path that cannot even be looked at
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is Python's, CUDA's or the CPU allocator's way of saying so."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def rng(*name: int | str) -> torch.Generator:

@@ -1,6 +1,8 @@
 """Bad input: one clear line, exit status 2, nothing executed, written or lost."""
 
 import errno
+import hashlib
+import io
 import os
 import shutil
 
@@ -218,14 +220,22 @@ class Bomb:
 def unfinished(run):
     """Make the run one whose flow stage has to be continued."""
     edit_index(run, lambda c: [c["stages"].pop(stage) for stage in ("flow", "samples")])
-    return run / "state.pt"
+    return run / "state-00000003.pt"
+
+
+def save_with_checksum(content, path):
+    """As a state is saved, with something else in it."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
 
 
 def test_pickled_code_is_never_executed(capsys, run, tmp_path):
     state = unfinished(run)
-    torch.save({"stage": "flow", "step": 3, "module": Bomb(tmp_path / "exploded")}, state)
+    bomb = {"stage": "flow", "step": 3, "module": Bomb(tmp_path / "exploded")}
+    save_with_checksum(bomb, state)
     line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", run)
-    assert "state.pt: damaged or no state" in line and "delete it" in line
+    assert f"{state.name}: not a state" in line and "delete it" in line
     (run / "flow.safetensors").write_bytes(state.read_bytes())
     assert not (tmp_path / "exploded").exists()
 
@@ -234,13 +244,13 @@ def test_pickled_code_is_never_executed(capsys, run, tmp_path):
 def test_damaged_state(capsys, run, damage):
     state = unfinished(run)
     good = {"stage": "flow", "step": 3, "module": {"x": torch.zeros(3)}, "optimizer": {}, "ema": {}}
-    torch.save(["not", "a", "state"] if damage == "foreign" else good, state)
+    save_with_checksum(["not", "a", "state"] if damage == "foreign" else good, state)
     if damage in ("truncated", "garbage", "empty"):
         content = state.read_bytes()
         cut = {"truncated": content[:-200], "garbage": b"\x80" + content[1:][::-1], "empty": b""}
         state.write_bytes(cut[damage])
     line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", run)
-    assert "state.pt" in line
+    assert state.name in line
     assert state.exists()  # it is the user's to delete
 
 
@@ -250,9 +260,9 @@ def test_damaged_state(capsys, run, damage):
 def test_optimizer_that_does_not_fit(capsys, run):
     weights = load((run / "flow.safetensors").read_bytes())
     state = {"stage": "flow", "step": 3, "module": weights, "ema": weights, "optimizer": {}}
-    torch.save(state, unfinished(run))
+    save_with_checksum(state | {"skipped": 0}, unfinished(run))
     line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", run)
-    assert "state.pt: its optimizer does not fit" in line
+    assert "state-00000003.pt: its optimizer does not fit" in line
 
 
 def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):

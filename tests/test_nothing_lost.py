@@ -1,0 +1,260 @@
+"""Whatever stops a run, the same command goes on, and the end is the same bytes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import train_mnist
+from nanosd3 import loop
+from nanosd3.checkpoint import Run
+from nanosd3.config import Recipe
+from nanosd3.runtime import InputError, run_main
+
+ROOT = Path(__file__).parent.parent
+RECIPE = Recipe(steps=8, batch=4, lr=1e-2, warmup=2, weight_decay=0.0)
+CHILD = """
+import os, signal, sys
+import torch
+import train_mnist
+from nanosd3 import checkpoint, loop, runtime
+torch.set_num_threads(1)
+runtime.cores = lambda: 1
+loop.SAVE_EVERY = 2
+left = int(sys.argv[2])
+
+def counted(function):
+    def call(*arguments):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return call
+
+os.fsync, os.replace, loop.rng = map(counted, (os.fsync, os.replace, loop.rng))
+code = runtime.run_main(lambda: train_mnist.main(["--config", "tiny", "--out", sys.argv[1]]))
+print("events", int(sys.argv[2]) - left)
+sys.exit(code)
+"""
+
+
+def train_until(folder: Path, event: int) -> subprocess.CompletedProcess:
+    """Train in a process that kills itself at the event of this number: a step that begins, a file
+    that is about to be flushed, or one that is about to be renamed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder), str(event)],
+        cwd=ROOT, capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+
+
+def ends_like(folder: Path, other: Path) -> None:
+    for name in ("judge", "autoencoder", "clip", "t5", "text", "flow"):
+        file = f"{name}.safetensors"
+        assert (folder / file).read_bytes() == (other / file).read_bytes(), file
+    assert (folder / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
+
+
+def kill_and_go_on(folder: Path, kills: int, seed: int) -> int:
+    """Kill a run again and again, each time a random number of events later; how often."""
+    draw = random.Random(seed)
+    for count in range(kills):
+        done = train_until(folder, draw.randint(2, 40))
+        if done.returncode == 0:
+            return count
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    done = train_until(folder, 10**9)
+    assert done.returncode == 0, done.stderr
+    return kills
+
+
+def test_killed_in_three_places(tiny_run, tmp_path):
+    assert kill_and_go_on(tmp_path / "run", 3, seed=0) == 3
+    ends_like(tmp_path / "run", tiny_run)
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_moments(tiny_run, tmp_path):
+    killed, attempt = 0, 0
+    while killed < 30:
+        folder = tmp_path / f"run{attempt}"
+        killed += kill_and_go_on(folder, 30 - killed, seed=attempt + 1)
+        ends_like(folder, tiny_run)
+        attempt += 1
+
+
+def test_sigterm_saves_and_is_no_failure(tiny_run, tmp_path, monkeypatch, capsys):
+    command = ["--config", "tiny", "--out", str(tmp_path / "run")]
+    original = loop.rng
+
+    def rng(seed, stage, step):
+        if (stage, step) == ("flow", 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(seed, stage, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "rng", rng)
+        assert run_main(lambda: train_mnist.main(command)) == 0
+    assert "flow: stopped after step 6 of 12" in capsys.readouterr().err
+    assert run_main(lambda: train_mnist.main(command)) == 0
+    ends_like(tmp_path / "run", tiny_run)
+
+
+# --- one stage, small ----------------------------------------------------------------------------
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+
+
+def fit(folder: Path, module: nn.Module, spoil=lambda step, x: x, watch=None) -> Run:
+    """Train on random points; `spoil` may change the input of a step."""
+    run = Run.open(folder, {"config": {"name": "x"}})
+
+    def loss_of(step, generator):
+        x = spoil(step, torch.randn(4, 3, generator=generator))
+        return module(x).square().mean(), {}
+
+    ema = loop.make_ema(module)
+    loop.fit(run, "x", module, loss_of, RECIPE, 0, ema, 0.9, watch)
+    return run
+
+
+def stop_at(step):
+    def watch(now):
+        if now == step:
+            raise KeyboardInterrupt
+
+    return watch
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a bit", "empty"])
+def test_damaged_state_is_named_and_the_one_before_is_used(tmp_path, monkeypatch, capsys, damage):
+    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
+    whole, broken = net(), net()
+    fit(tmp_path / "whole", whole)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", broken, watch=stop_at(6))
+    newest, before = Run.read(tmp_path / "run").states()
+    assert (newest.name, before.name) == ("state-00000006.pt", "state-00000004.pt")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes({"truncated": content[:-9], "a bit": content, "empty": b""}[damage])
+    fit(tmp_path / "run", broken)
+    said = capsys.readouterr().out
+    assert f"{newest.name}: damaged" in said and before.name in said and "from step 4" in said
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), broken.parameters(),
+                                                 strict=True))  # fmt: skip
+
+
+def test_all_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, net(), watch=stop_at(6))
+    for path in Run.read(tmp_path).states():
+        path.write_bytes(b"x")
+    with pytest.raises(InputError, match=r"state-00000006.pt: damaged .*delete it to repeat"):
+        fit(tmp_path, net())
+
+
+def test_steps_that_are_not_finite_are_skipped(tmp_path, capsys):
+    """Two in a row, with a stop between them; weights and average stay what they were."""
+
+    def spoil(step, x):
+        return x * torch.inf if step in (3, 4) else x
+
+    seen = []
+    module = net()
+    run = fit(tmp_path, module, spoil, lambda _: seen.append(module[0].weight.clone()))
+    assert torch.equal(seen[2], seen[3]) and torch.equal(seen[3], seen[4])
+    assert not torch.equal(seen[4], seen[5])
+    assert [e["step"] for e in run.read_log("x")] == [0, 1, 2, 5, 6, 7]
+    assert [e["skipped"] for e in run.read_log() if "skipped" in e] == [1, 2]
+    assert "x: 2 steps skipped" in capsys.readouterr().out
+
+
+class Wrong(nn.Module):
+    def forward(self, x):
+        return x / 0
+
+
+def test_three_in_a_row_stop_the_run_and_say_where(tmp_path):
+    module = net()
+    with pytest.raises(InputError, match="steps 2 to 4 are not finite, first in the output of 0;"):
+        fit(tmp_path / "a", module, lambda step, x: x * torch.nan if step >= 2 else x)
+    assert all(p.isfinite().all() for p in module.parameters())
+    module = nn.Sequential(nn.Linear(3, 3), Wrong(), nn.Linear(3, 1))
+    with pytest.raises(InputError, match="steps 0 to 2 are not finite, first in the output of 1;"):
+        fit(tmp_path / "b", module)
+    module = net()
+    module[2].weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"not finite, the weight 2\.weight;"):
+        fit(tmp_path / "c", module)
+
+
+def test_counting_goes_on_after_a_stop(tmp_path):
+    """Bad steps on both sides of an interruption are in one row."""
+    bad = {2, 3, 4}
+
+    def spoil(step, x):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return x * torch.nan if step in bad else x
+
+    with pytest.raises(loop.Interrupted):
+        fit(tmp_path, net(), spoil)
+    with pytest.raises(InputError, match="steps 2 to 4 are not finite"):
+        fit(tmp_path, net(), lambda step, x: x * torch.nan)
+
+
+def test_two_runs_in_one_folder(tmp_path, capsys):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c",
+         "import sys; from pathlib import Path; from nanosd3.checkpoint import Run\n"
+         "folder = Path(sys.argv[1]); folder.mkdir()\n"
+         "with Run(folder, {}, {}).alone(): print('ready', flush=True); sys.stdin.read()",
+         str(folder)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "ready\n"
+    command = ["--config", "tiny", "--out", str(folder)]
+    assert run_main(lambda: train_mnist.main(command)) == 2
+    assert "another process is training in it" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+    holder.kill()  # the lock ends with the process
+    holder.wait()
+    with Run.read(folder).alone():
+        pass
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+])  # fmt: skip
+def test_out_of_memory_is_one_line(capsys, error):
+    def main():
+        raise error
+
+    assert run_main(main) == 2
+    assert capsys.readouterr().err.startswith("error: out of memory; ")
+    with pytest.raises(RuntimeError, match="something else"):
+        run_main(lambda: (_ for _ in ()).throw(RuntimeError("something else")))
+
+
+def test_log_of_a_killed_run_is_readable(tmp_path):
+    run = fit(tmp_path, net())
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"stage": "x", "st')
+    assert len(run.read_log("x")) == RECIPE.steps
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["step"] == 0
