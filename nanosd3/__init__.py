@@ -23,7 +23,7 @@ Layers: a module imports only from rows above its own
     train   found
     train_text   report   audit
     export
-    weights
+    weights   pairs
     generate   bench   student
 
 The exercises (nanosd3/exercises) import all of it and are imported by nothing.

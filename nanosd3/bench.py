@@ -1,126 +1,51 @@
 """Time and memory, measured in pairs: the same weights and inputs in this code and in another.
 
     python -m nanosd3.bench forward --against diffusers      one pass through each part
+    python -m nanosd3.bench train --against diffusers        one step of training the transformer
     python -m nanosd3.bench memory --config sd3-medium       a whole run, by its largest stage
 
 Machines are noisy, so a time means little and a ratio of two taken side by side means more:
-`forward` runs both in turn, several times, and gives the median of the ratios. Memory is that of
-all tensors alive at the peak of a pass, with the weights and without. Outputs are compared too: a
+`forward` and `train` run both in turn, several times, and give the median of the ratios. Memory is
+that of all tensors alive at the peak, with the weights and without. Outputs are compared too: a
 fast wrong answer is not fast. Weights are random; text encoders have their full width but few
 layers, as all layers cost the same.
 """
 
 import argparse
+import copy
 import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from nanosd3.audit import on_meta
 from nanosd3.config import CONFIGS, Config
-from nanosd3.export import diffusers_state, part_config
-from nanosd3.layers import linear
 from nanosd3.layouts import COMPONENTS, PREFIXES
-from nanosd3.parts import stored
+from nanosd3.loop import CLIP_NORM
+from nanosd3.pairs import (
+    Forward,
+    count_flops,
+    forward_of,
+    inputs,
+    matrix_peak,
+    peak_memory,
+    randomly_filled,
+    seconds,
+    theirs,
+)
 from nanosd3.runtime import InputError, Parser, positive, run_main, set_up
 from nanosd3.text import ENCODERS
 from nanosd3.weights import DTYPES
 
-Forward = Callable[[], Tensor]
 NAMES = {"mmdit": "transformer", "vae": "VAE decode", "clip_l": "CLIP-L", "clip_g": "CLIP-G",
          "t5": "T5"}  # fmt: skip
-
-
-def randomly_filled(
-    config: Config, part: str, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
-    """A part with weights of a size at which signals neither die nor explode."""
-    module = on_meta(config, part).to_empty(device=device).to(dtype)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, tensor in module.state_dict().items():
-        if tensor.ndim > 1:
-            tensor.normal_(std=tensor[0].numel() ** -0.5, generator=generator)
-        else:
-            tensor.fill_(1.0 if name.endswith("weight") else 0.01)
-    return module.requires_grad_(False).eval()
-
-
-def theirs(config: Config, part: str, ours: nn.Module) -> nn.Module:
-    """The same part in diffusers or transformers, on the very tensors of ours where the layouts
-    allow it."""
-    import diffusers
-    import transformers
-
-    settings = {k: v for k, v in part_config(config, part).items() if k != "architectures"}
-    with torch.device("meta"):
-        if part in ("mmdit", "vae"):
-            kind = diffusers.SD3Transformer2DModel if part == "mmdit" else diffusers.AutoencoderKL
-            other = kind.from_config(settings)
-        elif part == "t5":
-            other = transformers.T5EncoderModel(transformers.T5Config(**settings))
-        else:
-            other = transformers.CLIPTextModelWithProjection(
-                transformers.CLIPTextConfig(**settings)
-            )
-    state = {k: stored(k, t, Path()) for k, t in ours.state_dict().items()}
-    like = next(ours.parameters())
-    read = {key: t.read().to(like.device) for key, t in diffusers_state(part, state).items()}
-    if part == "t5":  # tied, and asked for under both names
-        read["encoder.embed_tokens.weight"] = read["shared.weight"]
-    other.load_state_dict(read, assign=True)
-    for name, buffer in other.named_buffers():  # not stored, so still without memory
-        if buffer.is_meta:
-            module, _, leaf = name.rpartition(".")
-            fresh = torch.arange(buffer.shape[-1], device=like.device)
-            setattr(other.get_submodule(module), leaf, fresh.expand(buffer.shape))
-    return other.requires_grad_(False).eval()
-
-
-def inputs(config: Config, part: str, size: int, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-    """What a part is given: latents and text for images of `size`, batch as with guidance."""
-    text, mmdit = config.text, config.mmdit
-    side = size // config.vae.factor
-    draw = torch.Generator().manual_seed(1)
-    latents = torch.randn(batch, mmdit.latent_channels, side, side, generator=draw).to(like)
-    tokens = text.clip_l.length + text.t5.length
-    if part == "mmdit":
-        context = torch.randn(batch, tokens, mmdit.context_dim, generator=draw).to(like)
-        pooled = torch.randn(batch, mmdit.pooled_dim, generator=draw).to(like)
-        return latents, torch.full((batch,), 0.5, device=like.device), context, pooled
-    if part == "vae":
-        return (latents[:1],)
-    clip = getattr(text, part)
-    ids = torch.randint(clip.vocab - 1, (batch, clip.length), generator=draw)
-    if part != "t5":
-        ids[:, -1] = clip.vocab - 1
-    return (ids.to(like.device),)
-
-
-def forward_of(module: nn.Module, part: str, given: tuple[Tensor, ...], foreign: bool) -> Forward:
-    """One pass, by the calling convention of whoever wrote the module."""
-    if part == "vae":
-        if foreign:
-            return lambda: module.decode(*given).sample
-        return lambda: module.decode(*given)
-    if not foreign:
-        return lambda: module(*given)[0] if part.startswith("clip") else module(*given)
-    if part == "mmdit":
-        z, t, context, pooled = given
-        return lambda: module(z, context, pooled, 1000 * t).sample
-    if part == "t5":
-        return lambda: module(*given).last_hidden_state
-    return lambda: module(*given, output_hidden_states=True).hidden_states[-2]
 
 
 def measured_config(args: argparse.Namespace) -> Config:
@@ -132,14 +57,6 @@ def measured_config(args: argparse.Namespace) -> Config:
         for name in ENCODERS
     }
     return replace(config, text=replace(text, **few))
-
-
-def seconds(forward: Forward, device: torch.device) -> float:
-    begin = time.perf_counter()
-    forward()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def prepare(
@@ -160,28 +77,6 @@ def prepare(
     return made[0], made[1], weights
 
 
-def peak_memory(forward: Forward, device: torch.device) -> int:
-    """Bytes of tensors alive at the peak of one pass, beyond what was there before."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        forward()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        forward()
-    events = profiler.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    return max(accumulate(change for _, change in sorted(changes)))
-
-
-def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of a large matrix product: what this machine gives at best."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = min(seconds(lambda: linear(a, b), device) for _ in range(10))
-    return 2 * n**3 / best
-
-
 @torch.no_grad()
 def bench_forward(args: argparse.Namespace) -> None:
     device = set_up(args.threads)
@@ -192,13 +87,12 @@ def bench_forward(args: argparse.Namespace) -> None:
           "difference |\n| --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
     for part in args.parts or COMPONENTS:
         ours, other, weights = prepare(args, part, device)
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            ours()  # the counter knows the products that have gradients
+        flops = count_flops(ours)
         answer = ours()
         difference = (answer - other()).abs().max() / answer.abs().max()
         pairs = [(seconds(ours, device), seconds(other, device)) for _ in range(args.repeats)]
         best = min(mine for mine, _ in pairs)
-        row = f"| {NAMES[part]} | {best:.3f} s | {counter.get_total_flops() / best / peak:.0%} | "
+        row = f"| {NAMES[part]} | {best:.3f} s | {flops / best / peak:.0%} | "
         if not args.against:
             print(row + "- | - | - | - |")
             continue
@@ -206,6 +100,59 @@ def bench_forward(args: argparse.Namespace) -> None:
         mine, their = (peak_memory(forward, device) for forward in (ours, other))
         print(row + f"{time_ratio:.2f} | {(weights + mine) / (weights + their):.2f} | "
               f"{mine / their:.2f} | {difference:.0e} |", flush=True)  # fmt: skip
+
+
+# --- a step of training -------------------------------------------------------------------------
+
+
+def training_step(model: nn.Module, forward: Forward, target: Tensor) -> Callable[[], Tensor]:
+    """One step as the loop makes it: forward, loss, backward, clipped gradient, AdamW."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.99), fused=True)
+
+    def step() -> Tensor:
+        loss = (forward() - target).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    """Time, arithmetic and memory of a training step of the transformer; float32 weights."""
+    device, config = set_up(args.threads), CONFIGS[args.config]
+    if args.depth:
+        dual = tuple(i for i in config.mmdit.dual_attention if i < args.depth)
+        mmdit = replace(config.mmdit, depth=args.depth, dual_attention=dual)
+        config = replace(config, mmdit=mmdit)
+    ours = randomly_filled(config, "mmdit", device, torch.float32)
+    models = [ours, *([copy.deepcopy(theirs(config, "mmdit", ours))] if args.against else [])]
+    given = inputs(config, "mmdit", args.size, args.batch, next(ours.parameters()))
+    target = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(2)).to(device)
+    steps = []
+    for model in models:
+        forward = forward_of(model.requires_grad_().train(), "mmdit", given, model is not ours)
+        steps.append(training_step(model, forward, target))
+    losses = [(step(), step())[1] for step in steps]  # the second one has felt a gradient
+    flops = count_flops(steps[0])
+    rows = [[seconds(step, device) for step in steps] for _ in range(args.repeats)]
+    best, peak = min(row[0] for row in rows), matrix_peak(device, torch.float32)
+    tokens = args.batch * (given[0].shape[2] * given[0].shape[3] // config.mmdit.patch_size**2)
+    held = 3 * sum(p.numel() * p.element_size() for p in ours.parameters())  # with two moments
+    memory = [peak_memory(step, device) for step in steps]
+    print(f"{args.config}, depth {config.mmdit.depth}, {args.size}x{args.size}, batch "
+          f"{args.batch}, float32: {best:.3f} s, {tokens / best:.0f} image tokens a second, "
+          f"{flops / best / peak:.0%} of the matrix product's {peak / 1e9:.0f} GFLOP/s, "
+          f"{held / 1e9:.3f} GB of weights and moments + {memory[0] / 1e9:.3f} GB")  # fmt: skip
+    if args.against:
+        ratio = statistics.median(mine / their for mine, their in rows)
+        print(f"against {args.against}: time {ratio:.2f}, memory "
+              f"{(held + memory[0]) / (held + memory[1]):.2f}, beyond weights and moments "
+              f"{memory[0] / memory[1]:.2f}, loss of the second step differs by "
+              f"{abs(losses[0] - losses[1]) / losses[0]:.0e}")  # fmt: skip
 
 
 # --- a whole run --------------------------------------------------------------------------------
@@ -274,13 +221,18 @@ def bench_memory(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("python -m nanosd3.bench", "Time and memory, measured in pairs.")
     add = parser.add_argument
-    add("what", choices=("forward", "memory"), help="one pass of each part, or a whole run")
-    add("--against", choices=("diffusers",), help="forward: the other side of each pair")
+    add(
+        "what",
+        choices=("forward", "train", "memory"),
+        help="one pass of each part, one step of training the transformer, or a whole run",
+    )
+    add("--against", choices=("diffusers",), help="the other side of each pair")
     add("--config", default="sd3-d15", choices=tuple(CONFIGS), help="(default: %(default)s)")
     add("--size", type=positive, default=256, help="pixels a side (default: %(default)s)")
     add("--batch", type=positive, default=2, help="(default: 2, as with guidance)")
     add("--layers", type=positive, default=4, help="forward: of the text encoders (default: 4)")
-    add("--repeats", type=positive, default=5, help="forward: pairs (default: %(default)s)")
+    add("--depth", type=positive, help="train: of the transformer (default: the config's)")
+    add("--repeats", type=positive, default=5, help="pairs (default: %(default)s)")
     add("--parts", nargs="+", choices=COMPONENTS, help="forward: which (default: all)")
     add("--dtype", default="float32", choices=tuple(DTYPES))
     add("--compile", action="store_true", help="forward: through torch.compile")
@@ -290,6 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.what == "forward":
         bench_forward(args)
+    elif args.what == "train":
+        bench_train(args)
     else:
         bench_memory(args)
     return 0

@@ -6,12 +6,15 @@ conventions of their own.
 """
 
 import math
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 HEAD_DIM = 64  # SD3's heads are all 64 wide: depth d means width 64 d and d heads
 TIMESTEP_SCALE = 1000  # t in [0, 1] becomes 0..1000 here and nowhere else
@@ -33,12 +36,41 @@ def onednn_multiplies_faster() -> bool:
     return amd and wide and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times weight (out, in), plus bias, by oneDNN; float32 on CPU, no gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """`product`, whose gradients are products too."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return product(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        g_rows, x_rows = (a.reshape(-1, a.shape[-1]) for a in (g, x))  # (tokens, out), (tokens, in)
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            product(g, weight.T) if for_x else None,
+            product(g_rows.T, x_rows.T) if for_weight else None,
+            g_rows.sum(0) if for_bias else None,
+        )
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in), plus bias: F.linear by the faster library."""
-    plain = torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu"
+    plain = x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0
     if plain or not onednn_multiplies_faster():
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    multiply = Product.apply if torch.is_grad_enabled() else product
+    return multiply(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -46,6 +78,29 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+@contextmanager
+def recomputed(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[None]:
+    """While open, `output` = function(*inputs) is not kept for gradients, but computed again when
+    they are taken: for what is cheap to compute, large, and made of what is kept anyway."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler decides itself
+        yield
+        return
+    place, size, kept = output.data_ptr(), output.numel(), [x.detach() for x in inputs]
+
+    def pack(saved: Tensor) -> Tensor | tuple:
+        same = saved.data_ptr() == place and saved.numel() == size
+        return (saved.shape, saved.stride()) if same else saved
+
+    def unpack(packed: Tensor | tuple) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            return function(*kept).as_strided(*packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class RMSNorm(nn.Module):
@@ -69,8 +124,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     This is adaLN: what a LayerNorm would have learned once, the timestep and the pooled text
     decide for every image (DiT, arXiv 2212.09748, section 3.2).
     """
-    x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+    def norm(x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+    normed = norm(x)
+    with recomputed(normed, norm, x):
+        return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -89,7 +149,10 @@ class MLP(nn.Module):
         self.fc2 = Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x)))
+        h = self.fc1(x)
+        a = gelu(h)
+        with recomputed(a, partial(F.gelu, approximate="tanh"), h):
+            return self.fc2(a)
 
 
 def timestep_embedding(t: Tensor) -> Tensor:

@@ -222,6 +222,17 @@ def test_bench_forward(capsys):
     assert bench.main(["forward", "--parts", "vae", *arguments]) == 0
 
 
+def test_bench_train(capsys):
+    arguments = ["--config", "tiny", "--size", "32", "--repeats", "2", "--threads", "1"]
+    assert bench.main(["train", "--against", "diffusers", *arguments]) == 0
+    ours, against = capsys.readouterr().out.splitlines()[1:]
+    assert "tiny, depth 2, 32x32, batch 2" in ours and "image tokens a second" in ours
+    difference = float(against.split("differs by ")[1])
+    assert against.startswith("against diffusers: time ") and difference < 1e-5
+    assert bench.main(["train", "--depth", "1", *arguments]) == 0
+    assert "tiny, depth 1" in capsys.readouterr().out
+
+
 def test_bench_memory(capfd, monkeypatch):
     monkeypatch.setattr(bench, "CONFIGS", {"small": tiny_official.CONFIG})
     assert bench.main(["memory", "--config", "small", "--size", "64", "--without", "t5"]) == 0

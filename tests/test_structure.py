@@ -18,7 +18,7 @@ LAYERS = [  # as the package docstring lists them
     {"train", "found"},
     {"train_text", "report", "audit"},
     {"export"},
-    {"weights"},
+    {"weights", "pairs"},
     {"generate", "bench", "student"},
 ]
 

@@ -20,7 +20,7 @@ def posterior_cases(generator: torch.Generator) -> list[Case]:
 
 
 def posterior_spec(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    z = torch.empty_like(mean)
+    z = torch.empty(mean.shape, dtype=mean.dtype)
     triples = zip(mean.flatten(), logvar.flatten(), noise.flatten(), strict=True)
     for i, (m, log_variance, n) in enumerate(triples):
         variance = math.exp(log_variance)
@@ -136,7 +136,7 @@ def resblock_spec(x: Tensor, weight1: Tensor, weight2: Tensor, groups: int) -> T
     B, C, H, W = x.shape
 
     def norm(x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
+        out = torch.empty(x.shape, dtype=x.dtype)
         for b in range(B):
             for g in range(groups):  # neighbouring channels share mean and variance
                 part = x[b, g * C // groups : (g + 1) * C // groups]

@@ -20,7 +20,7 @@ def line_cases(generator: torch.Generator) -> list[Case]:
 
 
 def interpolate_spec(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    z = torch.empty_like(x0)
+    z = torch.empty(x0.shape, dtype=x0.dtype)
     for b in range(len(x0)):
         share = t[b] if t.ndim else t
         z[b] = (1 - share) * x0[b] + share * noise[b]
@@ -78,7 +78,7 @@ def pair_cases(generator: torch.Generator) -> list[Case]:
 
 def velocity_spec(x0: Tensor, noise: Tensor) -> Tensor:
     """How far z_t moves, number by number, as t goes from 0 (data) to 1 (noise)."""
-    v = torch.empty_like(x0)
+    v = torch.empty(x0.shape, dtype=x0.dtype)
     for i, (start, end) in enumerate(zip(x0.flatten(), noise.flatten(), strict=True)):
         v.view(-1)[i] = end - start
     return v

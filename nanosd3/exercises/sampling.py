@@ -26,7 +26,7 @@ def guide_cases(generator: torch.Generator) -> list[Case]:
 
 
 def guide_spec(v_prompt: Tensor, v_negative: Tensor, scale: float) -> Tensor:
-    v = torch.empty_like(v_prompt)
+    v = torch.empty(v_prompt.shape, dtype=v_prompt.dtype)
     for i, (a, b) in enumerate(zip(v_prompt.flatten(), v_negative.flatten(), strict=True)):
         v.view(-1)[i] = b + scale * (a - b)  # scale 0: the negative one, 1: the prompt's
     return v
@@ -85,7 +85,7 @@ def start_spec(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[
     steps = len(ts) - 1
     skipped = int(steps - steps * strength)  # steps left out at the noisy end
     rest = ts[skipped:]
-    z = torch.empty_like(x0)
+    z = torch.empty(x0.shape, dtype=x0.dtype)
     for i, (clean, n) in enumerate(zip(x0.flatten(), noise.flatten(), strict=True)):
         z.view(-1)[i] = (1 - rest[0]) * clean + rest[0] * n
     return z, rest
@@ -158,7 +158,7 @@ def repaint_cases(generator: torch.Generator) -> list[Case]:
 
 
 def repaint_spec(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    out = torch.empty_like(v)
+    out = torch.empty(v.shape, dtype=v.dtype)
     H, W = v.shape[2:]
     for i in range(H):
         for j in range(W):

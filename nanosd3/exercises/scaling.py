@@ -30,7 +30,7 @@ def denormalise(x0: Tensor, shift: float, scale: float) -> Tensor:
 
 
 def normalise_spec(z: Tensor, shift: float, scale: float) -> Tensor:
-    x0 = torch.empty_like(z)
+    x0 = torch.empty(z.shape, dtype=z.dtype)
     for i, value in enumerate(z.flatten()):
         x0.view(-1)[i] = (value - shift) * scale
     return x0
@@ -72,7 +72,7 @@ NORMALISE = Exercise(
 
 
 def denormalise_spec(x0: Tensor, shift: float, scale: float) -> Tensor:
-    z = torch.empty_like(x0)
+    z = torch.empty(x0.shape, dtype=x0.dtype)
     for i, value in enumerate(x0.flatten()):
         z.view(-1)[i] = value / scale + shift
     return z

@@ -93,7 +93,7 @@ def ema_cases(generator: torch.Generator) -> list[Case]:
 
 def ema_spec(average: Tensor, weights: Tensor, step: int, decay: float) -> Tensor:
     d = min(decay, (1 + step) / (10 + step))  # short memory at first
-    out = torch.empty_like(average)
+    out = torch.empty(average.shape, dtype=average.dtype)
     for i, (old, new) in enumerate(zip(average.flatten(), weights.flatten(), strict=True)):
         out.view(-1)[i] = d * old + (1 - d) * new
     return out
