@@ -1,0 +1,416 @@
+# %% [markdown]
+# # 02 · Timesteps: where to train, and why the middle is hard
+#
+# **The network has to answer at every time between noise and data. At which times should it
+# practise?** The loss of notebook 01 draws `t` uniformly. Stable Diffusion 3 does not, and for
+# large images it bends time once more. This notebook measures, on a trained model, what happens at
+# which time, and then builds the densities from it.
+
+# %%
+import math
+from dataclasses import replace
+from functools import partial
+from statistics import NormalDist
+
+import torch
+import torch.nn.functional as F
+from lab import begin_job, finish, images, lines, panels, pick, trained
+
+from nanosd3 import flow
+from nanosd3.data import to_model
+from nanosd3.exercises import check, show
+from nanosd3.samplers import euler, guided
+from nanosd3.train import describe_images, train_flow
+from nanosd3.vae import sample_posterior
+
+lesson = trained()
+pipeline = lesson.pipeline
+mmdit, vae = pipeline.mmdit, pipeline.vae
+
+# %% [markdown]
+# ## The question, as a picture
+#
+# A digit that the model has never seen, as latents, with more and more noise. Below it the clean
+# picture that the model guesses from it, `x0 = z - t v`, without being told which digit it is.
+
+# %%
+g, count = torch.Generator().manual_seed(0), pick(600, 40)
+test = lesson.job.images.test_images[:count]
+labels = lesson.job.images.test_labels[:count].tolist()
+with torch.no_grad():
+    mean, logvar = vae.encode(to_model(test, 32))
+    x0 = vae.normalise(sample_posterior(mean, logvar, torch.randn(mean.shape, generator=g)))
+noise, nothing = torch.randn(x0.shape, generator=g), pipeline.encode_text([""] * count)
+
+t = torch.tensor([0.05, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0])
+z = flow.interpolate(x0[4:5], noise[4:5], t)
+with torch.no_grad():
+    v = mmdit(z, t, *(part[:8] for part in nothing))
+rows = {"z, decoded": pipeline.decode(z), "the guess": pipeline.decode(z - t.view(-1, 1, 1, 1) * v)}
+images(rows, "t = 0.05, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9 and 1, from left to right.")
+
+# %% [markdown]
+# On the left the picture is there and nothing is left to decide. On the right the guess is a
+# smear, the average of all digits. In between the model changes its mind: an 8, then a 9, and then
+# the 4 that it is.
+#
+# **PREDICT.** The loss is the mean square of `v - (noise - x0)`, for each number of the latents.
+# Noise and data both have variance 1, so a guess of zero costs 2. Draw the loss against t: where
+# is it high, where low, and what is it at the two ends?
+
+# %%
+texts = pipeline.encode_text([f"the digit {label}" for label in labels])
+
+
+@torch.no_grad()
+def losses_at(t):
+    t = torch.tensor(t)
+    z = flow.interpolate(x0, noise, t)
+    multiple = (z * (noise - x0)).sum() / z.square().sum()
+    answers = mmdit(z, t, *texts), mmdit(z, t, *nothing), multiple * z
+    return torch.stack([flow.flow_loss(v, x0, noise).mean() for v in answers])
+
+
+ts = [0.001, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
+table = torch.stack([losses_at(t) for t in ts])
+names = ["model, told the digit", "model, told nothing", "best multiple of z"]
+curves = {name: (ts, column) for name, column in zip(names, table.T, strict=True)}
+lines(curves, "t (0 data, 1 noise)", "loss (mean square of velocity)", "Mean over test images.")
+
+# %% [markdown]
+# ## Why the ends are easy
+#
+# At t = 0 we see `x0`. The target is `noise - x0`: one part known, the other unknowable. The best
+# answer is `-x0`, it costs the variance of the noise, 1, and no network can do better. At t = 1 we
+# see the noise, and the best answer is `noise - mean(x0)`; what remains is the spread of the data.
+# At both ends a *multiple of z* is about the right answer. There is little to learn.
+#
+# At t = 0.5 we see half of the *sum* of noise and data and are asked for their *difference*. To
+# tell them apart one must know how digits look. There the multiple of z is worth nothing (2), and
+# the gain of the network over it is largest. That is what is meant by "the middle is hard".
+#
+# Two more things stand in this picture. Being told the digit helps only from about t = 0.5 on,
+# most near 0.8 and 0.9: below, the picture itself shows which digit it is. And near t = 0 the
+# model is *worse* than a multiple of z. We shall see why.
+#
+# ## What is decided when
+#
+# The loss does not say what a time means for the picture. An experiment does: begin with one
+# prompt and exchange it on the way.
+#
+# **PREDICT.** We ask for a digit d until time s, and for d + 3 from then on. Of which digit will
+# the picture be for s = 0.9? For s = 0.5? Where is the change, and is it sudden?
+
+# %%
+first, second = ((torch.arange(pick(60, 10)) + k) % 10 for k in (0, 3))
+start, times = pipeline.noise(len(first), 7, (8, 8)), torch.linspace(1, 0, 21)
+
+
+def asking(digits, model=mmdit, scale=1.6):
+    text = pipeline.encode_text([f"the digit {d}" for d in digits])
+    return guided(model, text, pipeline.encode_text([""] * len(digits)), scale)
+
+
+@torch.no_grad()
+def draw(velocity):
+    return pipeline.decode(euler(velocity, start, times))
+
+
+early, late = asking(first), asking(second)
+switches = pick([0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.3], [0.8, 0.4])
+drawn = {s: draw(lambda z, t, s=s: (early if t > s else late)(z, t)) for s in switches}
+
+# %%
+curves = {}
+for name, digits in {"the first prompt": first, "the second prompt": second}.items():
+    right = [(torch.tensor(lesson.reads(drawn[s])) == digits).float().mean() for s in switches]
+    curves[name] = (switches, right)
+lines(
+    curves, "s, where the prompt is exchanged", "share read as asked by ...", "As the judge reads."
+)
+rows = {f"s = {s}": drawn[s][:10] for s in switches[1::2]}
+images(rows, "The first prompt asks for 0 to 9, the second for 3 to 9 and 0 to 2.")
+
+# %% [markdown]
+# What is asked while t is above 0.85 or below 0.6 is hardly heard. The digit is decided in
+# between, in about a quarter of the time. A density should put its weight there.
+#
+# ## Densities
+#
+# How to draw a number in (0, 1), mostly from the middle? The first idea is a normal number around
+# 0.5, cut off at the ends:
+
+# %%
+clipped = (0.5 + 0.5 * torch.randn(10000, generator=g)).clamp(0, 1)
+print(f"exactly at 0 or 1: {(clipped % 1 == 0).float().mean():.0%} of the draws")
+
+# %% [markdown]
+# A third of the draws would be spent exactly at the ends. The *logit-normal* density takes a
+# normal number on the whole line and squeezes the line into (0, 1) by a sigmoid. We write it as an
+# **inverse transform**: a map from `u`, uniform in (0, 1), to `t`. In plain Python, and with
+# tensors, where `erfinv` is what PyTorch offers for the inverse of the normal distribution:
+
+
+# %%
+def logit_normal_slowly(u, mean=0.0, std=1.0):
+    t = []
+    for share in u.tolist():
+        n = mean + std * NormalDist().inv_cdf(share)
+        t.append(1 / (1 + math.exp(-n)))
+    return torch.tensor(t)
+
+
+def logit_normal_here(u, mean=0.0, std=1.0):
+    n = mean + std * math.sqrt(2) * torch.erfinv(2 * u - 1)
+    return torch.sigmoid(n)
+
+
+u = torch.rand(20000, generator=g).clamp(1e-4, 1 - 1e-4)
+ours = logit_normal_here(u, 0.8, 0.6)
+torch.testing.assert_close(ours, logit_normal_slowly(u, 0.8, 0.6), atol=1e-5, rtol=1e-3)
+torch.testing.assert_close(ours, flow.logit_normal(u, 0.8, 0.6), atol=1e-5, rtol=1e-3)
+
+# %% [markdown]
+# From here on we use the package's. It has three more maps, `uniform`, `mode` and `cosmap`. Why
+# maps, and not densities? A map is all one needs for drawing, and it gives the density for free:
+# where the map is flat, many u land close together. So the density at t(u) is `1 / |dt/du|`.
+
+
+# %%
+def density(way, u):  # t(u), and the density there
+    u = u.clone().requires_grad_()
+    t = way(u)
+    (slope,) = torch.autograd.grad(t.sum(), u)
+    return t.detach(), 1 / slope.abs()
+
+
+def weight(t):  # the density of logit-normal(0, 1): paper, eq. 19
+    return torch.exp(-(t.logit() ** 2) / 2) / math.sqrt(2 * math.pi) / (t * (1 - t))
+
+
+even = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+t, p = density(flow.logit_normal, even)
+torch.testing.assert_close(p, weight(t))
+
+# %%
+ways = {
+    "uniform": flow.uniform,
+    "logit-normal(0, 1)": flow.logit_normal,
+    "mode(1.29)": flow.mode,
+    "cosmap": flow.cosmap,
+    "logit-normal(0.8, 1)": partial(flow.logit_normal, mean=0.8),
+}
+figure, axes = panels(len(ways), 1.9, 2.6)
+for axis, (name, way) in zip(axes, ways.items(), strict=True):
+    axis.hist(way(u), bins=40, range=(0, 1), density=True, color="0.8")
+    axis.plot(*density(way, even), "k-", linewidth=1)
+    axis.set(title=name, xlabel="t", ylim=(0, 4), ylabel="density" if axis is axes[0] else "")
+finish(figure, "Grey: 20,000 draws. Line: the density, from the slope of the map. The last one "
+       "is the density that our digits were trained with.")  # fmt: skip
+
+# %% [markdown]
+# ## The density is the weight
+#
+# Training on t drawn from a density `p` with the plain loss is, on average, the same as drawing t
+# uniformly and multiplying each loss by `p(t)`. So the density *is* a weight, and multiplying by
+# it as well would apply it twice. For data of variance 1 the loss of the best multiple of z is
+# known in closed form, so we can compute all three averages without chance.
+
+
+# %%
+def loss(t):
+    return 2 - (2 * t - 1) ** 2 / (t**2 + (1 - t) ** 2)
+
+
+t = flow.logit_normal(even)
+once, weighted = loss(t).mean(), (weight(even) * loss(even)).mean()
+twice = (weight(t) * loss(t)).mean() / weight(t).mean()
+print(f"plain {loss(even).mean():.3f}, drawn {once:.3f}, weighted {weighted:.3f}, both {twice:.3f}")
+torch.testing.assert_close(once, weighted, atol=1e-4, rtol=0)
+
+# %% [markdown]
+# **PREDICT.** The averages are the same. Is there any reason to prefer drawing to weighting? And
+# what if the u of a batch are not drawn one by one, but one from each of 64 equal intervals
+# (`flow.stratified`)?
+
+# %%
+u = torch.rand(2000, 64, generator=g, dtype=torch.float64)
+apart = torch.stack([flow.stratified(64, g) for _ in range(2000)]).double()
+for name, batches in {
+    "uniform t, weighted loss": weight(u) * loss(u),
+    "t drawn from the density": loss(flow.logit_normal(u)),
+    "the same, stratified": loss(flow.logit_normal(apart)),
+}.items():
+    print(f"{name}: deviation of a batch's mean {batches.mean(1).std():.4f}")
+
+# %% [markdown]
+# Drawing wastes no sample on times that hardly count. Stratified draws cover all of time in every
+# batch. (The loss of a real batch also varies with its images and its noise, and no choice of t
+# takes that away.)
+#
+# ## Tails
+#
+# The logit-normal density vanishes at both ends. How many of the 230,400 times that our model saw
+# in training (1,800 batches of 128) lay there?
+
+# %%
+fine = (torch.arange(10**6, dtype=torch.float64) + 0.5) / 10**6
+print(f"{'':22}{'t < 0.02':>10}{'t < 0.05':>10}{'t > 0.95':>10}{'t > 0.99':>10}")
+for name, way in ways.items():
+    t = way(fine)
+    shares = [end.double().mean() for end in (t < 0.02, t < 0.05, t > 0.95, t > 0.99)]
+    print(f"{name:22}" + "".join(f"{230400 * share:10,.1f}" for share in shares))
+
+# %% [markdown]
+# With mean 0.8, the last row, the model never saw a t below 0.02. That explains the first picture
+# of the loss: there it is worse than a multiple of z. It also saw hardly any t above 0.99, where
+# every sample begins, and yet is no worse there than at 0.95. The answer near t = 1 hardly changes
+# with t; near t = 0 it must find ever smaller noise. It does not matter for the picture: a
+# velocity error e moves the clean guess by only `t e`.
+#
+# ## Does it matter?
+#
+# Four small transformers from scratch, 160 steps each, the same in all but the mean of the
+# logit-normal density. (A minute or so each, once; they stay in the cache.)
+#
+# **PREDICT.** Which of the means -0.8, 0, 0.8 and 1.6 draws the best digits so early? And which
+# will report the smallest loss?
+
+
+# %%
+def learn(mean):
+    config = lesson.job.config
+    recipe = replace(config.training.flow, steps=pick(160, 2), warmup=pick(25, 1))
+    training = replace(config.training, flow=recipe, time_mean=mean, train_images=pick(5000, 500),
+                       encoder_dropout=0.0, ema_decay=0.95)  # fmt: skip
+    job = begin_job(f"mean {mean}", replace(config, training=training))
+    return train_flow(job, describe_images(job.images), vae, pipeline.text, lambda *_: None)
+
+
+rows = {}
+for mean in (-0.8, 0.0, 0.8, 1.6):
+    drawn = draw(asking(first, learn(mean), scale=1.0))
+    share = (torch.tensor(lesson.reads(drawn)) == first).float().mean()
+    rows[f"mean {mean}: {share:.0%} read as asked"] = drawn[:10]
+images(rows, "After 160 steps. Asked for: 0 to 9.")
+
+# %% [markdown]
+# The more the density leans towards noise, the more of the digits are right so early: 42%, 63%,
+# 87% and 88% in our run. It is near noise that it is decided which digit it is. The losses on the
+# progress bars say 1.12, 1.01, 0.90 and 0.79, but that is no evidence: each is an average over
+# *its own* density. Only losses at the same t may be compared.
+#
+# Do not make a law of one run of 160 steps, judged by one question. Strokes and edges are decided
+# further down. With long training and photographs SD3's authors found mean 0 the best of those
+# they tried; for our short training 0.8 was chosen.
+#
+# ## Larger images: shift
+#
+# A larger picture has more pixels for the same content, so neighbours repeat each other. Noise
+# does not repeat: averaging neighbours removes it. So at the same t *less is hidden*.
+#
+# **PREDICT.** Below, a digit of 28 x 28 pixels and the same one enlarged to 112 x 112, with noise
+# at the same t. In the third row each 4 x 4 pixels of the second are averaged. How much of the
+# noise's deviation is left by that?
+
+# %%
+small = to_model(test[4:5], 28)
+large = small.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+small_noise, large_noise = (torch.randn(x.shape, generator=g) for x in (small, large))
+print(f"deviation of the noise, averaged: {F.avg_pool2d(large_noise, 4).std():.3f}")
+t = torch.tensor([0.2, 0.5, 0.8, 0.9, 0.95])
+same_t = flow.interpolate(large, large_noise, t)
+shifted = flow.interpolate(large, large_noise, flow.shift(t, 4.0))
+rows = {
+    "28 x 28": flow.interpolate(small, small_noise, t)[:, 0],
+    "112 x 112, same t": same_t[:, 0],
+    "its 4 x 4 averaged": F.avg_pool2d(same_t, 4)[:, 0],
+    "at shift(t, 4), averaged": F.avg_pool2d(shifted, 4)[:, 0],
+}
+images(rows, "t = 0.2, 0.5, 0.8, 0.9 and 0.95. The last row hides as much as the first.", cell=0.9)
+
+# %% [markdown]
+# A quarter. The mean of n independent numbers has a deviation smaller by the square root of n, and
+# n = 16. What counts is the ratio of noise to data, `t / (1 - t)`. To hide as much as before it
+# must become alpha = 4 times larger, alpha being the square root of the ratio of pixels. Step by
+# step:
+
+
+# %%
+def shift_slowly(t, alpha):
+    shifted = []
+    for time in t.tolist():
+        ratio = alpha * time / (1 - time)  # noise to data
+        shifted.append(ratio / (1 + ratio))  # and back to a time
+    return torch.tensor(shifted)
+
+
+moved = flow.shift(t, 4.0)
+torch.testing.assert_close(shift_slowly(t, 4.0), moved)
+torch.testing.assert_close(-2 * moved.logit(), -2 * t.logit() - 2 * math.log(4))  # log-SNR
+torch.testing.assert_close(flow.shift(flow.shift(t, 2.0), 3.0), flow.shift(t, 6.0))
+
+# %% [markdown]
+# Measured in log-SNR, the logarithm of the ratio of data's to noise's variance, which is `2 ln((1
+# - t) / t)`, a shift is a constant, `-2 ln(alpha)`, the same at all times; so shifts compose by
+# multiplication. The same function moves the times of training and the times of sampling. SD3 uses
+# 3 at 1024 x 1024, where the formula would give 4 for a model trained at 256.
+#
+# ## Exercises
+
+# %%
+show("logit_normal")
+
+
+# %%
+def logit_normal(u, mean, std):
+    raise NotImplementedError("your code here")
+
+
+check("logit_normal", logit_normal)
+
+# %%
+show("mode")
+
+
+# %%
+def mode(u, scale):
+    raise NotImplementedError("your code here")
+
+
+check("mode", mode)
+
+# %%
+show("cosmap")
+
+
+# %%
+def cosmap(u):
+    raise NotImplementedError("your code here")
+
+
+check("cosmap", cosmap)
+
+# %%
+show("shift")
+
+
+# %%
+def shift(t, alpha):
+    raise NotImplementedError("your code here")
+
+
+check("shift", shift)
+
+# %% [markdown]
+# **Open ends.** Measure where *bold* and *thin* are decided, with the experiment that exchanged
+# the prompts: earlier or later than the digit? Does `pipeline(prompts, shift=...)` help with four
+# steps? On the two half circles of notebook 01, does the density matter at all, and is mean 0.8
+# good there?
+#
+# ## What was left out
+#
+# The study behind SD3's choice: 61 variants of path and density, ranked over 24 settings; the
+# logit-normal(0, 1) came out first (section 5.1 of the paper, arXiv 2403.03206). The densities are
+# its section 3.1, the shift its section 5.3.2, whose derivation from a constant image the averaged
+# digit repeats. EDM's and the cosine path's densities (section 2) are not in this package.

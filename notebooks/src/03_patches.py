@@ -1,0 +1,390 @@
+# %% [markdown]
+# # 03 · Patches and positions: how a set becomes an image
+#
+# **A transformer sees a set of tokens, in no order. How can it see an image?** In two steps: the
+# latents are cut into patches, one token each, and every token is told where it was. This notebook
+# does both, takes each away again, and watches what happens to the digits.
+
+# %%
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from lab import images, lines, maps, pick, trained
+
+from nanosd3.config import CONFIGS
+from nanosd3.data import to_model
+from nanosd3.exercises import check, show
+from nanosd3.layers import attention
+from nanosd3.mmdit import PatchEmbed
+from nanosd3.patchify import centre_crop, patchify, sincos_positions, unpatchify
+from nanosd3.samplers import euler, guided
+
+lesson = trained()
+pipeline = lesson.pipeline
+digits = to_model(lesson.job.images.test_images[:8], 28)  # (8, 1, 28, 28) in [-1, 1]
+g = torch.Generator().manual_seed(0)
+
+# %% [markdown]
+# ## The question, as a picture
+#
+# Cut into 16 patches, every digit below has been put together again in another order. As *sets of
+# patches* the upper and the lower row are the same. Can you tell which digits they are?
+
+# %%
+order = torch.randperm(16, generator=g)
+puzzles = unpatchify(patchify(digits, 7)[:, order], 7, 28, 28)
+rows = {"shuffled": puzzles[:, 0], "as they were": digits[:, 0]}
+images(rows, "The same sixteen patches of 7 x 7 pixels, twice.")
+
+# %% [markdown]
+# ## Cutting
+#
+# A patch of p x p numbers in C channels becomes one token of p p C numbers. Patches go row by row,
+# like words on a page. Within a token the order is: row, column, channel. In plain loops, for one
+# image of (C, H, W):
+
+
+# %%
+def patchify_slowly(x, patch):
+    C, H, W = x.shape
+    tokens = []
+    for row in range(0, H, patch):
+        for column in range(0, W, patch):
+            token = []
+            for i in range(patch):
+                for j in range(patch):
+                    token += [x[c, row + i, column + j].item() for c in range(C)]
+            tokens.append(token)
+    return torch.tensor(tokens)  # (N, p*p*C)
+
+
+# %% [markdown]
+# With tensors it is tempting to just reshape: the number of numbers is right, and nothing
+# complains.
+#
+# **PREDICT.** How do the first tokens of a digit look that was cut by `reshape` alone?
+
+# %%
+cut = {"patchify": patchify(digits[:1], 7), "reshape alone": digits[:1].reshape(1, 16, 49)}
+rows = {name: tokens[0].view(16, 7, 7)[4:12] for name, tokens in cut.items()}
+images(rows, "Tokens 4 to 11 of a seven, each drawn as 7 x 7 pixels.")
+
+# %% [markdown]
+# A reshape never moves a number in memory, where rows of the *image* lie one after the other: 49
+# numbers in a row are almost two lines of pixels. To cut, first split both axes in two, then bring
+# the two halves that count patches to the front, and only then join:
+
+
+# %%
+def patchify_here(x, patch):
+    B, C, H, W = x.shape
+    x = x.reshape(B, C, H // patch, patch, W // patch, patch)
+    x = x.permute(0, 2, 4, 3, 5, 1)  # (B, H/p, W/p, p, p, C)
+    return x.reshape(B, -1, patch * patch * C)
+
+
+x = torch.randn(2, 3, 4, 6, generator=g)  # all sizes different
+torch.testing.assert_close(patchify_here(x, 2)[0], patchify_slowly(x[0], 2))
+torch.testing.assert_close(patchify_here(x, 2), patchify(x, 2))
+torch.testing.assert_close(unpatchify(patchify(x, 2), 2, 4, 6), x)
+
+# %% [markdown]
+# The last line is the way back, `unpatchify`: the same axes, permuted the other way. The network
+# ends with it, so what its last layer writes into a token must be in the order that `unpatchify`
+# expects.
+#
+# ## Failure one: channels first
+#
+# Official files hold the patch embedding as a convolution, whose weight is ordered (channel, row,
+# column), while what comes out at the end is ordered (row, column, channel). Whoever takes one for
+# the other gets the picture below, for three digits in three channels. A fine checkerboard in
+# generated images is the mark of this mistake.
+#
+# nanosd3 keeps one order for both directions and permutes the convolution's *weight*. The last
+# assertion shows that this is the same convolution.
+
+
+# %%
+def channels_first(tokens, patch, height, width):
+    B, _, features = tokens.shape
+    x = tokens.reshape(B, height // patch, width // patch, features // patch**2, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, -1, height, width)
+
+
+three = digits[1:4, 0][None]  # (1, 3, 28, 28)
+wrong = channels_first(patchify(three, 2), 2, 28, 28)
+images({"right": three[0], "channels first": wrong[0]}, "The channels are woven into each other: "
+       "a pattern of 2 x 2 pixels.", cell=1.1)  # fmt: skip
+
+embed, z = PatchEmbed(channels=4, patch=2, dim=64), torch.randn(2, 4, 8, 6, generator=g)
+convolved = F.conv2d(z, embed.proj.weight, embed.proj.bias, stride=2)  # (2, 64, 4, 3)
+torch.testing.assert_close(embed(z), convolved.flatten(2).mT, atol=1e-5, rtol=1e-4)
+
+# %% [markdown]
+# ## Failure two: rows and columns exchanged
+#
+# Another mistake puts tokens down with the number of rows and of columns exchanged.
+#
+# **PREDICT.** What does it do to a square image? And to one that is wider than high?
+
+
+# %%
+def exchanged(tokens, patch, height, width):
+    B, _, features = tokens.shape
+    x = tokens.reshape(B, width // patch, height // patch, patch, patch, features // patch**2)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, width, height)
+
+
+def laid_wrong(x):
+    return exchanged(patchify(x, 2), 2, *x.shape[2:])[0]
+
+
+wide = torch.cat([*digits[:2]], dim=2)[None]  # (1, 1, 28, 56)
+rows = {"from 28 x 28": laid_wrong(digits[:1]), "from 28 x 56": laid_wrong(wide)}
+images(rows, "Square: no harm. Wide: it stands upright, every row of patches cut in two.", cell=1.4)
+
+# %% [markdown]
+# Square images hide exchanged axes. That is why the checks below use 4 x 6, and why you should
+# test your own code on sizes that all differ.
+#
+# ## How large should a patch be?
+#
+# Smaller patches show more and cost more: the number of tokens grows with the square, and in
+# attention every token looks at every other. For one pass of the 2B model over 1024 x 1024 pixels
+# (latents of 128 x 128), counting two operations for each multiplication and addition:
+
+# %%
+config, patches = CONFIGS["sd3-medium"].mmdit, [1, 2, 4, 8, 16]
+D, text = config.width, 154
+count = torch.tensor([(128 // p) ** 2 + text for p in patches], dtype=torch.float64)
+linear = config.depth * count * 24 * D**2 / 1e12
+attended = config.depth * count**2 * 4 * D / 1e12
+curves = {"linear layers": (patches, linear), "attention": (patches, attended)}
+lines(curves, "patch size p (numbers of the latents)", "10^12 operations",
+      "SD3 takes p = 2: 4,096 image tokens beside 154 of text.", log="y")  # fmt: skip
+print(dict(zip(patches, (linear + attended).round(decimals=1).tolist(), strict=True)))
+
+# %% [markdown]
+# ## A set has no order
+#
+# Attention gives each token a weighted mean of all tokens. A sum does not ask in which order its
+# terms come. So if the tokens are permuted, the outputs are the same, permuted alike. All else in
+# the transformer treats each token alone, so without positions the whole network cannot tell the
+# puzzles from the digits. To see it, we take a copy of the trained model and set its position
+# buffer to zero.
+
+
+# %%
+q, k, v = torch.randn(3, 1, 2, 16, 64, generator=g)  # two heads, 16 tokens
+permuted = attention(q[:, :, order], k[:, :, order], v[:, :, order])
+torch.testing.assert_close(permuted, attention(q, k, v)[:, order], atol=1e-5, rtol=1e-4)
+
+
+def shuffled(z):
+    return unpatchify(patchify(z, 2)[:, order], 2, *z.shape[2:])
+
+
+def velocity(model, z):
+    with torch.no_grad():
+        return model(z, torch.tensor(0.7), *pipeline.encode_text(["8"] * len(z)))
+
+
+blind, z = copy.deepcopy(pipeline.mmdit), pipeline.noise(4, 1, (8, 8))
+blind.pos_embed.zero_()
+for name, model in {"with positions": pipeline.mmdit, "without": blind}.items():
+    before, after = velocity(model, shuffled(z)), shuffled(velocity(model, z))
+    print(f"{name}: largest difference {(before - after).abs().max():.6f}")
+torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-3)
+
+# %% [markdown]
+# Both assertions hold on random numbers and on the trained model alike: this is a property of the
+# architecture, not of training. (Text tokens get no positions here at all: their encoders have put
+# order into them already.)
+#
+# **PREDICT.** What will the model draw whose positions are zero: digits in the wrong places,
+# strokes without a digit, or noise?
+
+
+# %%
+def draw(model, prompts, size=(8, 8), seed=1):
+    """Latents of the prompts, by 20 steps with guidance."""
+    text, nothing = (pipeline.encode_text(p) for p in (prompts, [""] * len(prompts)))
+    start = pipeline.noise(len(prompts), seed, size)
+    with torch.no_grad():
+        return euler(guided(model, text, nothing, 1.6), start, torch.linspace(1, 0, pick(21, 4)))
+
+
+prompts = [f"the digit {i}" for i in range(10)]
+rows = {"trained": draw(pipeline.mmdit, prompts), "no positions": draw(blind, prompts)}
+rows = {name: pipeline.decode(z) for name, z in rows.items()}
+images(rows, "The same noise and prompts. Without positions no patch knows what to draw.")
+
+# %% [markdown]
+# ## Writing a place into a vector
+#
+# The two coordinates of a patch become a vector as wide as the tokens, and are added to them. A
+# number alone would be a poor code: one feature, growing with the distance. Instead each
+# coordinate is the angle of many clock hands, from fast to slow, and what is written are their
+# sines and cosines. The column fills the first half of the vector, the row the second. In plain
+# loops:
+
+
+# %%
+def positions_slowly(width, grid, sample, span):
+    table, quarter = [], width // 4
+    for row in range(grid):
+        for column in range(grid):
+            code = []
+            for index in (column, row):
+                coordinate = (index - (grid - sample) / 2) * span / sample
+                angles = [coordinate * 10000 ** (-k / quarter) for k in range(quarter)]
+                code += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            table.append(code)
+    return torch.tensor([table])  # (1, grid*grid, width)
+
+
+def positions_here(width, grid, sample, span):
+    coordinate = (torch.arange(grid, dtype=torch.float64) - (grid - sample) / 2) * span / sample
+    k = torch.arange(width // 4, dtype=torch.float64)
+    angles = coordinate[:, None] * 10000 ** (-k / (width // 4))
+    code = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
+    both = torch.cat(torch.broadcast_tensors(code[None], code[:, None]), dim=2)
+    return both.float().reshape(1, grid * grid, width)
+
+
+# %%
+for sizes in ((24, 6, 4, 4), (16, 5, 5, 10)):
+    torch.testing.assert_close(positions_here(*sizes), positions_slowly(*sizes))
+    torch.testing.assert_close(positions_here(*sizes), sincos_positions(*sizes))
+torch.testing.assert_close(pipeline.mmdit.pos_embed, sincos_positions(128, 8, 4, 4))
+
+grid = sincos_positions(128, 16, 16, 16).view(16, 16, 128)
+features = {f"feature {i}": grid[..., i] for i in (0, 6, 32, 64, 70)}
+maps(features, "column", "row", "Five of 128 numbers on a 16 x 16 grid. 0 and 6 are sines of the "
+     "column, 32 is a cosine of it, 64 and 70 are sines of the row.", "value")  # fmt: skip
+
+# %% [markdown]
+# **PREDICT.** Attention compares tokens by inner products. Take the inner product of the code of
+# one place with the codes of all others. What picture do you expect?
+
+# %%
+alike = {f"row {r}, column {c}": grid @ grid[r, c] / 64 for r, c in ((3, 3), (8, 12))}
+maps(alike, "column", "row", "Largest at the place itself, and falling away from it, slowly "
+     "along its row and its column.", "inner product (1 = itself)")  # fmt: skip
+
+# %% [markdown]
+# Near means similar: a cross with a bright middle, because the codes of column and row are added
+# up one beside the other. The inner product depends on the distance alone, `cos(a - b)` for each
+# hand, so the same comparison works everywhere in the picture.
+#
+# And if the halves are exchanged? Nothing fails at a square image, again. But the model takes rows
+# for columns: it lays out the patches as in a mirror along the diagonal.
+
+# %%
+mirrored = copy.deepcopy(pipeline.mmdit)
+columns, rows = mirrored.pos_embed.chunk(2, dim=2)
+mirrored.pos_embed.copy_(torch.cat([rows, columns], dim=2))
+order = torch.arange(16).view(4, 4).mT.flatten()  # `shuffled` is now the mirror
+torch.testing.assert_close(
+    velocity(mirrored, shuffled(z)), shuffled(velocity(pipeline.mmdit, z)),
+    atol=1e-4, rtol=1e-3,
+)  # fmt: skip
+drawn = draw(mirrored, prompts)
+pictures = {"halves exchanged": drawn, "patches mirrored back": shuffled(drawn)}
+images({name: pipeline.decode(z) for name, z in pictures.items()}, "Each patch is drawn right and "
+       "put in the wrong place.")  # fmt: skip
+
+# %% [markdown]
+# ## Other sizes: crop, do not stretch
+#
+# The buffer is larger than the pictures trained on: ours has 8 x 8 places for digits of 4 x 4. The
+# coordinates of its *middle* 4 x 4 run from 0 to 3. A picture of another shape takes the middle
+# rows and columns of its own size, and what is outside gets coordinates below 0 and above 3. The
+# alternative is to stretch: spread the coordinates 0 to 3 over more places.
+#
+# **PREDICT.** Our model has only ever seen 28 x 28 pixels. It is asked for 28 x 60 and for 60 x
+# 60, once with cropped and once with stretched coordinates. What will it draw?
+
+# %%
+numbers = torch.arange(64.0).view(1, 64, 1)
+print("places taken by 3 x 6 patches:", centre_crop(numbers, 3, 6).view(3, 6).int().tolist())
+trained_at = centre_crop(pipeline.mmdit.pos_embed, 4, 4).view(4, 4, 128)
+for_wide = centre_crop(pipeline.mmdit.pos_embed, 4, 8).view(4, 8, 128)
+torch.testing.assert_close(for_wide[:, 2:6], trained_at)
+
+stretched, rows = copy.deepcopy(pipeline.mmdit), {}
+stretched.pos_embed.copy_(sincos_positions(128, 8, 8, 4))  # 0, 0.5, 1, ... 3.5
+for name, model in {"cropped": pipeline.mmdit, "stretched": stretched}.items():
+    for h, w in ((8, 16), (16, 16)):
+        drawn = draw(model, prompts[1:9], (h, w))
+        rows[f"{name}, {4 * h - 4} x {4 * w - 4}"] = pipeline.decode(drawn)
+images(rows, "The digits 1 to 8 on larger canvases.", cell=0.9)
+
+# %% [markdown]
+# Cropped: the digit stands in the middle, as large as ever. The model has not learned "a digit
+# fills the picture" but "this stroke belongs to these coordinates"; outside it has seen nothing,
+# and draws nothing or a few specks. Stretched: between two known places there is now a third, and
+# strokes come twice. Neither makes a *larger* digit. That takes training: SD3 learns at 256
+# pixels, then goes on at 1024 with coordinates that are stretched once (64 patches from 0 to 16, a
+# quarter of a step each), and crops for all shapes.
+#
+# ## Exercises
+
+# %%
+show("patchify")
+
+
+# %%
+def patchify(x, patch):
+    raise NotImplementedError("your code here")
+
+
+check("patchify", patchify)
+
+# %%
+show("unpatchify")
+
+
+# %%
+def unpatchify(tokens, patch, height, width):
+    raise NotImplementedError("your code here")
+
+
+check("unpatchify", unpatchify)
+
+# %%
+show("sincos_positions")
+
+
+# %%
+def sincos_positions(width, grid, sample, span):
+    raise NotImplementedError("your code here")
+
+
+check("sincos_positions", sincos_positions)
+
+# %%
+show("centre_crop")
+
+
+# %%
+def centre_crop(positions, rows, columns):
+    raise NotImplementedError("your code here")
+
+
+check("centre_crop", centre_crop)
+
+# %% [markdown]
+# **Open ends.** Let a digit begin outside the middle: add a constant to the coordinates of the
+# buffer and sample. Does the digit move, by whole patches or by fractions? Blank the position of a
+# single token only: what stands there then? Train with the halves exchanged (notebook 05): does it
+# matter, if one does it from the beginning?
+#
+# ## What was left out
+#
+# Positions that are learned, or that turn the queries and keys themselves (RoPE), as many later
+# models have; SD3's are fixed. Choosing pictures of many shapes for a batch (bucketing). Patches
+# and the 2 x 2 embedding are in section 4 of the paper, arXiv 2403.03206; the grid of positions
+# for other sizes and shapes in section 5.3.2.
