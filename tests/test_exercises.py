@@ -1,14 +1,16 @@
 """Every exercise: the reference and the loops pass, each mutant fails and is named, a stub is not
 attempted; and the checker's feedback in its order."""
 
+import fractions
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
 from nanosd3.exercises import EXERCISES, check
-from nanosd3.exercises.checker import close, judge
-from nanosd3.exercises.worker import copies
+from nanosd3.exercises.checker import assess, close, judge
+from nanosd3.exercises.worker import copies, record
 
 MUTANTS = [(e, m) for e in EXERCISES.values() for m in e.mutants]
 
@@ -93,10 +95,10 @@ def on_the_cpu(x0, noise, t):
     ("answer", "message"),
     [
         (raises, "raised"),
-        (a_list, "returned list"),
+        (a_list, "returned a list of 1 (a tensor of shape (2, 3, 4, 5)), expected a tensor"),
         (not_a_tensor, "returned float 3.0, expected a tensor of shape (2, 3, 4, 5)"),
         (one_dimension_too_many, "shape: got (1, 2, 3, 4, 5), expected (2, 3, 4, 5)"),
-        (detached, "gradient: the values are right, but not the gradient with respect to x0"),
+        (detached, "gradient: the values are right, but none reaches x0"),
         (no_gradient, "gradient: none can be taken through the answer"),
         (float_only, "dtype: for float64 inputs the result should be torch.float64"),
         (on_the_cpu, "device: fails for tensors that are not on the CPU"),
@@ -116,7 +118,7 @@ def test_damaged_inputs_are_seen():
         return v
 
     message = judge(EXERCISES["velocity_target"], answer).message
-    assert message == "in place: x0 was changed by the call; work on a new tensor instead"
+    assert message == "in place: x0 was changed by the call; work on a copy"
 
 
 def test_a_raised_error_shows_the_line():
@@ -132,7 +134,112 @@ def test_right_for_some_cases_is_said():
         return LINE.reference(x0, noise, t) if x0.ndim == 4 else x0
 
     message = judge(LINE, only_images).message
-    assert message.startswith("values: right for: images (2, 3, 4, 5); wrong for: points (7, 2)")
+    assert message.startswith("values: right for: images (2, 3, 4, 5). Wrong for: points (7, 2); ")
+
+
+def destroys_later_inputs(x0, noise, t):
+    z = LINE.reference(x0, noise, t)
+    if x0.ndim == 2:
+        x0.zero_()
+    return z
+
+
+def always_double(x0, noise, t):
+    return LINE.reference(x0, noise, t).double()
+
+
+def returns_none_sometimes(x0, noise, t):
+    if t.ndim:
+        return LINE.reference(x0, noise, t)
+    return None
+
+
+def views(x0, noise, t):
+    z = LINE.reference(x0, noise, t)
+    return x0.view(-1).view(x0.shape) * 0 + z
+
+
+@pytest.mark.parametrize(("answer", "message"), [
+    (destroys_later_inputs, "in place: x0 was changed"),
+    (always_double, "the result should be torch.float32, got torch.float64"),
+    (returns_none_sometimes, "returned None; is a return missing? (input: one time for all)"),
+    (views, "lie otherwise in memory, as after a transpose; reshape takes them, view does not"),
+], ids=lambda x: getattr(x, "__name__", ""))  # fmt: skip
+def test_what_only_some_calls_show(answer, message):
+    verdict = judge(LINE, answer)
+    assert verdict.status == "wrong" and message in verdict.message, verdict.message
+
+
+def test_a_second_call_must_give_the_same():
+    exercise, total = EXERCISES["accumulate_gradient"], {}
+
+    def accumulates_for_ever(weight, x0, noise, t, size):
+        gradient = exercise.reference(weight, x0, noise, t, size)
+        total[weight.shape] = total.get(weight.shape, 0) + gradient
+        return total[weight.shape].to(weight.dtype)
+
+    assert "a second call" in judge(exercise, accumulates_for_ever).message
+
+
+@pytest.mark.parametrize("name", ["train_bpe", "best_split"])
+def test_changed_dictionaries_are_seen(name):
+    exercise = EXERCISES[name]
+
+    def clears(first, second):
+        result = exercise.reference(first, second)
+        (first if isinstance(first, dict) else second).clear()
+        return result
+
+    assert judge(exercise, clears).message.startswith("in place: ")
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "frechet_distance"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", True])
+def test_strange_numbers_are_wrong(name, value):
+    assert judge(EXERCISES[name], lambda *_: [value][0]).points == 0
+
+
+def test_numpy_numbers_are_numbers():
+    rate = EXERCISES["learning_rate"]
+    assert judge(rate, lambda *a: np.float64(rate.reference(*a))).status == "right"
+    assert judge(rate, lambda *a: fractions.Fraction(rate.reference(*a))).status == "right"
+
+
+def test_unusual_right_answers():
+    """Deciding in Python on values of tensors is no mistake, nor is where instead of a product."""
+
+    def euler(velocity, z, ts):
+        for i in range(len(ts) - 1):
+            z = z + (float(ts[i + 1]) - float(ts[i])) * velocity(z, ts[i])
+        return z
+
+    def repaint(v, mask, x0, noise):
+        return torch.where(mask.bool(), v, noise - x0)
+
+    def pool_at_end(states, ids, end):
+        return torch.stack([s[row.tolist().index(end)] for s, row in zip(states, ids, strict=True)])
+
+    def attention(q, k, v):
+        weights = (q.float() @ k.float().mT / 8).softmax(-1).to(q.dtype)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    for answer in (euler, repaint, pool_at_end, attention):
+        verdict = judge(EXERCISES[answer.__name__], answer)
+        assert verdict.status == "right", verdict.message
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+def test_short_records_are_worth_nothing(exercise):
+    """Of an answer that has recorded fewer calls, none, or an empty everything."""
+    whole = record(exercise.reference, [c.arguments for c in exercise.drawn()],
+                   exercise.differentiable)  # fmt: skip
+    assert assess(exercise, whole).status == "right"
+    for key in whole:
+        for wrong in ([], {}, None, whole[key][:1] if isinstance(whole[key], list) else 3):
+            if not (key == "gradients" and not exercise.differentiable) and wrong != whole[key]:
+                assert assess(exercise, whole | {key: wrong}).points == 0 or (
+                    key in ("devices", "gradients")
+                ), key
 
 
 def test_check_prints(capsys):

@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,7 +54,10 @@ def start(file: Path, only: list[str]) -> None:
         raise InputError(f"{file}: exists already; choose another name")
     head = (
         '"""Answers. Fill in what you like, in any order, then\n\n'
-        f'    python -m nanosd3.exercises grade {file.name}\n"""\n\n'
+        f"    python -m nanosd3.exercises grade {file.name}\n\n"
+        "The specifications say what to compute, slowly, and would not pass themselves: an answer\n"
+        "works with tensors, lets gradients through, leaves its inputs alone, and gives a result\n"
+        'of the type and on the device of its inputs.\n"""\n\n'
         "import math\nfrom collections.abc import Callable\n\n"
         "import torch\nimport torch.nn.functional as F\nfrom torch import Tensor"
     )
@@ -64,12 +68,15 @@ def start(file: Path, only: list[str]) -> None:
 def read_answers(file: Path) -> None:
     """Raises InputError if a file cannot be graded at all."""
     try:
-        compile(file.read_text(encoding="utf-8"), str(file), "exec")
+        with warnings.catch_warnings(action="ignore"):  # on how it is written
+            compile(file.read_bytes(), str(file), "exec")  # bytes: it may name its encoding
     except SyntaxError as error:
-        raise InputError(f"{file}: line {error.lineno}: {error.msg}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{file}: cannot be read ({reason})") from None
+        line = f"line {error.lineno}: " if error.lineno else ""
+        raise InputError(f"{file}: {line}{error.msg}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, MemoryError, RecursionError) as error:
+        raise InputError(f"{file}: cannot be compiled ({type(error).__name__})") from None
 
 
 def summary(verdicts: list[Verdict]) -> dict:
@@ -82,7 +89,7 @@ def summary(verdicts: list[Verdict]) -> dict:
 
 def show(verdicts: list[Verdict]) -> None:
     for v in verdicts:
-        print(f"{MARKS[v.status]} {v.name:20} {v.points:2}/{v.out_of:<2}  {v.message}")
+        print(f"{MARKS[v.status]} {v.name:22} {v.points:2}/{v.out_of:<2}  {v.message}")
     total = summary(verdicts)
     print(f"score: {total['score']} of {total['out_of']}")
 
@@ -92,22 +99,21 @@ def grade_all(folder: Path, target: Path, only: list[str], open_book: bool) -> N
     files = sorted(folder.glob("*.py")) if folder.is_dir() else []
     if not files:
         raise InputError(f"{folder}: holds no answers (*.py)")
+    if target.is_dir():
+        raise InputError(f"--csv {target}: is a folder; name a file")
     exercises = chosen(only)
 
     def row(file: Path) -> list:
+        name = file.name.encode(errors="replace").decode()
+        name = f"'{name}" if name[0] in "=+-@" else name  # no formula for a spreadsheet
         try:
             read_answers(file)
-        except InputError as error:
-            return [
-                file.name,
-                0,
-                sum(e.points for e in exercises),
-                str(error),
-                *[0] * len(exercises),
-            ]
-        verdicts = grade(file, exercises, open_book)
+            verdicts = grade(file, exercises, open_book)
+        except Exception as error:  # one file must not stop the others
+            out_of = sum(e.points for e in exercises)
+            return [name, 0, out_of, f"{error}", *[0] * len(exercises)]
         total = summary(verdicts)
-        return [file.name, total["score"], total["out_of"], "", *(v.points for v in verdicts)]
+        return [name, total["score"], total["out_of"], "", *(v.points for v in verdicts)]
 
     with ThreadPoolExecutor(cores()) as pool:
         rows = list(tqdm(pool.map(row, files), "grading", total=len(files)))
@@ -115,7 +121,7 @@ def grade_all(folder: Path, target: Path, only: list[str], open_book: bool) -> N
     writer = csv.writer(buffer)
     writer.writerow(["file", "score", "out_of", "error", *(e.name for e in exercises)])
     writer.writerows(rows)
-    write_file(target, buffer.getvalue().encode())
+    write_file(target, buffer.getvalue().encode(errors="replace"))
     print(f"{len(files)} files graded: {target}")
 
 
@@ -131,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.what == "list":
         for e in chosen(args.only):
-            print(f"{e.topic:8}{e.name:20}{e.points:2} points, {'*' * e.difficulty}")
+            print(f"{e.topic:12}{e.name:22}{e.points:2} points, {'*' * e.difficulty}")
         return 0
     if args.path is None:
         raise InputError(f"{args.what} needs a path")

@@ -10,10 +10,12 @@ from nanosd3.exercises.base import Case, Exercise, Mutant, normal
 
 
 def rms_cases(generator: torch.Generator) -> list[Case]:
-    return [
+    cases = [
         Case(f"shape {shape}", (3 * normal(generator, *shape) + 1, normal(generator, shape[-1])))
         for shape in ((2, 3, 5, 8), (4, 6))
     ]
+    small = torch.cat([1e-3 * normal(generator, 2, 8), torch.zeros(1, 8)])
+    return [*cases, Case("small numbers and zeros", (small, normal(generator, 8)))]
 
 
 def rms_spec(x: Tensor, weight: Tensor) -> Tensor:
@@ -153,6 +155,11 @@ def attention_spec(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+def softmax_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT / 8).softmax(dim=2)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
 def not_divided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return layers.attention(8 * q, k, v)
 
@@ -193,6 +200,7 @@ ATTENTION = Exercise(
         Mutant(heads_not_joined_in_order, "All of head 0 should come first, then all of head 1."),
         Mutant(view_without_transpose, "Before the heads are joined, heads and tokens must change "
                "places."),
+        Mutant(softmax_over_queries, "Each query's weights over the keys add up to 1."),
         Mutant(causal, "No mask: an image has no before and after."),
     ),
     why="The one place where tokens meet.",
@@ -238,6 +246,10 @@ def not_normed_at_all(
     return layers.attention(q * weight_q, k * weight_k, v)
 
 
+def queries_only(q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor) -> Tensor:
+    return layers.attention(rms_norm(q, weight_q), k * weight_k, v)
+
+
 def values_normed_too(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor
 ) -> Tensor:
@@ -276,6 +288,7 @@ QK_NORM = Exercise(
     mutants=(
         Mutant(not_normed_at_all, "The learned weights alone bound nothing: divide by the root "
                "mean square first."),
+        Mutant(queries_only, "Keys are normed as well as queries."),
         Mutant(values_normed_too, "Values are not normed: only what enters the softmax is."),
         Mutant(normed_over_heads, "Each head is normed by itself, over its own 64 features."),
         Mutant(not_divided_after_norm, "The logits are divided by 8 with the norm as without."),

@@ -54,6 +54,7 @@ class Exercise:
     tolerance: float = 1e-5
     differentiable: bool = True
     other_devices: bool = True  # may be tried on tensors without memory, as on a GPU
+    constants: tuple[str, ...] = ()  # arguments nobody asks a gradient for
 
     def drawn(self) -> list[Case]:
         """The cases, the same each time."""

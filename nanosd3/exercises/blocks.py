@@ -21,7 +21,10 @@ def modulate_cases(generator: torch.Generator) -> list[Case]:
         )
         return Case(f"(B, L, D) = ({B}, {L}, {D})", (2 * x + 1, shift, scale))
 
-    return [case(2, 3, 8), case(1, 5, 4)]
+    shift, scale = (normal(generator, 1, 4) for _ in range(2))
+    flat = torch.ones(1, 3, 4) * torch.tensor([0.0, 2.0, -1.0]).view(1, 3, 1)
+    small = Case("small differences", (1e-3 * normal(generator, 1, 3, 4), shift, scale))
+    return [case(2, 3, 8), case(1, 5, 4), Case("all alike", (flat, shift, scale)), small]
 
 
 def modulate_spec(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -104,6 +107,11 @@ def sines_first(t: Tensor) -> Tensor:
     return layers.timestep_embedding(t).roll(128, dims=1)
 
 
+def interleaved(t: Tensor) -> Tensor:
+    cosines, sines = layers.timestep_embedding(t).chunk(2, dim=1)
+    return torch.stack([cosines, sines], dim=2).flatten(1)
+
+
 def divided_by_127(t: Tensor) -> Tensor:
     k = torch.arange(128, device=t.device)
     angle = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) * k / 127)
@@ -125,6 +133,7 @@ TIME = Exercise(
         Mutant(not_times_1000, "t in [0, 1] hardly turns the slow frequencies: it is multiplied by "
                "1000 first."),
         Mutant(sines_first, "Cosines first, then sines."),
+        Mutant(interleaved, "All cosines first, then all sines; not by turns."),
         Mutant(divided_by_127, "The exponent is k / 128; the last frequency is not quite 1/10000."),
     ),
     why="Without the factor 1000 the network can hardly tell one time from another.",

@@ -7,8 +7,10 @@ patches changes nothing but its own record, and the reference's values are nowhe
 (the package itself may not be imported or read: closed book).
 """
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,9 @@ from nanosd3.exercises.worker import PACKAGE
 SECONDS = 10  # for one exercise
 LOADING = 30  # for the file itself
 STARTING = 120  # for Python and torch, on a busy machine
+TOTAL = 300  # for one file, with all its restarts
 MEMORY = 8 * 2**30  # of addresses; torch alone takes some four
+LARGEST = 2**26  # bytes of a record
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -37,18 +41,35 @@ def grade(file: Path, exercises: list[Exercise], open_book: bool = False) -> lis
             e.name: {"cases": [c.arguments for c in e.drawn()], "differentiable": e.differentiable}
             for e in exercises
         }
-        torch.save(cases, folder / "cases.pt")
         failed: dict[str, str] = {}
-        while left := [e for e in exercises if not (folder / f"{e.name}.pt").exists()]:
+        end = time.monotonic() + TOTAL
+        while left := [e for e in exercises if not answered(folder, e.name, failed)]:
+            if time.monotonic() > end:
+                fail(left, f"the file as a whole took more than {TOTAL} s", failed)
+                break
+            torch.save({e.name: cases[e.name] for e in left}, folder / "cases.pt")
             run_worker(folder, left, open_book, failed)
         return [verdict_on(exercise, folder, failed) for exercise in exercises]
+
+
+def answered(folder: Path, name: str, failed: dict[str, str]) -> bool:
+    return name in failed or is_file(folder / f"{name}.pt")
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is one, and no pipe, folder or link that an answer has put there."""
+    return path.is_file() and not path.is_symlink()
 
 
 def run_worker(folder: Path, left: list[Exercise], open_book: bool, failed: dict[str, str]) -> None:
     """Run the worker until it has answered all, or one exercise takes too long or ends it; that
     one then counts as answered, with the reason in `failed`."""
-    for name in ("begun", "loaded"):
-        (folder / name).unlink(missing_ok=True)
+    for name in ("begun", "loaded", *(f"{e.name}.pt" for e in left)):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     command = [sys.executable, "-I", str(WORKER), str(folder), PACKAGE,
                "open" if open_book else "closed", str(MEMORY)]  # fmt: skip
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "SYSTEMROOT")}
@@ -61,8 +82,8 @@ def run_worker(folder: Path, left: list[Exercise], open_book: bool, failed: dict
     def reached(name: str, seconds: float) -> bool:
         """Wait for a file of the worker."""
         end = time.monotonic() + seconds
-        while not (folder / name).exists():
-            if process.poll() is not None and not (folder / name).exists():
+        while not is_file(folder / name):
+            if process.poll() is not None and not is_file(folder / name):
                 return False
             if time.monotonic() > end:
                 return False
@@ -72,16 +93,18 @@ def run_worker(folder: Path, left: list[Exercise], open_book: bool, failed: dict
     try:
         if not reached("begun", STARTING) or not reached("loaded", LOADING):
             reason = "running the file, before any exercise, " + why(process, LOADING)
-            fail(folder, left, reason, failed)
+            fail(left, reason, failed)
             return
         for exercise in left:
             if not reached(f"{exercise.name}.pt", SECONDS):
-                fail(folder, [exercise], why(process, SECONDS), failed)
+                fail([exercise], why(process, SECONDS), failed)
                 return
         process.wait(timeout=SECONDS)
     except subprocess.TimeoutExpired:  # all is answered; what it still does is of no interest
         pass
     finally:
+        with contextlib.suppress(OSError, AttributeError):  # with all that it has started
+            os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.wait()
 
@@ -92,18 +115,19 @@ def why(process: subprocess.Popen, seconds: int) -> str:
     return "ended the program; an answer returns its result"
 
 
-def fail(folder: Path, exercises: list[Exercise], reason: str, failed: dict[str, str]) -> None:
+def fail(exercises: list[Exercise], reason: str, failed: dict[str, str]) -> None:
     """Mark exercises as answered, by nothing."""
-    for exercise in exercises:
-        failed[exercise.name] = reason
-        torch.save({}, folder / f"{exercise.name}.pt")
+    failed.update({exercise.name: reason for exercise in exercises})
 
 
 def verdict_on(exercise: Exercise, folder: Path, failed: dict[str, str]) -> Verdict:
     if exercise.name in failed:
         return Verdict(exercise.name, "wrong", 0, exercise.points, failed[exercise.name])
     try:
-        found = torch.load(folder / f"{exercise.name}.pt", weights_only=True)
+        path = folder / f"{exercise.name}.pt"
+        if path.stat().st_size > LARGEST:
+            return Verdict(exercise.name, "wrong", 0, exercise.points, "returned far too much")
+        found = torch.load(path, weights_only=True)
     except Exception:  # whatever an answer wrote over its record
         found = {}
     return assess(exercise, found)

@@ -16,7 +16,9 @@ def feature_cases(generator: torch.Generator) -> list[Case]:
     same = normal(generator, 6, 2)
     return [
         case("20 and 30 samples", 20, 30, 3),
-        case("one feature", 9, 7, 2),
+        case("two features", 9, 7, 2),
+        Case("fewer samples than features", (normal(generator, 4, 8), normal(generator, 5, 8))),
+        Case("far from 0", (normal(generator, 9, 3) + 1000, normal(generator, 8, 3) + 1000)),
         Case("moved only", (same, same + 2)),
     ]
 
@@ -46,6 +48,14 @@ def features_apart(a: Tensor, b: Tensor) -> float:
     return ((a.mean(0) - b.mean(0)).square() + (a.std(0) - b.std(0)).square()).sum().item()
 
 
+def divided_by_n(a: Tensor, b: Tensor) -> float:
+    shrunk = [
+        x.double().mean(0) + (x.double() - x.double().mean(0)) * ((len(x) - 1) / len(x)) ** 0.5
+        for x in (a, b)
+    ]
+    return metrics.frechet_distance(*shrunk)
+
+
 def its_root(a: Tensor, b: Tensor) -> float:
     return metrics.frechet_distance(a, b) ** 0.5
 
@@ -72,6 +82,7 @@ FRECHET = Exercise(
         Mutant(spread_only, "Where the clouds are counts as well: the means."),
         Mutant(features_apart, "Features go together: the covariances have entries off the "
                "diagonal."),
+        Mutant(divided_by_n, "The covariances are divided by n - 1 and m - 1."),
         Mutant(its_root, "The distance is given squared; take no root at the end."),
         Mutant(no_cross_term, "Of two equal sets the distance should be 0: what is taken away?"),
     ),

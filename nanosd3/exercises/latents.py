@@ -92,6 +92,10 @@ def kl_of_deviation(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + torch.exp(0.5 * logvar) - 1 - logvar).flatten(1).sum(1)
 
 
+def kl_without_one(mean: Tensor, logvar: Tensor) -> Tensor:
+    return 0.5 * (mean.square() + logvar.exp() - logvar).flatten(1).sum(1)
+
+
 def kl_negative(mean: Tensor, logvar: Tensor) -> Tensor:
     return -vae.kl_divergence(mean, logvar)
 
@@ -112,6 +116,7 @@ KL = Exercise(
                "depends on which."),
         Mutant(kl_without_half, "Each latent counts half of the bracket."),
         Mutant(kl_of_deviation, "The bracket has the variance, exp(logvar), not the deviation."),
+        Mutant(kl_without_one, "For mean 0 and variance 1 the divergence is 0; yours is not."),
         Mutant(kl_negative, "A divergence is never negative."),
     ),
     why="It keeps latents near each other, so that the flow has something simple to start from.",
@@ -194,6 +199,13 @@ def one_activation(x: Tensor, weight1: Tensor, weight2: Tensor, groups: int) -> 
     return two_steps(x, weight1, weight2, groups, groups, act=False)
 
 
+def relu(x: Tensor, weight1: Tensor, weight2: Tensor, groups: int) -> Tensor:
+    h = x
+    for weight in (weight1, weight2):
+        h = F.conv2d(F.relu(F.group_norm(h, groups, eps=1e-6)), weight, padding=1)
+    return x + h
+
+
 def norm_after(x: Tensor, weight1: Tensor, weight2: Tensor, groups: int) -> Tensor:
     h = x
     for weight in (weight1, weight2):
@@ -223,6 +235,7 @@ RESBLOCK = Exercise(
             one_group, "Each group of neighbouring channels has a mean and variance of its own."
         ),
         Mutant(one_activation, "SiLU stands before both convolutions."),
+        Mutant(relu, "The activation is SiLU, x sigmoid(x)."),
         Mutant(norm_after, "Norm, activation, convolution, in that order."),
         Mutant(skip_from_normed, "The skip carries x itself, not the normed x."),
     ),

@@ -145,7 +145,8 @@ UNPATCHIFY = Exercise(
 
 def position_cases(generator: torch.Generator) -> list[Case]:
     return [Case(f"width {D}, grid {g}", (D, g, s, span))
-            for D, g, s, span in ((24, 6, 4, 4), (16, 5, 5, 10), (8, 12, 8, 2))]  # fmt: skip
+            for D, g, s, span in ((24, 6, 4, 4), (16, 5, 5, 10), (8, 12, 8, 2),
+                                  (16, 7, 4, 8))]  # fmt: skip
 
 
 def positions_spec(width: int, grid: int, sample: int, span: int) -> Tensor:
@@ -173,6 +174,11 @@ def not_centred(width: int, grid: int, sample: int, span: int) -> Tensor:
     return patchify.sincos_positions(width, grid, grid, grid * span // sample)
 
 
+def by_turns(width: int, grid: int, sample: int, span: int) -> Tensor:
+    a, b, c, d = patchify.sincos_positions(width, grid, sample, span).chunk(4, dim=2)
+    return torch.cat([torch.stack(pair, 3).flatten(2) for pair in ((a, b), (c, d))], dim=2)
+
+
 def cosines_first(width: int, grid: int, sample: int, span: int) -> Tensor:
     a, b, c, d = patchify.sincos_positions(width, grid, sample, span).chunk(4, dim=2)
     return torch.cat([b, a, d, c], dim=2)
@@ -196,6 +202,7 @@ POSITIONS = Exercise(
                "up to `span`."),
         Mutant(not_centred, "Coordinate 0 is where the centred square of `sample` begins, not at "
                "the edge of the grid."),
+        Mutant(by_turns, "All sines of an axis, then its cosines; not by turns."),
         Mutant(cosines_first, "Sines come first, then cosines."),
     ),
     why="Images of other shapes are cropped from the middle of this grid instead of stretching it.",
@@ -210,7 +217,7 @@ def crop_cases(generator: torch.Generator) -> list[Case]:
     return [
         Case(f"{rows}x{columns} of {grid}x{grid}",
              (normal(generator, 1, grid**2, 3), rows, columns))
-        for grid, rows, columns in ((6, 2, 4), (7, 4, 3), (5, 5, 5))
+        for grid, rows, columns in ((6, 2, 4), (7, 4, 3), (5, 5, 5), (8, 5, 3))
     ]  # fmt: skip
 
 

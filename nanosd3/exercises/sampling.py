@@ -21,7 +21,7 @@ def guide(v_prompt: Tensor, v_negative: Tensor, scale: float) -> Tensor:
 def guide_cases(generator: torch.Generator) -> list[Case]:
     return [
         Case(f"scale {s}", (normal(generator, 2, 3, 4, 5), normal(generator, 2, 3, 4, 5), s))
-        for s in (4.5, 1.5, 1.0)
+        for s in (4.5, 1.5, 1.0, 0.5, 0.0)
     ]
 
 
@@ -77,7 +77,7 @@ def start_cases(generator: torch.Generator) -> list[Case]:
         Case(f"{steps} steps, shift {alpha}, strength {strength}",
              (normal(generator, 2, 3, 4), normal(generator, 2, 3, 4),
               flow.schedule(steps, alpha), strength))
-        for steps, alpha, strength in ((10, 3.0, 0.6), (8, 1.0, 0.3), (5, 3.0, 1.0))
+        for steps, alpha, strength in ((10, 3.0, 0.6), (8, 1.0, 0.3), (5, 3.0, 1.0), (7, 1.0, 0.6))
     ]  # fmt: skip
 
 
@@ -115,6 +115,11 @@ def noise_on_top(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tupl
     return x0 + rest[0] * noise, rest
 
 
+def rounded(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    rest = ts[round((len(ts) - 1) * (1 - strength)) :]
+    return flow.interpolate(x0, noise, rest[0]), rest
+
+
 def all_steps(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     return image_to_image(x0, noise, ts, strength)[0], ts
 
@@ -138,6 +143,7 @@ IMAGE_TO_IMAGE = Exercise(
         Mutant(share_left_out, "Strength is the share of steps taken, not of those left out: 1 "
                "makes everything new."),
         Mutant(noise_on_top, "At time t only the share 1 - t of the picture is left."),
+        Mutant(rounded, "What is left out is rounded down, not to the nearest."),
         Mutant(all_steps, "Only the times left are walked through."),
     ),
     why="The layout is decided early: what starts late keeps it.",
@@ -210,6 +216,7 @@ REPAINT = Exercise(
     why="The way to what is known is straight, so every solver follows it exactly.",
     where="nanosd3/samplers.py, inpainting",
     names=("v", "mask", "x0", "noise"),
+    constants=("mask",),
 )
 
 EXERCISES = (GUIDANCE, IMAGE_TO_IMAGE, REPAINT)

@@ -86,6 +86,10 @@ def only_divided(x0: Tensor, shift: float, scale: float) -> Tensor:
     return x0 / scale
 
 
+def multiplied(x0: Tensor, shift: float, scale: float) -> Tensor:
+    return x0 * scale + shift
+
+
 def applied_again(x0: Tensor, shift: float, scale: float) -> Tensor:
     return (x0 - shift) * scale
 
@@ -104,6 +108,7 @@ DENORMALISE = Exercise(
     mutants=(
         Mutant(shifted_first, "Undo in the opposite order: the scale was applied last."),
         Mutant(only_divided, "The shift is not undone."),
+        Mutant(multiplied, "The scale was multiplied with; undo that."),
         Mutant(applied_again, "That normalises a second time; the decoder wants the inverse."),
     ),
     why="A forgotten shift gives pictures that are a little wrong everywhere, for months.",

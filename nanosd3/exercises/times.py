@@ -17,7 +17,7 @@ def uniform_numbers(generator: torch.Generator, count: int) -> Tensor:
 
 
 def logit_normal_cases(generator: torch.Generator) -> list[Case]:
-    u = uniform_numbers(generator, 9)
+    u = torch.cat([uniform_numbers(generator, 7), torch.tensor([0.001, 0.998])])
     return [Case(f"mean {m}, std {s}", (u, m, s)) for m, s in ((0.0, 1.0), (0.8, 1.0), (-0.5, 0.6))]
 
 
@@ -46,6 +46,10 @@ def mirrored(u: Tensor, mean: float, std: float) -> Tensor:
     return flow.logit_normal(u, -mean, std)
 
 
+def no_sigmoid(u: Tensor, mean: float, std: float) -> Tensor:
+    return mean + std * torch.special.ndtri(u)
+
+
 def normal_density(u: Tensor, mean: float, std: float) -> Tensor:
     return torch.sigmoid((u - mean) / std)
 
@@ -67,6 +71,7 @@ LOGIT_NORMAL = Exercise(
         Mutant(std_forgotten, "The standard deviation is not used."),
         Mutant(variance_for_std, "std is a standard deviation, not a variance."),
         Mutant(mirrored, "A positive mean should favour noise, t near 1."),
+        Mutant(no_sigmoid, "A normal number can lie anywhere; what squeezes it into (0, 1)?"),
         Mutant(normal_density, "u is uniform; first make a normal number of it."),
     ),
     why="SD3's choice: the middle of the way decides what the image shows, so train there.",

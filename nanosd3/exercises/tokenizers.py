@@ -21,6 +21,8 @@ def pair_cases(generator: torch.Generator) -> list[Case]:
         Case("overlapping", (("a", "a", "a", "b"), ("a", "a"))),
         Case("longer symbols", (("th", "e", "th", "o", "th", "e"), ("th", "e"))),
         Case("not there", (("x", "y", "z"), ("z", "y"))),
+        Case("a symbol that ends like the pair", (("xa", "b", "a", "b"), ("a", "b"))),
+        Case("the same letters otherwise", (("a", "bc", "ab", "c"), ("ab", "c"))),
     ]
 
 
@@ -91,7 +93,8 @@ MERGE = Exercise(
 def corpus_cases(generator: torch.Generator) -> list[Case]:
     return [
         Case("four words", ({"low": 5, "lower": 2, "newest": 6, "widest": 3}, 6)),
-        Case("ties", ({"ab": 2, "cd": 2, "ba": 1}, 3)),
+        Case("ties", ({"cd": 2, "ab": 2, "ba": 1}, 3)),
+        Case("twice in a word", ({"banana": 5}, 6)),
         Case("more merges than pairs", ({"aa": 1, "aaaa": 2}, 9)),
     ]
 
@@ -154,6 +157,10 @@ def ties_by_last(counts: dict[str, int], merges: int) -> list[Pair]:
     return trained(spelled(counts), merges, lambda p, n: (-n, [-ord(c) for c in "".join(p)]))
 
 
+def ties_by_occurrence(counts: dict[str, int], merges: int) -> list[Pair]:
+    return trained(spelled(counts), merges, lambda p, n: -n)  # min takes the first it meets
+
+
 def rarest_first(counts: dict[str, int], merges: int) -> list[Pair]:
     return trained(spelled(counts), merges, lambda p, n: (n, p))
 
@@ -174,7 +181,7 @@ TRAIN = Exercise(
     signature="def train_bpe(counts: dict[str, int], merges: int) -> list[tuple[str, str]]:",
     task="Learn byte pairs. `counts` says how often a word occurs; it starts as its letters,\n"
     "the last one with '</w>' behind it. Again and again join the commonest pair of neighbours\n"
-    "(of equals the first in order) everywhere; return the pairs in the order learned, at most\n"
+    "(of equals the first by alphabet) everywhere; return the pairs in the order learned, at most\n"
     "`merges`, fewer if nothing is left to join.",
     specification=train_spec,
     reference=train_bpe,
@@ -183,7 +190,8 @@ TRAIN = Exercise(
         Mutant(words_counted_once, "A pair counts as often as its words occur."),
         Mutant(no_end_of_word, "The last letter carries the mark '</w>': an ending is not a "
                "beginning."),
-        Mutant(ties_by_last, "Of pairs that are equally common, take the first in order."),
+        Mutant(ties_by_last, "Of pairs that are equally common, take the first by alphabet."),
+        Mutant(ties_by_occurrence, "Equally common pairs go by alphabet, not by which came first."),
         Mutant(rarest_first, "The commonest pair is joined first."),
         Mutant(counted_only_at_start, "Joining makes new neighbours: count again every time."),
     ),
@@ -206,6 +214,7 @@ def split_cases(generator: torch.Generator) -> list[Case]:
         Case("more pieces win", ("table", LETTERS | {"table": -13.0, "ta": -3.0, "ble": -4.0,
                                                      "tab": -2.5, "le": -9.0})),
         Case("letters only", ("hub", LETTERS | {"hubble": -1.0})),
+        Case("one long piece", ("abc", {"a": -1.0, "b": -1.0, "c": -1.0, "abc": -2.0})),
     ]  # fmt: skip
 
 

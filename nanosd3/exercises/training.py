@@ -17,6 +17,7 @@ def rate_cases(generator: torch.Generator) -> list[Case]:
     return [
         Case("first step", (0, 100, 10, 2e-3)),
         Case("end of warm-up", (9, 100, 10, 2e-3)),
+        Case("first step after it", (10, 100, 10, 2e-3)),
         Case("a third of the way", (40, 100, 10, 2e-3)),
         Case("last step", (99, 100, 10, 1e-2)),
         Case("no warm-up", (7, 20, 0, 1e-3)),
