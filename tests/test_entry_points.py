@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from PIL import Image
 from test_data import write_set
 
 import train_mnist
-from nanosd3 import generate, loop, report, train
+from nanosd3 import checkpoint, generate, loop, report, train
 from nanosd3.config import CONFIGS
+from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
 from nanosd3.runtime import InputError, run_main
 
@@ -161,6 +163,21 @@ def test_fresh_starts_over(tmp_path, one_step):
     assert train_mnist.main([*command, "--seed", "1", "--fresh"]) == 0
     assert (tmp_path / "run" / "flow.safetensors").stat().st_mtime_ns > first
     assert json.loads((tmp_path / "run" / "run.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_dropped_encoders_teach_nothing(tmp_path, monkeypatch, dropout):
+    """What reads the text is trained by the encoders that are heard, and by nothing else."""
+    short = {name: replace(getattr(TRAINING, name), steps=4) for name in STAGES}
+    training = replace(TRAINING, **short, encoder_dropout=dropout)
+    config = replace(CONFIGS["tiny"], training=training)
+    monkeypatch.setitem(train_mnist.CONFIGS, "tiny", config)
+    assert train_mnist.main(["--config", "tiny", "--out", str(tmp_path / "run")]) == 0
+    trained = checkpoint.read_tensors(tmp_path / "run" / "flow.safetensors")
+    job = SimpleNamespace(seed=0, device=torch.device("cpu"))
+    fresh = train.build(job, "flow", lambda: MMDiT(config.mmdit)).state_dict()
+    for key in ("context_embedder.weight", "y_embedder.mlp.0.weight"):
+        assert torch.equal(trained[key], fresh[key]) == (dropout == 1.0), key
 
 
 def test_the_seed_matters(tiny_run, tmp_path):

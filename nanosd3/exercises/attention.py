@@ -210,12 +210,12 @@ ATTENTION = Exercise(
 
 
 def qk_cases(generator: torch.Generator) -> list[Case]:
-    def case(B: int, heads: int, L: int) -> Case:
-        q, k, v = (3 * normal(generator, B, heads, L, 64) for _ in range(3))
+    def case(B: int, heads: int, L: int, size: float = 3.0, label: str = "") -> Case:
+        q, k, v = (size * normal(generator, B, heads, L, 64) for _ in range(3))
         weights = [1 + 0.3 * normal(generator, 64) for _ in range(2)]
-        return Case(f"{heads} heads, {L} tokens", (q, k, v, *weights))
+        return Case(f"{heads} heads, {L} tokens{label}", (q, k, v / size, *weights))
 
-    return [case(2, 3, 5), case(1, 2, 4)]
+    return [case(2, 3, 5), case(1, 2, 4), case(1, 1, 3, 1e-3, " of small numbers")]
 
 
 def qk_spec(q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor) -> Tensor:

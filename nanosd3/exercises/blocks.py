@@ -145,14 +145,14 @@ TIME = Exercise(
 
 
 def mlp_cases(generator: torch.Generator) -> list[Case]:
-    def case(B: int, L: int, D: int) -> Case:
-        tokens = 2 * normal(generator, B, L, D) + 1
+    def case(B: int, L: int, D: int, size: float = 2.0, label: str = "") -> Case:
+        tokens = size * normal(generator, B, L, D) + 1
         conditioning = [normal(generator, B, D) for _ in range(3)]
         weights = [normal(generator, *shape) / D**0.5 for shape in ((4 * D, D), (4 * D,),
                                                                    (D, 4 * D), (D,))]  # fmt: skip
-        return Case(f"(B, L, D) = ({B}, {L}, {D})", (tokens, *conditioning, *weights))
+        return Case(f"(B, L, D) = ({B}, {L}, {D}){label}", (tokens, *conditioning, *weights))
 
-    return [case(2, 3, 4), case(1, 5, 6)]
+    return [case(2, 3, 4), case(1, 5, 6), case(1, 2, 8, 1e-3, ", small differences")]
 
 
 def mlp_spec(
