@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 HEAD_DIM = 64  # SD3's heads are all 64 wide: depth d means width 64 d and d heads
@@ -34,6 +35,14 @@ def onednn_multiplies_faster() -> bool:
         return False
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return amd and wide and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def eager() -> bool:
+    """Whether operations run as they are written: no compiler, no function transform (torch.func),
+    no forward-mode derivative is at work. Those know PyTorch's own operations best."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -67,7 +76,7 @@ class Product(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in), plus bias: F.linear by the faster library."""
     plain = x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0
-    if plain or not onednn_multiplies_faster():
+    if plain or not (eager() and onednn_multiplies_faster()):
         return F.linear(x, weight, bias)
     multiply = Product.apply if torch.is_grad_enabled() else product
     return multiply(x, weight, bias)
@@ -84,7 +93,7 @@ class Linear(nn.Linear):
 def recomputed(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[None]:
     """While open, `output` = function(*inputs) is not kept for gradients, but computed again when
     they are taken: for what is cheap to compute, large, and made of what is kept anyway."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler decides itself
+    if not (torch.is_grad_enabled() and eager()):
         yield
         return
     place, size, kept = output.data_ptr(), output.numel(), [x.detach() for x in inputs]

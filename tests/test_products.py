@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from nanosd3 import layers
 from nanosd3.config import CONFIGS
@@ -109,3 +110,27 @@ def test_a_model_keeps_less_and_has_the_same_gradients(monkeypatch, name):
         kept.append(saved_numbers(model, arguments))
     assert all(map(torch.equal, *gradients))
     assert kept[0] < 0.85 * kept[1]
+
+
+@needs_onednn
+def test_transforms_and_compilers_see_through(monkeypatch):
+    """Derivatives by torch.func and forward mode, vmap, and torch.compile's graph capture."""
+    monkeypatch.setattr(layers, "onednn_multiplies_faster", lambda: True)
+    mlp, x = layers.MLP(8), draw(3, 8)
+    weights = dict(mlp.named_parameters())
+
+    def loss(weights):
+        return torch.func.functional_call(mlp, weights, layers.modulate(x[None], x[:1], x[1:2]))
+
+    by_func = torch.func.grad(lambda w: loss(w).square().sum())(weights)
+    by_tape = torch.autograd.grad(loss(weights).square().sum(), weights.values())
+    for a, b in zip(by_func.values(), by_tape, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    _, slope = torch.func.jvp(mlp, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        dual = mlp(forward_ad.make_dual(x, torch.ones_like(x)))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, slope)
+    torch.testing.assert_close(torch.func.vmap(mlp)(x), mlp(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.compile(mlp, backend="eager", fullgraph=True)(x), mlp(x), atol=1e-5, rtol=1e-5
+    )
