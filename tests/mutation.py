@@ -73,7 +73,8 @@ def copy_tree(root: Path, to: Path, head: bool) -> None:
     """The working tree without what git ignores, or the last commit."""
     if head:
         with tarfile.open(fileobj=io.BytesIO(git(root, "archive", "HEAD"))) as archive:
-            archive.extractall(to, filter="data")
+            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extractall(to, **safely)  # early 3.11 has no filters
         return
     for name in git(root, "ls-files", "-co", "--exclude-standard", "-z").decode().split("\0"):
         if name and (root / name).is_file():  # not if it was deleted
