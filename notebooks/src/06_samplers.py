@@ -291,7 +291,8 @@ images(rows, "'a 7' at scale 3, with the mean stroke weight measured in the imag
 # %%
 images_, labels = lesson.job.images.test_images, lesson.job.images.test_labels
 four, eps, ts = images_[labels == 4][:1], noise[:1], flow.schedule(12)
-nine = guided(pipeline.mmdit, *(pipeline.encode_text(p) for p in ("the digit 9", "")), 1.6)
+both = (pipeline.encode_text(prompt) for prompt in ("the digit 9", ""))
+nine = guided(pipeline.mmdit, *both, pipeline.config.sampling.guidance)
 with torch.no_grad():
     x0 = pipeline.encode(to_model(four, 28))
     half = heun(nine, flow.interpolate(x0, eps, ts[6]), ts[6:])  # strength 6 / 12
