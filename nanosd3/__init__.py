@@ -15,7 +15,7 @@ Time, used everywhere
     (Lipman's and Liu's papers run the other way: their t is our 1 - t, their v our -v.)
 
 Layers: a module imports only from rows above its own
-    runtime
+    runtime   products
     config   patchify   layers   flow   samplers   tokenizers   parts   images
     mmdit   vae   clip   t5   data   metrics   options   layouts   weightfiles
     text   checkpoint   sizes

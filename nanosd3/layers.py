@@ -6,110 +6,24 @@ conventions of their own.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx
+
+from nanosd3.products import linear, recomputed
 
 HEAD_DIM = 64  # SD3's heads are all 64 wide: depth d means width 64 d and d heads
 TIMESTEP_SCALE = 1000  # t in [0, 1] becomes 0..1000 here and nowhere else
 TIMESTEP_FEATURES = 256
 
 
-@cache
-def onednn_multiplies_faster() -> bool:
-    """Whether float32 products should go to oneDNN instead of MKL, which PyTorch takes by itself.
-
-    MKL leaves half of AVX-512's speed unused on processors that are not Intel's (measured on AMD:
-    200 against 400 GFLOP/s). Elsewhere there is nothing to gain.
-    """
-    try:
-        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return False
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return amd and wide and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def eager() -> bool:
-    """Whether operations run as they are written: no compiler, no function transform (torch.func),
-    no forward-mode derivative is at work. Those know PyTorch's own operations best."""
-    if torch.compiler.is_compiling():
-        return False
-    return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times weight (out, in), plus bias, by oneDNN; float32 on CPU, no gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class Product(torch.autograd.Function):
-    """`product`, whose gradients are products too."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return product(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        g_rows, x_rows = (a.reshape(-1, a.shape[-1]) for a in (g, x))  # (tokens, out), (tokens, in)
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        return (
-            product(g, weight.T) if for_x else None,
-            product(g_rows.T, x_rows.T) if for_weight else None,
-            g_rows.sum(0) if for_bias else None,
-        )
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times weight (out, in), plus bias: F.linear by the faster library."""
-    plain = x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0
-    if plain or not (eager() and onednn_multiplies_faster()):
-        return F.linear(x, weight, bias)
-    multiply = Product.apply if torch.is_grad_enabled() else product
-    return multiply(x, weight, bias)
-
-
 class Linear(nn.Linear):
-    """nn.Linear, multiplied by `linear`."""
+    """nn.Linear, multiplied by the faster library."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-
-@contextmanager
-def recomputed(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[None]:
-    """While open, `output` = function(*inputs) is not kept for gradients, but computed again when
-    they are taken: for what is cheap to compute, large, and made of what is kept anyway."""
-    if not (torch.is_grad_enabled() and eager()):
-        yield
-        return
-    place, size, kept = output.data_ptr(), output.numel(), [x.detach() for x in inputs]
-
-    def pack(saved: Tensor) -> Tensor | tuple:
-        same = saved.data_ptr() == place and saved.numel() == size
-        return (saved.shape, saved.stride()) if same else saved
-
-    def unpack(packed: Tensor | tuple) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        with torch.no_grad():
-            return function(*kept).as_strided(*packed)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
 
 
 class RMSNorm(nn.Module):

@@ -34,12 +34,12 @@ from nanosd3.layers import (
     Linear,
     RMSNorm,
     attention,
-    linear,
     modulate,
     split_heads,
     timestep_embedding,
 )
 from nanosd3.patchify import centre_crop, patchify, sincos_positions, unpatchify
+from nanosd3.products import linear
 
 
 class Modulation(NamedTuple):

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanosd3.audit import on_meta
 from nanosd3.config import Config
 from nanosd3.export import diffusers_state, part_config
-from nanosd3.layers import linear
 from nanosd3.parts import stored
+from nanosd3.products import linear
 
 Forward = Callable[[], Tensor]
 

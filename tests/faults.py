@@ -8,7 +8,7 @@ to see them.
 
 from typing import NamedTuple
 
-from faults_network import LAYERS, MMDIT
+from faults_network import LAYERS, MMDIT, PRODUCTS
 
 
 class Fault(NamedTuple):
@@ -217,6 +217,7 @@ FAULTS = [
         ("flow.py", FLOW),
         ("samplers.py", SAMPLERS),
         ("patchify.py", PATCHIFY),
+        ("products.py", PRODUCTS),
         ("layers.py", LAYERS),
         ("mmdit.py", MMDIT),
     )

@@ -1,8 +1,7 @@
-"""Mistakes that real programmers make in the network, as in faults.py: layers.py and mmdit.py."""
+"""Mistakes that real programmers make in the network, as in faults.py: products.py,
+layers.py and mmdit.py."""
 
-LAYERS = [
-    ("HEAD_DIM = 64", "HEAD_DIM = 32", "width of a head"),
-    ("TIMESTEP_SCALE = 1000", "TIMESTEP_SCALE = 100", "time in percent"),
+PRODUCTS = [
     # eager, product, Product, linear
     ("    if torch.compiler.is_compiling():\n        return False\n", "", "compilers meet oneDNN"),
     ("return forward_ad._current_level < 0 and not", "return not", "forward mode meets oneDNN"),
@@ -23,12 +22,18 @@ LAYERS = [
      "no gradients on fast processors"),
     (" or x.numel() == 0", "", "no tokens at all go to oneDNN"),
     (' or x.device.type != "cpu"', "", "other devices go to oneDNN"),
-    ("linear(x, self.weight, self.bias)", "linear(x, self.weight)", "linear layers without bias"),
-    # recomputed, RMSNorm
+    # recomputed
     ("(torch.is_grad_enabled() and eager())", "torch.is_grad_enabled()", "transforms recompute"),
     ("saved.data_ptr() == place and ", "", "all tensors of that size are taken for the output"),
     (" and saved.numel() == size", "", "what only begins there is taken for the output"),
     ("(*kept).as_strided(*packed)", "(*kept)", "computed again, but not in the kept shape"),
+]  # fmt: skip
+
+LAYERS = [
+    ("HEAD_DIM = 64", "HEAD_DIM = 32", "width of a head"),
+    ("TIMESTEP_SCALE = 1000", "TIMESTEP_SCALE = 100", "time in percent"),
+    # Linear, RMSNorm
+    ("linear(x, self.weight, self.bias)", "linear(x, self.weight)", "linear layers without bias"),
     ("torch.ones(dim)", "torch.zeros(dim)", "a fresh norm answers zero"),
     ("self.weight.shape, self.weight, eps=1e-6", "self.weight.shape, self.weight, eps=1e-3",
      "epsilon of the RMS norm"),

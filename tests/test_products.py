@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from nanosd3 import layers
+from nanosd3 import layers, products
 from nanosd3.config import CONFIGS
 from nanosd3.mmdit import MMDiT
 
@@ -25,11 +25,11 @@ def draw(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(12,), (9, 12), (4, 7, 12), (2, 3, 4, 12), (0, 12)])
 def test_product_has_the_gradients_of_linear(monkeypatch, shape, bias):
-    monkeypatch.setattr(layers, "onednn_multiplies_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn_multiplies_faster", lambda: True)
     given = [draw(*shape), draw(5, 12), draw(5)][: 3 if bias else 2]
     ours = [x.clone().requires_grad_() for x in given]
     theirs = [x.double().requires_grad_() for x in given]
-    y, expected = layers.linear(*ours), F.linear(*theirs)
+    y, expected = products.linear(*ours), F.linear(*theirs)
     assert ("Product" in type(y.grad_fn).__name__) == bool(y.numel())
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
     g = draw(*expected.shape)
@@ -42,22 +42,22 @@ def test_product_has_the_gradients_of_linear(monkeypatch, shape, bias):
 
 @needs_onednn
 def test_product_computes_no_gradient_that_is_not_asked_for(monkeypatch):
-    monkeypatch.setattr(layers, "onednn_multiplies_faster", lambda: True)
-    calls, original = [], layers.product
-    monkeypatch.setattr(layers, "product", lambda *a: calls.append(1) or original(*a))
+    monkeypatch.setattr(products, "onednn_multiplies_faster", lambda: True)
+    calls, original = [], products.product
+    monkeypatch.setattr(products, "product", lambda *a: calls.append(1) or original(*a))
     frozen, x = draw(5, 12), draw(3, 12).requires_grad_()
-    layers.linear(x, frozen).sum().backward()
+    products.linear(x, frozen).sum().backward()
     assert len(calls) == 2 and x.grad is not None  # forward, and for x
     calls.clear()
     with torch.no_grad():
-        assert layers.linear(x, frozen).grad_fn is None
+        assert products.linear(x, frozen).grad_fn is None
     assert len(calls) == 1
 
 
 def test_other_types_are_multiplied_by_pytorch(monkeypatch):
-    monkeypatch.setattr(layers, "onednn_multiplies_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn_multiplies_faster", lambda: True)
     x, weight = (draw(*s, dtype=torch.float64).requires_grad_() for s in ((3, 12), (5, 12)))
-    assert "Product" not in type(layers.linear(x, weight).grad_fn).__name__
+    assert "Product" not in type(products.linear(x, weight).grad_fn).__name__
 
 
 def test_recomputed_output_is_not_kept():
@@ -67,7 +67,7 @@ def test_recomputed_output_is_not_kept():
         middle = torch.tanh(x) * 2  # the product, not what tanh itself keeps
         with (
             contextlib.nullcontext() if remember
-            else layers.recomputed(middle, lambda x: torch.tanh(x) * 2, x)
+            else products.recomputed(middle, lambda x: torch.tanh(x) * 2, x)
         ):  # fmt: skip
             return F.linear(middle, weight).square().sum(), weakref.ref(middle.untyped_storage())
 
@@ -115,7 +115,7 @@ def test_a_model_keeps_less_and_has_the_same_gradients(monkeypatch, name):
 @needs_onednn
 def test_transforms_and_compilers_see_through(monkeypatch):
     """Derivatives by torch.func and forward mode, vmap, and torch.compile's graph capture."""
-    monkeypatch.setattr(layers, "onednn_multiplies_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn_multiplies_faster", lambda: True)
     mlp, x = layers.MLP(8), draw(3, 8)
     weights = dict(mlp.named_parameters())
 

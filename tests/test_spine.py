@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanosd3 import layers
+from nanosd3 import products
 from nanosd3.config import CONFIGS
 from nanosd3.flow import logit_normal, mode, schedule, stratified, uniform
-from nanosd3.layers import RMSNorm, gelu, linear, modulate, recomputed, timestep_embedding
+from nanosd3.layers import RMSNorm, gelu, modulate, timestep_embedding
 from nanosd3.mmdit import MMDiT
 from nanosd3.patchify import centre_crop, patchify, sincos_positions, unpatchify
+from nanosd3.products import linear, recomputed
 from nanosd3.samplers import Skip, guided, inpainting
 
 MMDIT = replace(CONFIGS["tiny"].mmdit, depth=3, dual_attention=(1,))
@@ -141,7 +142,7 @@ def fast(monkeypatch):
     """A processor on which `linear` takes the other library."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("PyTorch was built without oneDNN")
-    monkeypatch.setattr(layers, "onednn_multiplies_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn_multiplies_faster", lambda: True)
 
 
 @pytest.mark.usefixtures("fast")
@@ -158,7 +159,7 @@ def test_the_other_library_multiplies_alike():
 
 @pytest.mark.usefixtures("fast")
 def test_other_devices_are_left_to_pytorch(monkeypatch):
-    monkeypatch.setattr(layers, "product", lambda *_: pytest.fail("not for this device"))
+    monkeypatch.setattr(products, "product", lambda *_: pytest.fail("not for this device"))
     with torch.no_grad():
         y = linear(torch.empty(2, 8, device="meta"), torch.empty(4, 8, device="meta"))
     assert y.shape == (2, 4) and y.device.type == "meta"
@@ -187,7 +188,7 @@ def test_the_processor_is_unknown_off_linux(monkeypatch):
         raise FileNotFoundError("/proc/cpuinfo")
 
     monkeypatch.setattr(Path, "read_text", no_such_file)
-    assert layers.onednn_multiplies_faster.__wrapped__() is False
+    assert products.onednn_multiplies_faster.__wrapped__() is False
 
 
 # --- MMDiT --------------------------------------------------------------------------------------

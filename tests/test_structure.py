@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nanosd3"
 LAYERS = [  # as the package docstring lists them
-    {"runtime"},
+    {"runtime", "products"},
     {"config", "patchify", "layers", "flow", "samplers", "tokenizers", "parts", "images"},
     {"mmdit", "vae", "clip", "t5", "data", "metrics", "options", "layouts", "weightfiles"},
     {"text", "checkpoint", "sizes"},
