@@ -16,20 +16,22 @@ Time, used everywhere
 
 Layers: a module imports only from rows above its own
     runtime   products
-    config   patchify   layers   flow   samplers   tokenizers   parts   images
-    mmdit   vae   clip   t5   data   metrics   options   layouts   weightfiles
-    text   checkpoint   sizes
-    pipeline   loop   figures
-    train   found
-    train_text   report   audit
-    export
+    config   patchify   layers   flow   samplers   tokenizers   parts   images   parallel   buckets
+    mmdit   vae   clip   t5   data   metrics   options   layouts   weightfiles   costs   folders
+    text   checkpoint   sizes   sources   footprint
+    pipeline   states   shards   speed   figures
+    loop   features   found
+    stages   audit
+    train_text   report   export
     weights   pairs
-    generate   bench   student
+    jobs   generate   growth   student
+    train   bench
 
 The exercises (nanosd3/exercises) import all of it and are imported by nothing.
 
 Reading order: flow, samplers, patchify, layers, mmdit (the spine); then vae, clip, t5,
-tokenizers, text; then pipeline, loop, train. Nothing happens at import time.
+tokenizers, text; then pipeline; then sources, features, loop, stages, jobs. Nothing happens at
+import time.
 """
 
 __version__ = "0.1.0"

@@ -3,6 +3,8 @@
     python -m nanosd3.bench forward --against diffusers      one pass through each part
     python -m nanosd3.bench train --against diffusers        one step of training the transformer
     python -m nanosd3.bench memory --config sd3-medium       a whole run, by its largest stage
+    python -m nanosd3.bench growth --out growth.png          steps of training of many sizes
+    python -m nanosd3.bench table --config sd3.5-large       the memory of one, computed
 
 Machines are noisy, so a time means little and a ratio of two taken side by side means more:
 `forward` and `train` run both in turn, several times, and give the median of the ratios. Memory is
@@ -24,23 +26,26 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
+from nanosd3 import footprint, growth
 from nanosd3.config import CONFIGS, Config
+from nanosd3.costs import parameters, training_flops
 from nanosd3.layouts import COMPONENTS, PREFIXES
-from nanosd3.loop import CLIP_NORM
 from nanosd3.pairs import (
     Forward,
     count_flops,
     forward_of,
     inputs,
-    matrix_peak,
     peak_memory,
     randomly_filled,
-    seconds,
+    side_of,
+    text_tokens,
     theirs,
+    training_step,
+    with_depth,
 )
-from nanosd3.runtime import InputError, Parser, positive, run_main, set_up
+from nanosd3.products import multiplication_speed, seconds
+from nanosd3.runtime import InputError, Parser, memory_found, positive, run_main, set_up
 from nanosd3.text import ENCODERS
 from nanosd3.weights import DTYPES
 
@@ -79,8 +84,9 @@ def prepare(
 
 @torch.no_grad()
 def bench_forward(args: argparse.Namespace) -> None:
+    side_of(CONFIGS[args.config], args.size)  # before anything large is made
     device = set_up(args.threads)
-    peak = matrix_peak(device, DTYPES[args.dtype])
+    peak = multiplication_speed(device, DTYPES[args.dtype])
     print(f"{args.config}, {args.size}x{args.size}, batch {args.batch}, {args.dtype}, text "
           f"encoders of {args.layers} layers; matrix product {peak / 1e9:.0f} GFLOP/s")  # fmt: skip
     print("| part | ours | share of peak | time ratio | memory ratio | beyond weights | "
@@ -105,29 +111,11 @@ def bench_forward(args: argparse.Namespace) -> None:
 # --- a step of training -------------------------------------------------------------------------
 
 
-def training_step(model: nn.Module, forward: Forward, target: Tensor) -> Callable[[], Tensor]:
-    """One step as the loop makes it: forward, loss, backward, clipped gradient, AdamW."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.99), fused=True)
-
-    def step() -> Tensor:
-        loss = (forward() - target).square().mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
-
-
 def bench_train(args: argparse.Namespace) -> None:
     """Time, arithmetic and memory of a training step of the transformer; float32 weights."""
-    device, config = set_up(args.threads), CONFIGS[args.config]
-    if args.depth:
-        dual = tuple(i for i in config.mmdit.dual_attention if i < args.depth)
-        mmdit = replace(config.mmdit, depth=args.depth, dual_attention=dual)
-        config = replace(config, mmdit=mmdit)
+    config = with_depth(CONFIGS[args.config], args.depth or CONFIGS[args.config].mmdit.depth)
+    tokens = args.batch * side_of(config, args.size) ** 2
+    device = set_up(args.threads)
     ours = randomly_filled(config, "mmdit", device, torch.float32)
     models = [ours, *([copy.deepcopy(theirs(config, "mmdit", ours))] if args.against else [])]
     given = inputs(config, "mmdit", args.size, args.batch, next(ours.parameters()))
@@ -139,8 +127,7 @@ def bench_train(args: argparse.Namespace) -> None:
     losses = [(step(), step())[1] for step in steps]  # the second one has felt a gradient
     flops = count_flops(steps[0])
     rows = [[seconds(step, device) for step in steps] for _ in range(args.repeats)]
-    best, peak = min(row[0] for row in rows), matrix_peak(device, torch.float32)
-    tokens = args.batch * (given[0].shape[2] * given[0].shape[3] // config.mmdit.patch_size**2)
+    best, peak = min(row[0] for row in rows), multiplication_speed(device, torch.float32)
     held = 3 * sum(p.numel() * p.element_size() for p in ours.parameters())  # with two moments
     memory = [peak_memory(step, device) for step in steps]
     print(f"{args.config}, depth {config.mmdit.depth}, {args.size}x{args.size}, batch "
@@ -197,6 +184,7 @@ def bench_memory(args: argparse.Namespace) -> None:
     """Peak memory of `generate` in a process of its own, beside the weights of each part."""
     if CONFIGS[args.config].training:
         raise InputError(f"memory: {args.config} is small; name one of the official models")
+    side_of(CONFIGS[args.config], args.size)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / f"{args.config}.safetensors"
         counts = alone(write_random, CONFIGS[args.config], path, args.without)
@@ -218,34 +206,85 @@ def bench_memory(args: argparse.Namespace) -> None:
           f"{(before + sum(weights.values())) / 1e9:.2f} GB")  # fmt: skip
 
 
+# --- steps of many sizes -------------------------------------------------------------------------
+
+
+def bench_growth(args: argparse.Namespace) -> None:
+    """Time and memory of a training step against depth, image tokens and batch, with formulas."""
+    if args.out.suffix != ".png" or not args.out.parent.is_dir():
+        raise InputError(f"--out {args.out}: expected a .png in a folder that exists")
+    config = CONFIGS[args.config]
+    most = growth.Setting(args.depth, side_of(config, args.size), args.batch)
+    costs = growth.grow(config, most, args.repeats, set_up(args.threads))
+    speed = growth.draw(config, most, costs, args.out)
+    print(f"{args.out}: times beside those of the FLOPs at {speed / 1e9:.0f} GFLOP/s, and memory")
+
+
+def bench_table(args: argparse.Namespace) -> None:
+    """Memory of a training step, computed, beside what this machine has."""
+    config, side = CONFIGS[args.config], side_of(CONFIGS[args.config], args.size)
+    shape = config.mmdit, args.batch, side, side, text_tokens(config)
+    flops = training_flops(*shape, args.checkpointing)
+    print(f"{args.config}, {parameters(config.mmdit) / 1e9:.3f} billion parameters, {args.size}x"
+          f"{args.size} ({side**2} image tokens, {shape[-1]} of text), {args.precision}, batch "
+          f"{args.batch} in each process: {flops / 1e12:.2f} TFLOP a step")  # fmt: skip
+    how = {"precision": args.precision, "checkpointing": args.checkpointing}
+    print(footprint.table(*shape, **how, processes=args.processes))
+    found, whose = memory_found()
+    print(f"{'here':18}{found:10.2f} {whose}")
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+COMMANDS = {
+    "forward": bench_forward,
+    "train": bench_train,
+    "memory": bench_memory,
+    "growth": bench_growth,
+    "table": bench_table,
+}
+
+
+def parsers() -> dict[str, Parser]:
+    """A parser for each command, which takes the options that act there and refuses all others."""
+    made = {name: Parser(f"python -m nanosd3.bench {name}", run.__doc__)
+            for name, run in COMMANDS.items()}  # fmt: skip
+
+    def add(commands: str, option: str, **how: object) -> None:
+        for name in commands.split():
+            made[name].add_argument(option, **how)
+
+    everywhere, said = "forward train memory growth table", "(default: %(default)s)"
+    add("forward train", "--against", choices=("diffusers",), help="the other side of each pair")
+    add(everywhere, "--config", default="sd3-d15", choices=tuple(CONFIGS), help=said)
+    add(everywhere, "--size", type=positive, default=256, help=f"pixels a side {said}")
+    add("forward train growth table", "--batch", type=positive, default=2, help=said)
+    add("forward", "--layers", type=positive, default=4, help=f"of the text encoders {said}")
+    add("train", "--depth", type=positive, help="of the transformer (default: the config's)")
+    add("growth", "--depth", type=positive, default=8, help=f"of the transformer {said}")
+    add("forward train growth", "--repeats", type=positive, default=5, help=f"measurements {said}")
+    add("forward", "--parts", nargs="+", choices=COMPONENTS, help="which (default: all)")
+    add("forward", "--dtype", default="float32", choices=tuple(DTYPES), help=said)
+    add("forward", "--compile", action="store_true", help="through torch.compile")
+    add("memory", "--without", nargs="*", default=[], choices=ENCODERS, help="leave out")
+    add("memory", "--folder", type=Path, help="where weights go (default: the temporary folder)")
+    add("growth", "--out", type=Path, required=True, metavar="FILE.png", help="the picture")
+    add("table", "--processes", type=positive, nargs="+", default=(1, 8, 64),
+        help="how many, a column for each (default: 1 8 64)")  # fmt: skip
+    add("table", "--precision", default="float32", choices=tuple(footprint.BYTES), help=said)
+    add("table", "--checkpointing", action="store_true", help="compute blocks twice, keep less")
+    add("forward train growth", "--threads", type=positive, help="(default: all usable cores)")
+    made["growth"].set_defaults(batch=8)
+    made["table"].set_defaults(batch=1)
+    return made
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("python -m nanosd3.bench", "Time and memory, measured in pairs.")
-    add = parser.add_argument
-    add(
-        "what",
-        choices=("forward", "train", "memory"),
-        help="one pass of each part, one step of training the transformer, or a whole run",
-    )
-    add("--against", choices=("diffusers",), help="the other side of each pair")
-    add("--config", default="sd3-d15", choices=tuple(CONFIGS), help="(default: %(default)s)")
-    add("--size", type=positive, default=256, help="pixels a side (default: %(default)s)")
-    add("--batch", type=positive, default=2, help="(default: 2, as with guidance)")
-    add("--layers", type=positive, default=4, help="forward: of the text encoders (default: 4)")
-    add("--depth", type=positive, help="train: of the transformer (default: the config's)")
-    add("--repeats", type=positive, default=5, help="pairs (default: %(default)s)")
-    add("--parts", nargs="+", choices=COMPONENTS, help="forward: which (default: all)")
-    add("--dtype", default="float32", choices=tuple(DTYPES))
-    add("--compile", action="store_true", help="forward: through torch.compile")
-    add("--without", nargs="*", default=[], choices=ENCODERS, help="memory: leave out")
-    add("--folder", type=Path, help="memory: where the weights go (default: the temporary folder)")
-    add("--threads", type=positive, help="CPU threads (default: all usable cores)")
-    args = parser.parse_args(arguments)
-    if args.what == "forward":
-        bench_forward(args)
-    elif args.what == "train":
-        bench_train(args)
-    else:
-        bench_memory(args)
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = Parser("python -m nanosd3.bench", "Time and memory, measured and computed.")
+    parser.add_argument("what", choices=tuple(COMMANDS), help="first; each has its own --help")
+    what = parser.parse_args(words[:1]).what
+    COMMANDS[what](parsers()[what].parse_args(words[1:]))
     return 0
 
 

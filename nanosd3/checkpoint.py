@@ -1,33 +1,30 @@
 """Files: written whole or not at all, read without running code, and the folder of a run.
 
 Every file is first written under a temporary name, flushed to disk and then renamed, so that a
-crash or a full disk leaves the old file or none, never half of one. Weights are safetensors;
-the state of an unfinished stage is a torch file behind its checksum, read with
-`weights_only=True`. Neither can execute code when it is read.
+crash or a full disk leaves the old file or none, never half of one. Weights are safetensors, which
+cannot execute code when they are read.
 
 A run folder holds
     run.json                what it is (config, data, seed) and which stages are finished
     *.safetensors           weights of the finished stages
     tokenizers.json         the vocabularies trained for it
-    state-STEP.pt           the unfinished stage: step, weights, optimizer, EMA; the last two
-    latents.safetensors     the encoded images, until the flow has been trained on them
+    state-STEP/             the unfinished stage, see states.py; the last two
+    cache/                  encoded images and captions, see features.py
     log.jsonl               one object a line: stage, step, loss, ...
+    speed.jsonl             how fast, in how much memory
 and, once finished, the pictures and metrics.json.
 """
 
 import contextlib
-import hashlib
-import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
+from safetensors.torch import save_file as save_safetensors
 from torch import Tensor, nn
 
 from nanosd3.runtime import InputError
@@ -37,13 +34,11 @@ try:
 except ImportError:  # Windows: two runs in one folder are not noticed there
     fcntl = None
 
-STATES_KEPT = 2
-WEIGHTS = ("judge", "autoencoder", "clip", "t5", "text", "flow", "latents")
-PICTURES = ("samples.png", "trajectory.gif", "loss.png", "samplers.png")
-RUN_FILES = (  # all that a run writes, beside run.json and state.pt
+WEIGHTS = ("judge", "autoencoder", "clip", "t5", "text", "flow")
+RUN_FILES = (  # all that a run writes, beside run.json and its cache, which tells what is in it
     *(f"{name}.safetensors" for name in WEIGHTS),
-    *PICTURES,
-    *("tokenizers.json", "metrics.json", "log.jsonl"),
+    *("samples.png", "trajectory.gif", "loss.png", "samplers.png", "preview-*.png"),
+    *("tokenizers.json", "metrics.json", "log.jsonl", "speed.jsonl", "state-*"),
 )
 
 
@@ -54,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        rename(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
@@ -62,14 +57,37 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
 
+def rename(temporary: Path, path: Path) -> None:
+    """Give a file or folder its final name, and have the disk know of it."""
+    os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere folders cannot be flushed
+        flush(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder. What a kill leaves of it has a temporary name."""
+    if path.is_dir() and not path.name.startswith("."):
+        away = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(away, ignore_errors=True)
+        path = path.replace(away)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write beside, flush to disk, rename. Raises InputError where that is not possible."""
     with replacing(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content)
+        flush(temporary)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -88,8 +106,12 @@ def read_json(path: Path) -> dict:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, whole or not at all."""
     cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    write_file(path, save_safetensors(cpu))
+    with replacing(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_safetensors(cpu, temporary)
+        flush(temporary)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -127,7 +149,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 class Run:
-    """A run folder: its identity, what is finished, and the state of what is not."""
+    """A run folder: its identity, what is finished, and its log."""
 
     def __init__(self, folder: Path, identity: dict, stages: dict):
         self.folder, self.identity, self.stages = folder, identity, stages
@@ -143,20 +165,18 @@ class Run:
         identity = json.loads(json.dumps(identity))  # as it will be read back: tuples are lists
         index = folder / "run.json"
         if index.exists() and fresh:
-            cls.read(folder)  # refuses what is not recognisably a run
-            run = cls(folder, identity, {})
-            run.forget_states()
+            run = cls.read(folder)  # refuses what is not recognisably a run
+            run.stages = {}
             run.write()
-            for name in RUN_FILES:
-                (folder / name).unlink(missing_ok=True)
+            run.delete(RUN_FILES)
+            run.identity = identity
+            run.write()
             return run
         if index.exists():
             run = cls.read(folder)
-            for key, value in identity.items():
-                if run.identity.get(key) != value:
-                    what = differs(key, run.identity, identity)
-                    raise InputError(f"{folder}: holds a run {what}; choose another folder "
-                                     "with --out, or start over with --fresh")  # fmt: skip
+            if what := difference(run.identity, identity):
+                raise InputError(f"{folder}: holds a run {what}; choose another folder "
+                                 "with --out, or start over with --fresh")  # fmt: skip
             return run
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: is not empty and holds no run.json, so it is no run; "
@@ -180,19 +200,24 @@ class Run:
             raise InputError(f"{folder / 'run.json'}: damaged: no config or stages in it")
         return cls(folder, content, stages)
 
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove what goes by these names in the folder."""
+        for path in (path for name in names for path in self.folder.glob(name)):
+            remove(path)
+
     def write(self) -> None:
         write_json(self.folder / "run.json", {**self.identity, "stages": self.stages})
 
     def finish(self, stage: str, results: dict) -> None:
-        """Mark a stage as finished, with what it measured; its state is no longer needed."""
+        """Mark a stage as finished, with what it measured."""
         self.stages[stage] = results
         self.write()
-        self.forget_states()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """While open, no other process may train in this folder. Raises InputError if one does.
-        (The lock is the operating system's: it ends with the process, however that ends.)"""
+        """While open, no other process may train in this folder, and what killed ones began to
+        write is removed. Raises InputError if another one does train in it. (The lock is the
+        operating system's: it ends with the process, however that ends.)"""
         if fcntl is None:
             yield
             return
@@ -206,67 +231,31 @@ class Run:
         except OSError:  # a file system without locks
             pass
         try:
+            self.delete(f".{name}.*tmp" for name in ("run.json", *RUN_FILES))
             yield
         finally:
             os.close(folder)
 
-    # --- the unfinished stage ---
-
-    def states(self) -> list[Path]:
-        """Files of saved states, the newest first."""
-        return sorted(self.folder.glob("state-*.pt"), reverse=True)
-
-    def forget_states(self) -> None:
-        for path in self.states():
-            path.unlink(missing_ok=True)
-
-    def save_state(self, stage: str, step: int, state: dict) -> None:
-        """Save a state after `step` steps, and keep the one before in case this one is damaged."""
-        buffer = io.BytesIO()
-        torch.save({"stage": stage, "step": step, **state}, buffer)
-        content = buffer.getvalue()
-        path = self.folder / f"state-{step:08d}.pt"
-        write_file(path, hashlib.sha256(content).digest() + content)
-        for old in self.states()[STATES_KEPT:]:
-            old.unlink(missing_ok=True)
-
-    def load_state(self, stage: str) -> tuple[Path, dict] | None:
-        """The newest sound state saved for `stage` and its file, or None if there is none; damaged
-        ones are named. Raises InputError if all are damaged."""
-        damaged = []
-        for path in self.states():
-            try:
-                state = read_state(path)
-            except InputError as error:
-                damaged.append(str(error))
-                continue
-            for line in damaged:
-                print(f"  warning: {line}; using the one before, {path.name}")
-            return (path, state) if state["stage"] == stage else None
-        if damaged:
-            raise InputError(f"{damaged[0]}; delete it to repeat the unfinished stage")
-        return None
-
     # --- the log ---
 
-    def log(self, **entry: object) -> None:
-        """Append one line to log.jsonl."""
-        path = self.folder / "log.jsonl"
+    def log(self, file: str = "log.jsonl", **entry: object) -> None:
+        """Append one line to log.jsonl, or to another file of such lines."""
+        path = self.folder / file
         try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            with open(path, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps(entry) + "\n")
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
     def read_log(self, stage: str | None = None) -> list[dict]:
-        """The entries of log.jsonl: all, or those of one stage that are of no skipped step. A line
-        cut by a crash is left out."""
+        """The entries of log.jsonl: all, or those of one stage's steps that were made, with their
+        loss. A line cut by a crash is left out."""
         path = self.folder / "log.jsonl"
         entries = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             with contextlib.suppress(ValueError):
                 entries.append(json.loads(line))
-        return [e for e in entries if stage is None or (e["stage"] == stage and "skipped" not in e)]
+        return [e for e in entries if stage is None or (e["stage"] == stage and "loss" in e)]
 
     def rewind_log(self, stage: str, step: int) -> None:
         """Drop what `stage` logged from `step` on, which will be written again."""
@@ -275,30 +264,23 @@ class Run:
         write_file(self.folder / "log.jsonl", lines.encode())
 
 
-def read_state(path: Path) -> dict:
-    """A state as `Run.save_state` wrote it. Raises InputError naming the file."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    digest, content = content[:32], content[32:]
-    if hashlib.sha256(content).digest() != digest:
-        raise InputError(f"{path}: damaged (its checksum differs)")
-    try:
-        state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    except Exception:  # whatever a foreign file makes of the parser
-        state = None
-    if not isinstance(state, dict) or not {"stage", "step"} <= state.keys():
-        raise InputError(f"{path}: not a state of this program")
-    return state
+def difference(had: dict, wanted: dict) -> str | None:
+    """What is different between two identities, in words; None if nothing is."""
+    old, new = flat(had), flat(wanted)
+    if old.get("config.name") != new["config.name"]:
+        return f"of config {old.get('config.name')}, not {new['config.name']}"
+    for key in sorted({**old, **new}, key=lambda key: key.startswith("config.")):  # these last
+        if key not in old or key not in new:
+            return f"with{'out' if key in new else ''} {key}"
+        if old[key] != new[key]:
+            return f"with {key} {old[key]}, not {new[key]}"
+    return None
 
 
-def differs(key: str, had: dict, wanted: dict) -> str:
-    """What is different between two identities, in words."""
-    if key == "config":
-        old, new = had["config"], wanted["config"]
-        old_name = old.get("name") if isinstance(old, dict) else old
-        if old_name != new["name"]:
-            return f"of config {old_name}, not {new['name']}"
-        return f"of config {new['name']} with other numbers (an earlier version's)"
-    return f"with {key} {had.get(key)}, not {wanted[key]}"
+def flat(content: dict, before: str = "") -> dict[str, object]:
+    """The entries of objects in objects, by the path to each."""
+    found = {}
+    for key, value in content.items():
+        inner = isinstance(value, dict)
+        found |= flat(value, f"{before}{key}.") if inner else {f"{before}{key}": value}
+    return found

@@ -11,7 +11,7 @@ reference code and diffusers' configs; where those disagree, the choice is noted
 import dataclasses
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanosd3.runtime import InputError
@@ -98,13 +98,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training stage: AdamW, linear warm-up, then cosine decay to a hundredth."""
+    """One training stage: AdamW, linear warm-up, then decay."""
 
     steps: int
     batch: int
     lr: float
     warmup: int
     weight_decay: float
+    decay: str = "cosine"  # to a hundredth, or "constant"
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,14 @@ class Config:
     vae: VAEConfig
     text: TextConfig
     sampling: Sampling
-    training: Training | None  # None: too large to train from one command
+    training: Training | None  # None: `trainable` has a recipe for it
 
 
 def config_from_dict(content: object, path: Path) -> Config:
     """The config that `dataclasses.asdict` made `content` of, read from the file `path`.
 
     Raises InputError naming the file and the first field that is missing, unknown or not right.
+    Fields that have a default may be missing: files of earlier versions lack them.
     """
 
     def build(kind: type, value: object, name: str) -> object:
@@ -151,6 +153,8 @@ def config_from_dict(content: object, path: Path) -> Config:
             if not isinstance(value, dict):
                 raise InputError(f"{path}: {name} should be an object")
             fields = typing.get_type_hints(kind)
+            given = {f.name: f.default for f in dataclasses.fields(kind)}
+            value = {n: x for n, x in given.items() if x is not dataclasses.MISSING} | value
             for wrong in sorted(set(fields) ^ set(value)):
                 state = "is missing" if wrong in fields else "is unknown"
                 raise InputError(f"{path}: {name}.{wrong} {state}")
@@ -295,11 +299,64 @@ TINY = Config(  # every path of the largest model, dual attention included, in s
     ),
 )
 
+SMALL = Config(  # colour, for a folder of one's own images
+    name="small",
+    image_size=32,
+    padding=0,
+    mmdit=MMDiTConfig(
+        depth=3,
+        latent_channels=4,
+        patch_size=2,
+        context_dim=128,
+        pooled_dim=96,
+        grid=16,
+        grid_sample=8,
+        grid_span=8,
+        qk_norm=True,
+        dual_attention=(),
+    ),
+    vae=VAEConfig(3, (32, 64), 1, latent_channels=4, norm_groups=8, shift=0.0, scale=1.0),
+    text=TextConfig(
+        clip_l=CLIPConfig(32, 2, 2, "quick_gelu", 1024, 16, projection=False, pad=-1),
+        clip_g=CLIPConfig(64, 2, 2, "gelu", 1024, 16, projection=True, pad=0),
+        t5=T5Config(128, 2, 4, head_dim=32, hidden=256, vocab=512, length=16),
+        empty_is_zero=True,
+    ),
+    sampling=Sampling(steps=20, guidance=3.0, shift=1.0, sampler="heun"),
+    training=Training(
+        train_images=60000,
+        test_images=10000,
+        judge=MNIST.training.judge,
+        autoencoder=Recipe(steps=600, batch=32, lr=2e-3, warmup=50, weight_decay=0.0),
+        clip=Recipe(steps=500, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
+        t5=Recipe(steps=300, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
+        flow=Recipe(steps=3000, batch=64, lr=3e-3, warmup=100, weight_decay=0.0),
+        kl_weight=1e-2,
+        time_mean=0.0,
+        time_std=1.0,
+        encoder_dropout=0.464,
+        ema_decay=0.999,
+        evaluate=1000,
+    ),
+)
+
+# For configs of which nobody has said how to train them, on what is here. Untried at full length:
+# the rates are the usual ones for networks of this size.
+LARGE = replace(
+    MNIST.training,
+    autoencoder=Recipe(steps=5000, batch=8, lr=1e-4, warmup=500, weight_decay=0.0),
+    flow=Recipe(steps=100_000, batch=64, lr=1e-4, warmup=1000, weight_decay=0.01),
+    time_mean=0.0,
+    ema_decay=0.9999,
+    evaluate=200,
+)
+
 CONFIGS = {
     config.name: config
     for config in (
         TINY,
         MNIST,
+        SMALL,
         # Stability's sd3-ref and diffusers sample it at shift 3 (sd3.5's preset of 1 is alone).
         official("sd3-medium", official_mmdit(24, qk_norm=False), Sampling(28, 7.0, 3.0, "euler")),
         official(
@@ -316,3 +373,12 @@ CONFIGS = {
         *(study(depth) for depth in (15, 18, 21, 30, 38)),
     )
 }
+
+
+def trainable(config: Config) -> Config:
+    """The config as it is trained from nothing. An official one keeps its transformer, autoencoder
+    and sizes; small text encoders, trained here, take the place of those that took others months,
+    and their features are filled up with zeros to the width it reads."""
+    if config.training:
+        return config
+    return replace(config, text=SMALL.text, training=LARGE)

@@ -106,13 +106,13 @@ def save_plot(figure: "Figure", path: Path) -> None:
     write_file(path, buffer.getvalue())
 
 
-def new_figure(width: float, columns: int) -> tuple["Figure", list["Axes"]]:
+def new_figure(width: float, columns: int, rows: int = 1) -> tuple["Figure", list["Axes"]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
+    figure = Figure(figsize=(width, 3.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(np.atleast_1d(figure.subplots(1, columns)))
+    return figure, list(np.ravel(figure.subplots(rows, columns)))
 
 
 def smooth(values: list[float], window: int) -> np.ndarray:
@@ -122,40 +122,49 @@ def smooth(values: list[float], window: int) -> np.ndarray:
 
 
 def plot_loss(log: list[dict], path: Path) -> None:
-    """The flow's loss over training, and by timestep at its start, middle and end."""
-    figure, (left, right) = new_figure(9, 2)
-    losses = [entry["loss"] for entry in log]
+    """The flow's loss over training, and of images held out, by timestep, as it went down."""
+    steps = [entry for entry in log if entry["stage"] == "flow" and "loss" in entry]
+    held_out = [entry for entry in log if entry.get("validation")]
+    figure, axes = new_figure(9, 2) if held_out else new_figure(5.5, 1)
+    losses = [entry["loss"] for entry in steps]
     window = max(1, len(losses) // 60)
-    left.plot(losses, color="0.8", linewidth=0.6, label="one batch")
-    left.plot(
+    axes[0].plot(losses, color="0.8", linewidth=0.6, label="one batch")
+    axes[0].plot(
         np.arange(window - 1, len(losses)), smooth(losses, window), "k", label=f"mean of {window}"
     )
-    left.set(xlabel="step", ylabel="velocity loss (per latent)", title="Training loss")
+    for key, style, label in (
+        ("validation", "k:o", "held out, evenly spread t"),
+        ("validation_ema", "k--s", "held out, averaged weights"),
+    ):
+        means = [float(np.mean(entry[key])) for entry in held_out]
+        axes[0].plot([e["step"] for e in held_out], means, style, markersize=4, label=label)
+    axes[0].set(xlabel="step", ylabel="velocity loss (per latent)", title="Loss")
     low, high = np.quantile(losses, [0.0, 0.98])
     if high > low:
-        left.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
-    left.legend()
+        axes[0].set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+    axes[0].legend()
+    if held_out:
+        plot_loss_by_time(held_out, axes[1])
+    save_plot(figure, path)
 
-    by_time = np.array([entry["by_time"] for entry in log], dtype=float)  # None becomes nan
-    centres = (np.arange(by_time.shape[1]) + 0.5) / by_time.shape[1]
-    tenth, middle = max(1, len(log) // 10), len(log) // 2
-    for name, style, part in (
-        ("first tenth of training", "k:o", by_time[:tenth]),
-        ("middle tenth", "k--s", by_time[middle : middle + tenth]),
-        ("last tenth", "k-^", by_time[-tenth:]),
+
+def plot_loss_by_time(held_out: list[dict], axis: "Axes") -> None:
+    """The averaged weights' loss of images held out against t, at three moments of training."""
+    for style, entry in zip(
+        ("k:o", "k--s", "k-^"),
+        [held_out[0], held_out[len(held_out) // 2], held_out[-1]],
+        strict=True,
     ):
-        count = np.sum(~np.isnan(part), axis=0)
-        seen = count > 0
-        mean = np.nansum(part, axis=0)[seen] / count[seen]
-        right.plot(centres[seen], mean, style, markersize=4, label=name)
-    right.set(
+        losses = entry["validation_ema"]
+        times = (np.arange(len(losses)) + 0.5) / len(losses)
+        axis.plot(times, losses, style, markersize=4, label=f"after step {entry['step'] + 1}")
+    axis.set(
         xlabel="t   (0 data, 1 noise)",
         ylabel="velocity loss (per latent)",
-        title="Loss by timestep",
+        title="Loss of images held out, by timestep",
     )
-    right.set_xlim(0, 1)
-    right.legend()
-    save_plot(figure, path)
+    axis.set_xlim(0, 1)
+    axis.legend()
 
 
 def plot_samplers(errors: dict[str, list[tuple[int, float]]], path: Path) -> None:
@@ -170,4 +179,27 @@ def plot_samplers(errors: dict[str, list[tuple[int, float]]], path: Path) -> Non
     axis.set(xlabel="network evaluations per image", ylabel="error of the latents (r.m.s.)",
              title="Samplers at equal cost")  # fmt: skip
     axis.legend()
+    save_plot(figure, path)
+
+
+# How large, seconds, gigabytes.
+Costs = list[tuple[int, float, float]]
+
+
+def plot_growth(columns: dict[str, tuple[Costs, Costs]], title: str, path: Path) -> None:
+    """Time above memory, against each thing that grows: points that were measured, and the line of
+    a formula."""
+    figure, axes = new_figure(11, len(columns), rows=2)
+    figure.suptitle(title, fontsize="medium")
+    for i, (what, (measured, formula)) in enumerate(columns.items()):
+        for j, quantity in enumerate(("seconds", "GB of gradients and activations")):
+            axis = axes[j * len(columns) + i]
+            for costs, style, label in ((formula, "-", "formula"), (measured, "o", "measured")):
+                large, *values = zip(*costs, strict=True)
+                colour = "0.6" if style == "-" else "black"
+                axis.plot(large, values[j], style, color=colour, linewidth=2, label=label)
+            axis.set(xlabel=what, ylabel=quantity)
+            axis.set_xlim(left=0)
+            axis.set_ylim(bottom=0)
+            axis.legend(loc="upper left")
     save_plot(figure, path)

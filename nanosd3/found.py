@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 
+from nanosd3 import states
 from nanosd3.checkpoint import Run, read_json
 from nanosd3.config import Config, config_from_dict
 from nanosd3.layers import HEAD_DIM
 from nanosd3.layouts import COMPONENTS, FOLDERS, PREFIXES, from_diffusers
-from nanosd3.parts import State
+from nanosd3.mmdit import MMDiT
+from nanosd3.parts import State, stored
 from nanosd3.pipeline import finished_config, read_tokenizers
 from nanosd3.runtime import InputError
 from nanosd3.sizes import config_of, file_of, refuse_foreign, refuse_scaled
@@ -157,18 +159,41 @@ def open_part(name: str, file: Path) -> State:
 
 
 def find_run(folder: Path) -> Found:
-    """A finished run of this program."""
+    """A run of this program, with another model's encoders if it was trained on those. If its
+    transformer is still being trained, the averages of the newest state."""
     run = Run.read(folder)
+    averages = None if "flow" in run.stages else states.averages(folder, "flow")
+    config = finished_config(run, unfinished=averages is not None)
+    if averages is None:
+        mmdit = open_weights(folder / "flow.safetensors")
+    else:
+        averages |= dict(MMDiT(config.mmdit).named_buffers())
+        mmdit = {name: stored(name, tensor, folder) for name, tensor in averages.items()}
+    if "weights" in run.identity:
+        try:
+            base = find(Path(run.identity["weights"]))
+        except InputError as error:
+            raise InputError(f"{folder}: was trained on the encoders of {error}") from None
+        parts = base.parts | {"mmdit": mmdit}
+        return replace(base, path=folder, config=config, parts=parts, told="a run of this program")
     text = open_weights(folder / "text.safetensors")
-    parts: dict[str, State] = {
-        "mmdit": open_weights(folder / "flow.safetensors"),
-        "vae": open_weights(folder / "autoencoder.safetensors"),
-    }
+    parts = {"mmdit": mmdit, "vae": open_weights(folder / "autoencoder.safetensors")}
     for name in ENCODERS:
         own = {k: t for k, t in text.items() if k.startswith(f"{name}.")}
         parts[name] = {k.removeprefix(f"{name}."): t for k, t in own.items()}
     tokenizers = read_tokenizers(folder / "tokenizers.json")
-    return Found(folder, finished_config(run), parts, tokenizers, "a run of this program", [])
+    return Found(folder, config, parts, tokenizers, "a run of this program", [])
+
+
+def find_transformer(path: Path) -> State:
+    """The transformer in a file, a diffusers folder or a run, whatever else is there or not."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if (path / "run.json").exists():
+        return find_run(path).parts["mmdit"]
+    others = [name for name in COMPONENTS if name != "mmdit"]
+    parts = open_diffusers(path, others) if path.is_dir() else open_single(path)[0]
+    return parts["mmdit"]
 
 
 def settle_t5(state: State) -> State:

@@ -15,8 +15,8 @@ import numpy as np
 
 from nanosd3 import figures
 from nanosd3.audit import report
-from nanosd3.checkpoint import write_file
-from nanosd3.found import find
+from nanosd3.checkpoint import Run, write_file
+from nanosd3.found import find, find_run
 from nanosd3.images import read_image, read_mask
 from nanosd3.options import SKIP_RANGE, SKIP_SCALE, STRENGTH
 from nanosd3.pipeline import Pipeline
@@ -102,7 +102,10 @@ def check_arguments(args: argparse.Namespace) -> Path:
 def open_model(args: argparse.Namespace) -> Pipeline:
     """The pipeline of a run or of official weights, whose report is printed first."""
     if not args.weights:
-        return Pipeline.load(args.run or Path("runs/mnist"), set_up(args.threads))
+        folder = args.run or Path("runs/mnist")
+        if "weights" not in Run.read(folder).identity:
+            return Pipeline.load(folder, set_up(args.threads))
+        return open_pipeline(find_run(folder), set_up(args.threads), None, staged=True)
     found = find(args.weights, files_of(args))
     print(report(found))
     dtype = DTYPES[args.dtype] if args.dtype else None

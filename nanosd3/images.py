@@ -51,7 +51,7 @@ def read_image(path: Path, channels: int) -> np.ndarray:
     """The picture in a file, as `plain` gives it. Raises InputError for any it cannot take."""
     try:
         with Image.open(path) as image:
-            deep = "16" in str(image.tile)  # Pillow would halve the bits without a word
+            deep = is_deep(image)
             image.load()
             if not deep:
                 return plain(image, path, channels)
@@ -65,6 +65,14 @@ def read_image(path: Path, channels: int) -> np.ndarray:
         raise InputError(f"{path}: damaged or too large ({error})") from None
     raise InputError(f"{path}: has 16 bits a channel; scale its values to 0..255 and save it with "
                      "8 bits first")  # fmt: skip
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether a picture, not yet decoded, has more than 8 bits a channel. Pillow halves those of
+    colours without a word; only a tag (TIFF) or its name for the stored pixels (PNG) tells."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (1,))) > 8  # BitsPerSample
+    return image.format == "PNG" and any(";16" in str(tile[3]) for tile in image.tile)
 
 
 def read_mask(path: Path) -> np.ndarray:

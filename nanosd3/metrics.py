@@ -11,16 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+JUDGED = 32  # pixels a side that the networks here look at
+
 
 class ConvNet(nn.Module):
-    """Images (B, 1, 32, 32) in [-1, 1] to features (B, 64), and those to outputs (B, outputs).
+    """Images (B, channels, 32, 32) in [-1, 1] to features (B, 64), and those to outputs
+    (B, outputs).
 
     The judge is one, with the classes as outputs; CLIP's small image tower is another.
     """
 
-    def __init__(self, outputs: int):
+    def __init__(self, outputs: int, channels: int = 1):
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 4, stride=2, padding=1)
+        self.conv1 = nn.Conv2d(channels, 16, 4, stride=2, padding=1)
         self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
         self.conv3 = nn.Conv2d(32, 64, 3, padding=1)
         self.norm1, self.norm2, self.norm3 = (nn.GroupNorm(8, c) for c in (16, 32, 64))
@@ -35,6 +38,14 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
+
+
+def thumbnails(x: Tensor) -> Tensor:
+    """Images (B, C, H, W) of any size as these networks look at them: (B, C, 32, 32)."""
+    size = (JUDGED, JUDGED)
+    if x.shape[2:] == size:
+        return x
+    return F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -1,12 +1,13 @@
 """What a fair comparison needs: one model in this code and in diffusers, on the same weights and
-inputs, and how to measure time, memory and arithmetic of either.
+inputs, a step of training either, and how to measure memory and arithmetic.
 
 Memory is that of all tensors alive at the peak, which the profiler tells on CPU and the allocator
-on a GPU. Arithmetic is counted in FLOP and compared with the fastest matrix product of the machine.
+on a GPU. Arithmetic is counted in FLOP and compared with the fastest matrix product of the machine
+(products.multiplication_speed).
 """
 
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanosd3.audit import on_meta
 from nanosd3.config import Config
 from nanosd3.export import diffusers_state, part_config
+from nanosd3.loop import CLIP_NORM
 from nanosd3.parts import stored
-from nanosd3.products import linear
+from nanosd3.runtime import InputError
 
 Forward = Callable[[], Tensor]
 
@@ -69,16 +71,38 @@ def theirs(config: Config, part: str, ours: nn.Module) -> nn.Module:
     return other.requires_grad_(False).eval()
 
 
+def with_depth(config: Config, depth: int) -> Config:
+    """The config with another depth of the transformer, and so another width."""
+    dual = tuple(i for i in config.mmdit.dual_attention if i < depth)
+    return replace(config, mmdit=replace(config.mmdit, depth=depth, dual_attention=dual))
+
+
+def side_of(config: Config, size: int) -> int:
+    """Patches along a side of `size` pixels, padding included. Raises InputError for a size that
+    the transformer does not take."""
+    step = config.vae.factor * config.mmdit.patch_size
+    if size % step or size > config.mmdit.grid * step:
+        raise InputError(f"--size {size}: sizes of {config.name} go in steps of {step} up to "
+                         f"{config.mmdit.grid * step}")  # fmt: skip
+    return size // step
+
+
+def text_tokens(config: Config) -> int:
+    return config.text.clip_l.length + config.text.t5.length
+
+
 def inputs(config: Config, part: str, size: int, batch: int, like: Tensor) -> tuple[Tensor, ...]:
     """What a part is given: latents and text for images of `size`, batch as with guidance."""
     text, mmdit = config.text, config.mmdit
-    side = size // config.vae.factor
+    side = side_of(config, size) * mmdit.patch_size
     draw = torch.Generator().manual_seed(1)
-    latents = torch.randn(batch, mmdit.latent_channels, side, side, generator=draw).to(like)
-    tokens = text.clip_l.length + text.t5.length
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=draw).to(like)
+
+    latents = random(mmdit.latent_channels, side, side)
     if part == "mmdit":
-        context = torch.randn(batch, tokens, mmdit.context_dim, generator=draw).to(like)
-        pooled = torch.randn(batch, mmdit.pooled_dim, generator=draw).to(like)
+        context, pooled = random(text_tokens(config), mmdit.context_dim), random(mmdit.pooled_dim)
         return latents, torch.full((batch,), 0.5, device=like.device), context, pooled
     if part == "vae":
         return (latents[:1],)
@@ -105,12 +129,20 @@ def forward_of(module: nn.Module, part: str, given: tuple[Tensor, ...], foreign:
     return lambda: module(*given, output_hidden_states=True).hidden_states[-2]
 
 
-def seconds(forward: Forward, device: torch.device) -> float:
-    begin = time.perf_counter()
-    forward()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+def training_step(model: nn.Module, forward: Forward, target: Tensor) -> Callable[[], Tensor]:
+    """One step as the loop makes it: forward, loss, backward, clipped gradient, AdamW."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.99), fused=True)
+
+    def step() -> Tensor:
+        loss = (forward() - target).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
 
 
 def peak_memory(forward: Forward, device: torch.device) -> int:
@@ -125,14 +157,6 @@ def peak_memory(forward: Forward, device: torch.device) -> int:
     events = profiler.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     return max(accumulate(change for _, change in sorted(changes)))
-
-
-def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of a large matrix product: what this machine gives at best."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = min(seconds(lambda: linear(a, b), device) for _ in range(10))
-    return 2 * n**3 / best
 
 
 def count_flops(forward: Forward) -> int:

@@ -123,6 +123,10 @@ class Parts(Mapping[str, nn.Module]):
             self.ready[name] = self.makers[name]()
         return self.ready[name]
 
+    def sources(self) -> dict[str, nn.Module | Callable[[], nn.Module]]:
+        """What other Parts could be made from."""
+        return {**self.makers, **self.ready}
+
     def release(self, name: str) -> None:
         """Say that `name` is not needed for now."""
         if self.staged and name in self.makers:
@@ -134,7 +138,7 @@ class Parts(Mapping[str, nn.Module]):
         return name in self.ready or name in self.makers
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self.makers, **self.ready})
+        return iter(self.sources())
 
     def __len__(self) -> int:
-        return len({**self.makers, **self.ready})
+        return len(self.sources())

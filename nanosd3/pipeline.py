@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -50,13 +51,22 @@ ACTIVATIONS = 2**26  # numbers in the widest activation of the transformer or de
 BATCH = 250  # images at once, at most
 
 
+class Known(Protocol):
+    """Context (M, Dc) and pooled (Dp) of texts that were encoded before, in a dictionary's way."""
+
+    def __contains__(self, text: str) -> bool: ...
+    def __getitem__(self, text: str) -> tuple[Tensor, Tensor]: ...
+
+
 class Pipeline:
     """Tokenizers and the networks of one config: clip_l, clip_g, t5, mmdit and vae."""
 
     def __init__(self, config: Config, tokenizers: Tokenizers, parts: Parts):
         self.config = config
         self.parts = parts
-        self.text = TextEncoders(config.text, tokenizers, parts)
+        widths = (config.mmdit.context_dim, config.mmdit.pooled_dim)
+        self.text = TextEncoders(config.text, tokenizers, parts, *widths)
+        self.known: Known = {}
         for module in parts.ready.values():
             module.eval()
 
@@ -65,6 +75,9 @@ class Pipeline:
         """The model of a finished run. Raises InputError if it is missing, unfinished, damaged."""
         run, device = Run.read(Path(folder)), torch.device(device)
         config = finished_config(run)
+        if "weights" in run.identity:
+            raise InputError(f"{folder}: its encoders are those of {run.identity['weights']}; open "
+                             "it with nanosd3.weights.load")  # fmt: skip
         modules = {
             "text": make_encoders(config.text),
             "flow": MMDiT(config.mmdit),
@@ -125,15 +138,19 @@ class Pipeline:
             torch.randn(shape, generator=rng(seed, "noise", i)) for i in range(count)
         ])  # fmt: skip
 
+    @torch.no_grad()
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (B, C, h, w) of the encoder's Gaussian for padded images, in [-1, 1],
+        not normalised."""
+        mean, logvar = self.vae.encode(x.to(self.parts.device, dtype_of(self.vae)))
+        return mean, (0.5 * logvar).exp()
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Images (B, channels, H, W) in [-1, 1] to normalised latents (B, C, h, w): the mean of
         the encoder's Gaussian, so that the same image gives the same latents."""
-        pad, vae = (self.config.padding,) * 4, self.vae
-        latents = []
-        for x in pixels.split(at_once(pixels[0, 0].numel() * self.config.vae.channels[0])):
-            x = F.pad(x, pad, value=-1.0).to(self.parts.device, dtype_of(vae))
-            latents.append(vae.normalise(vae.encode(x)[0]))
-        return torch.cat(latents)
+        padded = F.pad(pixels, (self.config.padding,) * 4, value=-1.0)
+        size = at_once(pixels[0, 0].numel() * self.config.vae.channels[0])
+        return self.vae.normalise(torch.cat([self.posterior(x)[0] for x in padded.split(size)]))
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Normalised latents (B, C, h, w) to images uint8 (B, H, W) or (B, H, W, C)."""
@@ -212,6 +229,9 @@ class Pipeline:
         self, texts: list[str], drop: Collection[str], t5_length: int | None
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Context (M, Dc) and pooled (Dp) of each of some different texts."""
+        if not drop and t5_length is None and all(text in self.known for text in texts):
+            device = self.parts.device
+            return {t: tuple(x.to(device) for x in self.known[t]) for t in texts}
         encoded = self.text.encode(texts, drop, t5_length)
         return dict(zip(texts, zip(*encoded, strict=True), strict=True))
 
@@ -298,14 +318,18 @@ def read_tokenizers(path: Path) -> Tokenizers:
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from None
 
 
-def finished_config(run: Run) -> Config:
-    """The config of a run with its measured latents. Raises InputError if it is unfinished."""
+def finished_config(run: Run, unfinished: bool = False) -> Config:
+    """The config of a run with its measured latents. Raises InputError if a stage is not finished;
+    the flow may be `unfinished`."""
     config = config_from_dict(run.identity["config"], run.folder / "run.json")
-    for stage in ("autoencoder", "clip", "t5", "flow"):
+    own = () if "weights" in run.identity else ("autoencoder", "clip", "t5")
+    for stage in own if unfinished else (*own, "flow"):
         if stage not in run.stages:
             raise InputError(f"{run.folder}: unfinished (no {stage} yet); go on with the command "
                              f"that began it, `python train_mnist.py --config {config.name} "
                              f"--out {run.folder} ...`")  # fmt: skip
+    if not own:
+        return config
     try:
         measured = run.stages["autoencoder"]
         vae = replace(config.vae, shift=measured["shift"], scale=measured["scale"])

@@ -5,6 +5,7 @@ waits for the gradient. This file changes how long and how much, never the numbe
 bits): everything here could be F.linear and nothing. It is no part of the lesson.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -34,8 +35,10 @@ def onednn_multiplies_faster() -> bool:
 
 def eager() -> bool:
     """Whether operations run as they are written: no compiler, no function transform (torch.func),
-    no forward-mode derivative is at work. Those know PyTorch's own operations best."""
-    if torch.compiler.is_compiling():
+    no forward-mode derivative, no autocast is at work. Those know PyTorch's own operations best."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.is_autocast_enabled("cuda"):
         return False
     return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
 
@@ -77,11 +80,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return multiply(x, weight, bias)
 
 
+def multiplication_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second of a large matrix product: what this machine gives at best."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = min(seconds(lambda: linear(a, b), device) for _ in range(10))
+    return 2 * n**3 / best
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes, with all that it set going on a GPU."""
+    begin = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
 @contextmanager
 def recomputed(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[None]:
     """While open, `output` = function(*inputs) is not kept for gradients, but computed again when
     they are taken: for what is cheap to compute, large, and made of what is kept anyway."""
-    if not (torch.is_grad_enabled() and eager()):
+    if keep_everything or not (torch.is_grad_enabled() and eager()):
         yield
         return
     place, size, kept = output.data_ptr(), output.numel(), [x.detach() for x in inputs]
@@ -98,3 +118,18 @@ def recomputed(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+keep_everything = False
+
+
+@contextmanager
+def everything_kept() -> Iterator[None]:
+    """While open, nothing is `recomputed`: for parts that are computed twice as a whole, whose
+    memory is theirs to manage."""
+    global keep_everything
+    before, keep_everything = keep_everything, True
+    try:
+        yield
+    finally:
+        keep_everything = before

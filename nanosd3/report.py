@@ -1,4 +1,4 @@
-"""The last stage of training: sample, measure, draw.
+"""Samples, metrics and pictures of a run: some while it trains, all at its end.
 
 Metrics, on samples prompted with captions drawn as in training (as many for each class):
 prompt accuracy by the judge, the Frechet distance in its features with the two floors that give
@@ -14,12 +14,15 @@ from torch import Tensor
 
 from nanosd3 import figures
 from nanosd3.checkpoint import write_file, write_json
-from nanosd3.data import DIGITS, bins, measure, to_model
-from nanosd3.metrics import ConvNet, frechet_distance
+from nanosd3.data import DIGITS, SIDE, bins, measure, to_model, to_uint8
+from nanosd3.metrics import JUDGED, ConvNet, frechet_distance, thumbnails
 from nanosd3.pipeline import Pipeline
-from nanosd3.runtime import rng
-from nanosd3.train import Described, Job, encode_images, in_chunks
+from nanosd3.runtime import peak_memory, rng
+from nanosd3.sources import Digits
+from nanosd3.stages import Job, in_chunks
 
+REBUILT = 50  # images at once
+SHADED = 5  # samples shown in a terminal
 COSTS = (5, 9, 17, 33)  # network evaluations at which solvers are compared; odd, for Heun
 SHOWN = (
     "a handwritten zero", "1", "a bold two leaning right", "the digit 3", "a thin 4 leaning left",
@@ -28,28 +31,37 @@ SHOWN = (
 )  # fmt: skip
 
 
-def shown_prompts(job: Job, described: Described) -> list[str]:
+def shown_prompts(source: Digits) -> list[str]:
     """One prompt for each class, of many kinds."""
-    if job.images.names is DIGITS:
+    if source.images.names is DIGITS:
         return list(SHOWN)
-    texts, choices = described.captions.texts, described.captions.choices
-    return [texts[int(choices[c, 1, 1, c % choices.shape[3]])] for c in range(len(choices))]
+    choices = source.described.captions.choices
+    return [source.texts[int(choices[c, 1, 1, c % choices.shape[3]])] for c in range(len(choices))]
 
 
-def preview(pipeline: Pipeline, step: int, prompts: list[str]) -> None:
-    """Show early samples in the terminal."""
-    images = pipeline(prompts, steps=8, seed=1)
-    print(f"\n  step {step}: {', '.join(prompts)}\n{figures.shades(images)}\n", file=sys.stderr)
+def preview(pipeline: Pipeline, step: int, prompts: list[str], folder: Path, leads: bool) -> None:
+    """Early samples: a picture in the run's folder, and small grey ones in the terminal too. All
+    processes of a team sample, one of them draws."""
+    latents = pipeline(prompts, seed=1, output="latent")
+    if not leads:
+        return
+    images = pipeline.decode(latents)
+    rows = [(prompt, images[i : i + 1]) for i, prompt in enumerate(prompts)]
+    write_file(folder / f"preview-{step:08d}.png", figures.png(figures.grid(rows)))
+    if images.ndim == 3 and images.shape[1] <= SIDE:
+        drawn = figures.shades(images[:SHADED])
+        said = ", ".join(prompts[:SHADED])
+        print(f"\n  step {step}: {said}\n{drawn}\n", file=sys.stderr)
 
 
-def peak_memory() -> float | None:
-    """Largest memory of this process so far, in GB; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+def to_digits(images: Tensor) -> Tensor:
+    """Samples of any size and colour, uint8 (B, H, W) or (B, H, W, 3), as digits (B, 28, 28)."""
+    if images.shape[1:] == (SIDE, SIDE):
+        return images
+    x = images.float() if images.ndim == 3 else images.float().mean(3)
+    edge = (JUDGED - SIDE) // 2
+    x = to_uint8(thumbnails(x[:, None] / 127.5 - 1))
+    return x[:, edge:-edge, edge:-edge]
 
 
 def balanced(labels: Tensor, classes: int, count: int, generator: torch.Generator) -> Tensor:
@@ -75,28 +87,29 @@ def mean_or_none(values: Tensor) -> float | None:
 
 
 @torch.no_grad()
-def evaluate(job: Job, described: Described, judge: ConvNet, pipeline: Pipeline) -> dict:
+def evaluate(job: Job, source: Digits, judge: ConvNet, pipeline: Pipeline) -> dict:
     """Everything in metrics.json that is measured on images."""
-    images, config, size = job.images, job.config, job.config.image_size
+    images, described = source.images, source.described
     classes = len(images.names)
 
     def features(x: Tensor) -> Tensor:
         return in_chunks(
-            lambda chunk: judge.features(to_model(chunk, size).to(job.device)).cpu(), x
+            lambda chunk: judge.features(to_model(chunk, JUDGED).to(job.device)).cpu(), x
         )
 
     generator = rng(job.seed, "evaluate")
-    chosen = balanced(images.train_labels, classes, config.training.evaluate, generator)
+    chosen = balanced(images.train_labels, classes, job.config.training.evaluate, generator)
     labels = images.train_labels[chosen]
     u = torch.rand(len(chosen), generator=generator)
-    drawn = described.captions.draw(labels, described.weight[chosen], described.slant[chosen], u)
-    prompts = [described.captions.texts[i] for i in drawn.tolist()]
+    prompts = [source.texts[i] for i in source.captions(chosen, u).tolist()]
 
     begin = time.perf_counter()
-    samples = torch.from_numpy(pipeline(prompts, seed=job.seed))
+    samples = to_digits(torch.from_numpy(pipeline(prompts, seed=job.seed)))
     seconds = time.perf_counter() - begin
-    mean, _ = encode_images(pipeline.vae, images.train_images[chosen], size, job.device)
-    rebuilt = torch.from_numpy(pipeline.decode(pipeline.vae.normalise(mean)))
+    rebuilt = to_digits(torch.cat([
+        torch.from_numpy(pipeline.decode(pipeline.vae.normalise(pipeline.posterior(x)[0])))
+        for x in (source.pixels(some) for some in chosen.split(REBUILT))
+    ]))  # fmt: skip
     test, seen = features(images.test_images), features(samples)
     read = in_chunks(judge.head, seen.to(job.device)).argmax(1).cpu()
     weight, slant = measure(samples)
@@ -148,26 +161,44 @@ def draw_trajectory(pipeline: Pipeline, prompts: list[str], path: Path) -> None:
     figures.save_animation(frames, path)
 
 
-def report(job: Job, described: Described, judge: ConvNet, pipeline: Pipeline) -> dict:
-    """Write samples.png, trajectory.gif, loss.png, samplers.png and metrics.json; the metrics."""
-    folder = job.run.folder
-    prompts = shown_prompts(job, described)
-    metrics = evaluate(job, described, judge, pipeline)
-
-    columns = 8
-    images = pipeline([prompt for prompt in prompts for _ in range(columns)], seed=job.seed)
+def draw_samples(pipeline: Pipeline, prompts: list[str], columns: int, path: Path) -> None:
+    """A grid with a row for each prompt."""
+    images = pipeline([prompt for prompt in prompts for _ in range(columns)])
     rows = [(p, images[i * columns : (i + 1) * columns]) for i, p in enumerate(prompts)]
-    write_file(folder / "samples.png", figures.png(figures.grid(rows)))
-    draw_trajectory(pipeline, prompts, folder / "trajectory.gif")
-    figures.plot_loss(job.run.read_log("flow"), folder / "loss.png")
-    errors = solver_errors(pipeline, prompts)
-    figures.plot_samplers(errors, folder / "samplers.png")
+    write_file(path, figures.png(figures.grid(rows)))
 
-    metrics |= {
-        "solver_errors": errors,
+
+def about_training(job: Job) -> dict:
+    """What metrics.json says of any run."""
+    validation = [e for e in job.run.read_log() if "validation" in e]
+    last = validation[-1] if validation else {}
+    return {
+        "validation": last.get("validation"),
+        "validation_ema": last.get("validation_ema"),
         "stages": job.run.stages,
         "threads": torch.get_num_threads(),
-        "peak_memory_gb": peak_memory(),
+        "peak_memory_gb": peak_memory(job.device),
     }
+
+
+def report_digits(job: Job, source: Digits, judge: ConvNet, pipeline: Pipeline) -> dict:
+    """Write samples.png, trajectory.gif, loss.png, samplers.png and metrics.json; the metrics."""
+    folder = job.run.folder
+    prompts = shown_prompts(source)
+    metrics = evaluate(job, source, judge, pipeline)
+    draw_samples(pipeline, prompts, 8, folder / "samples.png")
+    draw_trajectory(pipeline, prompts, folder / "trajectory.gif")
+    figures.plot_loss(job.run.read_log(), folder / "loss.png")
+    errors = solver_errors(pipeline, prompts)
+    figures.plot_samplers(errors, folder / "samplers.png")
+    metrics |= {"solver_errors": errors, **about_training(job)}
     write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def report_pictures(job: Job, prompts: list[str], pipeline: Pipeline) -> None:
+    """Write samples.png, loss.png and metrics.json."""
+    folder = job.run.folder
+    draw_samples(pipeline, prompts, 8, folder / "samples.png")
+    figures.plot_loss(job.run.read_log(), folder / "loss.png")
+    write_json(folder / "metrics.json", about_training(job))

@@ -49,8 +49,22 @@ def positive(text: str) -> int:
 
 
 def run_main(main: Callable[[], int | None]) -> int:
+    """`status_of` a command line. A process of a team (torchrun's) ends here and now: while Python
+    takes everything apart, threads that still listen to the others may abort it."""
+    status = status_of(main)
+    if "LOCAL_RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def status_of(main: Callable[[], int | None]) -> int:
     """Run a command line and return its exit status: 2 with one line for bad input or too little
-    memory, 130 for Ctrl-C (unless it says another); no traceback for any."""
+    memory, 130 for Ctrl-C (unless it says another); no traceback for any. Of the processes that
+    torchrun starts the first one speaks, the others only of errors."""
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")
     try:
         return main() or 0
     except InputError as error:
@@ -100,13 +114,14 @@ def cores() -> int:
 def set_up(threads: int | None = None) -> torch.device:
     """Choose the device and the number of threads, and say why.
 
-    The default number of threads is fixed (the cores this process may use, at most 8) and never
-    measured: the order in which threads add floats reaches the last bits of the weights, and
-    the same command must give the same bytes.
+    The default number of threads is fixed (the cores this process may use, at most 8, shared with
+    the other processes that torchrun started here) and never measured: the order in which threads
+    add floats reaches the last bits of the weights, and the same command must give the same bytes.
     """
     if threads is None:
-        threads = min(cores(), 8)
-        reason = f"of {cores()} usable cores"
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        threads = max(1, min(cores() // beside, 8))
+        reason = f"of {cores()} usable cores" + f", {beside} processes" * (beside > 1)
         if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * cores() + 0.5:
             reason += f"; the machine is busy (load {os.getloadavg()[0]:.1f}), --threads 1 may help"
     else:
@@ -145,3 +160,16 @@ def group_memory() -> float:
         return int(Path("/sys/fs/cgroup/memory.max").read_text()) / 1e9
     except (OSError, ValueError):  # no control groups here, or no limit ("max")
         return float("inf")
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The largest memory so far in GB: of this process on its GPU, or in all; None where the system
+    does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)

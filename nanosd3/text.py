@@ -38,18 +38,24 @@ def join_context(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
     return torch.cat([clip, t5], dim=1)
 
 
+def widened(x: Tensor, width: int) -> Tensor:
+    """Features (..., d) filled up with zeros to a width: small encoders for a large transformer."""
+    return F.pad(x, (0, width - x.shape[-1]))
+
+
 def drop_encoders(
     context: Tensor, pooled: Tensor, keep: Tensor, config: TextConfig
 ) -> tuple[Tensor, Tensor]:
     """Zero the outputs of the encoders whose entry in `keep` (B, 3) is False."""
     keep = keep.to(context)
     keep_l, keep_g, keep_t5 = keep[:, :, None].unbind(1)  # each (B, 1)
-    dl, dg, length = config.clip_l.width, config.clip_g.width, config.clip_l.length
+    dl, length = config.clip_l.width, config.clip_l.length
     B, M, Dc = context.shape
     keep_clip = torch.cat([keep_l.expand(B, dl), keep_g.expand(B, Dc - dl)], dim=1)  # (B, Dc)
     clip, rest = context.split([length, M - length], dim=1)
     context = torch.cat([clip * keep_clip[:, None], rest * keep_t5[:, None]], dim=1)
-    return context, pooled * torch.cat([keep_l.expand(B, dl), keep_g.expand(B, dg)], dim=1)
+    keep_pooled = torch.cat([keep_l.expand(B, dl), keep_g.expand(B, pooled.shape[1] - dl)], dim=1)
+    return context, pooled * keep_pooled
 
 
 @dataclass
@@ -108,12 +114,19 @@ def make_encoders(config: TextConfig) -> nn.ModuleDict:
 
 
 class TextEncoders:
-    """Prompts to (context, pooled). An encoder that is not among the `parts` counts as dropped."""
+    """Prompts to (context, pooled), as wide as a transformer reads them (Dc, Dp). An encoder that
+    is not among the `parts` counts as dropped."""
 
-    def __init__(self, config: TextConfig, tokenizers: Tokenizers, parts: Parts):
-        self.config = config
-        self.tokenizers = tokenizers
-        self.parts = parts
+    def __init__(
+        self,
+        config: TextConfig,
+        tokenizers: Tokenizers,
+        parts: Parts,
+        context_dim: int,
+        pooled_dim: int,
+    ):
+        self.config, self.tokenizers, self.parts = config, tokenizers, parts
+        self.context_dim, self.pooled_dim = context_dim, pooled_dim
 
     def clip_ids(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids (B, Lc) for CLIP-L and for CLIP-G, which pad differently."""
@@ -190,8 +203,8 @@ class TextEncoders:
         states_l, pooled_l = self.run("clip_l", ids_l, drop)
         states_g, pooled_g = self.run("clip_g", ids_g, drop)
         states_t5, _ = self.run("t5", self.t5_ids(prompts, t5_length), drop)
-        context = join_context(states_l, states_g, states_t5)
-        pooled = torch.cat([pooled_l, pooled_g], dim=1)
+        context = widened(join_context(states_l, states_g, states_t5), self.context_dim)
+        pooled = widened(torch.cat([pooled_l, pooled_g], dim=1), self.pooled_dim)
         if not self.config.empty_is_zero:
             return context, pooled
         keep = torch.tensor([[bool(prompt.strip())] for prompt in prompts]).expand(-1, 3)

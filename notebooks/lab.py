@@ -29,21 +29,15 @@ from torch import Tensor
 
 from nanosd3.checkpoint import Run, read_tensors, save_tensors
 from nanosd3.config import CONFIGS, Config
-from nanosd3.data import load_images, to_model
-from nanosd3.metrics import ConvNet
+from nanosd3.data import ImageSet, load_images, to_model
+from nanosd3.features import Features
+from nanosd3.jobs import get_encoders, get_features
+from nanosd3.metrics import JUDGED, ConvNet
 from nanosd3.mmdit import MMDiT
-from nanosd3.parts import Parts
 from nanosd3.pipeline import Pipeline
 from nanosd3.runtime import InputError, cores
-from nanosd3.train import (
-    Described,
-    Job,
-    describe_images,
-    train_autoencoder,
-    train_flow,
-    train_judge,
-)
-from nanosd3.train_text import train_text_encoders
+from nanosd3.sources import Described, Digits
+from nanosd3.stages import Job, train_flow, train_judge
 
 FAST = os.environ.get("NANOSD3_FAST", "") not in ("", "0")
 CACHE = Path(os.environ.get("NANOSD3_CACHE") or Path(__file__).parent / "cache") / (
@@ -85,22 +79,26 @@ def lesson_config() -> Config:
         stage: replace(getattr(training, stage), steps=n, warmup=min(n // 4, 50))
         for stage, n in steps.items()
     }
-    images = pick((60000, 10000), (3000, 500))
+    images = pick((60000, 10000), (3000, 100))
     small = replace(training, train_images=images[0], test_images=images[1], **recipes)
     return replace(config, training=small)
 
 
-def begin_job(name: str = "model", config: Config | None = None) -> Job:
+def begin_job(
+    name: str = "model", config: Config | None = None, source: Digits | None = None
+) -> Job:
     """A run folder in the cache, opened for training or reading, with its data."""
     config = config or lesson_config()
-    images = load_images().first(config.training.train_images, config.training.test_images)
-    identity = {"config": asdict(config), "data": images.fingerprint, "seed": 0}
+    if source is None:
+        sizes = config.training.train_images, config.training.test_images
+        source = Digits(load_images().first(*sizes), config)
+    identity = {"config": asdict(config), "data": source.fingerprint, "seed": 0}
     try:
         run = Run.open(CACHE / name, identity, fresh=False)
     except InputError:
-        raise InputError(f"{CACHE / name}: trained by another version; delete it") from None
+        raise InputError(f"{CACHE / name}: of another version; delete {CACHE}") from None
     torch.set_num_threads(pick(min(cores(), 8), 1))
-    return Job(run, config, images, torch.device("cpu"), seed=0)
+    return Job(run, config, source, torch.device("cpu"), seed=0)
 
 
 @dataclass(frozen=True)
@@ -108,20 +106,33 @@ class Lesson:
     """The trained model and what it was trained with."""
 
     job: Job
-    described: Described
     judge: ConvNet
+    features: Features
     pipeline: Pipeline
+
+    @property
+    def images(self) -> ImageSet:
+        """MNIST."""
+        return self.job.source.images
+
+    @property
+    def described(self) -> Described:
+        """The captions that fit each training image."""
+        return self.job.source.described
 
     def reads(self, images: np.ndarray) -> list[int]:
         """The digit that the judge network sees in each uint8 image (B, 28, 28)."""
-        x = to_model(torch.from_numpy(np.ascontiguousarray(images)), self.job.config.image_size)
+        x = to_model(torch.from_numpy(np.ascontiguousarray(images)), JUDGED)
         with torch.no_grad():
             return self.judge(x).argmax(1).tolist()
 
     def drawing_with(self, mmdit: MMDiT) -> Pipeline:
         """The pipeline with another transformer in it."""
-        parts = Parts({**self.pipeline.parts.ready, "mmdit": mmdit}, self.job.device)
-        return Pipeline(self.pipeline.config, self.pipeline.text.tokenizers, parts)
+        return self.features.pipeline(mmdit, self.job.device)
+
+    def another(self, name: str, config: Config) -> Job:
+        """A job beside this one in the cache, on the same images."""
+        return begin_job(name, config, self.job.source)
 
 
 def trained() -> Lesson:
@@ -132,14 +143,11 @@ def trained() -> Lesson:
 
 
 def train(job: Job) -> Lesson:
-    """All stages of a job; those that are finished are loaded."""
-    described = describe_images(job.images)
-    judge, vae = train_judge(job), train_autoencoder(job)
-    text = train_text_encoders(job, described)
-    mmdit = train_flow(job, described, vae, text, watch=lambda step, ema: None)
-    parts = Parts({**text.parts.ready, "mmdit": mmdit, "vae": vae}, job.device)
-    measured = replace(job.config, vae=vae.config)
-    return Lesson(job, described, judge, Pipeline(measured, text.tokenizers, parts))
+    """All stages of a job, as in train_mnist.py; those that are finished are loaded."""
+    judge = train_judge(job, job.source.images)
+    features = get_features(job, get_encoders(job, None), [])
+    mmdit = train_flow(job, features)
+    return Lesson(job, judge, features, features.pipeline(mmdit, job.device))
 
 
 def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

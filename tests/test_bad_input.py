@@ -4,16 +4,20 @@ import errno
 import hashlib
 import io
 import os
+import pickle
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save, save_file
 
 import train_mnist
-from nanosd3 import checkpoint, generate
+from nanosd3 import checkpoint, generate, jobs, loop, stages, states, train
 from nanosd3.checkpoint import Run
 from nanosd3.config import CONFIGS
+from nanosd3.mmdit import MMDiT
 from nanosd3.runtime import InputError, run_main
 
 
@@ -50,19 +54,84 @@ def run(tiny_run, tmp_path):
         (["--config", "tiny", "--data", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--config", "tiny", "--out", "/proc/nanosd3/run"], "/proc/nanosd3/run"),
         (["--config", "tiny", "--out", __file__], "is a file"),
+        (["--config", "tiny", "--steps", "0"], "must be at least 1, got 0"),
+        (["--config", "tiny", "--batch", "1.5"], "expected a whole number, got '1.5'"),
+        (["--config", "tiny", "--lr", "0"], "--lr must be a number above 0, got 0.0"),
+        (["--config", "tiny", "--lr", "nan"], "--lr must be a number above 0, got nan"),
+        (["--config", "tiny", "--lr", "inf"], "--lr must be a number above 0, got inf"),
+        (["--config", "tiny", "--lr", "fast"], "invalid float value: 'fast'"),
+        (["--config", "tiny", "--decay", "linear"], "linear"),
+        (["--config", "tiny", "--precision", "float16"], "float16"),
+        (["--config", "tiny", "--accumulate", "0"], "must be at least 1, got 0"),
+        (["--config", "tiny", "--accumulate", "5"], "a batch of 32 cannot be divided among 1 "
+         "processes x 5 parts; take a multiple of 5"),
+        (["--config", "tiny", "--parallel", "ddp"], "start with `torchrun"),
+        (["--config", "tiny", "--parallel", "fsdp"], "start with `torchrun"),
+        (["--config", "tiny", "--parallel", "tensor"], "tensor"),
+        (["--config", "tiny", "--weights", "/no/such"], "/no/such: no such file or folder"),
+        (["--config", "tiny", "--init", "/no/such"], "/no/such: no such file or folder"),
+        (["--config", "tiny", "--weights", __file__], "test_bad_input.py"),
+        (["--config", "tiny", "--init", __file__], "test_bad_input.py"),
+    ],
+)  # fmt: skip
+def test_train(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, train_mnist.main, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --data"),
+        (["--data", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["--data", __file__], "test_bad_input.py: is a file, expected a folder of images"),
+        (["--data", "."], "no images in it"),
+        (["--data", ".", "--prompts", "x"], "--prompts"),
+        (["--data", ".", "--config", "huge"], "huge"),
     ],
 )
-def test_train(capsys, arguments, message):
-    assert message in refused(capsys, train_mnist.main, *arguments)
+def test_train_on_a_folder(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, train.main, *arguments)
+    assert not list(tmp_path.iterdir())
 
 
-def test_full_size_says_what_it_needs(capsys, monkeypatch):
-    monkeypatch.setattr(train_mnist, "memory_found", lambda: (8.0, "free"))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_lower_precision_needs_a_gpu(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, train_mnist.main, "--config", "tiny", "--precision", "bfloat16")
+    assert "--precision bfloat16 is for GPUs" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_size(capsys, tmp_path, monkeypatch, tiny_run, official_file):
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        (["--config", "mnist", "--init", tiny_run], "its transformer is not one of mnist: "),
+        (["--config", "tiny", "--init", official_file], "its transformer is not one of tiny: "),
+        (["--config", "tiny", "--weights", official_file],
+         "its latents have 16 channels, those of tiny 4"),
+    ):  # fmt: skip
+        line = refused(capsys, train_mnist.main, *arguments)
+        assert message in line and str(arguments[-1]) in line
+    assert not list(tmp_path.iterdir())
+    wider = SimpleNamespace(path="wider", config=CONFIGS["mnist"])
+    with pytest.raises(InputError, match="wider: its text features are 128 and 96 wide; tiny has"):
+        jobs.with_parts_of(CONFIGS["tiny"], wider)
+
+
+def test_full_size_says_what_it_needs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "memory_found", lambda: (8.0, "free"))
     line = refused(capsys, train_mnist.main, "--config", "sd3-medium")
-    assert "2.0B parameters" in line and "52 GB" in line and "found 8 GB free: not enough" in line
+    assert "2.0B parameters" in line and "41 GB" in line and "found 8 GB free: not enough" in line
+    jobs.enough_memory(CONFIGS["sd3-medium"], processes=8)  # each has its eighth
+    monkeypatch.setattr(jobs, "memory_found", lambda: (1.0, "free"))
     for name in CONFIGS:
         if CONFIGS[name].training is None:
             refused(capsys, train_mnist.main, "--config", name)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -129,6 +198,8 @@ def test_fresh_deletes_nothing_but_a_run(capsys, run, tmp_path):
     assert "damaged: no config" in refused(capsys, train_mnist.main, *command, other)
     assert snapshot(other) == before
     (run / "notes.txt").write_text("mine")
+    states.save(run, "flow", 3, {"x": torch.ones(3)})
+    (run / "speed.jsonl").write_text("{}")
     Run.open(run, {"config": {"name": "tiny"}}, fresh=True)
     assert {path.name for path in run.iterdir()} == {"run.json", "notes.txt"}
 
@@ -139,6 +210,22 @@ def test_run_of_another_config_data_or_seed(capsys, run):
     assert "holds a run of config tiny, not mnist" in line and "--fresh" in line
     line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", run, "--seed", 9)
     assert "with seed 0, not 9" in line
+    line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", run, "--steps", 13)
+    assert "with config.training.flow.steps 12, not 13; choose another folder" in line
+    for option in ("init", "weights"):
+        line = refused(
+            capsys, train_mnist.main, "--config", "tiny", "--out", run, f"--{option}", run
+        )
+        assert f"holds a run without {option};" in line
+    assert snapshot(run) == before
+
+
+def test_run_begun_with_other_weights(capsys, run):
+    """Without its --init the same command would not go on, but do something else."""
+    edit_index(run, lambda c: c.update(init="0123"))
+    before = snapshot(run)
+    line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", run)
+    assert "holds a run with init; choose another folder" in line
     assert snapshot(run) == before
 
 
@@ -165,6 +252,19 @@ def edit_index(run, change):
 def test_damaged_index(capsys, run, change, message):
     edit_index(run, change)
     assert message in refused(capsys, generate.main, "7", "--run", run)
+
+
+def test_run_of_an_earlier_version(capsys, run, tmp_path):
+    """Its config lacks a field that has a default: it can be used, but not gone on with."""
+    command = ["a seven", "--run", str(run), "--out"]
+    assert generate.main([*command, str(tmp_path / "now.npy")]) == 0
+    edit_index(run, lambda c: [c["config"]["training"][stage].pop("decay")
+                               for stage in ("judge", "autoencoder", "clip", "t5", "flow")]
+               )  # fmt: skip
+    assert generate.main([*command, str(tmp_path / "before.npy")]) == 0
+    assert np.array_equal(*(np.load(tmp_path / f"{name}.npy") for name in ("now", "before")))
+    line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", run)
+    assert "holds a run without config.training.judge.decay; choose another folder" in line
 
 
 def test_half_written_index(capsys, run):
@@ -217,52 +317,126 @@ class Bomb:
         return (open, (str(self.path), "w"))
 
 
-def unfinished(run):
-    """Make the run one whose flow stage has to be continued."""
+@pytest.fixture(scope="module")
+def begun_run(tiny_run, tmp_path_factory):
+    """A run whose flow stage is about to begin, with all that the encoders say computed."""
+    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("begun") / "run")
     edit_index(run, lambda c: [c["stages"].pop(stage) for stage in ("flow", "samples")])
-    return run / "state-00000003.pt"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "fit_flow", interrupt)
+        assert run_main(lambda: train_mnist.main(["--config", "tiny", "--out", str(run)])) == 130
+    return run
 
 
-def save_with_checksum(content, path):
-    """As a state is saved, with something else in it."""
+@pytest.fixture
+def unfinished(begun_run, tmp_path):
+    return shutil.copytree(begun_run, tmp_path / "unfinished")
+
+
+def flow_state() -> dict[str, torch.Tensor]:
+    """What a state of the flow stage has to hold."""
+    config = CONFIGS["tiny"]
+    model = MMDiT(config.mmdit)
+    optimizer = loop.make_optimizer(model, config.training.flow)
+    return loop.held(model, optimizer, loop.make_ema(model))
+
+
+def go_on(capsys, run) -> str:
+    """The line with which going on with a run is refused."""
+    return refused(capsys, train_mnist.main, "--config", "tiny", "--out", run)
+
+
+def test_pickled_code_is_never_executed(capsys, unfinished, tmp_path):
+    """Neither in a shard whose checksum is right, nor in the index that is PyTorch's usual one."""
+    run, exploded = unfinished, tmp_path / "exploded"
+    states.save(run, "flow", 3, flow_state(), skipped=0)
+    state = run / "state-00000003"
+    (shard,) = state.glob("*.safetensors")
+    good = shard.read_bytes(), (state / "state.json").read_bytes()
     buffer = io.BytesIO()
-    torch.save(content, buffer)
-    path.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+    torch.save({"weight": Bomb(exploded)}, buffer)
+    for bomb in (pickle.dumps(Bomb(exploded)), buffer.getvalue()):
+        shard.write_bytes(bomb)
+        index = checkpoint.read_json(state / "state.json")
+        index["sums"][shard.name] = hashlib.sha256(bomb).hexdigest()
+        index.pop("sum")
+        checkpoint.write_json(state / "state.json", index | {"sum": states.index_sum(index)})
+        line = go_on(capsys, run)
+        assert f"{state.name}: not a state" in line and "delete it" in line
+    (run / "flow.safetensors").write_bytes(shard.read_bytes())
+    edit_index(run, lambda c: c["stages"].update(flow={"loss": 1.0}))
+    assert "flow.safetensors: damaged" in refused(capsys, generate.main, "7", "--run", run)
+
+    edit_index(run, lambda c: c["stages"].pop("flow"))
+    shard.write_bytes(good[0])
+    (state / "state.json").write_bytes(good[1])
+    (state / ".metadata").write_bytes(pickle.dumps(Bomb(exploded)))
+    assert train_mnist.main(["--config", "tiny", "--out", str(run)]) == 0
+    assert "going on from step 3" in capsys.readouterr().out
+    assert not exploded.exists()
 
 
-def test_pickled_code_is_never_executed(capsys, run, tmp_path):
-    state = unfinished(run)
-    bomb = {"stage": "flow", "step": 3, "module": Bomb(tmp_path / "exploded")}
-    save_with_checksum(bomb, state)
-    line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", run)
-    assert f"{state.name}: not a state" in line and "delete it" in line
-    (run / "flow.safetensors").write_bytes(state.read_bytes())
-    assert not (tmp_path / "exploded").exists()
+@pytest.mark.parametrize("file", ["shard", "index"])
+@pytest.mark.parametrize("damage", ["truncated", "a bit", "garbage", "empty", "foreign", "missing"])
+def test_damaged_state(capsys, unfinished, damage, file):
+    states.save(unfinished, "flow", 3, flow_state(), skipped=0)
+    state = unfinished / "state-00000003"
+    path = state / "state.json" if file == "index" else next(state.glob("*.safetensors"))
+    content = path.read_bytes()
+    path.write_bytes({
+        "truncated": content[:-200],
+        "a bit": content[:-20] + bytes([content[-20] ^ 1]) + content[-19:],
+        "garbage": b"\x80" + content[1:][::-1],
+        "foreign": b'{"mine": [1]}' if file == "index" else save({"x": torch.zeros(3)}),
+    }.get(damage, b""))  # fmt: skip
+    if damage == "missing":
+        path.unlink()
+    before = snapshot(state)
+    line = go_on(capsys, unfinished)
+    assert str(state) in line and path.name in line and "delete it to repeat" in line
+    assert snapshot(state) == before  # it is the user's to delete
+    shutil.rmtree(state)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "progress", lambda steps, *_: pytest.fail(f"from step {steps.start}"))
+        with pytest.raises(pytest.fail.Exception, match="from step 0"):
+            train_mnist.main(["--config", "tiny", "--out", str(unfinished)])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "foreign", "misshapen"])
-def test_damaged_state(capsys, run, damage):
-    state = unfinished(run)
-    good = {"stage": "flow", "step": 3, "module": {"x": torch.zeros(3)}, "optimizer": {}, "ema": {}}
-    save_with_checksum(["not", "a", "state"] if damage == "foreign" else good, state)
-    if damage in ("truncated", "garbage", "empty"):
-        content = state.read_bytes()
-        cut = {"truncated": content[:-200], "garbage": b"\x80" + content[1:][::-1], "empty": b""}
-        state.write_bytes(cut[damage])
-    line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", run)
-    assert state.name in line
-    assert state.exists()  # it is the user's to delete
+@pytest.mark.parametrize("content", [b"old", None], ids=["file", "folder"])
+def test_something_else_by_the_name_of_a_state(capsys, unfinished, content):
+    state = unfinished / "state-00000003.pt"  # as earlier versions wrote it
+    state.write_bytes(content) if content else state.mkdir()
+    line = go_on(capsys, unfinished)
+    assert str(state) in line and "delete it to repeat" in line and state.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("exp_avg.x_embedder.proj.weight"),
+         "tensor exp_avg.x_embedder.proj.weight is missing"),
+        (lambda s: s.pop("ema.x_embedder.proj.bias"), "tensor ema.x_embedder.proj.bias is missing"),
+        (lambda s: s.update({"exp_avg_sq.x_embedder.proj.bias": torch.zeros(3, 5)}),
+         "tensor exp_avg_sq.x_embedder.proj.bias has shape (3, 5), expected (128,)"),
+        (lambda s: s.update({"step.x_embedder.proj.bias": torch.zeros(1)}),
+         "tensor step.x_embedder.proj.bias has shape (1,), expected ()"),
+        (lambda s: s.update(extra=torch.zeros(3)), "unexpected tensor extra"),
+    ],
+)  # fmt: skip
+def test_state_that_does_not_fit(capsys, unfinished, change, message):
+    tensors = flow_state()
+    change(tensors)
+    states.save(unfinished, "flow", 3, tensors, skipped=0)
+    line = go_on(capsys, unfinished)
+    assert f"state-00000003: {message}; delete it to repeat the stage" in line
+    assert (unfinished / "state-00000003").exists()
 
 
 # --- writing --------------------------------------------------------------------------------------
-
-
-def test_optimizer_that_does_not_fit(capsys, run):
-    weights = load((run / "flow.safetensors").read_bytes())
-    state = {"stage": "flow", "step": 3, "module": weights, "ema": weights, "optimizer": {}}
-    save_with_checksum(state | {"skipped": 0}, unfinished(run))
-    line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", run)
-    assert "state-00000003.pt: its optimizer does not fit" in line
 
 
 def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
@@ -278,19 +452,27 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     assert snapshot(tmp_path) == {path: b"old"}
 
 
-def test_full_disk_in_training(capsys, tmp_path, monkeypatch):
-    """The line names the file; what was finished stays."""
-    written = []
+@pytest.mark.parametrize("files", [*range(14), 20, 30])
+def test_full_disk_in_training(capsys, tmp_path, monkeypatch, files):
+    """The line names the file; what was finished stays, and the same command goes on with it."""
+    written, run, original = [], tmp_path / "run", os.fsync
 
-    def full_after_judge(descriptor):
+    def full_after_some(descriptor):
         written.append(descriptor)
-        if len(written) > 2:
+        if len(written) > files:
             raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
 
-    monkeypatch.setattr(os, "fsync", full_after_judge)
-    line = refused(capsys, train_mnist.main, "--config", "tiny", "--out", tmp_path / "run")
-    assert "No space left on device" in line
-    assert not [path for path in (tmp_path / "run").iterdir() if path.suffix == ".tmp"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_after_some)
+        line = go_on(capsys, run)
+    assert f"{run}" in line and "cannot be written (No space left on device)" in line
+    assert not [path for path in run.rglob("*") if path.suffix == ".tmp"]
+    stages_done = Run.read(run).stages if (run / "run.json").exists() else {}
+    assert all((run / f"{stage}.safetensors").exists() for stage in stages_done)
+    monkeypatch.setattr(loop, "progress", None)
+    with pytest.raises(TypeError):  # at the first stage that is to be trained
+        train_mnist.main(["--config", "tiny", "--out", str(run)])
 
 
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):

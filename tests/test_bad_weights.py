@@ -410,7 +410,8 @@ def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (96, 64), **s
 
 
 def test_plain_pictures_are_taken(official_file, tmp_path):
-    for name, mode in (("a.png", "RGB"), ("b.jpg", "RGB"), ("c.png", "L"), ("d.png", "1")):
+    for name, mode in (("a.png", "RGB"), ("b.jpg", "RGB"), ("c.png", "L"), ("d.png", "1"),
+                       ("e.tiff", "RGB"), ("f.tiff", "L")):  # fmt: skip
         out = tmp_path / f"{name}.out.png"
         source = picture(tmp_path / name, mode)
         assert generate.main(["a cat", "--weights", str(official_file), "--steps", "2",
@@ -446,6 +447,14 @@ def test_sixteen_bits(ask, tmp_path):
     frames[0].save(tmp_path / "c.tiff", save_all=True, append_images=frames[1:])
     assert "has 2 frames" in ask("--init-image", tmp_path / "c.tiff")
     assert "colour mode CMYK" in ask("--init-image", picture(tmp_path / "a.jpg", "CMYK"))
+
+
+def test_sixteen_pixels_are_not_sixteen_bits(official_file, tmp_path):
+    for name in ("a.png", "b.tiff", "c.bmp"):
+        source, out = picture(tmp_path / name, size=(16, 16)), tmp_path / f"{name}.npy"
+        assert generate.main(["a cat", "--weights", str(official_file), "--steps", "2", "--out",
+                              str(out), "--init-image", str(source)]) == 0  # fmt: skip
+        assert np.load(out).shape[1:] == (16, 16, 3)
 
 
 def test_exif_rotation(ask, tmp_path):

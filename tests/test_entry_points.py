@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from PIL import Image
 from test_data import write_set
 
 import train_mnist
-from nanosd3 import checkpoint, generate, loop, report, train
-from nanosd3.config import CONFIGS
+from nanosd3 import checkpoint, features, generate, jobs, loop, report, speed, stages, weights
+from nanosd3.config import CONFIGS, config_from_dict
 from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
 from nanosd3.runtime import InputError, run_main
@@ -40,18 +41,27 @@ def test_run_folder(tiny_run):
         with Image.open(tiny_run / name) as picture:
             assert min(picture.size) > 100
             assert getattr(picture, "n_frames", 1) == (5 if name.endswith("gif") else 1)
-    assert not list(tiny_run.glob("state*"))
+    for step in range(2, TRAINING.flow.steps + 1, 2):
+        with Image.open(tiny_run / f"preview-{step:08d}.png") as picture:
+            assert min(picture.size) > 100
+    assert not list(tiny_run.glob("state*")) and not (tiny_run / "cache").exists()
     assert not [path for path in tiny_run.iterdir() if path.name.startswith(".")]
 
 
 def test_log(tiny_run):
     log = read_log(tiny_run)
     for stage in STAGES:
-        steps = [entry["step"] for entry in log if entry["stage"] == stage]
+        steps = [entry["step"] for entry in log if entry["stage"] == stage and "loss" in entry]
         assert steps == list(range(getattr(TRAINING, stage).steps))
-    assert all(np.isfinite(entry["loss"]) for entry in log)
-    by_time = [entry["by_time"] for entry in log if entry["stage"] == "flow"]
-    assert all(len(row) == 8 for row in by_time)
+    held_out = [entry for entry in log if "validation" in entry]
+    assert [entry["step"] for entry in held_out] == list(range(1, TRAINING.flow.steps, 2))
+    for entry in held_out:
+        assert entry.keys() == {"stage", "step", "validation", "validation_ema"}
+        for row in (entry["validation"], entry["validation_ema"]):
+            assert len(row) == stages.TIMES and np.isfinite(row).all()
+    trained = [entry for entry in log if "validation" not in entry]
+    assert all(np.isfinite((entry["loss"], entry["grad_norm"])).all() for entry in trained)
+    assert len(log) == len(trained) + len(held_out)
 
 
 def test_metrics(tiny_run):
@@ -62,6 +72,31 @@ def test_metrics(tiny_run):
     assert metrics["weight"].keys() == metrics["slant"].keys() == {"accuracy", "mean_by_word"}
     assert all(len(points) == 4 for points in metrics["solver_errors"].values())
     assert {f"zero_shot_{name}" for name in "lg"} <= metrics["stages"]["clip"].keys()
+    last = read_log(tiny_run)[-1]
+    assert metrics["validation"] == last["validation"]
+    assert metrics["validation_ema"] == last["validation_ema"]
+
+
+def test_speed(tmp_path, one_step, monkeypatch):
+    """Every so many steps of the flow a line, in a file of its own: it differs from run to run."""
+    monkeypatch.setattr(speed, "EVERY", 3)
+    recipe = replace(TRAINING.flow, steps=10)
+    config = jobs.CONFIGS["tiny"]
+    config = replace(config, training=replace(config.training, flow=recipe))
+    monkeypatch.setitem(jobs.CONFIGS, "tiny", config)
+    assert train_mnist.main(["--config", "tiny", "--out", str(tmp_path / "run")]) == 0
+    lines = (tmp_path / "run" / "speed.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [entry["step"] for entry in entries] == [2, 5, 8]
+    mmdit, text = config.mmdit, config.text
+    tokens = (config.image_size // config.vae.factor // mmdit.patch_size) ** 2
+    tokens += text.clip_l.length + text.t5.length
+    for entry in entries:
+        seconds = recipe.batch / entry["images_per_second"]
+        assert entry["seconds_per_step"] == pytest.approx(seconds, rel=0.01)
+        of_one = entry["tokens_per_second"] / entry["images_per_second"]
+        assert of_one == pytest.approx(tokens, rel=1e-3)
+        assert 0 < entry["flops_utilisation"] < 1.5 and entry["memory_gb"] > 0.05
 
 
 def test_finished_run_says_so(tiny_run, capsys):
@@ -78,19 +113,23 @@ def test_interrupted_everywhere_it_ends_in_the_same_bytes(tiny_run, tmp_path, mo
     pending = {(stage, 5) for stage in STAGES}
     steps_run = []
 
-    def rng(seed, stage, step):
-        steps_run.append((stage, step))
-        if (stage, step) in pending:
-            pending.remove((stage, step))
+    def rng(*name):
+        if len(name) == 3:  # a step's own; its rows' noise has streams with a number more
+            steps_run.append(name[1:])
+        if name[1:] in pending:
+            pending.remove(name[1:])
             os.kill(os.getpid(), signal.SIGINT)
-        return original(seed, stage, step)
+        return original(*name)
 
     original = loop.rng
     monkeypatch.setattr(loop, "rng", rng)
     for stage in STAGES:
         assert run_main(lambda: train_mnist.main(command)) == 130
         assert steps_run[-1] == (stage, 5)
-        assert (tmp_path / "run" / "state-00000006.pt").exists()
+        state = tmp_path / "run" / "state-00000006"
+        assert {"state.json", "shard-00001-model-00001-of-00001.safetensors"} == {
+            path.name for path in state.iterdir()
+        }
         line = capsys.readouterr().err.splitlines()[-1]
         assert f"{stage}: stopped after step 6 of" in line and "goes on from there" in line
 
@@ -107,8 +146,11 @@ def test_interrupted_everywhere_it_ends_in_the_same_bytes(tiny_run, tmp_path, mo
         file = f"{name}.safetensors"
         assert (tmp_path / "run" / file).read_bytes() == (tiny_run / file).read_bytes(), file
     assert read_log(tmp_path / "run") == read_log(tiny_run)
-    for file in ("samples.png", "trajectory.gif", "loss.png"):
-        assert (tmp_path / "run" / file).read_bytes() == (tiny_run / file).read_bytes(), file
+    files = {path.name for path in tiny_run.iterdir()}
+    assert files == {path.name for path in (tmp_path / "run").iterdir()}
+    for file in files:
+        if file.endswith((".png", ".gif")):
+            assert (tmp_path / "run" / file).read_bytes() == (tiny_run / file).read_bytes(), file
 
 
 @pytest.fixture
@@ -116,11 +158,11 @@ def one_step(monkeypatch):
     """`tiny` with a single step in every stage."""
     short = {name: replace(getattr(TRAINING, name), steps=1) for name in STAGES}
     config = replace(CONFIGS["tiny"], training=replace(TRAINING, **short))
-    monkeypatch.setitem(train_mnist.CONFIGS, "tiny", config)
+    monkeypatch.setitem(jobs.CONFIGS, "tiny", config)
 
 
 def test_interrupted_after_the_last_step(tmp_path, one_step, monkeypatch):
-    """Between a stage's training and its end (here: encoding the images) nothing is lost."""
+    """Between a stage's training and its end (here: measuring the latents) nothing is lost."""
     command = ["--config", "tiny", "--out", str(tmp_path / "run")]
     steps_run, original = [], loop.rng
     monkeypatch.setattr(loop, "rng", lambda *name: steps_run.append(name) or original(*name))
@@ -129,10 +171,35 @@ def test_interrupted_after_the_last_step(tmp_path, one_step, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "latents", interrupted)
+        patch.setattr(stages, "measured_latents", interrupted)
         assert run_main(lambda: train_mnist.main(command)) == 130
     assert train_mnist.main(command) == 0
-    assert sorted(stage for _, stage, _ in steps_run) == sorted(STAGES)
+    assert sorted(name[1] for name in steps_run if len(name) == 3) == sorted(STAGES)
+
+
+def test_interrupted_while_encoding(tmp_path, one_step, monkeypatch):
+    """What was encoded before Ctrl-C is not encoded again, and all of it is deleted at the end."""
+    command = ["--config", "tiny", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(features, "SHARD", 100)
+    encoded, original = [], Pipeline.posterior
+
+    def posterior(self, x):
+        encoded.append(len(x))
+        if sum(encoded) in (300, 700):
+            raise KeyboardInterrupt
+        return original(self, x)
+
+    monkeypatch.setattr(Pipeline, "posterior", posterior)
+    for shards in (2, 5):
+        assert run_main(lambda: train_mnist.main(command)) == 130
+        assert len(list((tmp_path / "run" / "cache").glob("*/latents/*.safetensors"))) == shards
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "progress", None)  # the flow does not begin before all is encoded
+        with pytest.raises(TypeError):
+            train_mnist.main(command)
+    assert sum(encoded) == TRAINING.train_images + TRAINING.test_images + 2 * 100
+    assert train_mnist.main(command) == 0
+    assert not (tmp_path / "run" / "cache").exists()
 
 
 @pytest.mark.parametrize("classes", [2, 30])
@@ -165,17 +232,77 @@ def test_fresh_starts_over(tmp_path, one_step):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["seed"] == 1
 
 
+@pytest.fixture
+def wider(one_step, monkeypatch) -> str:
+    """The name of a config whose transformer reads wider text than `tiny`'s encoders give."""
+    config = jobs.CONFIGS["tiny"]
+    widths = {"context_dim": config.mmdit.context_dim + 8, "pooled_dim": 48}
+    config = replace(config, name="wider", mmdit=replace(config.mmdit, **widths))
+    monkeypatch.setitem(jobs.CONFIGS, "wider", config)
+    return "wider"
+
+
+def test_with_the_encoders_of_another_run(tiny_run, tmp_path, wider, capsys):
+    """They are read where they lie, by training and generating alike, and never written."""
+    encoders, run = shutil.copytree(tiny_run, tmp_path / "encoders"), tmp_path / "run"
+    command = ["--config", wider, "--weights", str(encoders), "--out", str(run)]
+    assert train_mnist.main(command) == 0
+    weights_files = {path.name for path in run.glob("*.safetensors")}
+    assert weights_files == {"judge.safetensors", "flow.safetensors"}
+    with pytest.raises(InputError, match=r"open it with nanosd3\.weights\.load"):
+        Pipeline.load(run)
+    pipeline, base = weights.load(run), Pipeline.load(tiny_run)
+    for a, b in zip(
+        pipeline.text.encode(["a bold 3"]), base.text.encode(["a bold 3"]), strict=True
+    ):
+        assert torch.equal(a[..., : b.shape[-1]], b) and (a[..., b.shape[-1] :] == 0).all()
+    z = torch.randn(1, 4, 8, 8)
+    assert np.array_equal(pipeline.decode(z), base.decode(z))
+    out = tmp_path / "x.npy"
+    assert generate.main(["7", "--run", str(run), "--count", "2", "--out", str(out)]) == 0
+    assert np.array_equal(np.load(out), pipeline(["7", "7"]))
+
+    for name in ("judge", "flow"):  # neither is part of it
+        (encoders / "judge.safetensors").unlink(missing_ok=True)
+    assert train_mnist.main(command) == 0 and "is finished" in capsys.readouterr().out
+    state = checkpoint.read_tensors(encoders / "text.safetensors")
+    state["t5.encoder.final_layer_norm.weight"] += 1
+    checkpoint.save_tensors(state, encoders / "text.safetensors")
+    with pytest.raises(InputError, match="holds a run with encoders"):
+        train_mnist.main(command)
+    shutil.rmtree(encoders)
+    with pytest.raises(
+        InputError, match=f"run: was trained on the encoders of {encoders}: no such"
+    ):
+        generate.main(["7", "--run", str(run), "--out", str(out)])
+
+
+def test_fine_tuning(tiny_run, tmp_path, one_step):
+    """The transformer begins as another one ended: steps that are too small leave it as it is."""
+    run = tmp_path / "run"
+    command = ["--config", "tiny", "--init", str(tiny_run), "--out", str(run)]
+    assert train_mnist.main([*command, "--steps", "2", "--lr", "1e-12"]) == 0
+    before, after = (checkpoint.read_tensors(f / "flow.safetensors") for f in (tiny_run, run))
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, atol=1e-8, rtol=1e-6)
+    recipe = config_from_dict(checkpoint.read_json(run / "run.json")["config"], run).training.flow
+    assert (recipe.steps, recipe.lr) == (2, 1e-12)
+    assert not (run / "text.safetensors").exists()  # those of the run it began from
+    images = (weights.load(folder)(["7"], seed=3, output="latent") for folder in (tiny_run, run))
+    torch.testing.assert_close(*images, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_dropped_encoders_teach_nothing(tmp_path, monkeypatch, dropout):
     """What reads the text is trained by the encoders that are heard, and by nothing else."""
     short = {name: replace(getattr(TRAINING, name), steps=4) for name in STAGES}
     training = replace(TRAINING, **short, encoder_dropout=dropout)
     config = replace(CONFIGS["tiny"], training=training)
-    monkeypatch.setitem(train_mnist.CONFIGS, "tiny", config)
+    monkeypatch.setitem(jobs.CONFIGS, "tiny", config)
     assert train_mnist.main(["--config", "tiny", "--out", str(tmp_path / "run")]) == 0
     trained = checkpoint.read_tensors(tmp_path / "run" / "flow.safetensors")
     job = SimpleNamespace(seed=0, device=torch.device("cpu"))
-    fresh = train.build(job, "flow", lambda: MMDiT(config.mmdit)).state_dict()
+    fresh = stages.build(job, "flow", lambda: MMDiT(config.mmdit)).state_dict()
     for key in ("context_embedder.weight", "y_embedder.mlp.0.weight"):
         assert torch.equal(trained[key], fresh[key]) == (dropout == 1.0), key
 
@@ -256,9 +383,8 @@ def test_every_option_changes_the_images(pipeline, tmp_path, tiny_run, option, m
     # ... and the command line hands it over
     monkeypatch.setattr(generate.Pipeline, "load", lambda *_: pipeline)
     flags = [["--drop", v[0]] if k == "drop" else [f"--{k}", str(v)] for k, v in option.items()]
-    generate.main(
-        [*prompts, "--count", "1", "--out", str(tmp_path / "x.npy"), *itertools.chain(*flags)]
-    )
+    out = ["--run", str(tiny_run), "--count", "1", "--out", str(tmp_path / "x.npy")]
+    generate.main([*prompts, *out, *itertools.chain(*flags)])
     assert np.array_equal(np.load(tmp_path / "x.npy"), images)
 
 

@@ -1,19 +1,22 @@
 """Frechet distance against closed forms, the loop's small parts, figures."""
 
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from nanosd3.config import Recipe
+from nanosd3.config import CONFIGS, Recipe
 from nanosd3.figures import caption_lines, grid, shades, smooth
 from nanosd3.loop import decay_groups, learning_rate, make_ema, update_ema
-from nanosd3.metrics import ConvNet, frechet_distance
-from nanosd3.report import balanced, followed
+from nanosd3.metrics import JUDGED, ConvNet, frechet_distance, thumbnails
+from nanosd3.parallel import Team
+from nanosd3.report import balanced, followed, to_digits
 from nanosd3.runtime import cores, memory_found, rng
-from nanosd3.train import loss_by_time
+from nanosd3.stages import every_so_often, padded, time_shift, validation_loss
 from nanosd3.train_text import clip_loss, span_corruptions
 
 
@@ -44,6 +47,31 @@ def test_judge_shapes():
     net, x = ConvNet(10), torch.randn(3, 1, 32, 32)
     assert net.features(x).shape == (3, 64)
     torch.testing.assert_close(net(x), net.head(net.features(x)))
+    assert ConvNet(10, channels=3)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_thumbnails():
+    """What networks of 32 pixels look at: the picture itself if it is of that size."""
+    x = torch.randn(2, 3, JUDGED, JUDGED)
+    assert thumbnails(x) is x
+    large = torch.zeros(1, 1, 64, 96)
+    large[..., 48:] = 1
+    small = thumbnails(large)
+    assert small.shape == (1, 1, JUDGED, JUDGED)
+    assert (small[..., :15] == 0).all() and small[..., 17:].min() > 0.999
+
+
+def test_large_and_coloured_samples_are_judged_as_digits():
+    digits = torch.randint(0, 256, (2, 28, 28), dtype=torch.uint8)
+    assert to_digits(digits) is digits
+    large = torch.zeros(2, 64, 64, dtype=torch.uint8)  # twice as large, its border included
+    large[:, 4:-4, 4:-4] = digits.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    colour = torch.stack([large] * 3, dim=3)
+    for samples in (large, colour):
+        found = to_digits(samples)
+        assert found.shape == digits.shape and found.dtype == torch.uint8
+    flat = torch.full((1, 64, 64), 77, dtype=torch.uint8)
+    assert (to_digits(flat) == 77).all()
 
 
 # --- loop -----------------------------------------------------------------------------------------
@@ -55,6 +83,8 @@ def test_learning_rate():
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert max(rates) == 1 and rates[55] == pytest.approx(0.505, abs=0.01)
     assert rates[-1] < 0.02 and all(a > b for a, b in pairwise(rates[10:]))
+    constant = replace(recipe, decay="constant")
+    assert [learning_rate(step, constant) for step in range(100)] == rates[:10] + [1.0] * 90
 
 
 def test_ema_warms_up():
@@ -95,9 +125,110 @@ def test_runtime_facts():
 # --- stages ---------------------------------------------------------------------------------------
 
 
-def test_loss_by_time():
-    rows = loss_by_time(torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.tensor([0.0, 0.1, 0.5, 1.0]))
-    assert rows == [2.0, None, None, None, 5.0, None, None, 7.0]
+class HeldOut:
+    """13 images, of which those from 4 on are held out, in two sizes, with a caption each."""
+
+    trained, count, texts = 4, 13, [str(i) for i in range(13)]
+
+    def groups(self, numbers):
+        sizes = [[i for i in numbers if i % 3 == 0], [i for i in numbers if i % 3]]
+        return [torch.tensor(size) for size in sizes if size]
+
+    def captions(self, index, u):
+        assert (u == 0).all()
+        return index
+
+    def latents(self, index):
+        side = 2 if index[0] % 3 == 0 else 4
+        mean = (index.float() / 10).view(-1, 1, 1, 1).expand(-1, 2, side, side)
+        return mean, torch.full_like(mean, torch.nan)  # means are enough
+
+    def normalise(self, z):
+        return z
+
+    def text(self, captions):
+        return captions.view(-1, 1, 1).float(), captions.view(-1, 1).float()
+
+
+@dataclass(frozen=True)
+class OneOfThree(Team):
+    brought: list = field(default_factory=list)
+
+    def gathered(self, rows):
+        self.brought.append(rows)
+        return rows
+
+
+def job_with(source, team=None) -> SimpleNamespace:
+    return SimpleNamespace(source=source, team=team or Team(), device=torch.device("cpu"))
+
+
+def test_validation_loss():
+    """The mean over all held-out images, at eight times, with the same noise for each always."""
+    seen, source = {}, HeldOut()
+
+    def network(z, t, context, pooled):
+        """The exact velocity, but for an error of the image's number times t."""
+        number = context[:, 0, 0]
+        noise = (z - (1 - t.view(-1, 1, 1, 1)) * number.view(-1, 1, 1, 1) / 10) / t.view(
+            -1, 1, 1, 1
+        )
+        for n, x, time in zip(number.tolist(), noise, t.tolist(), strict=True):
+            torch.testing.assert_close(x, seen.setdefault(n, x), atol=1e-5, rtol=1e-4)
+            times.add(time)
+        return noise - number.view(-1, 1, 1, 1) / 10 + (number * t).view(-1, 1, 1, 1)
+
+    times = set()
+    losses = validation_loss(job_with(source), source, network)
+    assert sorted(times) == [(k + 0.5) / 8 for k in range(8)] and sorted(seen) == list(range(4, 13))
+    numbers = torch.arange(4, 13).double()
+    expected = [(numbers * t).square().mean().item() for t in sorted(times)]
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert losses == validation_loss(job_with(source), source, network)
+    source.count = source.trained
+    assert validation_loss(job_with(source), source, network) == []
+
+
+def test_validation_loss_of_three_processes():
+    """Each takes some images and as many passes as the others; together they are all, once."""
+    source, passes = HeldOut(), []
+
+    def network(z, t, context, pooled):
+        passes.append(z.shape)
+        return z * t.view(-1, 1, 1, 1)
+
+    alone = validation_loss(job_with(source), source, network)
+    teams = [OneOfThree(rank=rank, size=3) for rank in range(3)]
+    counts = []
+    for team in teams:
+        passes.clear()
+        validation_loss(job_with(source, team), source, network)
+        counts.append(list(passes))
+    assert counts[0] == counts[1] == counts[2] and counts[0]
+    sums = torch.cat([rows for team in teams for rows in team.brought]).sum(0)
+    assert sums[-1] == 9
+    assert (sums[:8] / 9).tolist() == pytest.approx(alone, abs=1e-5)
+
+
+def test_padded():
+    assert padded(torch.arange(5), 3).tolist() == [0, 1, 2, 3, 4, -1]
+    assert padded(torch.arange(6), 3).tolist() == list(range(6))
+
+
+def test_every_so_often():
+    """Ten times, at every step of a very short run, and every 5000 in a long one."""
+    assert [every_so_often(steps) for steps in (1, 9, 10, 12, 3000, 10**6)] == [
+        1, 1, 1, 2, 300, 5000
+    ]  # fmt: skip
+
+
+def test_time_shift():
+    """As the config samples at its own size; with twice as many pixels a root of 2 further."""
+    config = CONFIGS["sd3-medium"]
+    side = config.image_size // config.vae.factor
+    assert time_shift(config, (side, side)) == pytest.approx(config.sampling.shift)
+    assert time_shift(config, (2 * side, side)) == pytest.approx(config.sampling.shift * 2**0.5)
+    assert time_shift(config, (side // 2, side // 2)) == pytest.approx(config.sampling.shift / 2)
 
 
 def test_clip_loss():

@@ -52,9 +52,9 @@ def test_committed_notebooks_are_those_of_the_sources(source):
     assert sorted(p.stem for p in FOLDER.glob("*.ipynb")) == NAMES
 
 
-def test_size(notebook, source):
+def test_size(notebook):
     cells, code = len(notebook.cells), code_of(notebook)
-    assert 25 <= cells <= (45 if source.stem.startswith("10") else 40)
+    assert 25 <= cells <= 40
     assert sum(len(text.splitlines()) for text in code) <= 220
     assert max(len(text.splitlines()) for text in code) <= 20
     assert all(len(line) <= 100 for text in code for line in text.splitlines())

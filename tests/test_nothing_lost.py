@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import train_mnist
-from nanosd3 import loop
+from nanosd3 import loop, states
 from nanosd3.checkpoint import Run
 from nanosd3.config import Recipe
 from nanosd3.runtime import InputError, run_main
@@ -31,15 +32,20 @@ loop.SAVE_EVERY = 2
 left = int(sys.argv[2])
 
 def counted(function):
-    def call(*arguments):
+    def call(*arguments, **named):
         global left
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
+        return function(*arguments, **named)
     return call
 
-os.fsync, os.replace, loop.rng = map(counted, (os.fsync, os.replace, loop.rng))
+def rng(*name):  # a step, not a row of its noise
+    return (step if len(name) == 3 else original)(*name)
+
+original, step = loop.rng, counted(loop.rng)
+loop.rng = rng
+os.fsync, os.replace, os.unlink = map(counted, (os.fsync, os.replace, os.unlink))
 code = runtime.run_main(lambda: train_mnist.main(["--config", "tiny", "--out", sys.argv[1]]))
 print("events", int(sys.argv[2]) - left)
 sys.exit(code)
@@ -48,7 +54,7 @@ sys.exit(code)
 
 def train_until(folder: Path, event: int) -> subprocess.CompletedProcess:
     """Train in a process that kills itself at the event of this number: a step that begins, a file
-    that is about to be flushed, or one that is about to be renamed."""
+    that is about to be flushed, renamed or deleted."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", CHILD, str(folder), str(event)],
@@ -61,13 +67,14 @@ def ends_like(folder: Path, other: Path) -> None:
         file = f"{name}.safetensors"
         assert (folder / file).read_bytes() == (other / file).read_bytes(), file
     assert (folder / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
+    assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
 
 
 def kill_and_go_on(folder: Path, kills: int, seed: int) -> int:
     """Kill a run again and again, each time a random number of events later; how often."""
     draw = random.Random(seed)
     for count in range(kills):
-        done = train_until(folder, draw.randint(2, 40))
+        done = train_until(folder, draw.randint(2, 150))
         if done.returncode == 0:
             return count
         assert done.returncode == -signal.SIGKILL, done.stderr
@@ -95,10 +102,10 @@ def test_sigterm_saves_and_is_no_failure(tiny_run, tmp_path, monkeypatch, capsys
     command = ["--config", "tiny", "--out", str(tmp_path / "run")]
     original = loop.rng
 
-    def rng(seed, stage, step):
-        if (stage, step) == ("flow", 5):
+    def rng(*name):
+        if name[1:] == ("flow", 5):
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(seed, stage, step)
+        return original(*name)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "rng", rng)
@@ -120,9 +127,10 @@ def fit(folder: Path, module: nn.Module, spoil=lambda step, x: x, watch=None) ->
     """Train on random points; `spoil` may change the input of a step."""
     run = Run.open(folder, {"config": {"name": "x"}})
 
-    def loss_of(step, generator):
-        x = spoil(step, torch.randn(4, 3, generator=generator))
-        return module(x).square().mean(), {}
+    def loss_of(draw):
+        _, _, step = draw.name
+        x = spoil(step, draw.of(torch.randn(RECIPE.batch, 3, generator=draw.generator())))
+        return module(x).square().mean(1), {}
 
     ema = loop.make_ema(module)
     loop.fit(run, "x", module, loss_of, RECIPE, 0, ema, 0.9, watch)
@@ -137,21 +145,28 @@ def stop_at(step):
     return watch
 
 
-@pytest.mark.parametrize("damage", ["truncated", "a bit", "empty"])
-def test_damaged_state_is_named_and_the_one_before_is_used(tmp_path, monkeypatch, capsys, damage):
+@pytest.mark.parametrize("file", ["*.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "a bit", "empty", "missing"])
+def test_damaged_state_is_named_and_the_one_before_is_used(
+    tmp_path, monkeypatch, capsys, damage, file
+):
     monkeypatch.setattr(loop, "SAVE_EVERY", 2)
     whole, broken = net(), net()
     fit(tmp_path / "whole", whole)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", broken, watch=stop_at(6))
-    newest, before = Run.read(tmp_path / "run").states()
-    assert (newest.name, before.name) == ("state-00000006.pt", "state-00000004.pt")
-    content = bytearray(newest.read_bytes())
+    newest, before = states.saved(tmp_path / "run")
+    assert (newest.name, before.name) == ("state-00000006", "state-00000004")
+    (path,) = newest.glob(file)
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    newest.write_bytes({"truncated": content[:-9], "a bit": content, "empty": b""}[damage])
+    path.write_bytes({"truncated": content[:-9], "a bit": content}.get(damage, b""))
+    if damage == "missing":
+        path.unlink()
     fit(tmp_path / "run", broken)
     said = capsys.readouterr().out
-    assert f"{newest.name}: damaged" in said and before.name in said and "from step 4" in said
+    assert newest.name in said and path.name in said and f"the one before, {before.name}" in said
+    assert "going on from step 4" in said
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), broken.parameters(),
                                                  strict=True))  # fmt: skip
 
@@ -160,10 +175,59 @@ def test_all_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SAVE_EVERY", 2)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, net(), watch=stop_at(6))
-    for path in Run.read(tmp_path).states():
-        path.write_bytes(b"x")
-    with pytest.raises(InputError, match=r"state-00000006.pt: damaged .*delete it to repeat"):
+    for path in states.saved(tmp_path):
+        (path / "state.json").write_text("{}")
+    with pytest.raises(InputError, match=r"state-00000006: damaged .*delete it to repeat"):
         fit(tmp_path, net())
+
+
+def test_states_that_a_finished_stage_left_are_deleted(tmp_path, monkeypatch, capsys):
+    """Killed between a stage's end and the deletion of its states, whose steps may be later."""
+    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
+    for step in (90, 100):
+        states.save(tmp_path / "run", "before", step, {"x": torch.ones(3)})
+    (tmp_path / "run" / "run.json").write_text('{"config": {"name": "x"}, "stages": {}}')
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", net(), watch=stop_at(6))
+    assert [path.name for path in states.saved(tmp_path / "run")] == [
+        "state-00000006", "state-00000004"
+    ]  # fmt: skip
+    fit(tmp_path / "run", net())
+    assert "going on from step 6" in capsys.readouterr().out
+
+
+def test_what_killed_processes_began_to_write_is_removed(tmp_path):
+    run = Run.open(tmp_path / "run", {"config": {"name": "x"}})
+    mine = {"run.json", "notes.txt", ".notes.tmp", ".notes.txt.1.tmp"}
+    for name in {".flow.safetensors.123.tmp", ".run.json.9.tmp", *mine} - {"run.json"}:
+        (run.folder / name).write_text("half")
+    (run.folder / ".state-00000002.tmp").mkdir()
+    (run.folder / ".state-00000002.tmp" / "shard").write_text("half")
+    with run.alone():
+        assert {path.name for path in run.folder.iterdir()} == mine
+
+
+def test_fresh_interrupted(tmp_path, monkeypatch):
+    """Half of a run deleted: it can be started over, and is not taken for one of another seed."""
+    one, two = ({"config": {"name": "x"}, "seed": seed} for seed in (1, 2))
+    run = Run.open(tmp_path, one)
+    states.save(tmp_path, "x", 3, {"x": torch.ones(3)})
+    run.finish("y", {})
+
+    def interrupt(path, **_):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            Run.open(tmp_path, two, fresh=True)
+    with pytest.raises(InputError, match="with seed 1, not 2"):
+        Run.open(tmp_path, two)
+    assert Run.open(tmp_path, one).stages == {} and not states.saved(tmp_path)
+    run = Run.open(tmp_path, two, fresh=True)
+    with run.alone():
+        assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_steps_that_are_not_finite_are_skipped(tmp_path, capsys):

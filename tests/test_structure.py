@@ -10,16 +10,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nanosd3"
 LAYERS = [  # as the package docstring lists them
-    {"runtime", "products"},
-    {"config", "patchify", "layers", "flow", "samplers", "tokenizers", "parts", "images"},
-    {"mmdit", "vae", "clip", "t5", "data", "metrics", "options", "layouts", "weightfiles"},
-    {"text", "checkpoint", "sizes"},
-    {"pipeline", "loop", "figures"},
-    {"train", "found"},
-    {"train_text", "report", "audit"},
-    {"export"},
-    {"weights", "pairs"},
-    {"generate", "bench", "student"},
+    set(row.split())
+    for row in (
+        "runtime products",
+        "config patchify layers flow samplers tokenizers parts images parallel buckets",
+        "mmdit vae clip t5 data metrics options layouts weightfiles costs folders",
+        "text checkpoint sizes sources footprint",
+        "pipeline states shards speed figures",
+        "loop features found",
+        "stages audit",
+        "train_text report export",
+        "weights pairs",
+        "jobs generate growth student",
+        "train bench",
+    )
 ]
 
 

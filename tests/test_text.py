@@ -14,6 +14,7 @@ from nanosd3.text import (
     drop_encoders,
     join_context,
     make_encoders,
+    widened,
 )
 
 CONFIG = CONFIGS["tiny"].text
@@ -25,7 +26,7 @@ DL, DG, L = CONFIG.clip_l.width, CONFIG.clip_g.width, CONFIG.clip_l.length
 def text():
     torch.manual_seed(0)
     parts = Parts(make_encoders(CONFIG).eval(), torch.device("cpu"))
-    return TextEncoders(CONFIG, Tokenizers.train(CAPTIONS, CONFIG), parts)
+    return TextEncoders(CONFIG, Tokenizers.train(CAPTIONS, CONFIG), parts, CONFIG.t5.width, DL + DG)
 
 
 def test_join_order():
@@ -47,6 +48,30 @@ def test_encoding(text):
     torch.testing.assert_close(
         context[:1, L:], text.parts["t5"](text.t5_ids(["a handwritten seven"]))
     )
+
+
+def test_for_a_wider_transformer_features_are_filled_up_with_zeros(text):
+    wide = TextEncoders(CONFIG, text.tokenizers, text.parts, CONFIG.t5.width + 9, DL + DG + 5)
+    assert widened(torch.ones(2, 3), 5).tolist() == [[1, 1, 1, 0, 0]] * 2
+    for options in ({}, {"drop": ["t5"]}, {"drop": ["clip_g"]}):
+        for a, b in zip(text.encode(["a bold 3", ""], **options),
+                        wide.encode(["a bold 3", ""], **options), strict=True):  # fmt: skip
+            assert torch.equal(b[..., : a.shape[-1]], a) and (b[..., a.shape[-1] :] == 0).all()
+            assert b.shape[-1] - a.shape[-1] == (9 if a.ndim == 3 else 5)
+
+
+def test_dropping_from_wider_features_drops_the_same(text):
+    """In training they are dropped after they were filled up, from what was kept of them."""
+    wide = TextEncoders(CONFIG, text.tokenizers, text.parts, CONFIG.t5.width + 9, DL + DG + 5)
+    prompts = ["a bold 3"] * 8
+    keep = torch.tensor([[i & 1, i & 2, i & 4] for i in range(8)]).bool()
+    dropped = drop_encoders(*wide.encode(prompts), keep, CONFIG)
+    for i, (context, pooled) in enumerate(zip(*dropped, strict=True)):
+        drop = [name for name, kept in zip(ENCODERS, keep[i].tolist(), strict=True) if not kept]
+        expected = wide.encode(prompts[:1], drop=drop)
+        for a, b in ((context, expected[0][0]), (pooled, expected[1][0])):
+            assert torch.equal(a == 0, b == 0), drop
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_padding(text):

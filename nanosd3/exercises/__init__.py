@@ -14,6 +14,7 @@ from collections.abc import Callable
 from nanosd3.exercises import (
     attention,
     blocks,
+    bucketing,
     clip,
     joint,
     judging,
@@ -33,7 +34,7 @@ from nanosd3.exercises.checker import judge
 
 MODULES = (  # in the order in which one learns
     line, times, patches, attention, joint, blocks, solvers, sampling, latents, scaling, tokenizers,
-    clip, text, training, judging,
+    clip, text, training, bucketing, judging,
 )  # fmt: skip
 EXERCISES: dict[str, Exercise] = {
     entry.name: entry for module in MODULES for entry in module.EXERCISES

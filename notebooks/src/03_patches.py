@@ -23,7 +23,7 @@ from nanosd3.samplers import euler, guided
 
 lesson = trained()
 pipeline = lesson.pipeline
-digits = to_model(lesson.job.images.test_images[:8], 28)  # (8, 1, 28, 28) in [-1, 1]
+digits = to_model(lesson.images.test_images[:8], 28)  # (8, 1, 28, 28) in [-1, 1]
 g = torch.Generator().manual_seed(0)
 
 # %% [markdown]
@@ -385,6 +385,6 @@ check("centre_crop", centre_crop)
 # ## What was left out
 #
 # Positions that are learned, or that turn the queries and keys themselves (RoPE), as many later
-# models have; SD3's are fixed. Choosing pictures of many shapes for a batch (bucketing). Patches
+# models have; SD3's are fixed. Choosing pictures of many shapes for a batch (notebook 05). Patches
 # and the 2 x 2 embedding are in section 4 of the paper, arXiv 2403.03206; the grid of positions
 # for other sizes and shapes in section 5.3.2.

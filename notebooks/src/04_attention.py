@@ -111,7 +111,7 @@ for block, given in inputs_of(*at(0.9), *text):
     print(f"{q.shape[2]} queries, {k.shape[2]} keys; image without text: off by {changed:.0%}")
 
 # %% [markdown]
-# What the image tokens take would be off by a half and more, had they not looked at the text.
+# What the image tokens take would be off by about a half, had they not looked at the text.
 #
 # The last block's text has keys and values only. Its output would never be read, so it has no
 # queries. (Official files hold weights for them all the same; no gradient ever reached those.) In
@@ -153,8 +153,8 @@ lines(curves, "t (0 data, 1 noise)", "attention that image gives to text (%)", "
 
 # %% [markdown]
 # The first block, its head 0 above all, listens to the words while there is nothing to see and
-# turns to the picture as that takes shape. The second block gives the words a quarter all the
-# time. And which words?
+# turns to the picture as that takes shape. The second block gives the words a sixth to a quarter
+# all the time. And which words?
 
 # %%
 alone = pipeline.encode_text([prompt] * B, drop=("clip_l", "clip_g"))
@@ -185,8 +185,8 @@ maps(tables, "column", "row", "Where the token 3 looks among the 4 x 4 patches."
 # padding.
 #
 # The lower row is the other way round, text looking at the image (at t = 0.5): the words are
-# rewritten as the picture takes shape. T5's 3 looks with one head at the right border, with the
-# other at the middle.
+# rewritten as the picture takes shape. T5's 3 looks with one head at a corner, with the other at
+# the right border.
 #
 # ## The other way: modulation
 #
@@ -248,7 +248,7 @@ for name, case in cases.items():
 images(drawn, "d = 0 to 9, from the same noise.")
 
 # %% [markdown]
-# The pooled vector wins, in 99 of 100 cases, and alone it does as well as with the context. That
+# The pooled vector wins, in 97 of 100 cases, and alone it does as well as with the context. That
 # is no law of attention but a fact about these captions and this short training: which of ten
 # digits, thin or bold, leaning or not, fits into one vector of 96 numbers, and a vector that turns
 # all knobs is easily heard. A sentence about three cats and a red chair does not fit; that is what

@@ -14,15 +14,15 @@ from dataclasses import replace
 import torch
 from lab import CACHE, begin_job, images, lines, maps, pick, trained
 
+from nanosd3.buckets import bucket_sizes, nearest
 from nanosd3.checkpoint import Run
-from nanosd3.data import to_model, to_uint8
+from nanosd3.data import to_uint8
 from nanosd3.exercises import check, show
 from nanosd3.flow import flow_loss, interpolate, logit_normal, stratified
-from nanosd3.loop import decay_groups, fit, learning_rate, make_ema, update_ema
+from nanosd3.loop import Draw, decay_groups, fit, learning_rate, make_ema, update_ema
 from nanosd3.mmdit import MMDiT
 from nanosd3.runtime import rng
 from nanosd3.text import drop_encoders
-from nanosd3.train import describe_images, encode_images
 
 # %% [markdown]
 # ## 1. Data: images, and captions that say what is in them
@@ -32,16 +32,12 @@ from nanosd3.train import describe_images, encode_images
 # from its moments. Whether the model obeys can later be measured with the same ruler.
 
 # %%
-job = begin_job("model")
-described = describe_images(job.images)
-captions = described.captions
-first = slice(0, 8)
-index = captions.draw(
-    job.images.train_labels[first], described.weight[first], described.slant[first],
-    torch.rand(8, generator=torch.Generator().manual_seed(3)),
-)  # fmt: skip
-images({"images": job.images.train_images[first]}, "The first eight images to train on.")
-print(*(captions.texts[i] for i in index), sep="\n")
+job = begin_job()
+source = job.source
+first = torch.arange(8)
+index = source.captions(first, torch.rand(8, generator=torch.Generator().manual_seed(3)))
+images({"images": source.images.train_images[first]}, "The first eight images to train on.")
+print(*(source.texts[i] for i in index), sep="\n")
 
 # %% [markdown]
 # **PREDICT.** Each image has many captions that fit it. Why is a new one drawn at every step,
@@ -50,6 +46,34 @@ print(*(captions.texts[i] for i in index), sep="\n")
 # (Because the model should understand all ways to say it; with one caption an image it could
 # learn images by heart from their captions.)
 #
+# Digits are all of one size. Photographs are not, and a batch is one tensor. `python -m
+# nanosd3.train --data FOLDER`, which trains the same stages on pictures of your own, sends each to
+# the nearest of a few sizes of *about equal area*, a **bucket**, and draws each batch from one of
+# them. So all batches have about as many tokens.
+#
+# **PREDICT.** A photograph of 3:2, cut to its middle square: how much of it is lost? And cut to the
+# nearest of the sizes below?
+
+# %%
+sizes = bucket_sizes(1024, 64, 2048)
+print(", ".join(f"{h}x{w}" for h, w in sizes))
+tokens = [h * w // 16**2 for h, w in sizes]
+assert 0.97 * 64**2 < min(tokens) and max(tokens) < 1.03 * 64**2
+shapes = torch.logspace(-1, 1, 201, base=2)  # height / width, from 1:2 to 2:1
+
+
+def lost(height, width, shape):  # of an image of this shape, scaled and cut to a size
+    factor = float(shape) * width / height
+    return 1 - min(factor, 1 / factor)
+
+
+bucketed = [lost(*nearest(sizes, int(1e6 * shape), 10**6), shape) for shape in shapes]
+curves = {"the middle square": (shapes, [lost(1, 1, shape) for shape in shapes]),
+          "the nearest of nine sizes": (shapes, bucketed)}  # fmt: skip
+caption = "Of a photograph of 3:2 the square loses a third, the nearest size a fortieth."
+lines(curves, "height / width", "share cut off", caption, "x")
+
+# %% [markdown]
 # ## 2. Autoencoder and text encoders
 #
 # Both are trained first and then frozen; notebooks 07 and 08 are about them. `trained()` runs all
@@ -57,51 +81,54 @@ print(*(captions.texts[i] for i in index), sep="\n")
 
 # %%
 lesson = trained()
-pipeline = lesson.pipeline
-vae, text = pipeline.vae, pipeline.text
-test = job.images.test_images[:8]
+pipeline, features = lesson.pipeline, lesson.features
+test = torch.arange(source.trained, source.trained + 8)  # behind those that are trained on
+pixels = source.pixels(test)
 with torch.no_grad():
-    mean, _ = vae.encode(to_model(test, job.config.image_size))
-    back = to_uint8(vae.decode(mean))[:, 2:-2, 2:-2]
-images({"test images": test, "through the latents": back}, "1024 pixels, 256 latents, and back.")
+    back = pipeline.vae.decode(pipeline.posterior(pixels)[0])
+rows = {"test images": to_uint8(pixels), "through the latents": to_uint8(back)}
+images(rows, "1024 pixels, 256 latents, and back.")
 
 # %% [markdown]
 # What is frozen need not be computed again and again. All latents (mean and deviation) and the
-# features of all captions are computed **once**; each step then only looks them up. With the real
-# model this saves most of the time and nearly all of the memory: the encoders are 5 of its 7
-# billion parameters.
+# features of all captions are computed **once** and kept on disk; each step then only looks them
+# up. With the real model this saves most of the time and nearly all of the memory: the encoders
+# are 5 of its 7 billion parameters.
 
 # %%
-count = pick(20000, 1000)
-latent_mean, latent_std = encode_images(
-    vae, job.images.train_images[:count], job.config.image_size, job.device
-)
-context, pooled = text.encode(captions.texts)
-print("latents:", tuple(latent_mean.shape), "context:", tuple(context.shape))
+latents = features.latents(first)
+torch.testing.assert_close(latents, pipeline.posterior(source.pixels(first)), atol=2e-3, rtol=2e-3)
+context, pooled = features.text(index)
+print("of", len(first), "images: latents", tuple(latents[0].shape), "context", tuple(context.shape))
 
 # %% [markdown]
 # ## 3. One step
 #
 # Draw images, captions, times and noise; go to the place on the line; compare the velocity.
-# A generator that is named after the step makes all draws: step 17 draws the same today and
-# tomorrow, whatever happened before it. This is why an interrupted run can go on exactly.
+# Generators that are named after the step make all draws: step 17 draws the same today and
+# tomorrow, whatever happened before it. This is why an interrupted run can go on exactly. The
+# package calls a step's random numbers a `Draw`. Its `generator()` is for what everyone draws
+# alike; of its `noise` each row has a generator of its own, so that of several processes, which
+# share a batch, each need draw only its own rows.
 
 
 # %%
-def batch(step, size):
-    g = rng(0, "flow", step)
-    i = torch.randint(count, (size,), generator=g)
-    caption = captions.draw(job.images.train_labels[i], described.weight[i], described.slant[i],
-                            torch.rand(size, generator=g))  # fmt: skip
+def batch(draw):
+    g, size = draw.generator(), len(draw.rows)  # all rows: we are alone
+    i = source.draw(size, g)
+    caption = source.captions(i, torch.rand(size, generator=g))
     keep = torch.rand(size, 3, generator=g) >= training.encoder_dropout
     t = logit_normal(stratified(size, g), training.time_mean, training.time_std)
-    noise, posterior = torch.randn(2, size, *latent_mean.shape[1:], generator=g)
-    x0 = vae.normalise(latent_mean[i] + latent_std[i] * posterior)
-    return x0, noise, t, drop_encoders(context[caption], pooled[caption], keep, job.config.text)
+    mean, std = features.latents(i)
+    noise, posterior = draw.noise((2, *mean.shape[1:])).unbind(1)
+    x0 = features.normalise(mean + std * posterior)
+    return x0, noise, t, drop_encoders(*features.text(caption), keep, job.config.text)
 
 
 training = job.config.training
-x0, noise, t, conditioning = batch(step=0, size=6)
+x0, noise, t, conditioning = batch(Draw((0, "flow", 0), range(6)))
+two = Draw((0, "flow", 0), range(2, 4))
+assert torch.equal(two.noise((2, *x0.shape[1:]))[:, 0], noise[2:4]), "a share of the same numbers"
 print("x0", tuple(x0.shape), "t", [round(x, 2) for x in t.tolist()])
 
 # %% [markdown]
@@ -139,8 +166,8 @@ assert float(velocity.detach().abs().max()) == 0
 #
 # Around the step stands what every training has: AdamW, a warm-up and a cosine for the learning
 # rate, a limit for the gradient's norm, and an **average of the weights** (EMA), which is what we
-# sample from. Nothing else is in the package's loop but the log, the progress bar, saving, and
-# stopping at Ctrl-C.
+# sample from. What the package's loop has besides: the log, a progress bar, saving, stopping at
+# Ctrl-C, leaving out a step whose loss is not finite, and sharing a batch among processes.
 
 
 # %%
@@ -151,7 +178,7 @@ def train_by_hand(model, recipe, watch=lambda step, ema: None):
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
-        x0, noise, t, conditioning = batch(step, recipe.batch)
+        x0, noise, t, conditioning = batch(Draw((0, "flow", step), range(recipe.batch)))
         loss = flow_loss(model(interpolate(x0, noise, t), t, *conditioning), x0, noise).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
@@ -164,13 +191,14 @@ def train_by_hand(model, recipe, watch=lambda step, ema: None):
 
 
 # %% [markdown]
-# Is that all? The package's `fit` gets the same fresh model, the same batches and eight steps.
+# Is that all? The package's `fit` gets the same fresh model, the same batches and eight steps. It
+# asks for the loss of each row, and for numbers that the log should keep besides (here none).
 
 
 # %%
-def loss_of(step, generator):
-    x0, noise, t, conditioning = batch(step, short.batch)
-    return flow_loss(model(interpolate(x0, noise, t), t, *conditioning), x0, noise).mean(), {}
+def loss_of(draw):
+    x0, noise, t, conditioning = batch(draw)
+    return flow_loss(model(interpolate(x0, noise, t), t, *conditioning), x0, noise), {}
 
 
 short = replace(training.flow, steps=8, warmup=4, batch=16)
@@ -222,28 +250,29 @@ lines(
 #
 # ## 6. The whole run
 #
-# The log of the lesson's model (1,800 steps) keeps the loss by time, in eight intervals of t.
+# The loss of a batch depends on the times that were drawn for it. So the package looks ten times
+# in a run at images that are **held out**, never trained on, at eight equally spaced times, always
+# with the same captions and noise. The log keeps these losses: `validation` of the weights
+# themselves, `validation_ema` of their average.
 #
 # **PREDICT.** At which t is the loss largest, at which smallest?
 
 # %%
-log = job.run.read_log("flow")
-third = max(1, len(log) // 3)
-parts = {"first third": log[:third], "last third": log[-third:]}
-curves = {}
-for name, entries in parts.items():
-    table = torch.tensor(
-        [[x if x is not None else torch.nan for x in e["by_time"]] for e in entries]
-    )
-    curves[name] = ((torch.arange(8) + 0.5) / 8, table.nanmean(0))
+log = [entry["validation_ema"] for entry in job.run.read_log() if "validation_ema" in entry]
+ts = (torch.arange(8) + 0.5) / 8
+held = torch.arange(source.trained, source.count)
+x0 = features.normalise(features.latents(held)[0])
+noise = torch.stack([torch.randn(x0.shape[1:], generator=rng("validation", int(i))) for i in held])
+text = features.text(source.captions(held, torch.zeros(len(held))))
+with torch.no_grad():
+    by_hand = [flow_loss(pipeline.mmdit(interpolate(x0, noise, t), t, *text), x0, noise).mean()
+               for t in ts]  # fmt: skip
+torch.testing.assert_close(torch.stack(by_hand), torch.tensor(log[-1]), atol=1e-3, rtol=0)
+curves = {"a tenth of the run": (ts, log[0]), "all of it": (ts, log[-1])}
 lines(curves, "t (0 data, 1 noise)", "velocity loss (per latent)",
       "Near t = 0 noise and data cannot be told apart by so small a model; near t = 1 only the "
       "average digit can be guessed; between them training helps most.")  # fmt: skip
-
-# %%
-table = torch.tensor([[x or torch.nan for x in entry["by_time"]] for entry in log])
-blocks = torch.stack([part.nanmedian(0).values for part in table.chunk(10)])
-maps({"median loss": blocks.T}, "tenth of training", "interval of t (0 data, 7 noise)",
+maps({"held-out loss": torch.tensor(log).T}, "tenth of training", "eighth of t (0 data, 7 noise)",
      "Dark is a large loss. It falls everywhere, first near noise.", "loss")  # fmt: skip
 
 # %% [markdown]
@@ -315,6 +344,17 @@ def accumulate_gradient(weight, x0, noise, t, size):
 
 check("accumulate_gradient", accumulate_gradient)
 
+# %%
+show("bucket_sizes")
+
+
+# %%
+def bucket_sizes(side, multiple, most, ratio):
+    raise NotImplementedError("your code here")
+
+
+check("bucket_sizes", bucket_sizes)
+
 # %% [markdown]
 # **Open ends.** Train with `encoder_dropout = 0` and sample with guidance: what goes wrong?
 # (Notebook 10 shows it.) Draw one caption an image for good: does the loss fall further, and are
@@ -322,7 +362,7 @@ check("accumulate_gradient", accumulate_gradient)
 #
 # ## What was left out
 #
-# Many GPUs and half precision; a set of a billion images, filtered, with captions half of which a
-# model wrote (paper, arXiv 2403.03206, section 5.2, appendix B); a second training at high
-# resolution with a shifted time (section 5.3.2); and fine-tuning to people's preferences
-# (appendix C).
+# Many GPUs and half precision (both are in `nanosd3/parallel.py`); a set of a billion images,
+# filtered, with captions half of which a model wrote (paper, arXiv 2403.03206, section 5.2,
+# appendix B); a second training at high resolution with a shifted time (section 5.3.2); and
+# fine-tuning to people's preferences (appendix C).

@@ -139,7 +139,7 @@ lines(curves, "evaluations", "error in latents (deviation 1)", "The trained netw
 # Two surprises. First, DPM++ 2M is the *worst* with few steps. For four steps the official schedule
 # ends ..., 0.334, 0.001, 0. In units of ln t the step to 0.001 is eight times as long as the
 # one before, and the extrapolation goes that far. With even times the same solver beats Euler
-# everywhere and is as good as Heun or better. Solver and schedule have to fit.
+# everywhere and is about as good as Heun. Solver and schedule have to fit.
 #
 # Second, Heun's line bends: from 9 evaluations on it falls about as fast as Euler's. Its order is a
 # promise for smooth fields, and a network that reads sines of 1000 t need not be one.
@@ -165,7 +165,7 @@ def quality(drawn):
     return sum(right) / len(right), frechet_distance(features(torch.from_numpy(drawn)), real)
 
 
-real, curves = features(lesson.job.images.test_images), {}
+real, curves = features(lesson.images.test_images), {}
 for name in SAMPLERS:
     steps = [n // 2 + 1 if name == "heun" else n for n in pick((2, 4, 8, 16), (2, 4))]
     scores = [quality(pipeline(digits, sampler=name, steps=n, seed=2)) for n in steps]
@@ -289,7 +289,7 @@ images(rows, "'a 7' at scale 3, with the mean stroke weight measured in the imag
 # **PREDICT.** From which strength on will the judge read a nine?
 
 # %%
-images_, labels = lesson.job.images.test_images, lesson.job.images.test_labels
+images_, labels = lesson.images.test_images, lesson.images.test_labels
 four, eps, ts = images_[labels == 4][:1], noise[:1], flow.schedule(12)
 both = (pipeline.encode_text(prompt) for prompt in ("the digit 9", ""))
 nine = guided(pipeline.mmdit, *both, pipeline.config.sampling.guidance)
@@ -308,8 +308,9 @@ for digit in (9, 2):
 images(rows, "A four, then strengths 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9 and 1.")
 
 # %% [markdown]
-# From 0.6 on it is a nine, from 0.7 on a two: a two has less in common with a four. Below that the
-# picture has lost too little. Strength is the share of steps, and with it the noise at the start.
+# From 0.6 on it reads what was asked for; below that the picture has lost too little. But the nine is
+# whole at once and the two only from 0.8 on: it has less in common with a four. Strength is the
+# share of steps, and with it the noise at the start.
 #
 # *Repainting* keeps part of the picture. In a loop: after each step put back, outside the mask, the
 # known image with as much noise as belongs to that time. The package says the same with a velocity,

@@ -17,8 +17,8 @@ from nanosd3.vae import AutoencoderKL, kl_divergence, sample_posterior
 
 lesson = trained()
 pipeline, vae = lesson.pipeline, lesson.pipeline.vae
-labels = lesson.job.images.test_labels[: pick(300, 50)]
-test = to_model(lesson.job.images.test_images[: len(labels)], 32)
+labels = lesson.images.test_labels[: pick(300, 50)]
+test = to_model(lesson.images.test_images[: len(labels)], 32)
 with torch.no_grad():
     mean, logvar = vae.encode(test)
     back = vae.decode(mean)
@@ -156,13 +156,10 @@ assert abs(running[-1] / exact - 1) < 0.01
 # number at a time. (They are kept in the cache.)
 
 # %%
-from dataclasses import asdict, replace
+from dataclasses import replace
 
-from lab import CACHE
-
-from nanosd3.checkpoint import Run
 from nanosd3.config import Recipe
-from nanosd3.train import train_autoencoder
+from nanosd3.stages import train_autoencoder
 
 
 def small_vae(channels, kl_weight):
@@ -171,9 +168,7 @@ def small_vae(channels, kl_weight):
     training = replace(config.training, autoencoder=recipe, kl_weight=kl_weight)
     config = replace(config, training=training,
                      vae=replace(config.vae, latent_channels=channels))  # fmt: skip
-    run = Run.open(CACHE / f"07-vae-{channels}-{kl_weight}", {"config": asdict(config)})
-    few = lesson.job.images.first(pick(5000, 300), 100)
-    return train_autoencoder(replace(lesson.job, run=run, config=config, images=few))
+    return train_autoencoder(lesson.another(f"07-vae-{channels}-{kl_weight}", config))
 
 
 # %% [markdown]
@@ -272,8 +267,8 @@ images(rows, "One set of samples, decoded three ways.")
 # flow would make them from. Which half-way picture is a digit?
 
 # %%
-ends = to_model(lesson.job.images.test_images, 28)
-ends = torch.cat([ends[lesson.job.images.test_labels == d][1:2] for d in (2, 7)])
+ends = to_model(lesson.images.test_images, 28)
+ends = torch.cat([ends[lesson.images.test_labels == d][1:2] for d in (2, 7)])
 w = torch.linspace(0, 1, 9)[:, None, None, None]
 ts, empty = flow.schedule(pick(20, 3)), pipeline.encode_text([""] * 9)
 

@@ -153,7 +153,7 @@ with torch.no_grad():
     clip_g = pipeline.parts["clip_g"]
     pooled = clip_g(pipeline.text.clip_ids(captions.texts)[1])[1]
 torch.manual_seed(0)
-tower, data, fits = ConvNet(pooled.shape[1]), lesson.job.images, lesson.described
+tower, data, fits = ConvNet(pooled.shape[1]), lesson.images, lesson.described
 
 
 def make():

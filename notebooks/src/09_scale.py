@@ -13,19 +13,17 @@ import shutil
 from dataclasses import replace
 
 import torch
-from lab import CACHE, begin_job, images, lesson_config, lines, pick, trained
+from lab import CACHE, images, lines, pick, trained
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanosd3 import audit, export, flow, found, layouts, weights
+from nanosd3 import audit, costs, export, found, layouts, weights
 from nanosd3.checkpoint import read_tensors
 from nanosd3.config import CONFIGS, Recipe
 from nanosd3.exercises import check, show
 from nanosd3.layers import split_heads
-from nanosd3.parts import Parts
-from nanosd3.pipeline import Pipeline
 from nanosd3.runtime import rng
-from nanosd3.train import encode_images, train_flow
+from nanosd3.stages import train_flow
 
 # %% [markdown]
 # ## One dial
@@ -84,6 +82,7 @@ for name, config in CONFIGS.items():
     size = config.mmdit
     norms = (4 * size.depth + 2 * len(size.dual_attention)) * 64 * size.qk_norm
     assert sum(a * b + b for a, b, _ in linears(size)) + norms == count[name], name
+    assert costs.parameters(size) == count[name], "the package's own formula"
 
 h = 64 * d  # and for the paper's family all at once
 around, last = 4 * h**2 + 6536 * h + 64, 5 * h**2 + 5 * h  # stem and end; the last block's text
@@ -134,19 +133,20 @@ def operations(config, patches, words):
 
 
 for name, config in CONFIGS.items():
-    side, text = config.image_size // config.vae.factor, config.text
-    words, latent = text.clip_l.length + text.t5.length, config.mmdit.latent_channels
+    size, rows = config.mmdit, config.image_size // config.vae.factor // 2
+    words = config.text.clip_l.length + config.text.t5.length
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
-        context = torch.empty(1, words, config.mmdit.context_dim)
-        pooled = torch.empty(1, config.mmdit.pooled_dim)
-        models[name](torch.empty(1, latent, side, side), torch.empty(1), context, pooled)
-    assert operations(config.mmdit, side**2 // 4, words) == counter.get_total_flops(), name
-    print(f"{name:18} {config.image_size:4} pixels: {counter.get_total_flops():.1e} operations")
+        text = torch.empty(1, words, size.context_dim), torch.empty(1, size.pooled_dim)
+        models[name](torch.empty(1, size.latent_channels, 2 * rows, 2 * rows), torch.ones(1), *text)
+    total = operations(size, rows**2, words)
+    assert total == counter.get_total_flops() == costs.forward_flops(size, 1, rows, rows, words)
+    print(f"{name:18} {config.image_size:4} pixels: {total:.1e} operations")
 
 # %% [markdown]
-# The formula agrees with PyTorch's counter to the last operation. A picture of SD3 medium at 1024
-# pixels takes 28 steps with guidance, 56 passes: 5e14 operations. A laptop does some 1e11 a
-# second: an hour and a half. The paper's largest training took 5e22: sixteen thousand years.
+# The formula agrees with PyTorch's counter, and with the package's own (`nanosd3/costs.py`), to the
+# last operation. A picture of SD3 medium at 1024 pixels takes 28 steps with guidance, 56 passes:
+# 5e14 operations. A laptop does some 1e11 a second: an hour and a half. The paper's largest
+# training took 5e22: sixteen thousand years.
 #
 # ## What it buys: a ladder of depths
 #
@@ -159,17 +159,17 @@ for name, config in CONFIGS.items():
 
 # %%
 lesson = trained()
-pipeline, seen, steps = lesson.pipeline, lesson.job.images, pick(300, 4)
+pipeline, steps = lesson.pipeline, pick(300, 4)
 
 
 def climb(depth):
     """The lesson's flow at another depth, shorter, by the package's own training."""
-    config = lesson_config()
+    config = lesson.job.config
     recipe = Recipe(steps, batch=64, lr=0.02 / depth, warmup=steps // 6, weight_decay=0.0)
-    short = replace(config.training, flow=recipe, train_images=pick(12000, 500))
+    short = replace(config.training, flow=recipe)
     sized = replace(config, mmdit=replace(config.mmdit, depth=depth), training=short)
-    job, text = begin_job(f"depth{depth}", sized), pipeline.text
-    return job, train_flow(job, lesson.described, pipeline.vae, text, lambda step, ema: None)
+    job = lesson.another(f"depth{depth}", sized)
+    return job, train_flow(job, lesson.features)
 
 
 ladder = {str(depth): climb(depth) for depth in pick((1, 2, 3, 4), (1, 2))}
@@ -177,19 +177,12 @@ ladder["2, longer"] = lesson.job, pipeline.mmdit  # the model of all notebooks
 
 # %% [markdown]
 # The measure is the paper's: the loss on held-out images at equally spaced times, with the same
-# noise for every model.
+# noise for every model. Each run's log ends with it (notebook 05 computes it by hand).
 
 # %%
-held, ts = pick(512, 20), (torch.arange(8) + 0.5) / 8
-x0, _ = encode_images(pipeline.vae, seen.test_images[:held], 32, lesson.job.device)
-x0 = pipeline.vae.normalise(x0)
-noise = torch.randn(x0.shape, generator=rng("held out"))
-text = pipeline.encode_text([f"the digit {d}" for d in seen.test_labels[:held].tolist()])
-loss = torch.zeros(len(ladder), 8)
-for row, (_, model) in zip(loss, ladder.values(), strict=True):
-    for i, t in enumerate(ts):
-        v = model(flow.interpolate(x0, noise, t), t, *text)
-        row[i] = flow.flow_loss(v, x0, noise).mean()
+ts = (torch.arange(8) + 0.5) / 8
+logs = [job.run.read_log() for job, _ in ladder.values()]
+loss = torch.tensor([log[-1]["validation_ema"] for log in logs])
 sizes = [sum(p.numel() for p in model.parameters()) for _, model in ladder.values()]
 for depth, n, row in zip(ladder, sizes, loss, strict=True):
     print(f"depth {depth}: {n:9,} parameters, loss {row.mean():.3f}")
@@ -283,8 +276,7 @@ for name, (part, change) in mistakes.items():
     for key, p in mmdit.named_parameters():
         if part in key:
             p.copy_(change(p).reshape(p.shape))
-    parts = Parts({**pipeline.parts.ready, "mmdit": mmdit}, lesson.job.device)
-    rows[name] = Pipeline(pipeline.config, pipeline.text.tokenizers, parts)(asked, seed=1)
+    rows[name] = lesson.drawing_with(mmdit)(asked, seed=1)
 images(rows, "Two wrong readings of the same file, each without an error message.")
 
 # %% [markdown]

@@ -21,35 +21,34 @@ from lab import cached, images, lines, maps, pick, trained
 
 from nanosd3 import metrics
 from nanosd3.config import Recipe
+from nanosd3.data import to_model
 from nanosd3.exercises import check, show
 from nanosd3.flow import flow_loss, interpolate, logit_normal, schedule, shift, stratified
 from nanosd3.layers import modulate, timestep_embedding
 from nanosd3.loop import learning_rate, make_ema, update_ema
 from nanosd3.mmdit import MMDiT
 from nanosd3.patchify import centre_crop, patchify, unpatchify
+from nanosd3.runtime import rng
 from nanosd3.samplers import guided, heun
 from nanosd3.text import drop_encoders
-from nanosd3.train import encode_images, rng, to_model
 
 # %%
 lesson = trained()
-job, described, pipeline = lesson.job, lesson.described, lesson.pipeline
-config, vae, size = job.config, pipeline.vae, job.config.image_size
-count, steps, B = pick((12000, 600, 128), (500, 8, 16))
-mean, std = encode_images(vae, job.images.train_images[:count], size, job.device)
-context, pooled = pipeline.text.encode(described.captions.texts)
+source, features, pipeline = lesson.job.source, lesson.features, lesson.pipeline
+config, vae, size = pipeline.config, pipeline.vae, pipeline.config.image_size
+steps, B = pick((600, 128), (8, 16))
 
 
 def batch(step, dropout):
     g = rng("break it", step)
-    i = torch.randint(count, (B,), generator=g)
-    facts = job.images.train_labels[i], described.weight[i], described.slant[i]
-    words = described.captions.draw(*facts, torch.rand(B, generator=g))
+    i = source.draw(B, g)
+    words = source.captions(i, torch.rand(B, generator=g))
     keep = torch.rand(B, 3, generator=g) >= dropout
     t = logit_normal(stratified(B, g), config.training.time_mean)
-    noise, posterior = torch.randn(2, B, *mean.shape[1:], generator=g)
-    text = drop_encoders(context[words], pooled[words], keep, config.text)
-    return vae.normalise(mean[i] + std[i] * posterior), noise, t, text
+    mean, std = features.latents(i)
+    noise, posterior = torch.randn(2, *mean.shape, generator=g)
+    text = drop_encoders(*features.text(words), keep, config.text)
+    return features.normalise(mean + std * posterior), noise, t, text
 
 
 # %%
@@ -84,7 +83,6 @@ def fresh(gates=0.0, qk_norm=True):
     return model
 
 
-# %%
 @torch.no_grad()
 def largest_logit(model, z, t, text):  # |q k| / 8 between image tokens, in the first block
     block = model.joint_blocks[0].x_block
@@ -176,16 +174,6 @@ compare(drawn, "Consistently wrong hardly shows here.")
 # attention logits.
 #
 # **PREDICT.** What do the largest logits do in 600 steps?
-
-# %%
-kinds = {"with QK-norm": "A", "without": "C"}
-lines({name: (range(steps), runs[k]["seen"][:, 1]) for name, k in kinds.items()}, "step",
-      "largest attention logit", "Between image tokens of the first block.")  # fmt: skip
-compare({name: draw(restored(runs[k])) for name, k in kinds.items()}, "No harm so far.")
-
-# %% [markdown]
-# Three and a half times as large in the end, yet the digits are as good. The harm comes at scale:
-# in mixed precision at high resolution the logits grew until training diverged (section 5.3.2).
 #
 # ## 3 · Gates that are open at the start
 #
@@ -195,14 +183,21 @@ compare({name: draw(restored(runs[k])) for name, k in kinds.items()}, "No harm s
 # **PREDICT.** Where does each loss begin?
 
 # %%
-kinds = {"zero": "A", "random": "D"}
-early = range(min(60, steps))
+kinds = {"with QK-norm": "A", "without": "C"}
+lines({name: (range(steps), runs[k]["seen"][:, 1]) for name, k in kinds.items()}, "step",
+      "largest attention logit", "2: between image tokens of the first block.")  # fmt: skip
+compare({name: draw(restored(runs[k])) for name, k in kinds.items()}, "2: no harm so far.")
+kinds, early = {"gates at zero": "A", "random": "D"}, range(min(60, steps))
 lines({name: (early, runs[k]["seen"][early, 0]) for name, k in kinds.items()}, "step",
-      "loss (mean square of velocity)", "The first steps.")  # fmt: skip
+      "loss (mean square of velocity)", "3: the first steps.")  # fmt: skip
 
 # %% [markdown]
-# An answer of zero has loss 2; random layers must first unlearn what they say. A single block has
-# nearly caught up after sixty steps. In a stack of 38 each would disturb all that follow.
+# 2: Three and a half times as large in the end, yet the digits are as good. The harm comes at
+# scale: in mixed precision at high resolution the logits grew until training diverged (section
+# 5.3.2).
+#
+# 3: An answer of zero has loss 2; random layers must first unlearn what they say. A single block
+# has nearly caught up after sixty steps. In a stack of 38 each would disturb all that follow.
 #
 # ## 4 · The wrong sign
 #
@@ -210,11 +205,7 @@ lines({name: (early, runs[k]["seen"][early, 0]) for name, k in kinds.items()}, "
 # sampler from the other, and the velocity points the wrong way.
 #
 # **PREDICT.** Noise in. What comes out?
-
-# %%
-compare({"right": good, "wrong sign": draw(lambda *x: -big(*x))}, "Away from the data.")
-
-# %% [markdown]
+#
 # ## 5 · The latents' shift and scale
 #
 # The decoder wants latents as the encoder made them; the flow's have mean 0 and deviation 1. One
@@ -224,16 +215,17 @@ compare({"right": good, "wrong sign": draw(lambda *x: -big(*x))}, "Away from the
 # **PREDICT.** Which of the three will you see at first sight? Which will the judge see?
 
 # %%
+compare({"right": good, "wrong sign": draw(lambda *x: -big(*x))}, "4: away from the data.")
 latents = pipeline(prompts, output="latent")
 wrong = {"forgotten": latents, "SD3's numbers": latents / 1.5305 + 0.0609,
          "SD 1's number": latents / 0.18215}  # fmt: skip
 decoded = {name: pipeline.decode(vae.normalise(z)) for name, z in wrong.items()}  # it sees z
-compare({"right": pipeline.decode(latents)} | decoded, "What the decoder makes of each.")
+compare({"right": pipeline.decode(latents)} | decoded, "5: what the decoder makes of each.")
 
 # %% [markdown]
-# Our latents happen to have deviation 0.96 and mean -0.01, so forgetting is invisible: the mistake
-# waits for the next autoencoder. SD3's numbers thin the strokes, SD 1's turn the paper grey, and
-# the judge reads them all: an accuracy sees no contrast.
+# 5: Our latents happen to have deviation 0.96 and mean -0.01, so forgetting is invisible: the
+# mistake waits for the next autoencoder. SD3's numbers thin the strokes, SD 1's turn the paper
+# grey, and the judge reads them all: an accuracy sees no contrast.
 #
 # ## 6 · The density is also a weight
 #
@@ -251,15 +243,15 @@ def losses(model, text):
 
 
 held = pick(512, 20)
-clean = vae.normalise(encode_images(vae, job.images.test_images[:held], size, job.device)[0])
+clean = pipeline.encode(to_model(lesson.images.test_images[:held], 28))
 eps = torch.randn(clean.shape, generator=rng("held out"))
-words = pipeline.encode_text([f"the digit {d}" for d in job.images.test_labels[:held].tolist()])
+words = pipeline.encode_text([f"the digit {d}" for d in lesson.images.test_labels[:held].tolist()])
 times = (torch.arange(8) + 0.5) / 8
 lines({"": (times, losses(restored(runs["E"]), words) / losses(right, words))},
       "t (1 noise, 0 data)", "loss, twice weighted / right", "On held-out images.")  # fmt: skip
 
 # %% [markdown]
-# One per cent gained where the density is large, five lost near the data, where it is small and
+# One per cent gained where the density is large, six lost near the data, where it is small and
 # fine detail is decided.
 #
 # ## 7 · An average without warm-up
@@ -331,7 +323,7 @@ compare({"right": good, "channels first": wrong}, "Every number is there, in the
 # %%
 torch.testing.assert_close(shift(logit_normal(times), 2.718281828**0.8), logit_normal(times, 0.8))
 seen = lambda x: lesson.judge.features(to_model(torch.as_tensor(x), size))  # noqa: E731
-real, alphas, curves = seen(job.images.test_images[:2000]), pick((0.3, 1, 3, 6, 12), (1, 3)), {}
+real, alphas, curves = seen(lesson.images.test_images[:2000]), pick((0.3, 1, 3, 6, 12), (1, 3)), {}
 for n in (5, 15):
     drawn = [draw(big, 1.6, steps=n, alpha=alpha) for alpha in alphas]
     curves[f"{n} steps"] = (alphas, [metrics.frechet_distance(seen(x), real) for x in drawn])
@@ -339,8 +331,8 @@ lines(curves, "shift in sampling", "Frechet distance to real digits",
       "100 digits each. More steps forgive.", log="x")  # fmt: skip
 
 # %% [markdown]
-# A shift of 3 costs seven per cent at 5 steps and one at 15; the best of these is 1, not the 2.2 of
-# training. So at this size the mistake is mild, until someone copies 12.
+# A shift of 3 costs seven per cent at 5 steps and one at 15; at 5 the best of these is 1, not the 2.2
+# of training. So at this size the mistake is mild, until someone copies 12.
 #
 # ## 11 · Text that is never dropped
 #
@@ -360,9 +352,9 @@ rows |= {f"{name}, L alone": draw(model, text=alone) for name, model in kinds.it
 compare(rows, "Guidance, and an encoder alone.")
 
 # %% [markdown]
-# Without text F is as good as blind (a loss of 1.1 where A has 0.8), so guidance moves away from
-# nonsense: its digits get stains at 6. And it cannot spare an encoder: CLIP-L alone is followed by
-# A and not by F.
+# Without text F is as good as blind (a loss above 1 where A has 0.8), so guidance moves away from
+# nonsense: at 6 some of its digits are torn or stained, though all can be read. And it cannot spare
+# an encoder: CLIP-L alone is followed by A and not by F.
 #
 # ## 12 · Shift and scale exchanged
 #

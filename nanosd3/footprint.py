@@ -1,0 +1,202 @@
+"""How much memory a training step of the MMDiT needs, in closed form: a story told backwards.
+
+Forward, every block leaves behind what its gradient will need. On the way back that is used up,
+block by block, while gradients of weights take its place. So the peak is in the last block's MLP
+where tokens are many, at the very end where weights are many, and seldom between: `memory` looks at
+every such moment and takes the largest.
+
+Numbers that do not grow with the width (means, logsumexp) and scratch memory of the libraries are
+left out. tests/test_costs.py compares with measurements: in float32 on CPU, and with PyTorch's own
+FSDP2 for both types.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from nanosd3.config import MMDiTConfig
+from nanosd3.costs import (
+    TIMESTEP_FEATURES,
+    block_parameters,
+    embedders,
+    final_layer,
+    is_last,
+    parameters,
+    patch_features,
+    stored,
+)
+from nanosd3.runtime import InputError
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in one process at the peak of a step."""
+
+    parameters: int  # this process's float32 share, copies gathered for use, positions
+    gradients: int
+    optimizer: int  # AdamW's two moments
+    average: int  # EMA
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as one process sees it. Sizes are counts of numbers unless they are called bytes."""
+
+    config: MMDiTConfig
+    batch: int
+    image: int  # tokens
+    text: int
+    size: int  # bytes of an activation
+    checkpointing: bool  # a block keeps its inputs, and is computed again on the way back
+    shards: int | None  # processes that divide all weights (FSDP2), or None
+
+    def streams(self, image: int, text: int) -> int:
+        """So many vectors of the model's width for each image token, and so many for each of
+        text."""
+        return self.batch * (image * self.image + text * self.text) * self.config.width
+
+    def outside(self) -> int:
+        """Kept beside the blocks: patches, and what the embedders read and make."""
+        config, D = self.config, self.config.width
+        patches = self.image * patch_features(config)
+        kept = patches + TIMESTEP_FEATURES + 5 * D
+        if self.size == 2:  # inputs in the type in which they are read
+            kept += patches + self.text * config.context_dim + config.pooled_dim
+        return self.batch * kept + patch_features(config) * D
+
+    def kept(self, i: int) -> int:
+        """Kept by block i for its gradient, beside its inputs. For each token, in vectors:
+
+        1 modulated input of the attention; 3 q, k, v beside those of the other stream; 1 output of
+        the attention; 1 the same, cut into streams; 1 its projection, for the gate; 1 its sum with
+        x; 1 modulated input of the MLP; 4 hidden layer; 1 output, for the gate: 14 in all.
+
+        Norms of q and k keep q and k as they came, in one piece with v: 3. On CPU a norm is many
+        operations, and 2 more are kept before they meet their weight; on CUDA it is one. bfloat16
+        is taken for CUDA here: no CPU is trained in it.
+        """
+        dual, norm, fused = i in self.config.dual_attention, self.config.qk_norm, self.size == 2
+        image, text, vectors = 14, 14, 18  # vectors of an image: SiLUs, gates, scales, 1 + scale
+        by_norms = (3, 3) if fused else (5, 5)
+        if is_last(self.config, i):  # k and v of both streams, but q as it came, k and v with it
+            image, text, vectors = 15, 3, 11
+            by_norms = (1, 2) if fused else (4, 3)
+        if dual:  # modulated input, q, k, v, output, projection
+            image, vectors = image + 6 + norm * (2 if fused else 5), vectors + 4
+        kept = self.streams(image + norm * by_norms[0], text + norm * by_norms[1])
+        return kept + self.batch * vectors * self.config.width
+
+    def also_kept(self, i: int) -> int:
+        """Kept too where a whole block is computed twice: normalised inputs and the GELU, which
+        elsewhere are computed twice one by one (products.recomputed)."""
+        dual = i in self.config.dual_attention
+        return self.streams(6 + dual, 1 if is_last(self.config, i) else 6)
+
+    def way_back(self, i: int) -> Iterator[tuple[int, int]]:
+        """Moments at which much is alive: gradients of block i's weights so far, and activations
+        beyond those kept, less those used up."""
+        square, streams, twice = self.config.width**2, self.streams, self.checkpointing
+        # In an MLP: gradient of its output (1) and a copy that the product takes (1), gradient of
+        # the GELU (4), and the GELU computed again (4) unless it was kept.
+        mlp = 6 if twice else 10
+        if is_last(self.config, i):
+            yield 4 * square, streams(mlp, 0)
+            # Later, where a long text and a small image are projected to keys and values.
+            gone = self.kept(i) + twice * self.also_kept(i)
+            yield 15 * square, streams(5, 6 + 3 * self.config.qk_norm + twice) - gone
+        else:  # the text's MLP, then the image's
+            yield 4 * square, streams(1, mlp)
+            yield 13 * square, streams(mlp, -11 if twice else -6)
+
+    def gradients(self, new: int, finished: list[int]) -> int:
+        """Bytes of gradients: new ones, and those of finished parts, latest first. FSDP2 holds the
+        latest in float32 while processes exchange theirs, and a share of each."""
+        if self.shards is None:
+            return 4 * (new + sum(finished))
+        return self.size * new + 4 * sum(finished[:1]) + 4 * sum(finished) // self.shards
+
+    def moments(self) -> Iterator[tuple[int, int, int]]:
+        """Bytes of gathered weights, gradients and activations whenever that may be the peak."""
+        config, blocks, sharded = self.config, range(self.config.depth), self.shards is not None
+        final, ends = stored(final_layer(config)), stored(final_layer(config) + embedders(config))
+        weights = [block_parameters(config, i) for i in blocks]
+        inputs = self.streams(1, 1)
+        left = [inputs + (0 if self.checkpointing else self.kept(i)) for i in blocks]
+        for i in reversed(blocks):
+            before = self.outside() + sum(left[:i])
+            own = inputs + self.kept(i) + self.checkpointing * self.also_kept(i)
+            # FSDP2 gathers the ends for the whole step, and a block while another is computed.
+            gathered = sharded * self.size * (ends + sum(weights[max(0, i - 1) : i + 1]))
+            for new, beyond in self.way_back(i):
+                gradients = self.gradients(final + new, weights[i + 1 :])
+                yield gathered, gradients, self.size * (before + own + beyond)
+            if sharded:  # the block is done; its gradients are exchanged
+                gradients = self.gradients(final + weights[i], weights[i:])
+                yield gathered - self.size * weights[i], gradients, self.size * (before + inputs)
+        # At the embedders: gradients of x and y, and a copy of one that the product takes.
+        gradients = self.gradients(ends, [ends, *weights] if sharded else weights)
+        embedding = max(self.streams(2, 0), self.streams(1, 2))
+        yield 0, gradients, self.size * (self.outside() + embedding)
+
+
+def memory(
+    config: MMDiTConfig,
+    batch: int,
+    rows: int,
+    columns: int,
+    text_tokens: int,
+    *,
+    precision: str = "float32",
+    checkpointing: bool = False,
+    processes: int = 1,
+    sharded: bool = False,
+) -> Memory:
+    """What one of `processes` needs, each with a batch of its own: under DDP, or FSDP2 (`sharded`).
+
+    Raises InputError for bfloat16 without FSDP2 (autocast), which is not modelled.
+    """
+    if precision not in BYTES or (precision == "bfloat16" and not sharded):
+        raise InputError(f"memory in {precision}: known are float32, and bfloat16 if sharded")
+    step = Step(config, batch, rows * columns, text_tokens, BYTES[precision], checkpointing,
+                processes if sharded else None)  # fmt: skip
+    gathered, gradients, activations = max(step.moments(), key=sum)
+    whole, positions = 4 * parameters(config), 4 * config.grid**2 * config.width
+    share = -(-whole // processes) if sharded else whole
+    buckets = whole if processes > 1 and not sharded else 0  # in which DDP exchanges gradients
+    return Memory(
+        parameters=share + positions + gathered,
+        gradients=gradients + buckets,
+        optimizer=2 * share,
+        average=share + positions,
+        activations=activations,
+    )
+
+
+def table(
+    config: MMDiTConfig,
+    batch: int,
+    rows: int,
+    columns: int,
+    text_tokens: int,
+    *,
+    precision: str = "float32",
+    checkpointing: bool = False,
+    processes: Sequence[int] = (1, 8, 64),
+) -> str:
+    """GB of each process, a column for each number of them; several are sharded (FSDP2), and so is
+    one in bfloat16."""
+    found = [
+        memory(config, batch, rows, columns, text_tokens, precision=precision, processes=n,
+               checkpointing=checkpointing, sharded=n > 1 or precision == "bfloat16")
+        for n in processes
+    ]  # fmt: skip
+    lines = ["GB per process of".ljust(18) + "".join(f"{n:10}" for n in processes)]
+    for name in (*asdict(found[0]), "total"):
+        lines.append(f"{name:18}" + "".join(f"{getattr(m, name) / 1e9:10.2f}" for m in found))
+    return "\n".join(lines)

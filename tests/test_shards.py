@@ -1,0 +1,308 @@
+"""Rows kept in shards: nothing lost, nothing wrong, nothing computed twice, little memory."""
+
+import errno
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanosd3.runtime import InputError
+from nanosd3.shards import Shards, fill
+
+KEYS = [f"image {i}" for i in range(10)]
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+
+
+def row(key: str) -> dict[str, torch.Tensor]:
+    """What a row should be: three types, three shapes, another one for each key."""
+    x = torch.arange(6.0).view(2, 3) + 100 * int(key.split()[-1])
+    return {"latent": x, "context": x.flatten().bfloat16(), "scale": x.sum().half()}
+
+
+def expected(keys) -> dict[str, torch.Tensor]:
+    rows = [row(key) for key in keys]
+    return {name: torch.stack([r[name] for r in rows]) for name in rows[0]}
+
+
+class Compute:
+    """`expected`, which counts, and may stop at a call."""
+
+    def __init__(self, stop_at: int | None = None, error: type[BaseException] = KeyboardInterrupt):
+        self.calls, self.stop_at, self.error = [], stop_at, error
+
+    def __call__(self, keys):
+        if len(self.calls) == self.stop_at:
+            raise self.error
+        self.calls.append(keys)
+        return expected(keys)
+
+
+def filled(folder: Path, at_once: int = 4) -> Shards:
+    shards = Shards(folder)
+    fill(shards, KEYS, expected, at_once, "rows")
+    return shards
+
+
+def equal(found: dict, keys) -> bool:
+    wanted = expected(keys)
+    return found.keys() == wanted.keys() and all(
+        found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name])
+        for name in wanted
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def test_rows_in_the_order_asked_for(tmp_path):
+    shards = filled(tmp_path / "new" / "folder")
+    for keys in (KEYS, KEYS[::-1], ["image 9"], ["image 5", "image 1", "image 5", "image 0"]):
+        assert equal(shards.rows(keys), keys)
+        assert equal(Shards(shards.folder).rows(keys), keys)
+    with pytest.raises(KeyError):
+        shards.rows(["image 10"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64])
+def test_types_bit_for_bit(tmp_path, dtype):
+    x = torch.randn(3, 2, 5).mul(1000).to(dtype)
+    Shards(tmp_path).add(["a", "b", "c"], {"x": x, "turned": x.transpose(1, 2)})
+    found = Shards(tmp_path).rows(["c", "a"])
+    assert found["x"].dtype == dtype and torch.equal(found["x"], x[[2, 0]])
+    assert torch.equal(found["turned"], x.transpose(1, 2)[[2, 0]])
+
+
+def test_what_is_read_is_the_callers(tmp_path):
+    """Rows are copies: to change them changes neither the file nor what is read next."""
+    shards = filled(tmp_path)
+    shards.rows(KEYS)["latent"].zero_()
+    assert equal(shards.rows(KEYS), KEYS) and equal(Shards(tmp_path).rows(KEYS), KEYS)
+
+
+def test_gradients_are_not_kept(tmp_path):
+    Shards(tmp_path).add(["a"], {"x": torch.ones(1, 2, requires_grad=True)})
+    assert not Shards(tmp_path).rows(["a"])["x"].requires_grad
+
+
+def test_missing(tmp_path):
+    shards = Shards(tmp_path / "none")
+    assert shards.missing(["b", "a", "b", "c", "a"]) == ["b", "a", "c"]
+    assert not (tmp_path / "none").exists()  # to look changes nothing
+    shards.add(["c", "b"], {"x": torch.zeros(2, 1)})
+    for again in (shards, Shards(tmp_path / "none")):
+        assert again.missing(["b", "a", "b", "d", "a", "c"]) == ["a", "d"]
+
+
+def test_what_is_on_disk(tmp_path):
+    filled(tmp_path)
+    files = ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
+    assert names(tmp_path) == [*files, "manifest.json"]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [manifest["shards"][file]["keys"] for file in files] == [KEYS[:4], KEYS[4:8], KEYS[8:]]
+
+
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [(["a", "a"], 2), (["image 3"], 1), (["new", "image 3"], 2), (["a", "b"], 1), (["a"], 2)],
+)
+def test_mistakes_of_the_caller(tmp_path, keys, count):
+    shards = filled(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"key is given twice|tensors of"):
+        shards.add(keys, {"latent": torch.zeros(count, 2, 3)})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# --- filling ------------------------------------------------------------------------------------
+
+
+def test_fill_computes_what_is_missing_once(tmp_path):
+    compute = Compute()
+    shards = Shards(tmp_path)
+    shards.add(["image 2"], expected(["image 2"]))
+    fill(shards, [*KEYS, "image 0"], compute, 4, "rows")
+    wanted = [key for key in KEYS if key != "image 2"]
+    assert compute.calls == [wanted[:4], wanted[4:8], wanted[8:]]
+    fill(shards, KEYS, compute, 4, "rows")
+    fill(Shards(tmp_path), KEYS, compute, 4, "rows")
+    assert len(compute.calls) == 3
+    assert equal(shards.rows(KEYS), KEYS)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+def test_a_stopped_fill_continues(tmp_path, error):
+    first, second = Compute(stop_at=2, error=error), Compute()
+    with pytest.raises(error):
+        fill(Shards(tmp_path), KEYS, first, 3, "rows")
+    fill(Shards(tmp_path), KEYS, second, 3, "rows")
+    assert first.calls + second.calls == [KEYS[:3], KEYS[3:6], KEYS[6:9], KEYS[9:]]
+    assert equal(Shards(tmp_path).rows(KEYS), KEYS)
+
+
+class Killed(BaseException):
+    pass
+
+
+def stopping_before(write: int, function, monkeypatch):
+    """Have the write of this number (a shard is two: itself, the manifest) not happen."""
+    count = iter(range(10**9))
+
+    def write_or_stop(*arguments):
+        if next(count) == write:
+            raise Killed
+        return function(*arguments)
+
+    monkeypatch.setattr(os, "replace", write_or_stop)
+
+
+@pytest.mark.parametrize("write", range(6))
+def test_killed_at_each_write(tmp_path, monkeypatch, capsys, write):
+    """At most one shard is computed again, and no moment leaves anything damaged."""
+    first, second = Compute(), Compute()
+    with monkeypatch.context() as patch:
+        stopping_before(write, os.replace, patch)
+        with pytest.raises(Killed):
+            fill(Shards(tmp_path), KEYS, first, 4, "rows")
+    (tmp_path / ".00001.safetensors.77.tmp").write_bytes(b"half a sh")  # as a real kill leaves it
+    capsys.readouterr()
+    fill(Shards(tmp_path), KEYS, second, 4, "rows")
+    assert "warning" not in capsys.readouterr().out
+    assert len(first.calls) == write // 2 + 1 and len(second.calls) == 3 - write // 2
+    assert equal(Shards(tmp_path).rows(KEYS), KEYS)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3  # the one begun was written over
+
+
+def test_full_disk_is_named(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shards = filled(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"00003\.safetensors: cannot be written"):
+        shards.add(["new 1"], expected(["new 1"]))
+    for after in (shards, Shards(tmp_path)):
+        assert after.missing([*KEYS, "new 1"]) == ["new 1"]
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1  # in the last tensor
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip, "damaged (its checksum differs)"),
+        (cut, "damaged (its checksum differs)"),
+        (lambda path: path.write_bytes(b""), "damaged (its checksum differs)"),
+        (Path.unlink, "cannot be read (No such file or directory)"),
+        (to_folder, "cannot be read (Is a directory)"),
+    ],
+)
+def test_a_bad_shard_is_named_and_computed_again(tmp_path, capsys, damage, message):
+    filled(tmp_path)
+    bad = tmp_path / "00001.safetensors"
+    damage(bad)
+    capsys.readouterr()
+    shards, compute = Shards(tmp_path), Compute()
+    assert (
+        capsys.readouterr().out == f"  warning: {bad}: {message}; its 4 rows are computed again\n"
+    )
+    assert shards.missing(KEYS) == KEYS[4:8]
+    assert equal(shards.rows(KEYS[:4] + KEYS[8:]), KEYS[:4] + KEYS[8:])
+    if bad.is_dir():  # nothing of ours: the write would fail, and say so
+        bad.rmdir()
+    fill(shards, KEYS, compute, 4, "rows")
+    assert compute.calls == [KEYS[4:8]]
+    assert equal(Shards(tmp_path).rows(KEYS), KEYS)
+    assert capsys.readouterr().out == ""
+
+
+ENTRY = {"sha256": "0" * 64, "keys": ["a"]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff\xfe",
+        b'{"shards": []}',
+        json.dumps({"shards": {"../x.safetensors": ENTRY}}).encode(),
+        json.dumps({"shards": {"x": {**ENTRY, "keys": "a"}}}).encode(),
+        json.dumps({"shards": {"x": {**ENTRY, "keys": [1]}}}).encode(),
+        json.dumps({"shards": {"x": {"keys": ["a"]}}}).encode(),
+        json.dumps({"shards": {"x": "a"}}).encode(),
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path, capsys, content):
+    filled(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(content)
+    capsys.readouterr()
+    shards, compute = Shards(tmp_path), Compute()
+    line = capsys.readouterr().out
+    assert line.startswith(f"  warning: {tmp_path / 'manifest.json'}: ") and line.count("\n") == 1
+    assert line.endswith("; all rows are computed again\n")
+    fill(shards, KEYS, compute, 4, "rows")
+    assert len(compute.calls) == 3 and equal(Shards(tmp_path).rows(KEYS), KEYS)
+
+
+def test_a_shard_that_vanishes_while_open(tmp_path):
+    """What is mapped stays readable; what is not is one clear line."""
+    shards = filled(tmp_path)
+    shards.rows(KEYS[:1])
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    assert equal(shards.rows(KEYS[:4]), KEYS[:4])
+    with pytest.raises(InputError, match=r"00001\.safetensors: cannot be read .* start again"):
+        shards.rows(KEYS[4:5])
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def own_memory() -> int:
+    """Bytes of this process that are not pages of files, which the system may drop."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+
+@linux
+def test_rows_are_read_through_memory_maps(tmp_path):
+    """64 MB pass by, row by row, and this process does not grow by a fourth of them."""
+    keys = [f"{i}" for i in range(64)]
+    shards = Shards(tmp_path)
+    fill(shards, keys, lambda chunk: {"x": torch.randn(len(chunk), 2**18)}, 16, "rows")
+    opened = Shards(tmp_path)
+    assert "00000.safetensors" not in Path("/proc/self/maps").read_text()  # lazily
+    before = own_memory()
+    total = sum(opened.rows([key])["x"].double().sum().item() for key in keys)
+    assert total != 0 and own_memory() - before < 16e6
+    assert all(f"{i:05d}.safetensors" in Path("/proc/self/maps").read_text() for i in range(4))
+    tensor = opened.opened["00000.safetensors"]["x"]
+    at = tensor.data_ptr()
+    ranges = re.findall(r"(\w+)-(\w+) .*00000\.safetensors", Path("/proc/self/maps").read_text())
+    assert any(int(low, 16) <= at < int(high, 16) for low, high in ranges)
