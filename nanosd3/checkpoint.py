@@ -166,11 +166,12 @@ class Run:
         index = folder / "run.json"
         if index.exists() and fresh:
             run = cls.read(folder)  # refuses what is not recognisably a run
-            run.stages = {}
-            run.write()
-            run.delete(RUN_FILES)
-            run.identity = identity
-            run.write()
+            with run.alone():
+                run.stages = {}
+                run.write()
+                run.delete(RUN_FILES)
+                run.identity = identity
+                run.write()
             return run
         if index.exists():
             run = cls.read(folder)

@@ -248,7 +248,7 @@ MNIST = Config(
         autoencoder=Recipe(steps=450, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
         clip=Recipe(steps=350, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
         t5=Recipe(steps=300, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
-        flow=Recipe(steps=4600, batch=128, lr=1e-2, warmup=100, weight_decay=0.0),
+        flow=Recipe(steps=5200, batch=128, lr=1e-2, warmup=100, weight_decay=0.0),
         kl_weight=1e-2,
         time_mean=0.8,  # more towards noise than SD3's 0: there it is decided which digit it is
         time_std=1.0,
@@ -330,7 +330,7 @@ SMALL = Config(  # colour, for a folder of one's own images
         autoencoder=Recipe(steps=600, batch=32, lr=2e-3, warmup=50, weight_decay=0.0),
         clip=Recipe(steps=500, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
         t5=Recipe(steps=300, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
-        flow=Recipe(steps=3000, batch=64, lr=3e-3, warmup=100, weight_decay=0.0),
+        flow=Recipe(steps=2000, batch=64, lr=3e-3, warmup=100, weight_decay=0.0),
         kl_weight=1e-2,
         time_mean=0.0,
         time_std=1.0,

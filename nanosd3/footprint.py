@@ -5,9 +5,9 @@ block by block, while gradients of weights take its place. So the peak is in the
 where tokens are many, at the very end where weights are many, and seldom between: `memory` looks at
 every such moment and takes the largest.
 
-Numbers that do not grow with the width (means, logsumexp) and scratch memory of the libraries are
-left out. tests/test_costs.py compares with measurements: in float32 on CPU, and with PyTorch's own
-FSDP2 for both types.
+Left out are numbers that do not grow with the width (means, logsumexp), scratch memory of the
+libraries, and what an allocator holds in reserve. tests/test_costs.py compares with measurements:
+in float32 on CPU, and under PyTorch's own FSDP2 in both types. CUDA was not measured.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,8 +57,7 @@ class Step:
     shards: int | None  # processes that divide all weights (FSDP2), or None
 
     def streams(self, image: int, text: int) -> int:
-        """So many vectors of the model's width for each image token, and so many for each of
-        text."""
+        """So many vectors of the model's width for each image token, so many for each of text."""
         return self.batch * (image * self.image + text * self.text) * self.config.width
 
     def outside(self) -> int:
@@ -74,12 +73,13 @@ class Step:
         """Kept by block i for its gradient, beside its inputs. For each token, in vectors:
 
         1 modulated input of the attention; 3 q, k, v beside those of the other stream; 1 output of
-        the attention; 1 the same, cut into streams; 1 its projection, for the gate; 1 its sum with
-        x; 1 modulated input of the MLP; 4 hidden layer; 1 output, for the gate: 14 in all.
+        the attention; 1 its copy, with heads joined and streams apart; 1 its projection, for the
+        gate; 1 its sum with x; 1 modulated input of the MLP; 4 hidden layer; 1 output, for the
+        gate: 14 in all. (The copy is made by joining on CPU, by cutting on CUDA.)
 
-        Norms of q and k keep q and k as they came, in one piece with v: 3. On CPU a norm is many
-        operations, and 2 more are kept before they meet their weight; on CUDA it is one. bfloat16
-        is taken for CUDA here: no CPU is trained in it.
+        Norms of q and k keep these as they came, in one piece with v: 3. On CPU a norm is many
+        operations, and keeps the 2 before they meet its weight; on CUDA it is one, and bfloat16
+        means CUDA here.
         """
         dual, norm, fused = i in self.config.dual_attention, self.config.qk_norm, self.size == 2
         image, text, vectors = 14, 14, 18  # vectors of an image: SiLUs, gates, scales, 1 + scale
@@ -102,17 +102,18 @@ class Step:
         """Moments at which much is alive: gradients of block i's weights so far, and activations
         beyond those kept, less those used up."""
         square, streams, twice = self.config.width**2, self.streams, self.checkpointing
+        gone = self.kept(i) + twice * self.also_kept(i)
         # In an MLP: gradient of its output (1) and a copy that the product takes (1), gradient of
         # the GELU (4), and the GELU computed again (4) unless it was kept.
         mlp = 6 if twice else 10
         if is_last(self.config, i):
             yield 4 * square, streams(mlp, 0)
-            # Later, where a long text and a small image are projected to keys and values.
-            gone = self.kept(i) + twice * self.also_kept(i)
+            # Where a long text and a small image are projected to keys and values.
             yield 15 * square, streams(5, 6 + 3 * self.config.qk_norm + twice) - gone
         else:  # the text's MLP, then the image's
             yield 4 * square, streams(1, mlp)
             yield 13 * square, streams(mlp, -11 if twice else -6)
+        yield block_parameters(self.config, i), streams(1, 1) - gone  # done, nothing given back yet
 
     def gradients(self, new: int, finished: list[int]) -> int:
         """Bytes of gradients: new ones, and those of finished parts, latest first. FSDP2 holds the
@@ -136,9 +137,6 @@ class Step:
             for new, beyond in self.way_back(i):
                 gradients = self.gradients(final + new, weights[i + 1 :])
                 yield gathered, gradients, self.size * (before + own + beyond)
-            if sharded:  # the block is done; its gradients are exchanged
-                gradients = self.gradients(final + weights[i], weights[i:])
-                yield gathered - self.size * weights[i], gradients, self.size * (before + inputs)
         # At the embedders: gradients of x and y, and a copy of one that the product takes.
         gradients = self.gradients(ends, [ends, *weights] if sharded else weights)
         embedding = max(self.streams(2, 0), self.streams(1, 2))

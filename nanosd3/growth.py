@@ -120,9 +120,8 @@ def draw(config: Config, most: Setting, costs: dict[Setting, Cost], path: Path) 
             line.append((getattr(at, shown), flops / speed, gigabytes))
         columns[shown.replace("_", " ")] = dots, line
     still = half(most)
-    title = (
-        f"A training step of {config.name}, {text_tokens(config)} tokens of text; at rest: "
-        f"depth {still.depth}, {still.image_tokens} image tokens, batch {still.batch}"
-    )
+    title = (f"A training step of {config.name}, {text_tokens(config)} tokens of text; at rest: "
+             f"depth {still.depth}, {still.image_tokens} image tokens, batch {still.batch}"
+             )  # fmt: skip
     figures.plot_growth(columns, title, path)
     return speed

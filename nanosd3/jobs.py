@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from nanosd3.audit import check, check_part, on_meta
+from nanosd3.audit import check, check_part
 from nanosd3.checkpoint import Run
 from nanosd3.config import CONFIGS, Config, Recipe, trainable
+from nanosd3.costs import parameters
 from nanosd3.features import Encoders, Features, encoded
 from nanosd3.found import Found, find, find_transformer
-from nanosd3.layouts import COMPONENTS
+from nanosd3.footprint import memory
 from nanosd3.loop import DECAYS, obeying
 from nanosd3.parallel import MODES, Compute, Placed, launched, team
 from nanosd3.parts import Parts, State
@@ -134,23 +135,29 @@ def fingerprint(parts: dict[str, State]) -> str:
     return digest.hexdigest()
 
 
-def enough_memory(config: Config, processes: int) -> None:
-    """Raises InputError where weights, gradients, moments and averages alone, in float32, are more
-    than there is, before anything is allocated."""
-    trained = sum(p.numel() for p in on_meta(config, COMPONENTS[0]).parameters())
-    needed = 20 * trained / 1e9 / processes
+def enough_memory(config: Config, processes: int, compute: Compute, sharded: bool) -> None:
+    """Raises InputError where a step needs more than there is, before anything is allocated."""
+    mmdit, text, recipe = config.mmdit, config.text, config.training.flow
+    side = config.image_size // config.vae.factor // mmdit.patch_size
+    batch = max(1, recipe.batch // (processes * compute.accumulate))
+    tokens = text.clip_l.length + text.t5.length
+    # Of bfloat16 without FSDP2 no formula is known; float32 weights and averages are the same.
+    precision = compute.precision if sharded else "float32"
+    need = memory(mmdit, batch, side, side, tokens, precision=precision, processes=processes,
+                  checkpointing=compute.checkpointing, sharded=sharded)  # fmt: skip
+    least = (need.total if precision == compute.precision else need.total - need.activations) / 1e9
     found, where = memory_found()
-    if found < needed:
-        raise InputError(f"{config.name}: training its {trained / 1e9:.1f}B parameters needs "
-                         f"{needed:.0f} GB of memory before activations; found {found:.0f} GB "
-                         f"{where}: not enough")  # fmt: skip
+    if found < least:
+        raise InputError(f"{config.name}: training its {parameters(mmdit) / 1e9:.1f}B parameters "
+                         f"needs {least:.0f} GB of memory in a process, "
+                         f"{need.activations / 1e9:.0f} GB of it activations; found {found:.0f} GB "
+                         f"{where}: not enough (see --checkpointing, --accumulate, "
+                         "--parallel fsdp)")  # fmt: skip
 
 
 @contextlib.contextmanager
 def job_of(args: argparse.Namespace, plan: Plan, source: Source) -> Iterator[Job | None]:
     """While open, a run folder with a team at work in it, and no other; None if it is finished."""
-    shared = launched() if args.parallel == "fsdp" else 1
-    enough_memory(plan.config, max(1, shared))
     folder = args.out or Path("runs") / plan.config.name
     identity = plan.identity | {"data": source.fingerprint, "seed": args.seed}
     device = set_up(args.threads)
@@ -158,6 +165,7 @@ def job_of(args: argparse.Namespace, plan: Plan, source: Source) -> Iterator[Job
     if precision != "float32" and device.type == "cpu":
         raise InputError("--precision bfloat16 is for GPUs: processors multiply it far slower")
     compute = Compute(precision, args.checkpointing, args.compile, args.accumulate)
+    enough_memory(plan.config, max(1, launched()), compute, args.parallel == "fsdp")
     with team(args.parallel, device) as members, contextlib.ExitStack() as stack:
         stack.enter_context(obeying())
         members.shares(plan.config.training.flow.batch, args.accumulate)  # refuses what cannot be

@@ -153,9 +153,10 @@ def read(path: Path, tensors: dict[str, Tensor], team: Team) -> None:
     """Fill tensors in place, whoever wrote which rows."""
     reader = HuggingFaceStorageReader(str(path))
     try:
+        reader.read_metadata()  # or dcp.load logs a traceback of what is wrong
         with warnings.catch_warnings(action="ignore"):
             dcp.load(tensors, storage_reader=reader, no_dist=team.size == 1)
-    except CheckpointException as error:  # its checksums are right, so it is somebody else's work
+    except (Exception, CheckpointException) as error:  # checksums are right: somebody else's work
         reason = cause(error)
         if isinstance(reason, MemoryError) or not isinstance(reason, Exception):
             raise reason from None

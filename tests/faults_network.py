@@ -3,7 +3,12 @@ layers.py and mmdit.py."""
 
 PRODUCTS = [
     # eager, product, Product, linear
-    ("    if torch.compiler.is_compiling():\n        return False\n", "", "compilers meet oneDNN"),
+    ('torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")',
+     'torch.is_autocast_enabled("cpu")', "compilers meet oneDNN"),
+    ('torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")',
+     "torch.compiler.is_compiling()", "autocast changes nothing"),
+    ('    if torch.is_autocast_enabled("cuda"):\n        return False\n', "",
+     "a GPU's autocast changes nothing"),
     ("return forward_ad._current_level < 0 and not", "return not", "forward mode meets oneDNN"),
     (" and not torch._C._are_functorch_transforms_active()", "", "torch.func meets oneDNN"),
     ("not (eager() and onednn_multiplies_faster())", "not onednn_multiplies_faster()",
@@ -22,7 +27,17 @@ PRODUCTS = [
      "no gradients on fast processors"),
     (" or x.numel() == 0", "", "no tokens at all go to oneDNN"),
     (' or x.device.type != "cpu"', "", "other devices go to oneDNN"),
-    # recomputed
+    # multiplication_speed, seconds
+    ("2 * n**3 / best", "n**3 / best", "additions do not count"),
+    ("min(seconds(", "max(seconds(", "the slowest product counts"),
+    ("time.perf_counter() - begin", "begin - time.perf_counter()", "time runs backwards"),
+    ("    function()\n    if device", "    if device", "nothing is timed"),
+    # recomputed, everything_kept
+    ("if keep_everything or not (", "if not (", "recomputes what is computed twice anyway"),
+    ("if keep_everything or not (", "if not keep_everything or not (", "recomputes the wrong half"),
+    ("keep_everything, True\n", "keep_everything, False\n", "keeps nothing where all is wanted"),
+    ("keep_everything = before", "keep_everything = False", "forgets who else wants all kept"),
+    ("keep_everything = before", "keep_everything = True", "keeps everything ever after"),
     ("(torch.is_grad_enabled() and eager())", "torch.is_grad_enabled()", "transforms recompute"),
     ("saved.data_ptr() == place and ", "", "all tensors of that size are taken for the output"),
     (" and saved.numel() == size", "", "what only begins there is taken for the output"),
@@ -35,11 +50,10 @@ LAYERS = [
     # Linear, RMSNorm
     ("linear(x, self.weight, self.bias)", "linear(x, self.weight)", "linear layers without bias"),
     ("torch.ones(dim)", "torch.zeros(dim)", "a fresh norm answers zero"),
-    ("self.weight.shape, self.weight, eps=1e-6", "self.weight.shape, self.weight, eps=1e-3",
+    ("self.weight.to(x.dtype), eps=1e-6", "self.weight.to(x.dtype), eps=1e-3",
      "epsilon of the RMS norm"),
-    ("self.weight.shape, self.weight, eps=1e-6", "self.weight.shape, self.weight",
-     "epsilon left to PyTorch"),
-    ("self.weight.shape, self.weight, eps", "self.weight.shape, None, eps", "norm's weight unused"),
+    ("self.weight.to(x.dtype), eps=1e-6", "self.weight.to(x.dtype)", "epsilon left to PyTorch"),
+    ("self.weight.to(x.dtype), eps", "None, eps", "norm's weight unused"),
     ("F.rms_norm(", "F.layer_norm(", "the mean is taken away"),
     # modulate
     ("x.shape[-1:], eps=1e-6)", "x.shape[-1:], eps=1e-3)", "epsilon of the layer norm"),

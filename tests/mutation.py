@@ -44,13 +44,19 @@ SECOND = ("test_exercises.py", "test_parity.py", "test_official.py")  # before a
 LEFT_OUT = {  # minutes in all, and what they look at is not the spine
     "test_bad_input.py",
     "test_bad_weights.py",
+    "test_buckets.py",
     "test_entry_points.py",
+    "test_folders.py",
     "test_grading.py",
     "test_mutation.py",
     "test_notebooks.py",
     "test_nothing_lost.py",
+    "test_parallel.py",
     "test_readme.py",
+    "test_shards.py",
+    "test_states.py",
     "test_student.py",
+    "test_training.py",
     "test_weights.py",
 }
 NEEDED = 0.95

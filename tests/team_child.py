@@ -60,8 +60,10 @@ class Made:
         return context, context[:, 0, :32]
 
 
-def train(folder: Path, members: Team, name: str, kill_at: int = -1, **how: object) -> None:
-    """One run in FOLDER/name, killed without a word at a step if asked for."""
+def train(
+    folder: Path, members: Team, name: str, stop_at: int = -1, stop_by: str = "", **how: object
+) -> None:
+    """One run in FOLDER/name. At a step, the last process may get a signal."""
     if members.leads:
         (folder / name).mkdir(exist_ok=True)
         if not (folder / name / "run.json").exists():
@@ -72,8 +74,8 @@ def train(folder: Path, members: Team, name: str, kill_at: int = -1, **how: obje
     job = stages.Job(run, CONFIG, made, members.device, 0, members, Compute(**how))
 
     def watch(step, average):
-        if step == kill_at and members.rank == members.size - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step == stop_at and members.rank == members.size - 1:
+            os.kill(os.getpid(), signal.Signals[stop_by])
 
     if "flow" not in run.stages:
         stages.train_flow(job, made, watch)

@@ -16,8 +16,9 @@ from safetensors.torch import load, save, save_file
 import train_mnist
 from nanosd3 import checkpoint, generate, jobs, loop, stages, states, train
 from nanosd3.checkpoint import Run
-from nanosd3.config import CONFIGS
+from nanosd3.config import CONFIGS, trainable
 from nanosd3.mmdit import MMDiT
+from nanosd3.parallel import Compute
 from nanosd3.runtime import InputError, run_main
 
 
@@ -97,14 +98,6 @@ def test_train_on_a_folder(capsys, tmp_path, monkeypatch, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_lower_precision_needs_a_gpu(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    line = refused(capsys, train_mnist.main, "--config", "tiny", "--precision", "bfloat16")
-    assert "--precision bfloat16 is for GPUs" in line
-    assert not list(tmp_path.iterdir())
-
-
 def test_weights_of_another_size(capsys, tmp_path, monkeypatch, tiny_run, official_file):
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
@@ -125,13 +118,16 @@ def test_full_size_says_what_it_needs(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jobs, "memory_found", lambda: (8.0, "free"))
     line = refused(capsys, train_mnist.main, "--config", "sd3-medium")
-    assert "2.0B parameters" in line and "41 GB" in line and "found 8 GB free: not enough" in line
-    jobs.enough_memory(CONFIGS["sd3-medium"], processes=8)  # each has its eighth
-    monkeypatch.setattr(jobs, "memory_found", lambda: (1.0, "free"))
+    assert "2.0B parameters needs 635 GB" in line and "found 8 GB free: not enough" in line
+    assert "--checkpointing" in line and "--accumulate" in line and "fsdp" in line
     for name in CONFIGS:
         if CONFIGS[name].training is None:
             refused(capsys, train_mnist.main, "--config", name)
     assert not list(tmp_path.iterdir())
+    eight = trainable(CONFIGS["sd3-medium"]), 8, Compute(checkpointing=True, accumulate=8)
+    jobs.enough_memory(*eight, sharded=True)  # each holds an eighth
+    with pytest.raises(InputError, match="not enough"):
+        jobs.enough_memory(*eight, sharded=False)  # each holds all
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,10 @@ def test_two_runs_in_one_folder(tmp_path, capsys):
     assert run_main(lambda: train_mnist.main(command)) == 2
     assert "another process is training in it" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["run.json"]
+    (folder / "log.jsonl").write_text("{}\n")
+    assert run_main(lambda: train_mnist.main([*command, "--fresh"])) == 2
+    assert "another process is training in it" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"run.json", "log.jsonl"}
     holder.kill()  # the lock ends with the process
     holder.wait()
     with Run.read(folder).alone():

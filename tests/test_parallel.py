@@ -36,8 +36,9 @@ def torchrun(processes: int, folder: Path, scenarios: list[dict]) -> subprocess.
 
 
 def losses(folder: Path) -> list[float]:
+    """The loss and the gradient's norm, before clipping, of every step."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line[key] for line in lines if "loss" in line for key in ("loss", "grad_norm")]
 
 
 def validation(folder: Path) -> list[float]:
@@ -103,6 +104,7 @@ def test_made_up_data_is_of_two_sizes(alone):
     made = team_child.Made()
     drawn = [made.draw(8, team_child.rng(0, "flow", step)) for step in range(team_child.STEPS)]
     assert {team_child.SIZES[int(index[0])] for index in drawn} == {(8, 8), (4, 10)}
+    assert max(losses(alone)[1::2]) > team_child.loop.CLIP_NORM  # and gradients are clipped
     held_out = validation(alone)
     assert sum(held_out[-8:]) < sum(held_out[:8])
 
@@ -146,7 +148,12 @@ def test_killed_and_continued_to_the_same_bytes(two, tmp_path):
     """SIGKILL of one of two processes. What they saved, one goes on with in its own way."""
     ways = [way for way in WAYS if way["accumulate"] == 1]
     for way in ways:
-        assert torchrun(2, tmp_path / "killed", [{**way, "kill_at": 3}]).returncode != 0
+        assert (
+            torchrun(
+                2, tmp_path / "killed", [{**way, "stop_at": 3, "stop_by": "SIGKILL"}]
+            ).returncode
+            != 0
+        )
         assert (tmp_path / "killed" / way["name"] / "state-00000002" / "state.json").exists()
     shutil.copytree(tmp_path / "killed", tmp_path / "other")
     trained_by(2, tmp_path / "killed", ways)
@@ -158,9 +165,23 @@ def test_killed_and_continued_to_the_same_bytes(two, tmp_path):
         alike(tmp_path / "other" / way["name"], two / way["name"])
 
 
+def test_a_signal_to_one_stops_all_with_everything_saved(two, tmp_path):
+    """SIGTERM reaches one of two processes in the middle of a step; both stop after it."""
+    way = {"name": "fsdp2", "mode": "fsdp", "accumulate": 2}
+    stopped = torchrun(2, tmp_path / "run", [{**way, "stop_at": 2, "stop_by": "SIGTERM"}])
+    assert stopped.returncode == 0 and "stopped after step 3 of 6" in stopped.stderr
+    assert (tmp_path / "run" / "fsdp2" / "state-00000003" / "state.json").exists()
+    trained_by(2, tmp_path / "run", [way])
+    for file in ("flow.safetensors", "log.jsonl"):
+        ours, theirs = (folder / "fsdp2" / file for folder in (tmp_path / "run", two))
+        assert ours.read_bytes() == theirs.read_bytes(), file
+
+
 def test_saved_by_four_loaded_by_two_and_by_one(four, tmp_path):
     way = {"name": "fsdp1", "mode": "fsdp"}
-    assert torchrun(4, tmp_path / "4", [{**way, "kill_at": 4}]).returncode != 0
+    assert (
+        torchrun(4, tmp_path / "4", [{**way, "stop_at": 4, "stop_by": "SIGKILL"}]).returncode != 0
+    )
     state = tmp_path / "4" / "fsdp1" / "state-00000004"
     assert len(list(state.glob("*.safetensors"))) == 4
     for name in ("2", "1"):

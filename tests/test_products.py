@@ -1,6 +1,8 @@
 """Products by the faster library, and activations that are computed again: the same gradients."""
 
 import contextlib
+import itertools
+import time
 import weakref
 
 import pytest
@@ -75,6 +77,57 @@ def test_recomputed_output_is_not_kept():
     loss, _ = through(False)
     expected = torch.autograd.grad(kept, (x, weight))
     assert all(map(torch.equal, torch.autograd.grad(loss, (x, weight)), expected))
+
+
+def kept_while(*contexts) -> bool:
+    """Whether an output lives on for the gradient that is declared to be recomputed."""
+    x, weight = draw(50, 12).requires_grad_(), draw(5, 12).requires_grad_()
+    middle = torch.tanh(x) * 2
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        with products.recomputed(middle, lambda x: torch.tanh(x) * 2, x):
+            out = F.linear(middle, weight)  # noqa: F841
+    there = weakref.ref(middle.untyped_storage())
+    del middle
+    return there() is not None
+
+
+def test_everything_can_be_kept():
+    """For what is computed twice as a whole; afterwards, and after an error, all is as before."""
+    assert not kept_while() and kept_while(products.everything_kept())
+    assert kept_while(products.everything_kept(), products.everything_kept())
+    with products.everything_kept():
+        with products.everything_kept():
+            pass
+        assert kept_while()
+    with contextlib.suppress(KeyError), products.everything_kept():
+        raise KeyError
+    assert not kept_while()
+
+
+@needs_onednn
+def test_autocast_is_pytorchs(monkeypatch):
+    monkeypatch.setattr(products, "onednn_multiplies_faster", lambda: True)
+    x, weight = draw(3, 12), draw(5, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert products.linear(x, weight).dtype == torch.bfloat16 and not products.eager()
+    assert products.linear(x, weight).dtype == torch.float32 and products.eager()
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert not products.eager()
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert products.eager()
+
+
+def test_times(monkeypatch):
+    cpu, calls = torch.device("cpu"), []
+    assert 0.05 <= products.seconds(lambda: time.sleep(0.05), cpu) < 5
+    times = itertools.cycle([3.0, 2.0, 4.0])
+    monkeypatch.setattr(products, "seconds", lambda f, device: calls.append(f()) or next(times))
+    assert products.multiplication_speed(cpu, torch.bfloat16) == 2 * 2048**3 / 2.0
+    assert all(x.shape == (2048, 2048) and x.dtype == torch.bfloat16 for x in calls)
 
 
 def saved_numbers(model, arguments) -> int:

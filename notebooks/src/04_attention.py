@@ -253,8 +253,8 @@ images(drawn, "d = 0 to 9, from the same noise.")
 # digits, thin or bold, leaning or not, fits into one vector of 96 numbers, and a vector that turns
 # all knobs is easily heard. A sentence about three cats and a red chair does not fit; that is what
 # the context is for. In training T5 was sometimes the only encoder left, with a pooled vector of
-# zeros. So the context has learned to do without, though not as well (a longer training gets
-# further, see the README).
+# zeros. So the context has learned to do without, though not nearly as well (a longer training
+# gets further, see the README).
 #
 # ## Gates, and why a fresh model says nothing
 #

@@ -253,7 +253,8 @@ lines(
 # The loss of a batch depends on the times that were drawn for it. So the package looks ten times
 # in a run at images that are **held out**, never trained on, at eight equally spaced times, always
 # with the same captions and noise. The log keeps these losses: `validation` of the weights
-# themselves, `validation_ema` of their average.
+# themselves, `validation_ema` of their average. (They are lower than in training, since latents
+# here are the encoder's means, without its own noise, which no network can know.)
 #
 # **PREDICT.** At which t is the loss largest, at which smallest?
 
@@ -358,7 +359,8 @@ check("bucket_sizes", bucket_sizes)
 # %% [markdown]
 # **Open ends.** Train with `encoder_dropout = 0` and sample with guidance: what goes wrong?
 # (Notebook 10 shows it.) Draw one caption an image for good: does the loss fall further, and are
-# the samples better? `python train_mnist.py` in a terminal is this notebook with 4,600 steps.
+# the samples better? `python train_mnist.py` in a terminal is this notebook with three times the
+# steps.
 #
 # ## What was left out
 #

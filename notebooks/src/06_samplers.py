@@ -308,8 +308,8 @@ for digit in (9, 2):
 images(rows, "A four, then strengths 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9 and 1.")
 
 # %% [markdown]
-# From 0.6 on it reads what was asked for; below that the picture has lost too little. But the nine is
-# whole at once and the two only from 0.8 on: it has less in common with a four. Strength is the
+# From 0.6 on it reads what was asked for; below that the picture has lost too little. But the nine
+# is whole at once and the two only from 0.8 on: it has less in common with a four. Strength is the
 # share of steps, and with it the noise at the start.
 #
 # *Repainting* keeps part of the picture. In a loop: after each step put back, outside the mask, the

@@ -97,7 +97,7 @@ torch.testing.assert_close(formula, counted, atol=0, rtol=0)
 # Two bytes a parameter in bfloat16, four in float32. Training needs more: float32 weights, their
 # gradients, two moments of AdamW, and the moving average that samples are drawn from. That makes
 # **20 bytes** a parameter before the first activation. (`python train_mnist.py --config
-# sd3-medium` refuses with this number.)
+# sd3-medium` adds what the activations take, `nanosd3/footprint.py`, and refuses.)
 #
 # **PREDICT.** You have 16 GB. Which of these could you train? Which could you sample from?
 

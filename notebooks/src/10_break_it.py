@@ -331,8 +331,8 @@ lines(curves, "shift in sampling", "Frechet distance to real digits",
       "100 digits each. More steps forgive.", log="x")  # fmt: skip
 
 # %% [markdown]
-# A shift of 3 costs seven per cent at 5 steps and one at 15; at 5 the best of these is 1, not the 2.2
-# of training. So at this size the mistake is mild, until someone copies 12.
+# A shift of 3 costs seven per cent at 5 steps and one at 15; at 5 the best of these is 1, not the
+# 2.2 of training. So at this size the mistake is mild, until someone copies 12.
 #
 # ## 11 · Text that is never dropped
 #
