@@ -240,7 +240,7 @@ MNIST = Config(
         t5=T5Config(128, 2, 4, head_dim=32, hidden=256, vocab=128, length=8),
         empty_is_zero=True,
     ),
-    sampling=Sampling(steps=12, guidance=1.65, shift=1.0, sampler="heun"),
+    sampling=Sampling(steps=12, guidance=1.6, shift=1.0, sampler="heun"),
     training=Training(
         train_images=60000,
         test_images=10000,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CELL = 56  # pixels of one drawn image, at least
+CELL = 56  # pixels of one drawn image, about, or more
 GAP = 4
 COLUMNS = 16  # images in one row, at most
 SHADES = " .:-=+*#%@"
@@ -29,7 +29,7 @@ def font(size: int) -> ImageFont.ImageFont:
 
 def to_image(image: np.ndarray) -> Image.Image:
     """uint8 (H, W) or (H, W, 3) as a picture, small ones enlarged by a whole factor."""
-    factor = max(1, CELL // image.shape[0])
+    factor = max(1, round(CELL / image.shape[0]))
     return Image.fromarray(
         np.kron(image, np.ones((factor, factor, *[1] * (image.ndim - 2)), np.uint8))
     )
@@ -133,11 +133,12 @@ def plot_loss(log: list[dict], path: Path) -> None:
         np.arange(window - 1, len(losses)), smooth(losses, window), "k", label=f"mean of {window}"
     )
     for key, style, label in (
-        ("validation", "k:o", "held out, evenly spread t"),
-        ("validation_ema", "k--s", "held out, averaged weights"),
+        ("validation", "k:o", "held out, mean latents, even t"),
+        ("validation_ema", "k--s", "the same, averaged weights"),
     ):
         means = [float(np.mean(entry[key])) for entry in held_out]
         axes[0].plot([e["step"] for e in held_out], means, style, markersize=4, label=label)
+        losses += means  # for the limits
     axes[0].set(xlabel="step", ylabel="velocity loss (per latent)", title="Loss")
     low, high = np.quantile(losses, [0.0, 0.98])
     if high > low:

@@ -18,8 +18,8 @@ from nanosd3.checkpoint import Run
 from nanosd3.config import CONFIGS, Config, Recipe, trainable
 from nanosd3.costs import parameters
 from nanosd3.features import Encoders, Features, encoded
-from nanosd3.found import Found, find, find_transformer
 from nanosd3.footprint import memory
+from nanosd3.found import Found, find, find_transformer
 from nanosd3.loop import DECAYS, obeying
 from nanosd3.parallel import MODES, Compute, Placed, launched, team
 from nanosd3.parts import Parts, State

@@ -118,7 +118,8 @@ class Digits:
         return self.described.captions.draw(labels, weight, slant, u)
 
     def key(self, number: int) -> str:
-        return f"{self.fingerprint}-{self.config.image_size}-{number}"
+        subset = f"{self.trained}-{self.count}"  # the fingerprint is of all images
+        return f"{self.fingerprint}-{subset}-{self.config.image_size}-{number}"
 
     def groups(self, numbers: range) -> list[Tensor]:
         return [torch.tensor(numbers)]

@@ -276,7 +276,8 @@ def time_shift(config: Config, size: tuple[int, int]) -> float:
 @torch.no_grad()
 def validation_loss(job: Job, features: Features, network: Placed) -> list[float]:
     """The mean loss of the images held out at TIMES equally spaced t, with noise and captions that
-    are always the same; empty without such images. Each process takes some of them."""
+    are always the same; empty without such images. Latents are the posterior's means: a little
+    easier than those of training, which are drawn from it. Each process takes some images."""
     source, team = job.source, job.team
     totals = torch.zeros(TIMES + 1, dtype=torch.float64)  # and how many there are
     for group in source.groups(range(source.trained, source.count)):

@@ -116,7 +116,7 @@ def test_only_what_changed_is_encoded_again(folder, tmp_path, monkeypatch, capsy
     encoders = tmp_path / "encoders"
     assert run("--data", folder, "--out", encoders) == 0
     seen = {"images": 0, "texts": 0}
-    posterior, encode = Pipeline.posterior, features.Pipeline.posterior
+    posterior = Pipeline.posterior
 
     def counted(self, x):
         seen["images"] += len(x)
