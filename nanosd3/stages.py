@@ -183,7 +183,7 @@ def start(job: Job, init: State | None) -> MMDiT:
 def train_flow(
     job: Job,
     features: Features,
-    watch: Callable[[int, Callable], None] | None = None,
+    watch: Callable[[int, Placed], None] | None = None,
     init: State | None = None,
 ) -> MMDiT | None:
     """Train the transformer on latents and text features; its average (EMA), in the first process.
@@ -221,7 +221,7 @@ def fit_flow(
     features: Features,
     network: Placed,
     average: Placed,
-    watch: Callable[[int, Callable], None] | None,
+    watch: Callable[[int, Placed], None] | None,
 ) -> None:
     """Train `network` and its `average` in place, and log validation losses and speed."""
     config, training, source = job.config, job.config.training, job.source
@@ -283,7 +283,7 @@ def validation_loss(job: Job, features: Features, network: Placed) -> list[float
     for group in source.groups(range(source.trained, source.count)):
         for index in padded(group, team.size).view(-1, team.size)[:, team.rank].split(CHUNK // 10):
             real = index >= 0
-            index = index.clamp(min=source.trained)
+            index = torch.where(real, index, group[0])  # one of the same size, not counted
             mean, _ = features.latents(index)
             x0 = features.normalise(mean).to(job.device)
             noise = torch.stack([torch.randn(x0.shape[1:], generator=rng("validation", int(i)))
