@@ -77,6 +77,7 @@ def status_of(main: Callable[[], int | None]) -> int:
         if not out_of_memory(error):
             raise
         advice = "ask for fewer or smaller images at once, or choose a smaller --config"
+        advice += " (to train: --accumulate, --checkpointing, --parallel fsdp)"
         print(f"error: out of memory; {advice}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `... | head`: the reader has gone, there is nobody to tell
