@@ -7,7 +7,8 @@ every such moment and takes the largest.
 
 Left out are numbers that do not grow with the width (means, logsumexp), scratch memory of the
 libraries, and what an allocator holds in reserve. tests/test_costs.py compares with measurements:
-in float32 on CPU, and under PyTorch's own FSDP2 in both types. CUDA was not measured.
+in float32 on CPU, and under PyTorch's own FSDP2 in both types; for bfloat16 by autocast with what
+autograd keeps where CUDA's casts are imitated, without a GPU. CUDA was not measured.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from dataclasses import asdict, dataclass
 from nanosd3.config import MMDiTConfig
 from nanosd3.costs import (
     TIMESTEP_FEATURES,
+    Matrix,
+    block,
     block_parameters,
     embedders,
     final_layer,
@@ -143,6 +146,89 @@ class Step:
         yield 0, gradients, self.size * (self.outside() + embedding)
 
 
+def copies(matrices: list[Matrix]) -> int:
+    """Bytes of bfloat16 copies of weights, as autocast makes them."""
+    return 2 * sum(m.inputs * m.outputs for m in matrices)
+
+
+class Autocast(Step):
+    """A step in bfloat16 without FSDP2: weights are float32, and torch.autocast casts on the way.
+    All sizes are bytes.
+
+    Products and attention read and give bfloat16; norms read and give float32; what is made of
+    both is float32. So the image's stream is float32, as positions are, and the text's bfloat16.
+    Nothing is computed twice one by one. A weight is cast once, and its copy is kept for the way
+    back with all others, or with its block's if blocks are computed twice; for as long as it is,
+    it counts among the parameters. Its gradient is bfloat16 before it is float32.
+    """
+
+    def outside(self) -> int:
+        """Kept beside the blocks: copies of what the network is given, and what embedders make."""
+        config = self.config
+        given = self.image * patch_features(config) + self.text * config.context_dim
+        return 2 * self.batch * (given + config.pooled_dim + TIMESTEP_FEATURES + 5 * config.width)
+
+    def kept(self, i: int) -> int:
+        """Kept by block i for its gradient, beside the image's input. For each image token, times
+        the width: 6 q, k, v; 2 output of the attention; 2 its part, cut off; 2 its projection;
+        4 its sum with x; 4 + 4 normalised inputs, float32; 2 + 2 both modulated, for products;
+        8 hidden layer; 8 GELU; 4 output, cast to be added: 48 in all. Text has 2 for the output,
+        and no sum; but 4 + 4 for both inputs of norms, cast: 50.
+
+        Norms of q and k keep these in float32: 8.
+        """
+        dual, norm = i in self.config.dual_attention, self.config.qk_norm
+        image, text, vectors = 48 + 8 * norm, 50 + 8 * norm, 48
+        if is_last(self.config, i):  # k, v of both streams; q as it came with k, v, if no norm
+            image, text, vectors = 50 + 4 * norm, 14 + 4 * norm, 32
+        if dual:  # normalised, modulated, q, k, v, output, projection; normed q, k beside v
+            image, vectors = image + 16 + 12 * norm, vectors + 10
+        return self.streams(image, text) + self.batch * vectors * self.config.width
+
+    def way_back(self, i: int) -> Iterator[tuple[int, int]]:
+        """As of a Step. Only the image's input is kept by a block itself: norms cast the text."""
+        square, streams = self.config.width**2, self.streams
+        if is_last(self.config, i):
+            # The image's MLP: gradient of x, of the output and, before it is summed, of the gate.
+            yield 0, streams(12, 0)
+            # A long text is modulated: its gradient in float32, and three products of it.
+            own_text = 14 + 4 * self.config.qk_norm
+            yield 15 * square, streams(12, own_text + 10) - self.kept(i)
+        else:
+            # The end of the second computation, in front of the text's MLP: image 4 gradient,
+            # 4 output, 2 attention, 2 its projection; text 2 gradient, 2 attention, 2 sum,
+            # 4 modulated input. Else its MLP: gradients of output 2 and GELU 8.
+            yield 0, streams(12 if self.checkpointing else 4, 10)
+            yield 8 * square, streams(12, -26)  # the image's MLP
+        yield block_parameters(self.config, i), streams(4, 2) - self.kept(i)
+
+    def moments(self) -> Iterator[tuple[int, int, int]]:
+        config, twice, D = self.config, self.checkpointing, self.config.width
+        blocks, final = range(config.depth), stored(final_layer(config))
+        weights = [block_parameters(config, i) for i in blocks]
+        cast = [copies(block(config, i)) for i in blocks]
+        inputs = self.streams(4, 2 * twice)
+        left = [inputs + (0 if twice else self.kept(i)) for i in blocks]
+        # The final layer: all copies are there, then those that are kept; and of the image 4 its
+        # input, 4 normalised, 4 + 2 modulated; later 4 gradient and 12 its products instead.
+        forward = sum(cast) + copies(embedders(config) + final_layer(config))
+        deep = 2 * 2 * D**2  # copies in embedders of weights whose input has a gradient
+        outside = self.outside()
+        yield forward, 0, outside + sum(left) + self.streams(14, 2)
+        yield deep + (0 if twice else sum(cast)), 0, outside + sum(left) + self.streams(24, 2)
+        for i in reversed(blocks):
+            own = outside + sum(left[:i]) + inputs + self.kept(i)
+            others = deep + (0 if twice else sum(cast[:i]))
+            for new, beyond in self.way_back(i):  # a copy goes when its gradient comes
+                gradients = 4 * (final + new + sum(weights[i + 1 :]))
+                yield others + max(0, cast[i] - 2 * new), gradients, own + beyond
+        # At the embedders: the largest weight's gradient in bfloat16, then in both types.
+        gradients = 4 * (stored(embedders(config)) + final + sum(weights))
+        large = config.context_dim * D
+        yield 0, gradients - 4 * large, outside + self.streams(4, 2) + 2 * large
+        yield 0, gradients, self.streams(4, 0) + 2 * large
+
+
 def memory(
     config: MMDiTConfig,
     batch: int,
@@ -155,13 +241,13 @@ def memory(
     processes: int = 1,
     sharded: bool = False,
 ) -> Memory:
-    """What one of `processes` needs, each with a batch of its own: under DDP, or FSDP2 (`sharded`).
-
-    Raises InputError for bfloat16 without FSDP2 (autocast), which is not modelled.
+    """What one of `processes` needs, each with a batch of its own: under DDP, or FSDP2 (`sharded`);
+    in bfloat16 by FSDP2's own casts, or by autocast without it. Raises InputError for other types.
     """
-    if precision not in BYTES or (precision == "bfloat16" and not sharded):
-        raise InputError(f"memory in {precision}: known are float32, and bfloat16 if sharded")
-    step = Step(config, batch, rows * columns, text_tokens, BYTES[precision], checkpointing,
+    if precision not in BYTES:
+        raise InputError(f"memory in {precision}: known are {' and '.join(BYTES)}")
+    kind = Step if sharded or precision == "float32" else Autocast
+    step = kind(config, batch, rows * columns, text_tokens, BYTES[precision], checkpointing,
                 processes if sharded else None)  # fmt: skip
     gathered, gradients, activations = max(step.moments(), key=sum)
     whole, positions = 4 * parameters(config), 4 * config.grid**2 * config.width
@@ -187,11 +273,10 @@ def table(
     checkpointing: bool = False,
     processes: Sequence[int] = (1, 8, 64),
 ) -> str:
-    """GB of each process, a column for each number of them; several are sharded (FSDP2), and so is
-    one in bfloat16."""
+    """GB of each process, a column for each number of them; several are sharded (FSDP2)."""
     found = [
         memory(config, batch, rows, columns, text_tokens, precision=precision, processes=n,
-               checkpointing=checkpointing, sharded=n > 1 or precision == "bfloat16")
+               checkpointing=checkpointing, sharded=n > 1)
         for n in processes
     ]  # fmt: skip
     lines = ["GB per process of".ljust(18) + "".join(f"{n:10}" for n in processes)]

@@ -141,15 +141,13 @@ def enough_memory(config: Config, processes: int, compute: Compute, sharded: boo
     side = config.image_size // config.vae.factor // mmdit.patch_size
     batch = max(1, recipe.batch // (processes * compute.accumulate))
     tokens = text.clip_l.length + text.t5.length
-    # Of bfloat16 without FSDP2 no formula is known; float32 weights and averages are the same.
-    precision = compute.precision if sharded else "float32"
-    need = memory(mmdit, batch, side, side, tokens, precision=precision, processes=processes,
-                  checkpointing=compute.checkpointing, sharded=sharded)  # fmt: skip
-    least = (need.total if precision == compute.precision else need.total - need.activations) / 1e9
+    need = memory(mmdit, batch, side, side, tokens, precision=compute.precision,
+                  processes=processes, checkpointing=compute.checkpointing,
+                  sharded=sharded)  # fmt: skip
     found, where = memory_found()
-    if found < least:
+    if found < need.total / 1e9:
         raise InputError(f"{config.name}: training its {parameters(mmdit) / 1e9:.1f}B parameters "
-                         f"needs {least:.0f} GB of memory in a process, "
+                         f"needs {need.total / 1e9:.0f} GB of memory in a process, "
                          f"{need.activations / 1e9:.0f} GB of it activations; found {found:.0f} GB "
                          f"{where}: not enough (see --checkpointing, --accumulate, "
                          "--parallel fsdp)")  # fmt: skip

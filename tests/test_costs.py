@@ -3,14 +3,21 @@ shows them."""
 
 import random
 import re
+import weakref
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
+from torch import is_tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nanosd3 import bench, costs, footprint, growth, pairs, products
 from nanosd3.audit import on_meta
@@ -160,6 +167,122 @@ def test_memory_with_the_other_library(monkeypatch):
     assert said.gradients + said.activations == pytest.approx(took, rel=0.05)
 
 
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors made while it is open and still alive, and the most they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.bytes, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if is_tensor(x)}
+        for x in filter(is_tensor, tree_leaves(out)):
+            storage = x.untyped_storage()
+            if (key := storage._cdata) not in given and key not in self.made:
+                gone = partial(self.forget, key, storage.nbytes())
+                self.made[key] = weakref.ref(storage, gone)
+                self.bytes += storage.nbytes()
+        self.most = max(self.most, self.bytes)
+        return out
+
+    def forget(self, key, size, _):
+        del self.made[key]
+        self.bytes -= size
+
+
+class FusedNorm(torch.autograd.Function):
+    """RMSNorm on CUDA: one operation, which keeps its input."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class Casts(TorchFunctionMode):
+    """CUDA's autocast and its attention, on tensors without numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward, self.cached = True, []
+
+    def around(self, function):
+        def run(*args):
+            with self:
+                return function(*args)
+
+        return run
+
+    def through(self):
+        """The forward pass is; copies of weights live no longer than autograd wants them to."""
+        self.forward, self.cached = False, []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (F.linear, F.scaled_dot_product_attention):
+            args = [x.bfloat16() for x in args]
+            if function is F.linear:
+                self.cached += args[1:] if self.forward else []
+                return function(*args)
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+        if function is F.layer_norm:
+            return function(args[0].float(), *args[1:], **kwargs)
+        if function is F.rms_norm:
+            return FusedNorm.apply(args[0].float(), kwargs["weight"].float())
+        if function in (torch.cat, torch.addcmul):
+            parts = args[0] if function is torch.cat else args
+            widest = (
+                torch.float32 if any(x.dtype == torch.float32 for x in parts) else parts[0].dtype
+            )
+            parts = [x.to(widest) for x in parts]
+            return function(parts, **kwargs) if function is torch.cat else function(*parts)
+        return function(*args, **kwargs)
+
+
+# depth, batch, rows, columns, text tokens, norms of q and k, dual attention, width of text
+AUTOCAST = [
+    (2, 1, 16, 16, 333, False, (), 4096),
+    (2, 16, 16, 16, 77, True, (0,), 2048),
+    (3, 2, 64, 64, 154, True, (0, 1, 2), 4096),
+    (3, 4, 64, 64, 333, False, (), 4096),
+    (4, 4, 8, 8, 1024, True, (1,), 512),
+    (6, 1, 16, 16, 154, False, (0, 1), 4096),
+    (12, 1, 64, 64, 333, True, (), 4096),
+    (24, 8, 16, 16, 333, True, tuple(range(13)), 4096),
+]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("case", AUTOCAST, ids=str)
+def test_memory_of_autocast(case, twice):
+    depth, batch, rows, columns, text, qk_norm, dual, context = case
+    config = MMDiTConfig(depth, 16, 2, context, 2048, 64, 64, 64, qk_norm, dual)
+    with META:
+        model, inputs = MMDiT(config), given(config, batch, rows, columns, text)
+    casts = Casts()
+    for block in model.joint_blocks:  # when they are computed again, nothing else is open
+        block.forward = casts.around(block.forward)
+    placed = Placed(model, compute=Compute(checkpointing=twice), blocks=model.joint_blocks)
+    with products.everything_kept(), Alive() as alive:
+        velocity = casts.around(placed)(*inputs)
+        casts.through()
+        loss = velocity.square().mean()
+        del velocity
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    how = {"precision": "bfloat16", "checkpointing": twice}
+    said = footprint.memory(config, batch, rows, columns, text, **how)
+    held = said.optimizer // 2 + 4 * config.grid**2 * config.width  # weights and positions
+    copies = said.parameters - held
+    assert copies + said.gradients + said.activations == pytest.approx(alive.most, rel=0.05)
+
+
 @pytest.fixture
 def team_of():
     """Joins a team of so many processes, the others of which are only pretended: what is exchanged
@@ -229,8 +352,9 @@ def test_shares():
     shared = footprint.memory(config, *sizes, processes=8, sharded=True)
     assert shared.optimizer == whole / 4 and shared.average == whole / 8 + positions
     assert alone.total == sum(vars(alone).values())
-    with pytest.raises(InputError, match="bfloat16 if sharded"):
-        footprint.memory(config, *sizes, precision="bfloat16")
+    lower = footprint.memory(config, *sizes, precision="bfloat16")
+    assert (lower.optimizer, lower.average) == (alone.optimizer, alone.average)
+    assert lower.activations < alone.activations
     with pytest.raises(InputError, match="memory in float16: known are"):
         footprint.memory(config, *sizes, precision="float16", sharded=True)
 
@@ -251,6 +375,12 @@ def test_table(capsys):
         name, *numbers = row.split()
         assert numbers == [f"{getattr(memory, name) / 1e9:.2f}" for memory in said]
     assert [row.split()[0] for row in rows] == [*vars(said[0]), "total"]
+    words = ["--config", "sd3-medium", "--processes", "1", "--precision", "bfloat16"]
+    assert bench.main(["table", *words]) == 0  # one process: autocast
+    sd3 = CONFIGS["sd3-medium"].mmdit
+    alone = footprint.memory(sd3, 1, 16, 16, 154, precision="bfloat16")
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].split() == ["total", f"{alone.total / 1e9:.2f}"]
     assert bench.main(["table"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[-3:] == ["1", "8", "64"]
 
