@@ -25,6 +25,7 @@ Layers: a module imports only from rows above its own
     train_text   report   export
     weights   pairs
     jobs   generate   growth   student
+    measure
     train   bench
 
 The exercises (nanosd3/exercises) import all of it and are imported by nothing.

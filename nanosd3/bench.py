@@ -5,6 +5,7 @@
     python -m nanosd3.bench memory --config sd3-medium       a whole run, by its largest stage
     python -m nanosd3.bench growth --out growth.png          steps of training of many sizes
     python -m nanosd3.bench table --config sd3.5-large       the memory of one, computed
+    python -m nanosd3.bench cuda                             everything, on a GPU
 
 Machines are noisy, so a time means little and a ratio of two taken side by side means more:
 `forward` and `train` run both in turn, several times, and give the median of the ratios. Memory is
@@ -21,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from nanosd3 import footprint, growth
 from nanosd3.config import CONFIGS, Config
 from nanosd3.costs import parameters, training_flops
 from nanosd3.layouts import COMPONENTS, PREFIXES
+from nanosd3.measure.cuda import command
 from nanosd3.pairs import (
     Forward,
     count_flops,
@@ -43,6 +44,7 @@ from nanosd3.pairs import (
     theirs,
     training_step,
     with_depth,
+    with_layers,
 )
 from nanosd3.products import multiplication_speed, seconds
 from nanosd3.runtime import InputError, Parser, memory_found, positive, run_main, set_up
@@ -53,22 +55,11 @@ NAMES = {"mmdit": "transformer", "vae": "VAE decode", "clip_l": "CLIP-L", "clip_
          "t5": "T5"}  # fmt: skip
 
 
-def measured_config(args: argparse.Namespace) -> Config:
-    """The config asked for, its text encoders cut to a few layers."""
-    config = CONFIGS[args.config]
-    text = config.text
-    few = {
-        name: replace(getattr(text, name), layers=min(args.layers, getattr(text, name).layers))
-        for name in ENCODERS
-    }
-    return replace(config, text=replace(text, **few))
-
-
 def prepare(
     args: argparse.Namespace, part: str, device: torch.device
 ) -> tuple[Forward, Forward, int]:
     """Our forward and theirs, on the same weights and inputs, and the bytes of the weights."""
-    config, dtype = measured_config(args), DTYPES[args.dtype]
+    config, dtype = with_layers(CONFIGS[args.config], args.layers), DTYPES[args.dtype]
     ours = randomly_filled(config, part, device, dtype)
     given = inputs(config, part, args.size, args.batch, next(ours.parameters()))
     other = theirs(config, part, ours) if args.against else ours
@@ -282,8 +273,10 @@ def parsers() -> dict[str, Parser]:
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     parser = Parser("python -m nanosd3.bench", "Time and memory, measured and computed.")
-    parser.add_argument("what", choices=tuple(COMMANDS), help="first; each has its own --help")
+    parser.add_argument("what", choices=(*COMMANDS, "cuda"), help="first; each has its own --help")
     what = parser.parse_args(words[:1]).what
+    if what == "cuda":
+        return command.bench_cuda(command.parser().parse_args(words[1:]))
     COMMANDS[what](parsers()[what].parse_args(words[1:]))
     return 0
 

@@ -22,6 +22,7 @@ from nanosd3.export import diffusers_state, part_config
 from nanosd3.loop import CLIP_NORM
 from nanosd3.parts import stored
 from nanosd3.runtime import InputError
+from nanosd3.text import ENCODERS
 
 Forward = Callable[[], Tensor]
 
@@ -75,6 +76,13 @@ def with_depth(config: Config, depth: int) -> Config:
     """The config with another depth of the transformer, and so another width."""
     dual = tuple(i for i in config.mmdit.dual_attention if i < depth)
     return replace(config, mmdit=replace(config.mmdit, depth=depth, dual_attention=dual))
+
+
+def with_layers(config: Config, layers: int) -> Config:
+    """The config with text encoders of at most so many layers."""
+    encoders = {name: getattr(config.text, name) for name in ENCODERS}
+    few = {n: replace(e, layers=min(layers, e.layers)) for n, e in encoders.items()}
+    return replace(config, text=replace(config.text, **few))
 
 
 def side_of(config: Config, size: int) -> int:

@@ -130,6 +130,7 @@ def set_up(threads: int | None = None) -> torch.device:
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         device = torch.device("cuda")
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
         print(f"device: {torch.cuda.get_device_name()}; {threads} CPU threads ({reason})")
     else:
         device = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""What it costs, measured: time, memory and exactness, on the machine at hand."""
