@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosd3.config import CLIPConfig
-from nanosd3.layers import Linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -35,7 +34,9 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(dim, dim) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(dim, dim) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -49,7 +50,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, dim: int, hidden: int, activation: str):
         super().__init__()
-        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class CLIPText(nn.Module):
         self.config = config
         self.text_model = TextTransformer(config)
         if config.projection:
-            self.text_projection = Linear(config.width, config.width, bias=False)
+            self.text_projection = nn.Linear(config.width, config.width, bias=False)
         initialise(self)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,7 @@ class Step:
 
     def also_kept(self, i: int) -> int:
         """Kept too where a whole block is computed twice: normalised inputs and the GELU, which
-        elsewhere are computed twice one by one (products.recomputed)."""
+        elsewhere are computed twice one by one (accelerate.recomputed)."""
         dual = i in self.config.dual_attention
         return self.streams(6 + dual, 1 if is_last(self.config, i) else 6)
 

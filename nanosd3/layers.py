@@ -1,29 +1,18 @@
 """The parts an MMDiT block is made of.
 
-Everything here is small on purpose: a linear layer, a norm, a modulation, an MLP, two embedders,
-one attention call. The text encoders share Linear and RMSNorm and nothing else: they have
-conventions of their own.
+Everything here is small on purpose: a norm, a modulation, an MLP, two embedders, one attention
+call. The text encoders share RMSNorm and nothing else: they have conventions of their own.
 """
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosd3.products import linear, recomputed
-
 HEAD_DIM = 64  # SD3's heads are all 64 wide: depth d means width 64 d and d heads
 TIMESTEP_SCALE = 1000  # t in [0, 1] becomes 0..1000 here and nowhere else
 TIMESTEP_FEATURES = 256
-
-
-class Linear(nn.Linear):
-    """nn.Linear, multiplied by the faster library."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -47,20 +36,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     This is adaLN: what a LayerNorm would have learned once, the timestep and the pooled text
     decide for every image (DiT, arXiv 2212.09748, section 3.2).
     """
-
-    def norm(x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-    normed = norm(x)
-    with recomputed(normed, norm, x):
-        return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation; where no gradient is asked for, in the memory of x."""
-    if torch.is_grad_enabled():
-        return F.gelu(x, approximate="tanh")
-    return torch.ops.aten.gelu_(x, approximate="tanh")
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
 
 
 class MLP(nn.Module):
@@ -68,14 +45,12 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.fc1 = Linear(dim, 4 * dim)
-        self.fc2 = Linear(4 * dim, dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.fc1(x)
-        a = gelu(h)
-        with recomputed(a, partial(F.gelu, approximate="tanh"), h):
-            return self.fc2(a)
+        h = F.gelu(self.fc1(x), approximate="tanh")  # (B, L, 4 D)
+        return self.fc2(h)
 
 
 def timestep_embedding(t: Tensor) -> Tensor:
@@ -95,7 +70,7 @@ class Embedder(nn.Module):
 
     def __init__(self, features: int, dim: int):
         super().__init__()
-        self.mlp = nn.Sequential(Linear(features, dim), nn.SiLU(), Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(x)

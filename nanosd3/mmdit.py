@@ -19,10 +19,11 @@ kept and not computed. Modules are named as in the official single-file checkpoi
 Paper: arXiv 2403.03206, section 4 and figure 2.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosd3.config import MMDiTConfig
@@ -31,7 +32,6 @@ from nanosd3.layers import (
     MLP,
     TIMESTEP_FEATURES,
     Embedder,
-    Linear,
     RMSNorm,
     attention,
     modulate,
@@ -39,7 +39,6 @@ from nanosd3.layers import (
     timestep_embedding,
 )
 from nanosd3.patchify import centre_crop, patchify, sincos_positions, unpatchify
-from nanosd3.products import linear
 
 
 class Modulation(NamedTuple):
@@ -50,6 +49,9 @@ class Modulation(NamedTuple):
     gate: Tensor | None = None  # the last block's text has no output to gate
 
 
+QKV = tuple[Tensor | None, Tensor, Tensor]  # each (B, heads, L, 64)
+
+
 class Attention(nn.Module):
     """One stream's share of an attention: projections in and out. The attention itself is the
     block's, since it may join two streams."""
@@ -57,27 +59,25 @@ class Attention(nn.Module):
     def __init__(self, dim: int, qk_norm: bool, keys_only: bool = False):
         super().__init__()
         self.keys_only = keys_only
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.ln_q = RMSNorm(HEAD_DIM) if qk_norm else nn.Identity()
         self.ln_k = RMSNorm(HEAD_DIM) if qk_norm else nn.Identity()
         if keys_only and qk_norm:  # stored in official files, reaches nothing
             self.ln_q.weight.requires_grad_(False)
         if not keys_only:
-            self.proj = Linear(dim, dim)
+            self.proj = nn.Linear(dim, dim)
 
-    def project(self, x: Tensor) -> Iterator[Tensor | None]:
-        """Tokens (B, L, D) to q, k, v, each (B, heads, L, 64), one after the other, so that none
-        waits for the next in memory; q is None for keys only."""
-        q = None
+    def heads(self, x: Tensor) -> QKV:
+        """Tokens (B, L, D) to queries, keys and values; no queries for keys only."""
         if self.keys_only:
             D = x.shape[-1]
-            k, v = split_heads(linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), 2)
-        else:
-            q, k, v = split_heads(self.qkv(x), 3)
-        del x  # nor does it wait
-        yield None if q is None else self.ln_q(q)
-        yield self.ln_k(k)
-        yield v
+            return None, *split_heads(F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), 2)
+        return split_heads(self.qkv(x), 3)
+
+    def project(self, x: Tensor) -> QKV:
+        """The same, with queries and keys normalised."""
+        q, k, v = self.heads(x)
+        return None if q is None else self.ln_q(q), self.ln_k(k), v
 
 
 class Stream(nn.Module):
@@ -86,7 +86,7 @@ class Stream(nn.Module):
     def __init__(self, dim: int, qk_norm: bool, dual: bool = False, keys_only: bool = False):
         super().__init__()
         self.outputs = 2 if keys_only else 9 if dual else 6
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, self.outputs * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, self.outputs * dim))
         self.attn = Attention(dim, qk_norm, keys_only)
         if dual:
             self.attn2 = Attention(dim, qk_norm)
@@ -97,6 +97,10 @@ class Stream(nn.Module):
         """Conditioning (B, D) to a Modulation for each branch: attn, mlp and, if dual, attn2."""
         parts = self.adaLN_modulation(c).chunk(self.outputs, dim=1)
         return [Modulation(*parts[i : i + 3]) for i in range(0, self.outputs, 3)]
+
+    def modulated(self, x: Tensor, mod: Modulation) -> Tensor:
+        """Tokens (B, L, D) as a branch reads them."""
+        return modulate(x, mod.shift, mod.scale)
 
 
 class JointBlock(nn.Module):
@@ -113,41 +117,42 @@ class JointBlock(nn.Module):
         The last block returns None for y.
         """
         image, text = self.x_block, self.context_block
-        x_attn, x_mlp, *x_attn2 = image.modulation(c)
-        y_attn, *y_mlp = text.modulation(c)
-        from_joint, for_text = self.attend(x, y, x_attn, y_attn)
-        out = x_attn.gate[:, None] * image.attn.proj(from_joint)  # (B, N, D)
-        for on in x_attn2:  # MMDiT-X: a second attention reads the same x
-            own = attention(*image.attn2.project(modulate(x, on.shift, on.scale)))
-            out = out + on.gate[:, None] * image.attn2.proj(own)
-        x = feed_forward(image, x + out, x_mlp)
+        x_attn_mod, x_mlp_mod, *x_attn2_mod = image.modulation(c)
+        y_attn_mod, *y_mlp_mod = text.modulation(c)
+        x_attn, y_attn = self.attend(x, y, x_attn_mod, y_attn_mod)
+        out = x_attn_mod.gate[:, None] * image.attn.proj(x_attn)  # (B, N, D)
+        for mod in x_attn2_mod:  # MMDiT-X: a second attention reads the same x
+            x_attn2 = attention(*image.attn2.project(image.modulated(x, mod)))
+            out = out + mod.gate[:, None] * image.attn2.proj(x_attn2)
+        x = feed_forward(image, x + out, x_mlp_mod)
         if text.attn.keys_only:
             return x, None
-        y = y + y_attn.gate[:, None] * text.attn.proj(for_text)  # (B, M, D)
-        return x, feed_forward(text, y, *y_mlp)
+        y = y + y_attn_mod.gate[:, None] * text.attn.proj(y_attn)  # (B, M, D)
+        return x, feed_forward(text, y, *y_mlp_mod)
 
     def attend(
-        self, x: Tensor, y: Tensor, x_on: Modulation, y_on: Modulation
+        self, x: Tensor, y: Tensor, x_mod: Modulation, y_mod: Modulation
     ) -> tuple[Tensor, Tensor]:
-        """What the image tokens (B, N, D) and the text tokens (B, M, D) take from both streams;
-        M is 0 in the last block."""
-        joint = attention(*side_by_side(
-            self.context_block.attn.project(modulate(y, y_on.shift, y_on.scale)),
-            self.x_block.attn.project(modulate(x, x_on.shift, x_on.scale)),
+        """What image tokens (B, N, D) and text tokens (B, M, D) gather from both streams; M is 0
+        in the last block. (A function of its own, so that q, k and v are freed at its end.)"""
+        joint = attention(*join_streams(
+            self.context_block.attn.project(self.context_block.modulated(y, y_mod)),
+            self.x_block.attn.project(self.x_block.modulated(x, x_mod)),
         ))  # (B, M+N, D), without text queries (B, N, D)  # fmt: skip
         M = joint.shape[1] - x.shape[1]
         return joint[:, M:], joint[:, :M]
 
 
-def side_by_side(text: Iterable[Tensor | None], image: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Queries, keys, values of both streams, each (B, heads, M+N, 64), text first."""
-    for t, i in zip(text, image, strict=True):
-        yield i if t is None else torch.cat([t, i], dim=2)
+def join_streams(text: QKV, image: QKV) -> QKV:
+    """Queries, keys and values of both streams, each (B, heads, M+N, 64), text first."""
+    pairs = zip(text, image, strict=True)
+    q, k, v = (i if t is None else torch.cat([t, i], dim=2) for t, i in pairs)
+    return q, k, v
 
 
-def feed_forward(stream: Stream, x: Tensor, on: Modulation) -> Tensor:
+def feed_forward(stream: Stream, x: Tensor, mod: Modulation) -> Tensor:
     """Residual, modulated, gated MLP."""
-    return torch.addcmul(x, on.gate[:, None], stream.mlp(modulate(x, on.shift, on.scale)))
+    return torch.addcmul(x, mod.gate[:, None], stream.mlp(stream.modulated(x, mod)))
 
 
 class PatchEmbed(nn.Module):
@@ -160,7 +165,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), patchify's order
-        return linear(patchify(z, self.patch), weight, self.proj.bias)  # (B, N, D)
+        return F.linear(patchify(z, self.patch), weight, self.proj.bias)  # (B, N, D)
 
 
 class FinalLayer(nn.Module):
@@ -168,8 +173,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, features: int):
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
-        self.linear = Linear(dim, features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.linear = nn.Linear(dim, features)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
@@ -186,7 +191,7 @@ class MMDiT(nn.Module):
         self.x_embedder = PatchEmbed(channels, patch, D)
         self.t_embedder = Embedder(TIMESTEP_FEATURES, D)
         self.y_embedder = Embedder(config.pooled_dim, D)
-        self.context_embedder = Linear(config.context_dim, D)
+        self.context_embedder = nn.Linear(config.context_dim, D)
         positions = sincos_positions(D, config.grid, config.grid_sample, config.grid_span)
         self.register_buffer("pos_embed", positions)  # (1, grid*grid, D)
         self.joint_blocks = nn.ModuleList(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nanosd3.accelerate import accelerate
 from nanosd3.audit import on_meta
 from nanosd3.config import Config
 from nanosd3.export import diffusers_state, part_config
@@ -30,8 +31,8 @@ Forward = Callable[[], Tensor]
 def randomly_filled(
     config: Config, part: str, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """A part with weights of a size at which signals neither die nor explode."""
-    module = on_meta(config, part).to_empty(device=device).to(dtype)
+    """A part, accelerated, with weights of a size at which signals neither die nor explode."""
+    module = accelerate(on_meta(config, part)).to_empty(device=device).to(dtype)
     generator = torch.Generator(device).manual_seed(0)
     for name, tensor in module.state_dict().items():
         if tensor.ndim > 1:

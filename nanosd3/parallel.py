@@ -33,7 +33,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from nanosd3.products import everything_kept
 from nanosd3.runtime import InputError
 
 MODES = ("ddp", "fsdp")
@@ -151,8 +150,7 @@ class Placed(nn.Module):
         self.module, self.team, self.compute = module, team, compute
         for block in blocks:
             if compute.checkpointing:
-                kept_twice = {"use_reentrant": False, "context_fn": keep_in_both}
-                block.forward = partial(checkpoint, block.forward, **kept_twice)
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             if compute.compiled:
                 block.compile()
         self.network = module
@@ -203,12 +201,6 @@ class Placed(nn.Module):
         elif self.team.mode == "ddp" and not wanted:
             return self.network.no_sync()
         return nullcontext()
-
-
-def keep_in_both() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Around a block's first and second computation: what is recomputed as a whole keeps all it
-    needs while it is."""
-    return everything_kept(), everything_kept()
 
 
 def local(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from nanosd3.accelerate import accelerate
 from nanosd3.checkpoint import Run, load_weights, read_json
 from nanosd3.config import Config, config_from_dict
 from nanosd3.data import to_uint8
@@ -68,7 +69,7 @@ class Pipeline:
         self.text = TextEncoders(config.text, tokenizers, parts, *widths)
         self.known: Known = {}
         for module in parts.ready.values():
-            module.eval()
+            accelerate(module.eval())
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Pipeline":

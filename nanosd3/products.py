@@ -1,13 +1,11 @@
-"""Matrix products by the faster library, and activations that are computed twice instead of kept.
+"""Matrix products by the faster library.
 
-Nearly all the time of a transformer is products, and nearly all the memory of training it is what
-waits for the gradient. This file changes how long and how much, never the numbers (but for the last
-bits): everything here could be F.linear and nothing. It is no part of the lesson.
+Nearly all the time of a transformer is products. This file changes how long they take, never the
+numbers (but for the last bits): `linear` could be F.linear. It is no part of the lesson.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -95,41 +93,3 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begin
-
-
-@contextmanager
-def recomputed(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[None]:
-    """While open, `output` = function(*inputs) is not kept for gradients, but computed again when
-    they are taken: for what is cheap to compute, large, and made of what is kept anyway."""
-    if keep_everything or not (torch.is_grad_enabled() and eager()):
-        yield
-        return
-    place, size, kept = output.data_ptr(), output.numel(), [x.detach() for x in inputs]
-
-    def pack(saved: Tensor) -> Tensor | tuple:
-        same = saved.data_ptr() == place and saved.numel() == size
-        return (saved.shape, saved.stride()) if same else saved
-
-    def unpack(packed: Tensor | tuple) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        with torch.no_grad():
-            return function(*kept).as_strided(*packed)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
-
-
-keep_everything = False
-
-
-@contextmanager
-def everything_kept() -> Iterator[None]:
-    """While open, nothing is `recomputed`: for parts that are computed twice as a whole, whose
-    memory is theirs to manage."""
-    global keep_everything
-    before, keep_everything = keep_everything, True
-    try:
-        yield
-    finally:
-        keep_everything = before

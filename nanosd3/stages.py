@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosd3 import states
+from nanosd3.accelerate import accelerate
 from nanosd3.checkpoint import Run, load_weights, save_tensors, save_weights
 from nanosd3.config import Config
 from nanosd3.data import ImageSet, to_model
@@ -58,7 +59,7 @@ def build(job: Job, name: str, make: Callable[[], nn.Module]) -> nn.Module:
     """A module whose initial weights depend on the seed and its name alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng(job.seed, name, "init").initial_seed())
-        return make()
+        return accelerate(make(), keep_activations=job.compute.checkpointing)
 
 
 def finish_or_load(job: Job, stage: str, module: nn.Module, train: Callable[[], dict]) -> dict:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosd3.config import T5Config
-from nanosd3.layers import Linear, RMSNorm, gelu
+from nanosd3.layers import RMSNorm
 
 BUCKETS = 32  # half for keys before the query, half for keys after it
 BUCKET_STARTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91)  # distance of bucket 1, 2...
@@ -39,8 +39,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         inner = config.heads * config.head_dim
         self.heads = config.heads
-        self.q, self.k, self.v = (Linear(config.width, inner, bias=False) for _ in range(3))
-        self.o = Linear(inner, config.width, bias=False)
+        self.q, self.k, self.v = (nn.Linear(config.width, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, config.width, bias=False)
         if owns_bias:
             self.relative_attention_bias = nn.Embedding(BUCKETS, config.heads)
 
@@ -61,12 +61,12 @@ class SelfAttention(nn.Module):
 class GatedMLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.wi_0 = Linear(width, hidden, bias=False)
-        self.wi_1 = Linear(width, hidden, bias=False)
-        self.wo = Linear(hidden, width, bias=False)
+        self.wi_0 = nn.Linear(width, hidden, bias=False)
+        self.wi_1 = nn.Linear(width, hidden, bias=False)
+        self.wo = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.wo(gelu(self.wi_0(x)) * self.wi_1(x))
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 
 class Block(nn.Module):

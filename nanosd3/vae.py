@@ -84,33 +84,7 @@ class Up(nn.Module):
         self.conv = conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        worth_it = x.shape[1] >= 64 and x.device.type == "cpu" and not torch.is_grad_enabled()
-        if worth_it and x.dtype in (torch.float32, torch.float64):
-            return convolve_repeated(x, self.conv.weight, self.conv.bias)
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-def convolve_repeated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The 3x3 convolution of an image whose pixels were repeated, with 4/9 of the products.
-
-    Under the nine taps lie only 2x2 different pixels; which taps share one depends on whether the
-    output's row and column are even or odd. So: four filters whose shared taps are added first.
-    """
-    B, _, H, W = x.shape
-    out = x.new_empty(B, 2 * H, 2 * W, len(weight)).permute(0, 3, 1, 2)  # channels last
-    x = F.pad(x, (1, 1, 1, 1))
-    for row in (0, 1):
-        for column in (0, 1):
-            taps = merge_taps(merge_taps(weight, 2, row), 3, column)  # (C_out, C_in, 2, 2)
-            seen = x[:, :, row : row + H + 1, column : column + W + 1]
-            out[:, :, row::2, column::2] = F.conv2d(seen, taps, bias)
-    return out
-
-
-def merge_taps(weight: Tensor, dim: int, odd: int) -> Tensor:
-    """Three taps to two: an even position has the last two on one pixel, an odd the first two."""
-    first, middle, last = weight.unbind(dim)
-    return torch.stack([first + middle, last] if odd else [first, middle + last], dim)
 
 
 class Level(nn.Module):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nanosd3.accelerate import accelerate
 from nanosd3.audit import check, on_meta, report
 from nanosd3.export import LAYOUTS, export
 from nanosd3.found import Found, find
@@ -60,7 +61,9 @@ def open_pipeline(
 
     def reader(name: str) -> Callable[[], nn.Module]:
         kind = dtype if name in ("mmdit", "vae") else for_text
-        return lambda: fill(on_meta(found.config, name), found.parts[name], device, kind)
+        return lambda: accelerate(
+            fill(on_meta(found.config, name), found.parts[name], device, kind)
+        )
 
     sources = {name: reader(name) for name in found.parts}
     return Pipeline(found.config, found.tokenizers, Parts(sources, device, staged))

@@ -8,7 +8,7 @@ to see them.
 
 from typing import NamedTuple
 
-from faults_network import LAYERS, MMDIT, PRODUCTS
+from faults_network import ACCELERATE, LAYERS, MMDIT, PRODUCTS
 
 
 class Fault(NamedTuple):
@@ -220,6 +220,7 @@ FAULTS = [
         ("products.py", PRODUCTS),
         ("layers.py", LAYERS),
         ("mmdit.py", MMDIT),
+        ("accelerate.py", ACCELERATE),
     )
     for entry in entries
 ]

@@ -39,7 +39,14 @@ sys.path.insert(0, str(ROOT))  # as a program, only this folder is there
 
 from nanosd3.runtime import InputError, Parser, run_main  # noqa: E402
 
-QUICK = ("test_flow.py", "test_model.py", "test_spine.py", "test_products.py", "test_golden.py")
+QUICK = (
+    "test_flow.py",
+    "test_model.py",
+    "test_spine.py",
+    "test_products.py",
+    "test_accelerate.py",
+    "test_golden.py",
+)
 SECOND = ("test_exercises.py", "test_parity.py", "test_official.py")  # before all others
 LEFT_OUT = {  # minutes in all, and what they look at is not the spine
     "test_bad_input.py",

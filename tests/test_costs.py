@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanosd3 import bench, costs, footprint, growth, pairs, products
+from nanosd3.accelerate import accelerate
 from nanosd3.audit import on_meta
 from nanosd3.config import CONFIGS, MMDiTConfig
 from nanosd3.mmdit import JointBlock, MMDiT
@@ -114,11 +115,12 @@ def measured(model, forward):
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dual", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_what_a_block_keeps(qk_norm, dual, last):
+@pytest.mark.parametrize("plain", [False, True])
+def test_what_a_block_keeps(plain, qk_norm, dual, last):
     """Tensors alive after its forward pass; a vector more or less for each token would be seen."""
     N, M, batch, depth = 64, 96, 2, 2
     config = network(depth, qk_norm, (0, 1) if dual else ())
-    block = JointBlock(config.width, qk_norm, dual, last)
+    block = accelerate(JointBlock(config.width, qk_norm, dual, last), keep_activations=plain)
     shapes = (batch, N, config.width), (batch, M, config.width), (batch, config.width)
     x, y, c = (torch.randn(*shape, requires_grad=True) for shape in shapes)
     with torch.profiler.profile(profile_memory=True) as profiler:
@@ -127,7 +129,8 @@ def test_what_a_block_keeps(qk_norm, dual, last):
     alive = sum(e.nbytes() for e in events if e.name() == "[memory]") / 4
     step = footprint.Step(config, batch, N, M, 4, checkpointing=False, shards=None)
     kept = alive - sum(part.numel() for part in out)
-    expected = step.kept(depth - 1 if last else 0)
+    i = depth - 1 if last else 0
+    expected = step.kept(i) + plain * step.also_kept(i)
     assert 0 <= kept - expected < 0.4 * batch * min(N, M) * config.width
 
 
@@ -152,7 +155,10 @@ def test_memory_of_a_step(monkeypatch, case, twice):
     monkeypatch.setattr(products, "onednn_multiplies_faster", lambda: known)
     depth, batch, rows, columns, text, qk_norm, dual = case
     config = network(depth, qk_norm, dual)
-    model, inputs = randomised(MMDiT(config)), given(config, batch, rows, columns, text)
+    model, inputs = (
+        randomised(accelerate(MMDiT(config), twice)),
+        given(config, batch, rows, columns, text),
+    )
     placed = Placed(model, compute=Compute(checkpointing=twice), blocks=model.joint_blocks)
     said = footprint.memory(config, batch, rows, columns, text, checkpointing=twice)
     took = measured(model, lambda: placed(*inputs))
@@ -164,7 +170,7 @@ def test_memory_of_a_step(monkeypatch, case, twice):
 def test_memory_with_the_other_library(monkeypatch):
     monkeypatch.setattr(products, "onednn_multiplies_faster", lambda: False)
     config, sizes = network(3, True), (4, 8, 8, 20)
-    model, inputs = randomised(MMDiT(config)), given(config, *sizes)
+    model, inputs = randomised(accelerate(MMDiT(config))), given(config, *sizes)
     said = footprint.memory(config, *sizes)
     took = measured(model, lambda: model(*inputs))
     assert said.gradients + said.activations == pytest.approx(took, rel=0.05)
@@ -272,7 +278,7 @@ def test_memory_of_autocast(case, twice):
     for block in model.joint_blocks:  # when they are computed again, nothing else is open
         block.forward = casts.around(block.forward)
     placed = Placed(model, compute=Compute(checkpointing=twice), blocks=model.joint_blocks)
-    with products.everything_kept(), Alive() as alive:
+    with Alive() as alive:
         velocity = casts.around(placed)(*inputs)
         casts.through()
         loss = velocity.square().mean()
@@ -308,7 +314,7 @@ def test_memory_of_fsdp(team_of, case, precision, twice):
     processes, *sizes = case
     config, dtype = network(4, context=2048), getattr(torch, precision)
     team_of(processes)
-    model = randomised(MMDiT(config))
+    model = randomised(accelerate(MMDiT(config), twice))
     Placed(model, compute=Compute(checkpointing=twice), blocks=model.joint_blocks)
     types = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for part in (*model.joint_blocks, model):
@@ -328,7 +334,7 @@ def test_memory_of_ddp():
     config, sizes = network(3), (1, 4, 4, 9)
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
-        model, inputs = randomised(MMDiT(config)), given(config, *sizes)
+        model, inputs = randomised(accelerate(MMDiT(config))), given(config, *sizes)
 
         def steps():
             # Without copying weights from the first process, whose copies another thread frees.

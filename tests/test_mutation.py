@@ -11,7 +11,10 @@ from faults import FAULTS, Fault
 
 from nanosd3.runtime import InputError, run_main
 
-SPINE = ("flow.py", "samplers.py", "patchify.py", "products.py", "layers.py", "mmdit.py")
+SPINE = (
+    *("flow.py", "samplers.py", "patchify.py", "products.py", "layers.py", "mmdit.py"),
+    "accelerate.py",
+)
 SOURCES = {file: (mutation.ROOT / "nanosd3" / file).read_text() for file in SPINE}
 
 

@@ -1,18 +1,13 @@
-"""Products by the faster library, and activations that are computed again: the same gradients."""
+"""Products by the faster library, with the gradients of F.linear."""
 
-import contextlib
 import itertools
 import time
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
-from nanosd3 import layers, products
-from nanosd3.config import CONFIGS
-from nanosd3.mmdit import MMDiT
+from nanosd3 import products
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="a PyTorch without oneDNN"
@@ -62,50 +57,6 @@ def test_other_types_are_multiplied_by_pytorch(monkeypatch):
     assert "Product" not in type(products.linear(x, weight).grad_fn).__name__
 
 
-def test_recomputed_output_is_not_kept():
-    x, weight = draw(50, 12).requires_grad_(), draw(5, 12).requires_grad_()
-
-    def through(remember: bool) -> tuple[torch.Tensor, weakref.ref]:
-        middle = torch.tanh(x) * 2  # the product, not what tanh itself keeps
-        with (
-            contextlib.nullcontext() if remember
-            else products.recomputed(middle, lambda x: torch.tanh(x) * 2, x)
-        ):  # fmt: skip
-            return F.linear(middle, weight).square().sum(), weakref.ref(middle.untyped_storage())
-
-    kept, _ = through(True)
-    loss, _ = through(False)
-    expected = torch.autograd.grad(kept, (x, weight))
-    assert all(map(torch.equal, torch.autograd.grad(loss, (x, weight)), expected))
-
-
-def kept_while(*contexts) -> bool:
-    """Whether an output lives on for the gradient that is declared to be recomputed."""
-    x, weight = draw(50, 12).requires_grad_(), draw(5, 12).requires_grad_()
-    middle = torch.tanh(x) * 2
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        with products.recomputed(middle, lambda x: torch.tanh(x) * 2, x):
-            out = F.linear(middle, weight)  # noqa: F841
-    there = weakref.ref(middle.untyped_storage())
-    del middle
-    return there() is not None
-
-
-def test_everything_can_be_kept():
-    """For what is computed twice as a whole; afterwards, and after an error, all is as before."""
-    assert not kept_while() and kept_while(products.everything_kept())
-    assert kept_while(products.everything_kept(), products.everything_kept())
-    with products.everything_kept():
-        with products.everything_kept():
-            pass
-        assert kept_while()
-    with contextlib.suppress(KeyError), products.everything_kept():
-        raise KeyError
-    assert not kept_while()
-
-
 @needs_onednn
 def test_autocast_is_pytorchs(monkeypatch):
     monkeypatch.setattr(products, "onednn_multiplies_faster", lambda: True)
@@ -128,62 +79,3 @@ def test_times(monkeypatch):
     monkeypatch.setattr(products, "seconds", lambda f, device: calls.append(f()) or next(times))
     assert products.multiplication_speed(cpu, torch.bfloat16) == 2 * 2048**3 / 2.0
     assert all(x.shape == (2048, 2048) and x.dtype == torch.bfloat16 for x in calls)
-
-
-def saved_numbers(model, arguments) -> int:
-    """How many numbers a forward pass keeps for the gradient: tensors that live after it."""
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        out = model(*arguments)
-    events = profiler.profiler.kineto_results.events()
-    return (
-        sum(e.nbytes() for e in events if e.name() == "[memory]") // out.element_size()
-        - out.numel()
-    )
-
-
-@pytest.mark.parametrize("name", ["tiny", "mnist"])
-def test_a_model_keeps_less_and_has_the_same_gradients(monkeypatch, name):
-    config = CONFIGS[name].mmdit
-    torch.manual_seed(0)
-    model = MMDiT(config).double()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    arguments = (
-        draw(3, config.latent_channels, 8, 8, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9]),
-        draw(3, 7, config.context_dim, dtype=torch.float64),
-        draw(3, config.pooled_dim, dtype=torch.float64),
-    )  # fmt: skip
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients, kept = [], []
-    for patch in (False, True):
-        if patch:
-            monkeypatch.setattr(layers, "recomputed", lambda *_: contextlib.nullcontext())
-        loss = model(*arguments).square().mean()
-        gradients.append(torch.autograd.grad(loss, trained))
-        kept.append(saved_numbers(model, arguments))
-    assert all(map(torch.equal, *gradients))
-    assert kept[0] < 0.85 * kept[1]
-
-
-@needs_onednn
-def test_transforms_and_compilers_see_through(monkeypatch):
-    """Derivatives by torch.func and forward mode, vmap, and torch.compile's graph capture."""
-    monkeypatch.setattr(products, "onednn_multiplies_faster", lambda: True)
-    mlp, x = layers.MLP(8), draw(3, 8)
-    weights = dict(mlp.named_parameters())
-
-    def loss(weights):
-        return torch.func.functional_call(mlp, weights, layers.modulate(x[None], x[:1], x[1:2]))
-
-    by_func = torch.func.grad(lambda w: loss(w).square().sum())(weights)
-    by_tape = torch.autograd.grad(loss(weights).square().sum(), weights.values())
-    for a, b in zip(by_func.values(), by_tape, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    _, slope = torch.func.jvp(mlp, (x,), (torch.ones_like(x),))
-    with forward_ad.dual_level():
-        dual = mlp(forward_ad.make_dual(x, torch.ones_like(x)))
-        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, slope)
-    torch.testing.assert_close(torch.func.vmap(mlp)(x), mlp(x), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        torch.compile(mlp, backend="eager", fullgraph=True)(x), mlp(x), atol=1e-5, rtol=1e-5
-    )

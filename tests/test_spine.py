@@ -14,10 +14,10 @@ from torch import nn
 from nanosd3 import products
 from nanosd3.config import CONFIGS
 from nanosd3.flow import logit_normal, mode, schedule, stratified, uniform
-from nanosd3.layers import RMSNorm, gelu, modulate, timestep_embedding
+from nanosd3.layers import RMSNorm, modulate, timestep_embedding
 from nanosd3.mmdit import MMDiT
 from nanosd3.patchify import centre_crop, patchify, sincos_positions, unpatchify
-from nanosd3.products import linear, recomputed
+from nanosd3.products import linear
 from nanosd3.samplers import Skip, guided, inpainting
 
 MMDIT = replace(CONFIGS["tiny"].mmdit, depth=3, dual_attention=(1,))
@@ -121,16 +121,6 @@ def test_norms_of_small_numbers():
     torch.testing.assert_close(modulate(x, zero, zero), expected)
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_gelu_is_the_approximation_and_spares_its_input_while_training(grad):
-    x = torch.linspace(-4, 4, 33, dtype=torch.float64)
-    expected = x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
-    given = x.clone()
-    with torch.set_grad_enabled(grad):
-        torch.testing.assert_close(gelu(given), expected)
-    assert torch.equal(given, x) == grad
-
-
 def test_time_in_low_precision_and_on_other_devices():
     t = torch.tensor([0.2505, 0.9]).bfloat16()
     assert torch.equal(timestep_embedding(t), timestep_embedding(t.float()))
@@ -163,24 +153,6 @@ def test_other_devices_are_left_to_pytorch(monkeypatch):
     with torch.no_grad():
         y = linear(torch.empty(2, 8, device="meta"), torch.empty(4, 8, device="meta"))
     assert y.shape == (2, 4) and y.device.type == "meta"
-
-
-def test_only_the_output_is_recomputed():
-    """Neither another tensor of its size nor one that only begins where it does."""
-    x, other, large = (torch.randn(rows, 3, requires_grad=True) for rows in (4, 2, 4))
-
-    def function(x):
-        return 2 * torch.tanh(x[:2])
-
-    whole = 2 * torch.tanh(x)
-    output = whole[:2]
-    with recomputed(output, function, x):
-        loss = (output * other).sum() + (whole * large).sum()
-    got = torch.autograd.grad(loss, (x, other, large))
-    slope = 2 * (1 - torch.tanh(x) ** 2)
-    both = large + torch.cat([other, torch.zeros(2, 3)])
-    for gradient, expected in zip(got, (slope * both, output, whole), strict=True):
-        torch.testing.assert_close(gradient, expected)
 
 
 def test_the_processor_is_unknown_off_linux(monkeypatch):

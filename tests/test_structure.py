@@ -15,7 +15,7 @@ LAYERS = [  # as the package docstring lists them
         "runtime products",
         "config patchify layers flow samplers tokenizers parts images parallel buckets",
         "mmdit vae clip t5 data metrics options layouts weightfiles costs folders",
-        "text checkpoint sizes sources footprint",
+        "text accelerate checkpoint sizes sources footprint",
         "pipeline states shards speed figures",
         "loop features found",
         "stages audit",

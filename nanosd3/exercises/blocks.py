@@ -179,7 +179,10 @@ def gated_mlp(
     """`mmdit.feed_forward` of a stream whose MLP has these weights."""
     network = layers.MLP(x.shape[-1])
     weights = {"fc1.weight": w1, "fc1.bias": b1, "fc2.weight": w2, "fc2.bias": b2}
-    stream = SimpleNamespace(mlp=lambda h: functional_call(network, weights, h))
+    stream = SimpleNamespace(
+        mlp=lambda h: functional_call(network, weights, h),
+        modulated=lambda x, mod: layers.modulate(x, mod.shift, mod.scale),
+    )
     return mmdit.feed_forward(stream, x, mmdit.Modulation(shift, scale, gate))
 
 

@@ -51,7 +51,7 @@ def joint_attention(
     """What `JointBlock.attend` does between projections."""
     M = q_text.shape[2]
     text, image = (q_text, k_text, v_text), (q_image, k_image, v_image)
-    joint = layers.attention(*mmdit.side_by_side(text, image))
+    joint = layers.attention(*mmdit.join_streams(text, image))
     return joint[:, M:], joint[:, :M]
 
 
@@ -134,7 +134,7 @@ def last_joint_attention(
 ) -> Tensor:
     """As in the last block, whose text asks for nothing."""
     text, image = (None, k_text, v_text), (q_image, k_image, v_image)
-    return layers.attention(*mmdit.side_by_side(text, image))
+    return layers.attention(*mmdit.join_streams(text, image))
 
 
 def image_alone(*parts: Tensor) -> Tensor:

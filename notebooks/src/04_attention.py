@@ -17,7 +17,7 @@ from lab import finish, images, lines, maps, panels, pick, trained
 from nanosd3.exercises import check, show
 from nanosd3.flow import flow_loss, interpolate
 from nanosd3.layers import attention, modulate, timestep_embedding
-from nanosd3.mmdit import Attention, MMDiT, side_by_side
+from nanosd3.mmdit import Attention, MMDiT, join_streams
 from nanosd3.samplers import euler, guided
 
 lesson = trained()
@@ -85,7 +85,7 @@ def joint(block, x, y, c):
     image = block.x_block.attn.project(modulate(x, x_on.shift, x_on.scale))
     text = block.context_block.attn.project(modulate(y, y_on.shift, y_on.scale))
     for_image, for_text = block.attend(x, y, x_on, y_on)
-    return tuple(side_by_side(text, image)), torch.cat([for_text, for_image], dim=1)
+    return join_streams(text, image), torch.cat([for_text, for_image], dim=1)
 
 
 # %% [markdown]
