@@ -200,6 +200,14 @@ images(
 # had it for months. Notebook 07 shows it at full strength. *A mistake that cannot be seen here is
 # a reason for a test, not for trust.*
 #
+# Here is the whole way once more, from the caption to the pixels:
+#
+# ![Diagram of the whole model: three text encoders, joint blocks, sampler and
+# decoder](../nanosd3/assets/pictures/model.svg)
+#
+# Bold shapes are those of our model, grey ones those of the official one with 8 billion parameters.
+# Arrows and boxes are the same.
+#
 # ## An experiment: how many steps?
 #
 # **PREDICT.** Below, the same noise with 1, 2, 4, 8 and 16 Euler steps. Which is the first row

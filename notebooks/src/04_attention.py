@@ -222,7 +222,12 @@ torch.testing.assert_close(mine, modulate(x, shift, scale), atol=1e-5, rtol=1e-4
 # ## Words against words
 #
 # Now two ways lead from the prompt to the picture: the tokens of the context, and the pooled
-# vector. What if they say different things?
+# vector. In a drawing of the block the first comes from the left, the second down the middle:
+#
+# ![Diagram of a joint block: two streams, one attention, modulation from the
+# middle](../nanosd3/assets/pictures/joint_block.svg)
+#
+# What if they say different things?
 #
 # **PREDICT.** The context says d, the pooled vector says d + 5. Which digit is drawn? And how well
 # does each do without the other?
