@@ -14,25 +14,30 @@ Time, used everywhere
     Models take t in [0, 1]; the factor 1000 of the timestep embedding is applied inside, once.
     (Lipman's and Liu's papers run the other way: their t is our 1 - t, their v our -v.)
 
-Layers: a module imports only from rows above its own
-    runtime   products
-    config   patchify   layers   flow   samplers   tokenizers   parts   images   parallel   buckets
-    mmdit   vae   clip   t5   data   metrics   options   layouts   weightfiles   costs   folders
-    text   accelerate   checkpoint   sizes   sources   footprint
-    pipeline   states   shards   speed   figures
-    loop   features   found
-    stages   audit
-    train_text   report   export
-    weights   pairs
-    jobs   generate   growth   student
-    measure
-    train   bench
+Layout: modules and folders import only from rows above their own. Inside a folder the order is
+that of its own docstring.
+    errors
+    config_types
+    config   flow   samplers   patchify   layers   tokenizers   lazy_modules
+    mmdit   vae   clip   t5
+    components   text
+    machine/
+    cli
+    storage/
+    data/
+    official/
+    request
+    pipeline
+    weights
+    measure/
+    training/
+    measure/cuda/
+    generate   train   bench   minimal   pytest_plugin
+    exercises/
 
-The exercises (nanosd3/exercises) import all of it and are imported by nothing.
-
-Reading order: flow, samplers, patchify, layers, mmdit (the spine); then vae, clip, t5,
-tokenizers, text; then pipeline; then sources, features, loop, stages, jobs. Nothing happens at
-import time.
+Reading order: minimal (all of it on one page); flow, samplers, patchify, layers, mmdit (the
+transformer, how it learns and how it is sampled); vae, clip, t5, tokenizers, text; pipeline;
+training/train_flow. Nothing happens at import time.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

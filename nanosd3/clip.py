@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosd3.config import CLIPConfig
+from nanosd3.config_types import CLIPConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -25,10 +25,10 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATION_FUNCTIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
-class SelfAttention(nn.Module):
+class CLIPAttention(nn.Module):
     """Causal multi-head attention."""
 
     def __init__(self, dim: int, heads: int):
@@ -47,11 +47,11 @@ class SelfAttention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class CLIPMLP(nn.Module):
     def __init__(self, dim: int, hidden: int, activation: str):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = ACTIVATION_FUNCTIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
@@ -61,9 +61,9 @@ class Layer(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.width)
-        self.self_attn = SelfAttention(config.width, config.heads)
+        self.self_attn = CLIPAttention(config.width, config.heads)
         self.layer_norm2 = nn.LayerNorm(config.width)
-        self.mlp = MLP(config.width, 4 * config.width, config.activation)
+        self.mlp = CLIPMLP(config.width, 4 * config.width, config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -99,7 +99,7 @@ class CLIPText(nn.Module):
         self.text_model = TextTransformer(config)
         if config.projection:
             self.text_projection = nn.Linear(config.width, config.width, bias=False)
-        initialise(self)
+        initialise_clip(self)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         x = self.text_model.embeddings(ids)  # (B, L, D)
@@ -117,7 +117,7 @@ def pool_at_end(states: Tensor, ids: Tensor, end: int) -> Tensor:
     return states[torch.arange(len(states), device=states.device), first]
 
 
-def initialise(model: CLIPText) -> None:
+def initialise_clip(model: CLIPText) -> None:
     """CLIP's own initial weights (its appendix): small embeddings, residuals scaled by depth."""
     D, layers = model.config.width, model.config.layers
     nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=0.02)

@@ -8,166 +8,19 @@ Sizes and defaults of the official models: the published checkpoints' shapes, St
 reference code and diffusers' configs; where those disagree, the choice is noted at the number.
 """
 
-import dataclasses
-import types
-import typing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
-from nanosd3.runtime import InputError
-
-
-@dataclass(frozen=True)
-class MMDiTConfig:
-    """The velocity network. Width is 64 x depth, with `depth` heads of 64."""
-
-    depth: int
-    latent_channels: int
-    patch_size: int
-    context_dim: int  # features of a text token
-    pooled_dim: int  # features of the pooled text vector
-    grid: int  # side of the stored position buffer, in patches
-    grid_sample: int  # side of the images trained on, in patches
-    grid_span: int  # the positions of that side run from 0 up to this
-    qk_norm: bool
-    dual_attention: tuple[int, ...]  # blocks with a second, image-only attention
-
-    @property
-    def width(self) -> int:
-        return 64 * self.depth
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """The autoencoder."""
-
-    image_channels: int
-    channels: tuple[int, ...]  # width at each resolution, finest first
-    blocks: int  # residual blocks a level in the encoder; the decoder has one more
-    latent_channels: int
-    norm_groups: int
-    shift: float  # mean of the latents
-    scale: float  # 1 / their standard deviation
-
-    @property
-    def factor(self) -> int:
-        """How many times smaller than the image the latents are, in height and in width."""
-        return 2 ** (len(self.channels) - 1)
-
-
-@dataclass(frozen=True)
-class CLIPConfig:
-    width: int
-    layers: int
-    heads: int
-    activation: str  # "quick_gelu" or "gelu"
-    vocab: int  # the last id is the end-of-text token
-    length: int  # tokens, padded or truncated to it
-    projection: bool  # multiply the pooled vector by a learned matrix
-    pad: int  # id that fills up to `length`; -1: the end-of-text token
-
-
-@dataclass(frozen=True)
-class T5Config:
-    width: int
-    layers: int
-    heads: int
-    head_dim: int
-    hidden: int  # of the gated MLP
-    vocab: int
-    length: int  # tokens, padded or truncated to it: part of the model's input definition
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    clip_l: CLIPConfig
-    clip_g: CLIPConfig
-    t5: T5Config
-    empty_is_zero: bool  # encode "" as zeros, the input seen when all encoders were dropped
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What `Pipeline` does unless told otherwise."""
-
-    steps: int
-    guidance: float
-    shift: float
-    sampler: str
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One training stage: AdamW, linear warm-up, then decay."""
-
-    steps: int
-    batch: int
-    lr: float
-    warmup: int
-    weight_decay: float
-    decay: str = "cosine"  # to a hundredth, or "constant"
-
-
-@dataclass(frozen=True)
-class Training:
-    """Training from scratch on a small image set."""
-
-    train_images: int  # of each set, the first ones are used
-    test_images: int
-    judge: Recipe
-    autoencoder: Recipe
-    clip: Recipe
-    t5: Recipe
-    flow: Recipe
-    kl_weight: float  # of the KL term, both losses summed over an image
-    time_mean: float  # logit-normal density of the timesteps
-    time_std: float
-    encoder_dropout: float  # each text encoder zeroed independently (paper, appendix B.3)
-    ema_decay: float  # warmed up as (1 + step) / (10 + step)
-    evaluate: int  # prompted samples for the metrics
-
-
-@dataclass(frozen=True)
-class Config:
-    name: str
-    image_size: int  # pixels, trained at
-    padding: int  # pixels of background added on each side for the model, and cut off again
-    mmdit: MMDiTConfig
-    vae: VAEConfig
-    text: TextConfig
-    sampling: Sampling
-    training: Training | None  # None: `trainable` has a recipe for it
-
-
-def config_from_dict(content: object, path: Path) -> Config:
-    """The config that `dataclasses.asdict` made `content` of, read from the file `path`.
-
-    Raises InputError naming the file and the first field that is missing, unknown or not right.
-    Fields that have a default may be missing: files of earlier versions lack them.
-    """
-
-    def build(kind: type, value: object, name: str) -> object:
-        if isinstance(kind, types.UnionType):  # Training | None
-            return None if value is None else build(typing.get_args(kind)[0], value, name)
-        if dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise InputError(f"{path}: {name} should be an object")
-            fields = typing.get_type_hints(kind)
-            given = {f.name: f.default for f in dataclasses.fields(kind)}
-            value = {n: x for n, x in given.items() if x is not dataclasses.MISSING} | value
-            for wrong in sorted(set(fields) ^ set(value)):
-                state = "is missing" if wrong in fields else "is unknown"
-                raise InputError(f"{path}: {name}.{wrong} {state}")
-            return kind(**{f: build(t, value[f], f"{name}.{f}") for f, t in fields.items()})
-        if typing.get_origin(kind) is tuple:
-            kind, value = tuple, tuple(value) if isinstance(value, list) else value
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise InputError(f"{path}: {name} should be of type {kind.__name__}, got {value!r}")
-        return value
-
-    return build(Config, content, "config")
+from nanosd3.config_types import (
+    CLIPConfig,
+    Config,
+    MMDiTConfig,
+    Recipe,
+    Sampling,
+    T5Config,
+    TextConfig,
+    Training,
+    VAEConfig,
+)
 
 
 def official_mmdit(
@@ -217,6 +70,22 @@ def study(depth: int) -> Config:
     return official(f"sd3-d{depth}", official_mmdit(depth, qk_norm=False), sampling, 256)
 
 
+MNIST_TRAINING = Training(
+    train_images=60000,
+    test_images=10000,
+    judge=Recipe(steps=800, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
+    autoencoder=Recipe(steps=450, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
+    clip=Recipe(steps=350, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
+    t5=Recipe(steps=300, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
+    flow=Recipe(steps=5200, batch=128, lr=1e-2, warmup=100, weight_decay=0.0),
+    kl_weight=1e-2,
+    time_mean=0.8,  # more towards noise than SD3's 0: there it is decided which digit it is
+    time_std=1.0,
+    encoder_dropout=0.464,
+    ema_decay=0.999,
+    evaluate=1000,
+)
+
 MNIST = Config(
     name="mnist",
     image_size=32,
@@ -241,21 +110,7 @@ MNIST = Config(
         empty_is_zero=True,
     ),
     sampling=Sampling(steps=12, guidance=1.6, shift=1.0, sampler="heun"),
-    training=Training(
-        train_images=60000,
-        test_images=10000,
-        judge=Recipe(steps=800, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
-        autoencoder=Recipe(steps=450, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
-        clip=Recipe(steps=350, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
-        t5=Recipe(steps=300, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
-        flow=Recipe(steps=5200, batch=128, lr=1e-2, warmup=100, weight_decay=0.0),
-        kl_weight=1e-2,
-        time_mean=0.8,  # more towards noise than SD3's 0: there it is decided which digit it is
-        time_std=1.0,
-        encoder_dropout=0.464,
-        ema_decay=0.999,
-        evaluate=1000,
-    ),
+    training=MNIST_TRAINING,
 )
 
 TINY = Config(  # every path of the largest model, dual attention included, in seconds
@@ -326,7 +181,7 @@ SMALL = Config(  # colour, for a folder of one's own images
     training=Training(
         train_images=60000,
         test_images=10000,
-        judge=MNIST.training.judge,
+        judge=MNIST_TRAINING.judge,
         autoencoder=Recipe(steps=600, batch=32, lr=2e-3, warmup=50, weight_decay=0.0),
         clip=Recipe(steps=500, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
         t5=Recipe(steps=300, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
@@ -343,7 +198,7 @@ SMALL = Config(  # colour, for a folder of one's own images
 # For configs of which nobody has said how to train them, on what is here. Untried at full length:
 # the rates are the usual ones for networks of this size.
 LARGE = replace(
-    MNIST.training,
+    MNIST_TRAINING,
     autoencoder=Recipe(steps=5000, batch=8, lr=1e-4, warmup=500, weight_decay=0.0),
     flow=Recipe(steps=100_000, batch=64, lr=1e-4, warmup=1000, weight_decay=0.01),
     time_mean=0.0,

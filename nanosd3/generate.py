@@ -1,7 +1,7 @@
-"""Prompts to images, from a run or from official weights.
+"""Images for prompts, from a run or from official weights.
 
-python -m nanosd3.generate "a handwritten seven" --run runs/mnist --out digits.png
-python -m nanosd3.generate "a photo of a cat" --weights sd3.5_medium.safetensors --out cat.png
+python -m nanosd3.generate "a handwritten seven" --model runs/mnist --out digits.png
+python -m nanosd3.generate "a photo of a cat" --model sd3.5_medium.safetensors --out cat.png
 """
 
 import argparse
@@ -13,21 +13,25 @@ from pathlib import Path
 
 import numpy as np
 
-from nanosd3 import figures
-from nanosd3.audit import report
-from nanosd3.checkpoint import Run, write_file
-from nanosd3.found import find, find_run
-from nanosd3.images import read_image, read_mask
-from nanosd3.options import SKIP_RANGE, SKIP_SCALE, STRENGTH
-from nanosd3.pipeline import Pipeline
-from nanosd3.runtime import InputError, Parser, positive, run_main, set_up
+from nanosd3.cli import Parser, positive, run_main
+from nanosd3.data.pictures import read_image, read_mask
+from nanosd3.errors import InputError
+from nanosd3.machine.device import set_up
+from nanosd3.official.checkpoint import open_checkpoint
+from nanosd3.official.missing_keys import report
+from nanosd3.pipeline import Pipeline, open_pipeline
+from nanosd3.request import SKIP_RANGE, SKIP_SCALE, STRENGTH
 from nanosd3.samplers import SAMPLERS
+from nanosd3.storage.files import write_file
 from nanosd3.text import ENCODERS
-from nanosd3.weights import DTYPES, add_files, files_of, open_pipeline
+from nanosd3.training import figures
+from nanosd3.weights import PRECISIONS, add_files, files_of
+
+OLDER_NAMES = ("run", "weights")  # of --model
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between, for the command line."""
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas, for the command line."""
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
@@ -38,15 +42,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("python -m nanosd3.generate", "Images for prompts.")
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help='such as "a bold seven leaning right"')
-    add("--run", type=Path, help="run folder of this program (default: runs/mnist)")
-    add("--weights", type=Path, metavar="PATH",
-        help="official weights: a single file or a diffusers folder")  # fmt: skip
+    add(
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="run folder, single file of weights or diffusers folder (default: runs/mnist)",
+    )
+    for older in OLDER_NAMES:
+        add(f"--{older}", type=Path, metavar="PATH", help="the same as --model")
     add_files(parser)
-    add("--report", action="store_true", help="only say what is in --weights")
-    add("--out", type=Path,
-        help=".png: one picture, or a captioned grid; .npy: the uint8 array (default: digits.png "
-             "of a run, image.png of weights)")  # fmt: skip
-    add("--count", type=positive, help="images a prompt (default: 8 of a run, 1 of weights)")
+    add("--report", action="store_true", help="only say what the model holds")
+    add(
+        "--out",
+        type=Path,
+        help=".png: one image, or a captioned grid; .npy: the uint8 array (default: digits.png for "
+        "a model trained here, else image.png)",
+    )
+    add("--count", type=positive, help="images a prompt (default: 8 of a run, else 1)")
     add("--height", type=positive, help="pixels (default: the model's)")
     add("--width", type=positive, help="pixels (default: the model's)")
     add("--steps", type=positive, help="solver steps (default: the model's)")
@@ -54,62 +66,71 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--sampler", choices=tuple(SAMPLERS), help="ODE solver (default: the model's)")
     add("--shift", type=float, help="timestep shift towards noise (default: the model's)")
     add("--negative", default="", help="what guidance moves away from (default: no text)")
-    add("--skip-layers", type=numbers, default=(), metavar="I,J,...",
+    add(
+        "--skip-layers",
+        type=whole_numbers,
+        default=(),
+        metavar="I,J,...",
         help="skip-layer guidance without these blocks, in the first part of the steps "
-             f"(up to {SKIP_RANGE[1]:.0%}%); 7,8,9 for SD3.5-medium")  # fmt: skip
-    add("--skip-scale", type=float, help=f"its strength (default: {SKIP_SCALE})")
-    add("--init-image", type=Path, metavar="FILE", help="start from this picture")
-    add("--strength", type=float, help="how much of it is made new, up to 1 (default: "
-        f"{STRENGTH}; with a mask 1)")  # fmt: skip
-    add("--mask", type=Path, metavar="FILE", help="repaint only where this picture is light")
+        f"(up to {SKIP_RANGE[1]:.0%}%); 7,8,9 for SD3.5-medium",
+    )
+    add("--skip-scale", type=float, help=f"its scale (default: {SKIP_SCALE})")
+    add("--init-image", type=Path, metavar="FILE", help="start from this image")
+    add(
+        "--strength",
+        type=float,
+        help=f"how much of it is made new, up to 1 (default: {STRENGTH}; with a mask 1)",
+    )
+    add("--mask", type=Path, metavar="FILE", help="repaint only where this image is light")
     add("--drop", action="append", default=[], choices=ENCODERS, help="leave out a text encoder")
     add("--t5-length", type=positive, help="tokens for T5, padded or cut (default: the model's)")
-    add("--dtype", choices=tuple(DTYPES), help="of --weights (default: float32 on CPU, bfloat16 "
-        "on a GPU)")  # fmt: skip
+    add(
+        "--dtype",
+        choices=tuple(PRECISIONS),
+        help="of the networks (default: a run's own; else float32 on CPU, bfloat16 on a GPU)",
+    )
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--threads", type=positive, help="CPU threads (default: all usable cores)")
     return parser.parse_args(arguments)
 
 
-def check_arguments(args: argparse.Namespace) -> Path:
-    """Where to write. Raises InputError for options that do not go together."""
-    if args.run and args.weights:
-        raise InputError("--run and --weights: name one of them")
+def check_arguments(args: argparse.Namespace) -> None:
+    """Set `model` and `out`. Raises InputError for options that do not go together."""
+    given = [path for name in ("model", *OLDER_NAMES) if (path := getattr(args, name))]
+    if len(given) > 1:
+        raise InputError("--model, --run and --weights are one option: name one of them")
+    args.model = given[0] if given else Path("runs/mnist")
     if args.report:
-        if not args.weights:
-            raise InputError("--report is of --weights PATH")
-        return Path()
+        return
     if not args.prompts:
         raise InputError("no PROMPT given (see --help)")
-    for name, value in {**files_of(args), "dtype": args.dtype}.items():
-        if value is not None and not args.weights:
-            raise InputError(f"--{name.replace('_', '-')} belongs to --weights PATH")
     if args.skip_scale is not None and not args.skip_layers:
         raise InputError("--skip-scale has no effect without --skip-layers")
     for name in ("mask", "strength"):
         if getattr(args, name) is not None and not args.init_image:
             raise InputError(f"--{name} has no effect without --init-image")
-    out = args.out or Path("image.png" if args.weights else "digits.png")
+    own = is_run(args.model)
+    out = args.out or Path("digits.png" if own else "image.png")
     if out.suffix not in (".png", ".npy"):
         raise InputError(f"{out}: the output must end in .png or .npy")
     if not out.parent.is_dir():
         raise InputError(f"{out}: folder {out.parent} does not exist")
     if out.is_dir():
         raise InputError(f"{out}: is a folder")
-    return out
+    args.out, args.count = out, args.count or (8 if own else 1)
+
+
+def is_run(path: Path) -> bool:
+    return not path.exists() or (path / "run.json").exists()
 
 
 def open_model(args: argparse.Namespace) -> Pipeline:
-    """The pipeline of a run or of official weights, whose report is printed first."""
-    if not args.weights:
-        folder = args.run or Path("runs/mnist")
-        if "weights" not in Run.read(folder).identity:
-            return Pipeline.load(folder, set_up(args.threads))
-        return open_pipeline(find_run(folder), set_up(args.threads), None, staged=True)
-    found = find(args.weights, files_of(args))
-    print(report(found))
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    return open_pipeline(found, set_up(args.threads), dtype, staged=True)
+    """The pipeline of the model, after its report if it is not a run."""
+    checkpoint = open_checkpoint(args.model, files_of(args))
+    if not is_run(args.model):
+        print(report(checkpoint))
+    dtype = PRECISIONS[args.dtype] if args.dtype else None
+    return open_pipeline(checkpoint, set_up(args.threads), dtype, staged=True)
 
 
 def content(images: np.ndarray, prompts: list[str], suffix: str) -> bytes:
@@ -127,21 +148,22 @@ def content(images: np.ndarray, prompts: list[str], suffix: str) -> bytes:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    out = check_arguments(args)
+    check_arguments(args)
     if args.report:
-        print(report(find(args.weights, files_of(args))))
+        print(report(open_checkpoint(args.model, files_of(args))))
         return 0
     pipeline = open_model(args)
     channels = pipeline.config.vae.image_channels
-    image = read_image(args.init_image, channels) if args.init_image else None
-    mask = read_mask(args.mask) if args.mask else None
-    count = args.count or (1 if args.weights else 8)
+    image, notes = read_image(args.init_image, channels) if args.init_image else (None, [])
+    mask, mask_notes = read_mask(args.mask) if args.mask else (None, [])
+    for note in notes + mask_notes:
+        print(f"note: {note}", file=sys.stderr)
     begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         images = pipeline(
-            [prompt for prompt in args.prompts for _ in range(count)],
+            [prompt for prompt in args.prompts for _ in range(args.count)],
             args.negative,
             steps=args.steps,
             guidance=args.guidance,
@@ -159,9 +181,11 @@ def main(arguments: list[str] | None = None) -> int:
             mask=mask,
             progress=True,
         )
+    assert isinstance(images, np.ndarray)  # not latents
     seconds = time.perf_counter() - begin
-    write_file(out, content(images, args.prompts, out.suffix))
-    print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.3g} a second): {out}")
+    write_file(args.out, content(images, args.prompts, args.out.suffix))
+    rate = len(images) / seconds
+    print(f"{len(images)} images in {seconds:.1f} s ({rate:.3g} a second): {args.out}")
     return 0
 
 

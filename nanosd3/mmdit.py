@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosd3.config import MMDiTConfig
+from nanosd3.config_types import MMDiTConfig
 from nanosd3.layers import (
     HEAD_DIM,
     MLP,
@@ -42,14 +42,14 @@ from nanosd3.patchify import centre_crop, patchify, sincos_positions, unpatchify
 
 
 class Modulation(NamedTuple):
-    """What the conditioning says to one branch of a block, each (B, D)."""
+    """Shift, scale and gate of one branch of a block, each (B, D)."""
 
     shift: Tensor
     scale: Tensor
-    gate: Tensor | None = None  # the last block's text has no output to gate
+    gate: Tensor = torch.empty(0)  # the last block's text has no output to gate
 
 
-QKV = tuple[Tensor | None, Tensor, Tensor]  # each (B, heads, L, 64)
+QKV = tuple[Tensor, Tensor, Tensor]  # each (B, heads, L, 64)
 
 
 class Attention(nn.Module):
@@ -68,16 +68,18 @@ class Attention(nn.Module):
             self.proj = nn.Linear(dim, dim)
 
     def heads(self, x: Tensor) -> QKV:
-        """Tokens (B, L, D) to queries, keys and values; no queries for keys only."""
+        """Tokens (B, L, D) to queries, keys and values; the queries are None for keys only."""
         if self.keys_only:
             D = x.shape[-1]
-            return None, *split_heads(F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), 2)
-        return split_heads(self.qkv(x), 3)
+            k, v = split_heads(F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), 2)
+            return None, k, v  # type: ignore[return-value]  # only the last text, see join_streams
+        q, k, v = split_heads(self.qkv(x), 3)
+        return q, k, v
 
     def project(self, x: Tensor) -> QKV:
         """The same, with queries and keys normalised."""
         q, k, v = self.heads(x)
-        return None if q is None else self.ln_q(q), self.ln_k(k), v
+        return q if q is None else self.ln_q(q), self.ln_k(k), v
 
 
 class Stream(nn.Module):
@@ -99,12 +101,12 @@ class Stream(nn.Module):
         return [Modulation(*parts[i : i + 3]) for i in range(0, self.outputs, 3)]
 
     def modulated(self, x: Tensor, mod: Modulation) -> Tensor:
-        """Tokens (B, L, D) as a branch reads them."""
+        """Tokens (B, L, D), normalised and modulated for a branch."""
         return modulate(x, mod.shift, mod.scale)
 
 
 class JointBlock(nn.Module):
-    """Both streams through one attention, then each through its own MLP."""
+    """One attention over both streams, then an MLP for each."""
 
     def __init__(self, dim: int, qk_norm: bool, dual: bool, last: bool):
         super().__init__()
@@ -135,10 +137,11 @@ class JointBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What image tokens (B, N, D) and text tokens (B, M, D) gather from both streams; M is 0
         in the last block. (A function of its own, so that q, k and v are freed at its end.)"""
-        joint = attention(*join_streams(
+        q, k, v = join_streams(
             self.context_block.attn.project(self.context_block.modulated(y, y_mod)),
             self.x_block.attn.project(self.x_block.modulated(x, x_mod)),
-        ))  # (B, M+N, D), without text queries (B, N, D)  # fmt: skip
+        )
+        joint = attention(q, k, v)  # (B, M+N, D), without text queries (B, N, D)
         M = joint.shape[1] - x.shape[1]
         return joint[:, M:], joint[:, :M]
 
@@ -182,7 +185,9 @@ class FinalLayer(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """The velocity network. A fresh one answers exactly zero."""
+    """The velocity network. A freshly initialised one predicts exactly zero."""
+
+    pos_embed: Tensor
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()

@@ -76,7 +76,7 @@ def dpmpp_2m(velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | Non
 SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
-class Skip(NamedTuple):
+class SkipLayerGuidance(NamedTuple):
     """Skip-layer guidance: `layers` are left out, for t between `first` and `last`."""
 
     layers: tuple[int, ...]
@@ -90,7 +90,7 @@ def guided(
     prompt: tuple[Tensor, Tensor],
     negative: tuple[Tensor, Tensor],
     scale: float,
-    skip: Skip | None = None,
+    skip: SkipLayerGuidance | None = None,
 ) -> Velocity:
     """Classifier-free guidance: v = v_negative + scale (v_prompt - v_negative).
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosd3.config import T5Config
+from nanosd3.config_types import T5Config
 from nanosd3.layers import RMSNorm
 
 BUCKETS = 32  # half for keys before the query, half for keys after it
@@ -34,7 +34,7 @@ def distance_buckets(length: int) -> Tensor:
     return bucket + BUCKETS // 2 * (distance > 0)
 
 
-class SelfAttention(nn.Module):
+class T5Attention(nn.Module):
     def __init__(self, config: T5Config, owns_bias: bool):
         super().__init__()
         inner = config.heads * config.head_dim
@@ -72,7 +72,7 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: T5Config, owns_bias: bool):
         super().__init__()
-        attn, mlp = SelfAttention(config, owns_bias), GatedMLP(config.width, config.hidden)
+        attn, mlp = T5Attention(config, owns_bias), GatedMLP(config.width, config.hidden)
         self.layer = nn.ModuleList(
             [
                 nn.ModuleDict({"SelfAttention": attn, "layer_norm": RMSNorm(config.width)}),
@@ -99,7 +99,7 @@ class T5Encoder(nn.Module):
                 "final_layer_norm": RMSNorm(config.width),
             }
         )
-        initialise(self)
+        initialise_t5(self)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.encoder["embed_tokens"](ids)  # (B, L, D)
@@ -110,7 +110,7 @@ class T5Encoder(nn.Module):
         return self.encoder["final_layer_norm"](x)
 
 
-def initialise(model: T5Encoder) -> None:
+def initialise_t5(model: T5Encoder) -> None:
     """T5's own initial weights: queries start small enough to do without 1/sqrt(d)."""
     config = model.config
     D, inner = config.width, config.heads * config.head_dim

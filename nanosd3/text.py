@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosd3.clip import CLIPText
-from nanosd3.config import TextConfig
-from nanosd3.parts import Parts
-from nanosd3.runtime import InputError
+from nanosd3.config_types import CLIPConfig, TextConfig
+from nanosd3.errors import InputError
+from nanosd3.lazy_modules import LazyModules
 from nanosd3.t5 import T5Encoder
-from nanosd3.tokenizers import BPE, PAD, Unigram, fit_length
+from nanosd3.tokenizers import BPE, PAD, Unigram, pad_or_truncate
 
 ENCODERS = ("clip_l", "clip_g", "t5")
-ACTIVATIONS = 2**28  # numbers in the widest activation of an encoder, at most
+MAX_TEXT_ACTIVATIONS = 2**28  # numbers in the widest activation of an encoder, at most
 
 
 def join_context(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Tokenizers:
 def make_encoders(config: TextConfig) -> nn.ModuleDict:
     """The three encoders with fresh weights."""
     made = (CLIPText(config.clip_l), CLIPText(config.clip_g), T5Encoder(config.t5))
-    return nn.ModuleDict(zip(ENCODERS, made, strict=True))
+    return nn.ModuleDict(dict(zip(ENCODERS, made, strict=True)))
 
 
 class TextEncoders:
@@ -121,7 +121,7 @@ class TextEncoders:
         self,
         config: TextConfig,
         tokenizers: Tokenizers,
-        parts: Parts,
+        parts: LazyModules,
         context_dim: int,
         pooled_dim: int,
     ):
@@ -132,17 +132,17 @@ class TextEncoders:
         """Ids (B, Lc) for CLIP-L and for CLIP-G, which pad differently."""
         bpe = self.tokenizers.bpe
         encoded = [bpe.encode(prompt) for prompt in prompts]
-        return tuple(
-            torch.tensor([
-                fit_length(ids, c.length, bpe.end if c.pad < 0 else c.pad) for ids in encoded
-            ])
-            for c in (self.config.clip_l, self.config.clip_g)
-        )  # fmt: skip
+
+        def padded(config: CLIPConfig) -> Tensor:
+            pad = bpe.end if config.pad < 0 else config.pad
+            return torch.tensor([pad_or_truncate(ids, config.length, pad) for ids in encoded])
+
+        return padded(self.config.clip_l), padded(self.config.clip_g)
 
     def t5_ids(self, prompts: list[str], length: int | None = None) -> Tensor:
         """Ids (B, Lt) for T5; `length` None is the config's."""
         encode, length = self.tokenizers.unigram.encode, length or self.config.t5.length
-        return torch.tensor([fit_length(encode(prompt), length, PAD) for prompt in prompts])
+        return torch.tensor([pad_or_truncate(encode(prompt), length, PAD) for prompt in prompts])
 
     def truncated(
         self, prompts: list[str], t5_length: int | None = None, drop: Collection[str] = ()
@@ -175,7 +175,7 @@ class TextEncoders:
             return states, states[:, 0]
         encoder = self.parts[name]
         widest = config.hidden if name == "t5" else 4 * config.width
-        chunk = max(1, ACTIVATIONS // (ids.shape[1] * widest))
+        chunk = max(1, MAX_TEXT_ACTIVATIONS // (ids.shape[1] * widest))
         outputs = [encoder(part) for part in ids.to(self.parts.device).split(chunk)]
         del encoder
         self.parts.release(name)
@@ -183,8 +183,10 @@ class TextEncoders:
             outputs = [(states, states[:, 0]) for states in outputs]
         states, pooled = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         if not (states.isfinite().all() and pooled.isfinite().all()):
-            raise InputError(f"{name}: its output is not finite; was it run in float16? "
-                             "float32 and bfloat16 have the range it needs")  # fmt: skip
+            raise InputError(
+                f"{name}: its output is not finite; float16 is too narrow for it, "
+                "take float32 or bfloat16"
+            )
         return states, pooled
 
     @torch.no_grad()

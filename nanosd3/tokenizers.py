@@ -30,7 +30,7 @@ from pathlib import Path
 ASSETS = Path(__file__).parent / "assets" / "tokenizers"
 
 
-def fit_length(ids: list[int], length: int, pad: int) -> list[int]:
+def pad_or_truncate(ids: list[int], length: int, pad: int) -> list[int]:
     """Cut or fill ids to `length`; the end token stays last when cut."""
     if len(ids) > length:
         return [*ids[: length - 1], ids[-1]]
@@ -119,7 +119,8 @@ class BPE:
     def official(cls) -> "BPE":
         """The vocabulary of 49,408 shared by both CLIPs."""
         lines = gzip.decompress((ASSETS / "clip_merges.txt.gz").read_bytes()).decode().splitlines()
-        return cls([tuple(line.split()) for line in lines], vocab=49408)
+        merges = [(left, right) for left, right in map(str.split, lines)]
+        return cls(merges, vocab=49408)
 
     @classmethod
     def train(cls, corpus: Iterable[str], vocab: int) -> "BPE":
@@ -232,7 +233,8 @@ class Unigram:
                     score, piece = self.unknown_score, UNKNOWN
                 if best[i][0] + score > best[j][0]:
                     best[j] = (best[i][0] + score, i, piece)
-        ids, j = [], len(word)
+        ids: list[int] = []
+        j = len(word)
         while j > 0:
             _, i, piece = best[j]
             if not (piece == UNKNOWN and ids and ids[-1] == UNKNOWN):  # a run of them is one

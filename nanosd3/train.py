@@ -1,12 +1,14 @@
-"""Train on one's own images: `python -m nanosd3.train --config small --data FOLDER`.
+"""Train on your own images: `python -m nanosd3.train --config small --data FOLDER`.
 
-FOLDER holds pictures with captions: `x.png` and beside it `x.txt`, a caption a line, or one
-`metadata.jsonl` with an object a line, `{"file_name": "x.png", "text": "a red heart"}`; `text` may
-be a list, of which one is drawn each time. Pictures of any size and shape: each is scaled and cut
-to the nearest of some sizes of about the config's area (buckets.py).
+FOLDER holds images with captions. Either each `x.png` has an `x.txt` beside it with one caption per
+line, or there is one `metadata.jsonl` with an object per line: `{"file_name": "x.png", "text": "a
+red heart"}`. `text` may be a list of captions. Where an image has several captions, one is drawn at
+random each time. Images may have any size and shape: each is scaled and cropped to the nearest of a
+few sizes of about the config's area (data/buckets.py).
 
-The stages are those of train_mnist.py: autoencoder, text encoders, flow, samples; there are no
-classes, so nobody judges. With --weights and --init it is how an official model is fine-tuned.
+The stages are those of train_mnist.py: autoencoder, text encoders, transformer, samples. As there
+are no classes, there is no classifier and no prompt accuracy. With --init this is also how to
+fine-tune an official model.
 """
 
 import argparse
@@ -14,50 +16,52 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanosd3.folders import ImageFolder, read_folder
-from nanosd3.jobs import (
-    Plan,
-    add_options,
-    get_encoders,
-    get_features,
-    job_of,
-    make_plan,
-    previews,
-)
-from nanosd3.report import report_pictures
-from nanosd3.runtime import Parser, run_main
-from nanosd3.sources import Pictures
-from nanosd3.stages import Job, train_flow
+from nanosd3.cli import Parser, run_main
+from nanosd3.data.image_folder import ImageFolder, read_folder
+from nanosd3.data.sources import Pictures
+from nanosd3.training.encoders import get_encoders
+from nanosd3.training.features import get_features
+from nanosd3.training.job import Job
+from nanosd3.training.options import Plan, add_options, job_of, make_plan
+from nanosd3.training.report import previews, report_pictures
+from nanosd3.training.train_flow import train_flow
 
-SHOWN = 8  # captions that samples are drawn of, unless told otherwise
-NAMED = 20  # skipped files named, at most
+SAMPLED_CAPTIONS = 8  # to draw samples for, if there is no --prompt
+LISTED_FILES = 20  # skipped files listed by name, at most
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("python -m nanosd3.train", "Train Stable Diffusion 3 on a folder of images.")
     add_options(parser, "small")
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder of pictures with captions")
-    add("--prompt", action="append", dest="prompts", metavar="TEXT", help="what samples are drawn "
-        "of; may be given often (default: some of the captions)")  # fmt: skip
+    add("--data", type=Path, required=True, help="folder of images with captions")
+    add(
+        "--prompt",
+        action="append",
+        dest="prompts",
+        metavar="TEXT",
+        help="prompt to draw samples for; repeat for more (default: some of the captions)",
+    )
     return parser.parse_args(arguments)
 
 
-def describe(folder: ImageFolder, source: Pictures) -> None:
-    """Say what was found and what was not taken."""
-    for line in folder.skipped[:NAMED]:
+def print_summary(folder: ImageFolder, source: Pictures) -> None:
+    """Print a summary of the data set, and which files were skipped and why."""
+    for line in folder.skipped[:LISTED_FILES]:
         print(f"skipped: {line}", file=sys.stderr)
-    if len(folder.skipped) > NAMED:
-        print(f"skipped: and {len(folder.skipped) - NAMED} more", file=sys.stderr)
-    print(f"data: {source.trained} images from {source.name}, {source.count - source.trained} more "
-          f"held out, {len(folder.skipped)} skipped; {len(source.texts)} captions, such as "
-          f"{source.texts[0]!r}")  # fmt: skip
+    if len(folder.skipped) > LISTED_FILES:
+        print(f"skipped: and {len(folder.skipped) - LISTED_FILES} more", file=sys.stderr)
+    print(
+        f"data: {source.trained} images from {source.name}, {source.count - source.trained} more "
+        f"held out, {len(folder.skipped)} skipped; {len(source.texts)} captions, such as "
+        f"{source.texts[0]!r}"
+    )
     counts = ", ".join(f"{h}x{w}: {n}" for (h, w), n in source.buckets.counts().items())
     print(f"buckets (height x width): {counts}")
 
 
-def some(texts: Sequence[str], count: int) -> list[str]:
-    """So many of them, from all over."""
+def spread(texts: Sequence[str], count: int) -> list[str]:
+    """`count` of the texts, evenly spaced."""
     return list(texts[:: max(1, len(texts) // count)][:count])
 
 
@@ -68,25 +72,27 @@ def main(arguments: list[str] | None = None) -> int:
     source = Pictures(folder, plan.config)
     with job_of(args, plan, source) as job:
         if job:
-            if job.team.leads:
-                describe(folder, source)
+            if job.group.is_main:
+                print_summary(folder, source)
                 if not any(entry["stage"] == "data" for entry in job.run.read_log()):
                     job.run.log(stage="data", step=0, skipped_files=list(folder.skipped))
-            train(job, plan, args.prompts or some(source.texts, SHOWN))
+            train(job, plan, args.prompts or spread(source.texts, SAMPLED_CAPTIONS))
     return 0
 
 
 def train(job: Job, plan: Plan, prompts: list[str]) -> None:
-    """All stages, one after the other; those that are finished are loaded."""
+    """Run all stages in order; finished ones are loaded."""
     encoders = get_encoders(job, plan.frozen)
     features = get_features(job, encoders, prompts)
     mmdit = train_flow(job, features, previews(job, features, prompts), plan.init)
-    if mmdit is None:
+    if mmdit is None:  # not the main process
         return
     report_pictures(job, prompts, features.pipeline(mmdit, job.device))
     job.run.finish("samples", {})
-    print(f"done: {job.run.folder / 'samples.png'} and loss.png, metrics.json. More: python -m "
-          f'nanosd3.generate "{prompts[0]}" --run {job.run.folder} --out image.png')  # fmt: skip
+    print(
+        f"done: {job.run.folder / 'samples.png'} and loss.png, metrics.json. To generate more: "
+        f'python -m nanosd3.generate "{prompts[0]}" --run {job.run.folder} --out image.png'
+    )
 
 
 if __name__ == "__main__":

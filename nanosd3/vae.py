@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosd3.config import VAEConfig
+from nanosd3.config_types import VAEConfig
 
 
 def norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -49,7 +49,7 @@ class ResBlock(nn.Module):
         return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
-class SelfAttention(nn.Module):
+class VAEAttention(nn.Module):
     """One head over all positions, its projections stored as 1x1 convolutions."""
 
     def __init__(self, channels: int, groups: int):
@@ -109,7 +109,7 @@ class Middle(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.block_1 = ResBlock(channels, channels, groups)
-        self.attn_1 = SelfAttention(channels, groups)
+        self.attn_1 = VAEAttention(channels, groups)
         self.block_2 = ResBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-import tiny_official
 import torch
+from support import tiny_official
 
 import train_mnist
-from nanosd3.export import export
-from nanosd3.found import find
+from nanosd3.official.checkpoint import open_checkpoint
+from nanosd3.official.export import export
 
 torch.set_num_threads(1)  # the models here are too small to share
 
@@ -17,7 +17,7 @@ torch.set_num_threads(1)  # the models here are too small to share
 def one_thread():
     """So that tests take the same time beside other work."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanosd3.runtime.cores", lambda: 1)
+        patch.setattr("nanosd3.machine.device.cores", lambda: 1)
         yield
 
 
@@ -44,5 +44,5 @@ def official_file(tmp_path_factory, official_parts) -> Path:
 def official_folder(official_file) -> Path:
     """The same model as a diffusers folder."""
     folder = official_file.with_name("tiny-diffusers")
-    export(find(official_file), "diffusers", folder)
+    export(open_checkpoint(official_file), "diffusers", folder)
     return folder

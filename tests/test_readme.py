@@ -1,37 +1,115 @@
-"""The README tells the truth: files, line counts, commands."""
+"""The README and the pages tell the truth: the map, links, pictures, commands, paths, counts."""
 
 import re
 from pathlib import Path
 
 import pytest
+from support import tree
 
+import nanosd3
 from nanosd3.config import CONFIGS
+from nanosd3.exercises import EXERCISES
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGE = ROOT / "nanosd3"
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *PACKAGE.rglob("*.md"), *ROOT.glob("notebooks/*.md"))
+}
+README = PAGES["README.md"]
+CURRENT = [name for name in PAGES if name != "CHANGELOG.md"]  # which names what is gone
 
 
-def test_tree():
-    tree = README.split("in reading order\n\n```\n")[1].split("```")[0]
-    listed = dict(re.findall(r"^ *(\w+\.py) +(\d+) ", tree, re.MULTILINE))
-    modules = {path.name: path for path in (ROOT / "nanosd3").glob("*.py")}
-    del modules["__init__.py"]
-    assert listed.keys() == modules.keys() | {"train_mnist.py"}
-    for name, count in listed.items():
-        lines = len(modules.get(name, ROOT / name).read_text(encoding="utf-8").splitlines())
-        assert abs(lines - int(count)) <= 10, f"{name} has {lines} lines, the README says {count}"
+def links(page: str) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", page)
 
 
-def test_links_and_pictures():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+def slugs(page: str) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_map_is_up_to_date():
+    assert tree.updated(README) == README, "run python tests/support/tree.py"
+
+
+def test_map_names_every_module():
+    page = tree.tree()
+    for path in PACKAGE.rglob("[a-z]*.py"):
+        assert re.search(rf"\b{path.stem}\b", page), path
+
+
+def test_map_takes_first_sentences(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text('"""Tokens (v1.1) to\nimages. And back.\n\nMore.\n"""\n')
+    assert tree.first_sentence(path) == "Tokens (v1.1) to images."
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 170
+
+
+def test_pages_beside_the_code_are_found():
+    for folder in ("assets", "exercises", "measure", "official", "training"):
+        assert f"nanosd3/{folder}/README.md" in PAGES
+        assert f"](nanosd3/{folder}/README.md" in README, folder
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_pictures(name):
+    for target in links(PAGES[name]):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = ((ROOT / name).parent / file).resolve() if file else ROOT / name
+        assert path.exists(), target
+        if anchor:
+            assert anchor in slugs(PAGES[str(path.relative_to(ROOT))]), target
+
+
+@pytest.mark.parametrize("name", CURRENT)
+def test_commands_exist(name):
+    for module in re.findall(r"-m (nanosd3[\w.]*\w)", PAGES[name]):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    for script in re.findall(r"python ([\w/]+\.py)\b", PAGES[name]):
+        assert (ROOT / script).exists(), script
+
+
+@pytest.mark.parametrize("name", CURRENT)
+def test_paths_exist(name):
+    for path in re.findall(r"(?<![\w/])((?:tests|nanosd3|notebooks)/[\w/.]*\w)", PAGES[name]):
+        assert (ROOT / path).exists() or path in ("notebooks/cache", "notebooks/NAME.ipynb"), path
+
+
+def test_moved_modules_are_where_the_changelog_says():
+    rows = re.findall(r"^\| (`.+?) \| (`.+?) \|$", PAGES["CHANGELOG.md"], re.MULTILINE)
+    assert len(rows) > 30
+    for _, new in rows:
+        folder = ""
+        for name in re.findall(r"`([\w/]+)`", new):
+            folder = name.rpartition("/")[0] or folder
+            short = PACKAGE / folder / f"{name.rpartition('/')[2]}.py"
+            assert short.exists() or (PACKAGE / f"{name}.py").exists(), name
 
 
 def test_pictures_are_small():
-    pictures = (ROOT / "nanosd3" / "assets" / "pictures").iterdir()
+    pictures = (PACKAGE / "assets" / "pictures").iterdir()
     assert all(path.stat().st_size < 300_000 for path in pictures)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_are_listed(name):
     assert f"`{name}`" in README or f"`{name.removeprefix('sd3')}`" in README
+
+
+def test_counts():
+    assert f"{len(EXERCISES)} exercises" in README
+    assert PAGES["nanosd3/exercises/README.md"].count(f"\n{len(EXERCISES)} exercises") == 1
+    assert len(list((ROOT / "notebooks").glob("*.ipynb"))) == 11 and "eleven notebooks" in README
+
+
+def test_version():
+    assert f"\nversion: {nanosd3.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {nanosd3.__version__}\n" in PAGES["CHANGELOG.md"]

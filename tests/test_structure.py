@@ -1,6 +1,7 @@
 """The house: imports point down, nothing runs at import time, files and lines stay readable."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,92 +10,149 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nanosd3"
-LAYERS = [  # as the package docstring lists them
-    set(row.split())
-    for row in (
-        "runtime products",
-        "config patchify layers flow samplers tokenizers parts images parallel buckets",
-        "mmdit vae clip t5 data metrics options layouts weightfiles costs folders",
-        "text accelerate checkpoint sizes sources footprint",
-        "pipeline states shards speed figures",
-        "loop features found",
-        "stages audit",
-        "train_text report export",
-        "weights pairs",
-        "jobs generate growth student",
-        "measure",
-        "train bench",
-    )
-]
+
+
+def docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def rows_of(text: str, heading: str) -> list[list[str]]:
+    """The words of each indented row below a heading."""
+    block = text.split(heading, 1)[1].split("\n\n")[0].splitlines()[1:]
+    return [line.split() for line in block if line.startswith("    ")]
+
+
+ROWS = rows_of(docstring(PACKAGE / "__init__.py"), "Layout: ")
+FOLDERS = [name.rstrip("/") for row in ROWS for name in row if name.endswith("/")]
+
+
+def modules() -> dict[str, Path]:
+    """All modules by name, such as `flow` and `storage/run`."""
+    paths = (path for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
+    return {str(path.relative_to(PACKAGE).with_suffix("")): path for path in paths}
+
+
+MODULES = modules()
+
+
+def place(name: str) -> tuple[int, int]:
+    """The row of a module or of its folder, and its place inside that folder."""
+    folder = max((f for f in FOLDERS if name.startswith(f"{f}/")), key=len, default=None)
+    if folder is None:
+        return next(i for i, row in enumerate(ROWS) if name in row), 0
+    row = next(i for i, row in enumerate(ROWS) if f"{folder}/" in row)
+    inside = rows_of(docstring(PACKAGE / folder / "__init__.py"), "Modules, ")
+    listed = [words[0] for words in inside]
+    return row, listed.index(name.removeprefix(f"{folder}/"))
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules of the package that a file imports."""
+    """Modules of the package that a file imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nanosd3"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nanosd3"):
+            base = node.module.removeprefix("nanosd3").lstrip(".").replace(".", "/")
+            names = [f"{base}/{alias.name}".lstrip("/") for alias in node.names]
+            found |= {base} if base in MODULES else set(names) & set(MODULES)
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("nanosd3.")}
+            names = [a.name for a in node.names if a.name.startswith("nanosd3.")]
+            found |= {name.removeprefix("nanosd3.").replace(".", "/") for name in names}
     return found
 
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+ORDERED = [name for name in MODULES if not name.startswith("exercises/")]
 
 
-def level(module: str) -> int:
-    return next(i for i, row in enumerate(LAYERS) if module in row)
+@pytest.mark.parametrize("name", ORDERED)
+def test_imports_point_down(name):
+    for other in imports_of(MODULES[name]):
+        assert place(other) < place(name), f"{name} imports {other}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module):
-    for other in imports_of(PACKAGE / f"{module}.py"):
-        assert level(other) < level(module), f"{module} imports {other}"
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ORDERED])
+def test_nothing_imports_the_exercises(name):
+    assert not any(name in imports_of(MODULES[other]) for other in ORDERED)
+    grader = "exercises/grader/"
+    if name.startswith(grader) and name != f"{grader}student_tests":
+        assert all(other.startswith(grader) for other in imports_of(MODULES[name])
+                   if other.startswith("exercises/"))  # fmt: skip
 
 
-def test_docstring_lists_the_layers():
-    text = (PACKAGE / "__init__.py").read_text()
-    listed = text.split("rows above its own\n")[1].split("\n\n")[0]
-    assert [set(line.split()) for line in listed.splitlines()] == LAYERS
-    assert {*MODULES, "measure"} == set().union(*LAYERS)
+def test_every_module_and_folder_is_listed():
+    for name in ORDERED:
+        place(name)
+    listed = {name.rstrip("/") for row in ROWS for name in row}
+    assert all((PACKAGE / name).is_dir() or name in MODULES for name in listed)
+    for folder in FOLDERS:
+        text = docstring(PACKAGE / folder / "__init__.py")
+        if folder != "exercises":
+            inside = [words[0] for words in rows_of(text, "Modules, ")]
+            assert all((PACKAGE / folder / f"{n}.py").exists() or (PACKAGE / folder / n).is_dir()
+                       for n in inside)  # fmt: skip
 
 
-def test_init_imports_nothing():
-    assert not [n for n in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=str)
+def test_init_imports_nothing(path):
+    if path.parent.name == "exercises":  # whose `check` and `show` notebooks import
+        return
+    assert not [n for n in ast.walk(ast.parse(path.read_text()))
                 if isinstance(n, ast.Import | ast.ImportFrom)]  # fmt: skip
 
 
 def test_importing_prints_nothing_and_leaves_matplotlib_alone():
-    names = ", ".join(f"nanosd3.{m}" for m in MODULES)
+    names = ", ".join(f"nanosd3.{name.replace('/', '.')}" for name in ORDERED)
     code = f"import sys, {names}; assert 'matplotlib' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def sources() -> list[Path]:
-    return [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]
+    return [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]
 
 
 def test_sizes():
-    spine = ("flow", "samplers", "patchify", "layers", "mmdit")
-    lines = {path: path.read_text().splitlines() for path in sources()}
-    assert sum(len(lines[PACKAGE / f"{name}.py"]) for name in spine) < 1000
-    for path, content in lines.items():
+    core = ("flow", "samplers", "patchify", "layers", "mmdit")
+    assert sum(len(MODULES[name].read_text().splitlines()) for name in core) < 700
+    for path in sources():
+        content = path.read_text(encoding="utf-8").splitlines()
         assert all(len(line) <= 100 for line in content), path
-        if path.parent == PACKAGE:
+        if path.is_relative_to(PACKAGE):
             assert len(content) <= 400, path
             for node in ast.walk(ast.parse("\n".join(content))):
                 if isinstance(node, ast.FunctionDef):
                     assert node.end_lineno - node.lineno < 70, f"{path}: {node.name}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_public_functions_are_typed(module):
+@pytest.mark.parametrize("name", ORDERED)
+def test_public_functions_are_typed(name):
     """Every argument and result of what has no leading underscore carries its type."""
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            assert node.returns is not None, f"{module}.{node.name}"
+            assert node.returns is not None, f"{name}.{node.name}"
             for argument in node.args.args + node.args.kwonlyargs:
                 typed = argument.annotation is not None or argument.arg in ("self", "cls")
-                assert typed, f"{module}.{node.name}({argument.arg})"
+                assert typed, f"{name}.{node.name}({argument.arg})"
+
+
+def test_no_path_of_a_machine():
+    """Nothing in the package names a folder that only its author has."""
+    for path in sources():
+        assert not re.search(r"/(home|Users)/\w+/", path.read_text(encoding="utf-8")), path
+
+
+def test_one_meaning_for_a_name():
+    """No public name stands for different things in two modules. `main` and `parse` belong to
+    every command; minimal.py is a page of its own."""
+    where: dict[str, list[str]] = {}
+    for name in ORDERED:
+        if name == "minimal":
+            continue
+        for node in ast.parse(MODULES[name].read_text(encoding="utf-8")).body:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            made = [t.id for t in targets if isinstance(t, ast.Name)]
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                made = [node.name]
+            for public in made:
+                if not public.startswith("_") and public not in ("main", "parse"):
+                    where.setdefault(public, []).append(name)
+    assert {public: names for public, names in where.items() if len(names) > 1} == {}

@@ -1,11 +1,12 @@
-"""Exercises that grade themselves, from one registry.
+"""Self-grading exercises.
 
     from nanosd3.exercises import check, show
-    show("patchify")                         # in a notebook or a console: the task
-    check("patchify", patchify)              # what came of your answer
+    show("patchify")                         # print the task
+    check("patchify", patchify)              # check your answer
 
-Each entry has a specification in plain loops, the package's own function as reference, cases with
-all sizes distinct, and the wrong answers students really give, each with a sentence that helps.
+Each exercise has a specification in plain loops, the package's own function as reference, test
+cases with distinct sizes along all axes, and the wrong answers that students really give, each
+with a hint. For the command line, see __main__.py.
 """
 
 import inspect
@@ -16,26 +17,48 @@ from nanosd3.exercises import (
     blocks,
     bucketing,
     clip,
-    joint,
-    judging,
+    conditioning,
+    guidance,
+    joint_attention,
     latents,
-    line,
+    metrics,
     patches,
-    sampling,
+    qk_norm,
+    rectified_flow,
     scaling,
+    schedule,
     solvers,
     text,
-    times,
+    timesteps,
     tokenizers,
     training,
+    unigram,
 )
-from nanosd3.exercises.base import Exercise
-from nanosd3.exercises.checker import judge
+from nanosd3.exercises.grader.checker import judge
+from nanosd3.exercises.grader.exercise import Exercise
 
-MODULES = (  # in the order in which one learns
-    line, times, patches, attention, joint, blocks, solvers, sampling, latents, scaling, tokenizers,
-    clip, text, training, bucketing, judging,
-)  # fmt: skip
+MODULES = (  # in learning order
+    rectified_flow,
+    timesteps,
+    schedule,
+    patches,
+    attention,
+    qk_norm,
+    joint_attention,
+    conditioning,
+    blocks,
+    solvers,
+    guidance,
+    latents,
+    scaling,
+    tokenizers,
+    unigram,
+    clip,
+    text,
+    training,
+    bucketing,
+    metrics,
+)
 EXERCISES: dict[str, Exercise] = {
     entry.name: entry for module in MODULES for entry in module.EXERCISES
 }
@@ -43,7 +66,7 @@ MARKS = {"right": "✓", "wrong": "✗", "not attempted": "·"}
 
 
 def task_of(exercise: Exercise) -> str:
-    """Signature, task and the specification in loops, as text."""
+    """Signature, task and specification as text."""
     return (
         f'{exercise.signature}\n    """{exercise.task}"""\n\n'
         f"# The specification, in plain loops:\n{inspect.getsource(exercise.specification)}"
@@ -51,20 +74,20 @@ def task_of(exercise: Exercise) -> str:
 
 
 def find(name: str) -> Exercise:
-    """Raises KeyError, naming the exercises there are, for a name that is none."""
+    """Look up an exercise. Raises KeyError, listing all names, for an unknown one."""
     if name not in EXERCISES:
-        raise KeyError(f"no exercise {name!r}; there are {', '.join(EXERCISES)}")
+        raise KeyError(f"no exercise {name!r}; choose from {', '.join(EXERCISES)}")
     return EXERCISES[name]
 
 
 def show(name: str) -> None:
-    """Print what an exercise asks for. Raises KeyError for a name that is none."""
+    """Print the task of an exercise. Raises KeyError for an unknown name."""
     exercise = find(name)
     print(f"{name}: {exercise.points} points, {'*' * exercise.difficulty}\n")
     print(task_of(exercise))
 
 
 def check(name: str, answer: Callable) -> None:
-    """Check an answer and print what came of it. Raises KeyError for a name that is none."""
+    """Check an answer and print the verdict. Raises KeyError for an unknown name."""
     verdict = judge(find(name), answer)
     print(f"{MARKS[verdict.status]} {name} ({verdict.points}/{verdict.out_of}): {verdict.message}")

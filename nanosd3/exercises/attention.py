@@ -1,4 +1,4 @@
-"""Exercises on attention: heads, softmax, norms of queries and keys."""
+"""Exercises on attention: RMSNorm, heads, softmax."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from nanosd3 import layers
-from nanosd3.exercises.base import Case, Exercise, Mutant, normal
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
 
 
 def rms_cases(generator: torch.Generator) -> list[Case]:
@@ -54,18 +54,21 @@ RMS_NORM = Exercise(
     points=1,
     difficulty=1,
     signature="def rms_norm(x: Tensor, weight: Tensor) -> Tensor:",
-    task="x (..., D) divided by the root of its mean square over the last axis (plus 1e-6 under\n"
-    "the root), times weight (D).",
+    task="Divide x (..., D) by the root of its mean square over the last axis\n"
+    "(plus 1e-6 under the root), then multiply by weight (D,).",
     specification=rms_spec,
     reference=rms_norm,
     cases=rms_cases,
     mutants=(
-        Mutant(layer_norm_instead, "No mean is taken away: that would be LayerNorm."),
-        Mutant(divided_by_norm, "A mean of squares, not their sum: lengths differ by sqrt(D)."),
-        Mutant(weight_plus_one, "The weight itself multiplies; 1 + weight is another convention."),
+        Mutant(layer_norm_instead, "The mean is not subtracted: that would be LayerNorm."),
+        Mutant(
+            divided_by_norm,
+            "The mean of the squares, not their sum: the two norms differ by sqrt(D).",
+        ),
+        Mutant(weight_plus_one, "Multiply by the weight itself; 1 + weight is another convention."),
         Mutant(no_root, "Divide by the root of the mean square: the result has size about 1."),
     ),
-    why="On queries and keys it bounds what attention can be driven to.",
+    why="On queries and keys it bounds the attention logits.",
     where="nanosd3/layers.py, RMSNorm",
     names=("x", "weight"),
 )
@@ -113,22 +116,24 @@ SPLIT_HEADS = Exercise(
     points=2,
     difficulty=2,
     signature="def split_heads(x: Tensor, parts: int) -> tuple[Tensor, ...]:",
-    task="One product made queries, keys and values: x (B, L, parts*D), all of q, then of k, then\n"
-    "of v, each with its heads of 64 one after the other. Return `parts` tensors\n"
-    "(B, heads, L, 64).",
+    task="One projection made queries, keys and values: x (B, L, parts*D) holds all of q, then\n"
+    "all of k, then all of v, each with its heads of 64 features side by side. Return `parts`\n"
+    "tensors (B, heads, L, 64).",
     specification=heads_spec,
     reference=layers.split_heads,
     cases=heads_cases,
     mutants=(
-        Mutant(parts_inside_heads, "First all of q, then all of k: the part changes slowest, the "
-               "head after it."),
-        Mutant(heads_strided, "A head is 64 neighbouring features, not every second or third one."),
-        Mutant(tokens_not_moved, "A view cannot exchange tokens and heads; a transpose can."),
+        Mutant(
+            parts_inside_heads,
+            "First all of q, then all of k: the part varies slowest, then the head.",
+        ),
+        Mutant(heads_strided, "A head is 64 adjacent features, not every second or third one."),
+        Mutant(tokens_not_moved, "A view cannot swap tokens and heads; a transpose can."),
     ),
-    why="It is where most checkpoints that 'load fine' go wrong: all shapes fit any order.",
+    why="Most checkpoints that 'load fine' but fail go wrong here: the shapes fit in any order.",
     where="nanosd3/layers.py, split_heads",
     names=("x", "parts"),
-)  # fmt: skip
+)
 
 
 def attention_cases(generator: torch.Generator) -> list[Case]:
@@ -195,107 +200,19 @@ ATTENTION = Exercise(
     reference=layers.attention,
     cases=attention_cases,
     mutants=(
-        Mutant(not_divided, "The logits are divided by 8, the square root of a head's width."),
-        Mutant(divided_by_64, "Divide by the square root of a head's width, not by the width."),
+        Mutant(not_divided, "The logits are divided by 8, the square root of the head width."),
+        Mutant(divided_by_64, "Divide by the square root of the head width, not by the width."),
         Mutant(heads_not_joined_in_order, "All of head 0 should come first, then all of head 1."),
-        Mutant(view_without_transpose, "Before the heads are joined, heads and tokens must change "
-               "places."),
-        Mutant(softmax_over_queries, "Each query's weights over the keys add up to 1."),
+        Mutant(
+            view_without_transpose, "Heads and tokens must swap places before the heads are joined."
+        ),
+        Mutant(softmax_over_queries, "Each query's weights over the keys should sum to 1."),
         Mutant(causal, "No mask: an image has no before and after."),
     ),
-    why="The one place where tokens meet.",
+    why="The only place where tokens exchange information.",
     where="nanosd3/layers.py, attention",
     names=("q", "k", "v"),
-)  # fmt: skip
+)
 
 
-def qk_cases(generator: torch.Generator) -> list[Case]:
-    def case(B: int, heads: int, L: int, size: float = 3.0, label: str = "") -> Case:
-        q, k, v = (size * normal(generator, B, heads, L, 64) for _ in range(3))
-        weights = [1 + 0.3 * normal(generator, 64) for _ in range(2)]
-        return Case(f"{heads} heads, {L} tokens{label}", (q, k, v / size, *weights))
-
-    return [case(2, 3, 5), case(1, 2, 4), case(1, 1, 3, 1e-3, " of small numbers")]
-
-
-def qk_spec(q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor) -> Tensor:
-    B, heads, L, _ = q.shape
-    out = torch.empty(B, L, heads * 64, dtype=q.dtype)
-    for b in range(B):
-        for h in range(heads):
-            queries = rms_spec(q[b, h], weight_q)  # each of 64 features, normed
-            keys = rms_spec(k[b, h], weight_k)
-            for i in range(L):
-                logits = torch.stack([queries[i] @ key / 8 for key in keys])
-                weights = logits.exp() / logits.exp().sum()
-                mixed = sum(w * value for w, value in zip(weights, v[b, h], strict=True))
-                out[b, i, 64 * h : 64 * (h + 1)] = mixed
-    return out
-
-
-def qk_norm_attention(
-    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor
-) -> Tensor:
-    """What a block with `qk_norm` does."""
-    return layers.attention(rms_norm(q, weight_q), rms_norm(k, weight_k), v)
-
-
-def not_normed_at_all(
-    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor
-) -> Tensor:
-    return layers.attention(q * weight_q, k * weight_k, v)
-
-
-def queries_only(q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor) -> Tensor:
-    return layers.attention(rms_norm(q, weight_q), k * weight_k, v)
-
-
-def values_normed_too(
-    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor
-) -> Tensor:
-    ones = torch.ones_like(weight_q)
-    return qk_norm_attention(q, k, rms_norm(v, ones), weight_q, weight_k)
-
-
-def normed_over_heads(
-    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor
-) -> Tensor:
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return x / (x.square().mean((1, 3), keepdim=True) + 1e-6).sqrt() * weight
-
-    return layers.attention(norm(q, weight_q), norm(k, weight_k), v)
-
-
-def not_divided_after_norm(
-    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor
-) -> Tensor:
-    return qk_norm_attention(q, k, v, 8 * weight_q, weight_k)
-
-
-QK_NORM = Exercise(
-    name="qk_norm_attention",
-    topic="attention",
-    points=2,
-    difficulty=2,
-    signature="def qk_norm_attention(q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, "
-    "weight_k: Tensor) -> Tensor:",
-    task="Attention as in `attention`, after RMSNorm of each query and each key over its 64\n"
-    "features, with weights (64). q, k and v are (B, heads, L, 64); the result is\n"
-    "(B, L, heads * 64).",
-    specification=qk_spec,
-    reference=qk_norm_attention,
-    cases=qk_cases,
-    mutants=(
-        Mutant(not_normed_at_all, "The learned weights alone bound nothing: divide by the root "
-               "mean square first."),
-        Mutant(queries_only, "Keys are normed as well as queries."),
-        Mutant(values_normed_too, "Values are not normed: only what enters the softmax is."),
-        Mutant(normed_over_heads, "Each head is normed by itself, over its own 64 features."),
-        Mutant(not_divided_after_norm, "The logits are divided by 8 with the norm as without."),
-    ),
-    why="Without it logits grow in long bfloat16 runs until every softmax picks one token.",
-    where="nanosd3/mmdit.py, Attention.project (paper, section 5.3.2)",
-    names=("q", "k", "v", "weight_q", "weight_k"),
-)  # fmt: skip
-
-EXERCISES = (RMS_NORM, SPLIT_HEADS, ATTENTION, QK_NORM)
+EXERCISES = (RMS_NORM, SPLIT_HEADS, ATTENTION)

@@ -1,12 +1,13 @@
-"""Exercises on images of many shapes: which sizes there are, and which image goes to which."""
+"""Exercises on images of many shapes: the sizes to train at, and the size for an image."""
 
+import math
 from collections.abc import Callable
 
 import torch
 
-from nanosd3 import buckets
-from nanosd3.buckets import Size
-from nanosd3.exercises.base import Case, Exercise, Mutant
+from nanosd3.data import buckets
+from nanosd3.data.buckets import Size
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant
 
 # --- sizes --------------------------------------------------------------------------------------
 
@@ -16,7 +17,7 @@ def sizes_cases(generator: torch.Generator) -> list[Case]:
         Case("1024 in steps of 64", (1024, 64, 2048, 2.0)),
         Case("256 in steps of 32, at most 320", (256, 32, 320, 3.0)),
         Case("112 in steps of 16", (112, 16, 512, 2.5)),
-        Case("ratio 1, the square alone", (96, 16, 512, 1.0)),
+        Case("ratio 1, only the square", (96, 16, 512, 1.0)),
     ]
 
 
@@ -24,13 +25,13 @@ def sizes_spec(side: int, multiple: int, most: int, ratio: float) -> list[tuple[
     area, sizes = side * side, []
     for short in range(multiple, side + 1, multiple):
         best = short
-        for long in range(short, area // short + multiple + 1, multiple):  # try them all
+        for long in range(short, area // short + multiple + 1, multiple):  # try every multiple
             if abs(short * long - area) < abs(short * best - area):
                 best = long
         if best <= most and best <= ratio * short:
-            sizes.append((short, best))  # height, width: a wide one
+            sizes.append((short, best))  # (height, width): landscape
             if best != short:
-                sizes.append((best, short))  # and the same upright
+                sizes.append((best, short))  # portrait
     sizes.sort(key=lambda size: size[0] / size[1])
     return sizes
 
@@ -38,7 +39,7 @@ def sizes_spec(side: int, multiple: int, most: int, ratio: float) -> list[tuple[
 def sizes_by(
     longer: Callable[[int], int], side: int, multiple: int, most: int, ratio: float
 ) -> list[Size]:
-    """With another rule for the longer side of a given shorter one."""
+    """Bucket sizes with another rule for the longer side."""
     sizes = set()
     for short in range(multiple, side + 1, multiple):
         long = longer(short)
@@ -83,57 +84,65 @@ SIZES = Exercise(
     difficulty=2,
     signature="def bucket_sizes(side: int, multiple: int, most: int, ratio: float) "
     "-> list[tuple[int, int]]:",
-    task="Sizes (height, width) for images of all shapes, of about the area of a square of\n"
-    "`side`, which is a multiple of `multiple`. For each shorter side, a multiple of\n"
-    "`multiple` up to `side`, the longer one is the multiple whose area is nearest to\n"
-    "side * side (of two equally near, the smaller). Left out are those longer than `most`,\n"
-    "or than `ratio` times the shorter side. Wide and upright, each once, from the widest\n"
+    task="Sizes (height, width) for images of all shapes, with about the area of a square of\n"
+    "`side`, which is a multiple of `multiple`. For each shorter side, a multiple of `multiple`\n"
+    "up to `side`, the longer one is the multiple whose area is nearest to side * side (of two\n"
+    "equally near, the smaller). Leave out sizes whose longer side exceeds `most`, or `ratio`\n"
+    "times the shorter. List landscape and portrait sizes, each once, from the widest\n"
     "(the smallest height / width) to the tallest.",
     specification=sizes_spec,
     reference=buckets.bucket_sizes,
     cases=sizes_cases,
     mutants=(
-        Mutant(wide_only, "What is wide can also stand upright: each size turned is a size too."),
-        Mutant(same_perimeter, "What grows on one side is not what shrinks on the other: equal "
-               "sums give smaller and smaller areas, and steps with ever fewer tokens."),
-        Mutant(rounded_down, "The nearest multiple, not the one below: areas may be a little too "
-               "large as well."),
-        Mutant(to_the_pixel, "The longer side is a multiple too, or it cannot be cut into "
-               "patches."),
-        Mutant(limit_forgotten, "`most` is not used: beyond it there are no positions for the "
-               "patches."),
-        Mutant(square_twice, "A square turned is the same square: it belongs there once."),
+        Mutant(
+            wide_only, "A landscape size can also stand upright: each size rotated is a size too."
+        ),
+        Mutant(
+            same_perimeter,
+            "What one side gains is not what the other loses: equal sums give ever smaller "
+            "areas, and steps with ever fewer tokens.",
+        ),
+        Mutant(
+            rounded_down,
+            "The nearest multiple, not the one below: areas may be a little too large as well.",
+        ),
+        Mutant(
+            to_the_pixel, "The longer side is a multiple too, or it cannot be cut into patches."
+        ),
+        Mutant(
+            limit_forgotten, "`most` is not used: beyond it there are no positions for the patches."
+        ),
+        Mutant(square_twice, "A rotated square is the same square: list it once."),
     ),
-    why="Equal areas are equal numbers of tokens: every step costs the same, and one shift of "
-    "time fits all.",
-    where="nanosd3/buckets.py, bucket_sizes (paper, section 5.3.2)",
+    why="Equal areas mean equal numbers of tokens: each step costs the same, one shift fits all.",
+    where="nanosd3/data/buckets.py, bucket_sizes (paper, section 5.3.2)",
     names=("side", "multiple", "most", "ratio"),
     differentiable=False,
-    other_devices=False,  # nothing is a tensor
-)  # fmt: skip
+    other_devices=False,  # takes no tensors
+)
 
-# --- the nearest --------------------------------------------------------------------------------
+# --- nearest size --------------------------------------------------------------------------------
 
 
 def nearest_cases(generator: torch.Generator) -> list[Case]:
     sizes = buckets.bucket_sizes(1024, 64, 2048)
-    few = [(16, 16), (8, 32), (32, 8), (12, 20), (20, 12)]  # in no order
+    few = [(16, 16), (8, 32), (32, 8), (12, 20), (20, 12)]  # unsorted
     return [
         Case("a photograph, 2000x3000", (sizes, 2000, 3000)),
         Case("a small portrait, 75x50", (sizes, 75, 50)),
         Case("a panorama, 300x2000", (sizes, 300, 2000)),
         Case("nearly square, 1060x1000", (sizes, 1060, 1000)),
-        Case("sizes in no order, 270x100", (few, 270, 100)),
-        Case("sizes in no order, 100x270", (few, 100, 270)),
+        Case("unsorted sizes, 270x100", (few, 270, 100)),
+        Case("unsorted sizes, 100x270", (few, 100, 270)),
     ]
 
 
 def nearest_spec(sizes: list[tuple[int, int]], height: int, width: int) -> tuple[int, int]:
-    best, least = None, 0.0
+    best, least = sizes[0], math.inf
     for h, w in sizes:
-        ratio, wanted = h / w, height / width
-        factor = ratio / wanted if ratio > wanted else wanted / ratio  # 1 for the same shape
-        if best is None or factor < least:
+        ratio, target = h / w, height / width
+        factor = ratio / target if ratio > target else target / ratio  # 1 for the same shape
+        if factor < least:
             best, least = (h, w), factor
     return best
 
@@ -167,26 +176,37 @@ NEAREST = Exercise(
     signature="def nearest_bucket(sizes: list[tuple[int, int]], height: int, width: int) "
     "-> tuple[int, int]:",
     task="Of sizes (height, width), in any order, the one to which an image of height x width\n"
-    "pixels should be scaled and cut: the one whose height / width is nearest as a *factor*,\n"
+    "pixels should be scaled and cropped: the one whose height / width is nearest as a *factor*,\n"
     "so that 1:2 and 2:1 are equally far from 1:1.",
     specification=nearest_spec,
     reference=buckets.nearest,
     cases=nearest_cases,
     mutants=(
-        Mutant(by_difference, "The difference of two height / width is small among wide sizes and "
-               "large among tall ones; what is cut off depends on their quotient."),
-        Mutant(by_other_difference, "The difference of two width / height is small among tall "
-               "sizes and large among wide ones; what is cut off depends on their quotient."),
-        Mutant(sides_exchanged, "Sizes are (height, width), and a portrait went to a wide one."),
-        Mutant(nearest_in_pixels, "The image will be scaled: a photograph and its thumbnail have "
-               "one shape, and belong to one size."),
+        Mutant(
+            by_difference,
+            "Differences of height / width are small among wide sizes and large among tall "
+            "ones; how much is cropped depends on the quotient.",
+        ),
+        Mutant(
+            by_other_difference,
+            "Differences of width / height are small among tall sizes and large among "
+            "wide ones; how much is cropped depends on the quotient.",
+        ),
+        Mutant(
+            sides_exchanged, "Sizes are (height, width), and a portrait went to a landscape size."
+        ),
+        Mutant(
+            nearest_in_pixels,
+            "The image will be scaled: a photograph and its thumbnail have one shape, and "
+            "belong to one size.",
+        ),
         Mutant(next_taller, "The next taller size is not always nearer than the next wider one."),
     ),
     why="One over that factor is the share of the image that is kept: the nearest loses least.",
-    where="nanosd3/buckets.py, nearest",
+    where="nanosd3/data/buckets.py, nearest",
     names=("sizes", "height", "width"),
     differentiable=False,
     other_devices=False,
-)  # fmt: skip
+)
 
 EXERCISES = (SIZES, NEAREST)

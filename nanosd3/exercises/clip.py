@@ -1,21 +1,29 @@
-"""Exercises on CLIP: its pooled vector, its loss."""
+"""Exercises on CLIP: its pooled vector and its loss."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanosd3 import clip, train_text
-from nanosd3.exercises.base import Case, Exercise, Mutant, normal
+from nanosd3 import clip
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
+from nanosd3.training import train_text
 
 
 def pool_cases(generator: torch.Generator) -> list[Case]:
     return [
-        Case("padded with the end token",
-             (normal(generator, 3, 6, 4), torch.tensor([[8, 1, 2, 7, 7, 7], [8, 3, 7, 7, 7, 7],
-                                                        [8, 1, 9, 4, 5, 7]]), 7)),
-        Case("padded with zeros",
-             (normal(generator, 2, 5, 3), torch.tensor([[6, 1, 7, 0, 0], [6, 2, 3, 7, 0]]), 7)),
-    ]  # fmt: skip
+        Case(
+            "padded with the end token",
+            (
+                normal(generator, 3, 6, 4),
+                torch.tensor([[8, 1, 2, 7, 7, 7], [8, 3, 7, 7, 7, 7], [8, 1, 9, 4, 5, 7]]),
+                7,
+            ),
+        ),
+        Case(
+            "padded with zeros",
+            (normal(generator, 2, 5, 3), torch.tensor([[6, 1, 7, 0, 0], [6, 2, 3, 7, 0]]), 7),
+        ),
+    ]
 
 
 def pool_spec(states: Tensor, ids: Tensor, end: int) -> Tensor:
@@ -55,8 +63,9 @@ POOL = Exercise(
     points=1,
     difficulty=1,
     signature="def pool_at_end(states: Tensor, ids: Tensor, end: int) -> Tensor:",
-    task="CLIP's pooled vector: of states (B, L, D) the one at the first end-of-text token of\n"
-    "each row of ids (B, L), whose id is `end`. Result: (B, D). There may be several end tokens.",
+    task="CLIP's pooled vector: from states (B, L, D) take the one at the first end-of-text token\n"
+    "of each row of ids (B, L), whose id is `end`. Result: (B, D). There may be several end\n"
+    "tokens.",
     specification=pool_spec,
     reference=clip.pool_at_end,
     cases=pool_cases,
@@ -64,10 +73,12 @@ POOL = Exercise(
         Mutant(last_state, "The last position is padding; where does the text end?"),
         Mutant(largest_id, "The end token need not have the largest id."),
         Mutant(last_end, "The first end token, not the last: some models pad with it."),
-        Mutant(averaged, "One position is taken, not the mean of all."),
-        Mutant(before_the_end, "One too early: the end token itself has read the whole text."),
+        Mutant(averaged, "Take one position, not the mean of all."),
+        Mutant(
+            before_the_end, "One position too early: the end token itself has read the whole text."
+        ),
     ),
-    why="The attention is causal, so only that position has seen every word.",
+    why="Attention is causal, so only that position has seen every word.",
     where="nanosd3/clip.py, pool_at_end",
     names=("states", "ids", "end"),
 )
@@ -75,17 +86,19 @@ POOL = Exercise(
 
 def pairs_cases(generator: torch.Generator) -> list[Case]:
     return [
-        Case(f"{B} pairs of {D} features, scale {scale}",
-             (normal(generator, B, D), 2 * normal(generator, B, D), scale))
+        Case(
+            f"{B} pairs of {D} features, scale {scale}",
+            (normal(generator, B, D), 2 * normal(generator, B, D), scale),
+        )
         for B, D, scale in ((4, 6, 10.0), (3, 5, 2.0))
-    ]  # fmt: skip
+    ]
 
 
 def contrastive_spec(image: Tensor, text: Tensor, scale: float) -> Tensor:
     B = len(image)
     images = [x / x.norm() for x in image]
     texts = [x / x.norm() for x in text]
-    total = 0.0
+    total = torch.zeros((), dtype=image.dtype)
     for i in range(B):
         to_texts = torch.stack([scale * images[i] @ texts[j] for j in range(B)])
         to_images = torch.stack([scale * texts[i] @ images[j] for j in range(B)])
@@ -95,9 +108,9 @@ def contrastive_spec(image: Tensor, text: Tensor, scale: float) -> Tensor:
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: float) -> Tensor:
-    """`train_text.clip_loss` of a batch without equal captions."""
+    """`train_text.clip_loss` of a batch in which no two captions are equal."""
     same = torch.eye(len(image), dtype=image.dtype, device=image.device)
-    return train_text.clip_loss(image, text, same, scale)
+    return train_text.clip_loss(image, text, same, image.new_tensor(scale))
 
 
 def not_on_the_sphere(image: Tensor, text: Tensor, scale: float) -> Tensor:
@@ -128,21 +141,25 @@ CONTRASTIVE = Exercise(
     points=3,
     difficulty=2,
     signature="def contrastive_loss(image: Tensor, text: Tensor, scale: float) -> Tensor:",
-    task="Loss of CLIP for B pairs, image and text (B, D) in one order: logits are scale times\n"
-    "the cosine of each image with each text; each image should find its text among all, and each\n"
-    "text its image (cross-entropy). The mean of both directions: a tensor of shape ().",
+    task="CLIP's loss for B pairs, image and text (B, D) in the same order. The logits are scale\n"
+    "times the cosine similarity of each image with each text; each image should find its text\n"
+    "among all, and each text its image (cross-entropy). Return the mean over both directions, a\n"
+    "tensor of shape ().",
     specification=contrastive_spec,
     reference=contrastive_loss,
     cases=pairs_cases,
     mutants=(
-        Mutant(not_on_the_sphere, "Cosines: the lengths of the vectors should not matter."),
-        Mutant(one_direction, "Texts look for their images as well."),
+        Mutant(not_on_the_sphere, "Use cosines: the lengths of the vectors should not matter."),
+        Mutant(one_direction, "Texts must find their images as well."),
         Mutant(both_added, "The mean of the two directions, not their sum."),
-        Mutant(scale_forgotten, "The scale is not used: cosines alone cannot be sure of anything."),
-        Mutant(scale_divides, "The scale multiplies; as a temperature it would divide."),
+        Mutant(
+            scale_forgotten,
+            "The scale is not used: the softmax of cosines alone is never confident.",
+        ),
+        Mutant(scale_divides, "The scale multiplies; a temperature would divide."),
     ),
     why="It taught CLIP what captions mean without a single label.",
-    where="nanosd3/train_text.py, clip_loss (arXiv 2103.00020)",
+    where="nanosd3/training/train_text.py, clip_loss (arXiv 2103.00020)",
     names=("image", "text", "scale"),
 )
 

@@ -1,4 +1,4 @@
-"""Exercises on latents: drawing one, the KL term, the residual block."""
+"""Exercises on latents: sampling one, the KL term, the residual block."""
 
 import math
 
@@ -8,15 +8,17 @@ from torch import Tensor
 from torch.func import functional_call
 
 from nanosd3 import vae
-from nanosd3.exercises.base import Case, Exercise, Mutant, normal
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
 
 
 def posterior_cases(generator: torch.Generator) -> list[Case]:
     return [
-        Case(f"shape {shape}", (normal(generator, *shape), normal(generator, *shape),
-                                normal(generator, *shape)))
+        Case(
+            f"shape {shape}",
+            (normal(generator, *shape), normal(generator, *shape), normal(generator, *shape)),
+        )
         for shape in ((2, 3, 4, 5), (7, 2))
-    ]  # fmt: skip
+    ]
 
 
 def posterior_spec(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
@@ -46,21 +48,23 @@ POSTERIOR = Exercise(
     points=1,
     difficulty=1,
     signature="def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:",
-    task="A latent from the encoder's Gaussian: mean and log-variance from the network, noise\n"
-    "from N(0, 1), all of one shape. Gradients should reach mean and logvar.",
+    task="Sample a latent from the encoder's Gaussian: mean and log-variance come from the\n"
+    "network, noise from N(0, 1), all of one shape. Gradients should reach mean and logvar.",
     specification=posterior_spec,
     reference=vae.sample_posterior,
     cases=posterior_cases,
     mutants=(
-        Mutant(variance_as_deviation, "exp(logvar) is the variance; noise is multiplied by its "
-               "square root."),
-        Mutant(log_as_deviation, "logvar is a logarithm; what is it the logarithm of?"),
+        Mutant(
+            variance_as_deviation,
+            "exp(logvar) is the variance; multiply the noise by its square root.",
+        ),
+        Mutant(log_as_deviation, "logvar is a logarithm; the logarithm of what?"),
         Mutant(inverse_deviation, "A larger logvar should mean more noise; yours means less."),
     ),
-    why="The randomness comes from outside, so the encoder can be trained through it.",
+    why="The randomness comes from outside, so the encoder can be trained through the sample.",
     where="nanosd3/vae.py, sample_posterior",
     names=("mean", "logvar", "noise"),
-)  # fmt: skip
+)
 
 
 def kl_cases(generator: torch.Generator) -> list[Case]:
@@ -107,22 +111,27 @@ KL = Exercise(
     difficulty=1,
     signature="def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:",
     task="KL(N(mean, exp(logvar)) || N(0, 1)) of each image, summed over its latents:\n"
-    "(B, ...) twice -> (B,). One latent has (mean^2 + variance - 1 - log variance) / 2.",
+    "(B, ...) twice -> (B,). A latent contributes (mean^2 + variance - 1 - log variance) / 2.",
     specification=kl_spec,
     reference=vae.kl_divergence,
     cases=kl_cases,
     mutants=(
-        Mutant(kl_averaged, "Summed over an image's latents, not averaged: the weight of the term "
-               "depends on which."),
-        Mutant(kl_without_half, "Each latent counts half of the bracket."),
-        Mutant(kl_of_deviation, "The bracket has the variance, exp(logvar), not the deviation."),
+        Mutant(
+            kl_averaged,
+            "Sum over an image's latents, do not average: the weight of the term assumes it.",
+        ),
+        Mutant(kl_without_half, "Each latent contributes half of the bracket."),
+        Mutant(
+            kl_of_deviation,
+            "The bracket holds the variance, exp(logvar), not the standard deviation.",
+        ),
         Mutant(kl_without_one, "For mean 0 and variance 1 the divergence is 0; yours is not."),
         Mutant(kl_negative, "A divergence is never negative."),
     ),
-    why="It keeps latents near each other, so that the flow has something simple to start from.",
+    why="It keeps latents close together, so that the flow has a simple distribution to learn.",
     where="nanosd3/vae.py, kl_divergence",
     names=("mean", "logvar"),
-)  # fmt: skip
+)
 
 
 # --- the residual block -------------------------------------------------------------------------
@@ -131,8 +140,10 @@ KL = Exercise(
 def resblock_cases(generator: torch.Generator) -> list[Case]:
     def case(B: int, C: int, H: int, W: int, groups: int) -> Case:
         weights = [normal(generator, C, C, 3, 3) / 3 for _ in range(2)]
-        return Case(f"{C} channels in {groups} groups, {H}x{W}",
-                    (2 * normal(generator, B, C, H, W) + 1, *weights, groups))  # fmt: skip
+        return Case(
+            f"{C} channels in {groups} groups, {H}x{W}",
+            (2 * normal(generator, B, C, H, W) + 1, *weights, groups),
+        )
 
     return [case(2, 4, 3, 5, 2), case(1, 6, 4, 2, 3)]
 
@@ -143,7 +154,7 @@ def resblock_spec(x: Tensor, weight1: Tensor, weight2: Tensor, groups: int) -> T
     def norm(x: Tensor) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype)
         for b in range(B):
-            for g in range(groups):  # neighbouring channels share mean and variance
+            for g in range(groups):  # adjacent channels share mean and variance
                 part = x[b, g * C // groups : (g + 1) * C // groups]
                 mean = part.mean()
                 variance = ((part - mean) ** 2).mean()
@@ -170,7 +181,7 @@ def resblock_spec(x: Tensor, weight1: Tensor, weight2: Tensor, groups: int) -> T
 
 
 def resblock(x: Tensor, weight1: Tensor, weight2: Tensor, groups: int) -> Tensor:
-    """`vae.ResBlock` with these convolutions, no biases, and norms without weights."""
+    """`vae.ResBlock` with these convolutions, without biases and norm weights."""
     C = x.shape[1]
     one, zero = x.new_ones(C), x.new_zeros(C)
     weights = {"conv1.weight": weight1, "conv2.weight": weight2}
@@ -186,9 +197,9 @@ def without_skip(x: Tensor, weight1: Tensor, weight2: Tensor, groups: int) -> Te
 def two_steps(
     x: Tensor, weight1: Tensor, weight2: Tensor, groups1: int, groups2: int, act: bool = True
 ) -> Tensor:
-    activate = F.silu if act else (lambda h: h)
     h = F.conv2d(F.silu(F.group_norm(x, groups1, eps=1e-6)), weight1, padding=1)
-    return x + F.conv2d(activate(F.group_norm(h, groups2, eps=1e-6)), weight2, padding=1)
+    h = F.group_norm(h, groups2, eps=1e-6)
+    return x + F.conv2d(F.silu(h) if act else h, weight2, padding=1)
 
 
 def one_group(x: Tensor, weight1: Tensor, weight2: Tensor, groups: int) -> Tensor:
@@ -223,23 +234,21 @@ RESBLOCK = Exercise(
     points=3,
     difficulty=3,
     signature="def resblock(x: Tensor, weight1: Tensor, weight2: Tensor, groups: int) -> Tensor:",
-    task="What autoencoders are made of: twice (group norm without weights, eps 1e-6; SiLU; 3x3\n"
-    "convolution, zero padding, no bias), then x is added. x is (B, C, H, W), the weights\n"
+    task="The building block of autoencoders: twice (group norm without weights, eps 1e-6; SiLU;\n"
+    "3x3 convolution, zero padding, no bias), then x is added. x is (B, C, H, W), the weights are\n"
     "(C, C, 3, 3).",
     specification=resblock_spec,
     reference=resblock,
     cases=resblock_cases,
     mutants=(
-        Mutant(without_skip, "What came in should be added at the end."),
-        Mutant(
-            one_group, "Each group of neighbouring channels has a mean and variance of its own."
-        ),
-        Mutant(one_activation, "SiLU stands before both convolutions."),
+        Mutant(without_skip, "The input should be added at the end."),
+        Mutant(one_group, "Each group of adjacent channels has its own mean and variance."),
+        Mutant(one_activation, "SiLU comes before both convolutions."),
         Mutant(relu, "The activation is SiLU, x sigmoid(x)."),
         Mutant(norm_after, "Norm, activation, convolution, in that order."),
-        Mutant(skip_from_normed, "The skip carries x itself, not the normed x."),
+        Mutant(skip_from_normed, "The skip connection carries x itself, not the normalised x."),
     ),
-    why="Norm first: the skip stays a clean path for signal and gradient.",
+    why="With the norm first, the skip connection stays a clean path for signal and gradient.",
     where="nanosd3/vae.py, ResBlock",
     names=("x", "weight1", "weight2", "groups"),
     tolerance=1e-4,

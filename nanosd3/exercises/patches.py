@@ -1,4 +1,4 @@
-"""Exercises on tokens: images to patches and back, and where each patch is."""
+"""Exercises on tokens: images to patches and back, and the position of each patch."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanosd3 import patchify
-from nanosd3.exercises.base import Case, Exercise, Mutant, normal
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
 
 # --- patches ------------------------------------------------------------------------------------
 
@@ -28,7 +28,7 @@ def patchify_spec(x: Tensor, patch: int) -> Tensor:
                 n = row * (W // patch) + column  # tokens go row by row
                 for i in range(patch):
                     for j in range(patch):
-                        for c in range(C):  # in a token: row, column, channel
+                        for c in range(C):  # within a token: row, column, channel
                             value = x[b, c, row * patch + i, column * patch + j]
                             tokens[b, n, (i * patch + j) * C + c] = value
     return tokens
@@ -63,22 +63,25 @@ PATCHIFY = Exercise(
     points=3,
     difficulty=2,
     signature="def patchify(x: Tensor, patch: int) -> Tensor:",
-    task="Cut images (B, C, H, W) into tokens (B, N, p*p*C), N = (H/p)(W/p), row by row; a\n"
-    "token's numbers are ordered (row in patch, column in patch, channel).",
+    task="Cut images (B, C, H, W) into tokens (B, N, p*p*C), N = (H/p)(W/p), row by row; the\n"
+    "features of a token are ordered (row in patch, column in patch, channel).",
     specification=patchify_spec,
     reference=patchify.patchify,
     cases=patch_cases,
     mutants=(
-        Mutant(channels_first, "Inside a token the channel should change fastest."),
+        Mutant(channels_first, "Within a token the channel should vary fastest."),
         Mutant(columns_first, "Tokens should go row by row; yours go down the columns."),
-        Mutant(transposed_patches, "Inside a token rows and columns are exchanged."),
-        Mutant(only_reshaped, "A reshape alone keeps the order of memory: neighbours in a patch "
-               "are not neighbours there. Split the axes, then permute."),
+        Mutant(transposed_patches, "Rows and columns are swapped within each token."),
+        Mutant(
+            only_reshaped,
+            "A reshape alone keeps the order in memory, where neighbours in a patch are not "
+            "adjacent. Split the axes, then permute.",
+        ),
     ),
-    why="The transformer's cost falls with the square of the number of tokens.",
+    why="The cost of attention grows with the square of the number of tokens.",
     where="nanosd3/patchify.py, patchify",
     names=("x", "patch"),
-)  # fmt: skip
+)
 
 
 def token_cases(generator: torch.Generator) -> list[Case]:
@@ -124,29 +127,36 @@ UNPATCHIFY = Exercise(
     points=3,
     difficulty=2,
     signature="def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:",
-    task="Put tokens (B, N, p*p*C), as patchify makes them, back together: (B, C, height, width).",
+    task="Put tokens (B, N, p*p*C), as made by patchify, back together: (B, C, height, width).",
     specification=unpatchify_spec,
     reference=patchify.unpatchify,
     cases=token_cases,
     mutants=(
-        Mutant(unpatchify_channels_first, "This gives a fine checkerboard of colours: inside a "
-               "token the channel changes fastest."),
-        Mutant(unpatchify_only_reshaped, "A reshape alone does not undo patchify; where do a "
-               "token's numbers belong?"),
-        Mutant(unpatchify_columns_first, "Tokens go row by row; yours are laid down the columns."),
+        Mutant(
+            unpatchify_channels_first,
+            "This gives a fine checkerboard of colours: within a token the channel varies fastest.",
+        ),
+        Mutant(
+            unpatchify_only_reshaped,
+            "A reshape alone does not undo patchify; where do a token's features belong?",
+        ),
+        Mutant(
+            unpatchify_columns_first, "Tokens go row by row; yours are laid out down the columns."
+        ),
     ),
-    why="Official models order a token's numbers differently going in and coming out; this is out.",
+    why="Official models order a token's features differently on input; this is the output.",
     where="nanosd3/patchify.py, unpatchify",
     names=("tokens", "patch", "height", "width"),
-)  # fmt: skip
+)
 
 # --- positions ----------------------------------------------------------------------------------
 
 
 def position_cases(generator: torch.Generator) -> list[Case]:
-    return [Case(f"width {D}, grid {g}", (D, g, s, span))
-            for D, g, s, span in ((24, 6, 4, 4), (16, 5, 5, 10), (8, 12, 8, 2),
-                                  (16, 7, 4, 8))]  # fmt: skip
+    return [
+        Case(f"width {D}, grid {g}", (D, g, s, span))
+        for D, g, s, span in ((24, 6, 4, 4), (16, 5, 5, 10), (8, 12, 8, 2), (16, 7, 4, 8))
+    ]
 
 
 def positions_spec(width: int, grid: int, sample: int, span: int) -> Tensor:
@@ -190,35 +200,42 @@ POSITIONS = Exercise(
     points=4,
     difficulty=3,
     signature="def sincos_positions(width: int, grid: int, sample: int, span: int) -> Tensor:",
-    task="SD3's fixed positions (1, grid*grid, width), row by row. Index i stands at coordinate\n"
-    "(i - (grid - sample) / 2) span / sample. A coordinate's code is sin and then cos of it times\n"
-    "10000^(-k / (width/4)), k = 0 .. width/4 - 1; the column's code comes first, then the row's.",
+    task="SD3's fixed position embedding (1, grid*grid, width), row by row. Index i has the\n"
+    "coordinate (i - (grid - sample) / 2) span / sample. The code of a coordinate is the sines,\n"
+    "then the cosines, of coordinate * 10000^(-k / (width/4)), k = 0 .. width/4 - 1; the column's\n"
+    "code comes first, then the row's.",
     specification=positions_spec,
     reference=patchify.sincos_positions,
     cases=position_cases,
     mutants=(
         Mutant(axes_exchanged, "The column's code fills the first half."),
-        Mutant(raw_integers, "Coordinates are not indices: the middle `sample` of them run from 0 "
-               "up to `span`."),
-        Mutant(not_centred, "Coordinate 0 is where the centred square of `sample` begins, not at "
-               "the edge of the grid."),
-        Mutant(by_turns, "All sines of an axis, then its cosines; not by turns."),
+        Mutant(
+            raw_integers,
+            "Coordinates are not indices: those of the middle `sample` run from 0 to `span`.",
+        ),
+        Mutant(
+            not_centred,
+            "Coordinate 0 is where the central square of size `sample` begins, not the edge of "
+            "the grid.",
+        ),
+        Mutant(by_turns, "All sines of an axis, then all its cosines; not interleaved."),
         Mutant(cosines_first, "Sines come first, then cosines."),
     ),
-    why="Images of other shapes are cropped from the middle of this grid instead of stretching it.",
+    why="Images of other shapes are cropped from the middle of this grid, never stretching it.",
     where="nanosd3/patchify.py, sincos_positions (paper, section 5.3.2)",
     differentiable=False,
-    other_devices=False,  # nothing comes in
+    other_devices=False,  # takes no tensors
     names=("width", "grid", "sample", "span"),
-)  # fmt: skip
+)
 
 
 def crop_cases(generator: torch.Generator) -> list[Case]:
     return [
-        Case(f"{rows}x{columns} of {grid}x{grid}",
-             (normal(generator, 1, grid**2, 3), rows, columns))
+        Case(
+            f"{rows}x{columns} of {grid}x{grid}", (normal(generator, 1, grid**2, 3), rows, columns)
+        )
         for grid, rows, columns in ((6, 2, 4), (7, 4, 3), (5, 5, 5), (8, 5, 3))
-    ]  # fmt: skip
+    ]
 
 
 def crop_spec(positions: Tensor, rows: int, columns: int) -> Tensor:
@@ -248,20 +265,22 @@ CROP = Exercise(
     points=2,
     difficulty=2,
     signature="def centre_crop(positions: Tensor, rows: int, columns: int) -> Tensor:",
-    task="The middle rows x columns of positions (1, grid*grid, D), as (1, rows*columns, D); an\n"
-    "odd remainder is left at the bottom and on the right.",
+    task="The middle rows x columns of positions (1, grid*grid, D), as (1, rows*columns, D). If\n"
+    "the margin is odd, the extra row or column is cut at the bottom or on the right.",
     specification=crop_spec,
     reference=patchify.centre_crop,
     cases=crop_cases,
     mutants=(
         Mutant(top_left, "That is the top left corner, not the middle."),
-        Mutant(first_ones, "The first tokens are the top rows of the whole grid; make it a square "
-               "again first."),
-        Mutant(exchanged_crop, "Rows and columns are exchanged."),
+        Mutant(
+            first_ones,
+            "The first tokens are the top rows of the whole grid; restore the square first.",
+        ),
+        Mutant(exchanged_crop, "Rows and columns are swapped."),
     ),
     why="A wrong crop is invisible on square images of full size and ruins all others.",
     where="nanosd3/patchify.py, centre_crop",
     names=("positions", "rows", "columns"),
-)  # fmt: skip
+)
 
 EXERCISES = (PATCHIFY, UNPATCHIFY, POSITIONS, CROP)

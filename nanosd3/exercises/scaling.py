@@ -1,12 +1,13 @@
-"""Exercises on the scale and shift between autoencoder and flow."""
+"""Exercises on the scale and shift between the autoencoder and the flow."""
 
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from nanosd3 import vae
-from nanosd3.exercises.base import Case, Exercise, Mutant, normal
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
 
 
 def scaling_cases(generator: torch.Generator) -> list[Case]:
@@ -16,17 +17,18 @@ def scaling_cases(generator: torch.Generator) -> list[Case]:
     ]
 
 
-def of_numbers(shift: float, scale: float) -> SimpleNamespace:
-    """As much of an autoencoder as its scaling needs."""
-    return SimpleNamespace(config=SimpleNamespace(shift=shift, scale=scale))
+def stand_in(shift: float, scale: float) -> vae.AutoencoderKL:
+    """The part of an autoencoder that its scaling uses, its config."""
+    config = SimpleNamespace(shift=shift, scale=scale)
+    return cast(vae.AutoencoderKL, SimpleNamespace(config=config))
 
 
 def normalise(z: Tensor, shift: float, scale: float) -> Tensor:
-    return vae.AutoencoderKL.normalise(of_numbers(shift, scale), z)
+    return vae.AutoencoderKL.normalise(stand_in(shift, scale), z)
 
 
 def denormalise(x0: Tensor, shift: float, scale: float) -> Tensor:
-    return vae.AutoencoderKL.denormalise(of_numbers(shift, scale), x0)
+    return vae.AutoencoderKL.denormalise(stand_in(shift, scale), x0)
 
 
 def normalise_spec(z: Tensor, shift: float, scale: float) -> Tensor:
@@ -54,21 +56,24 @@ NORMALISE = Exercise(
     points=1,
     difficulty=1,
     signature="def normalise(z: Tensor, shift: float, scale: float) -> Tensor:",
-    task="Latents z of any shape, as the encoder makes them, to what the flow works on: mean\n"
-    "0 and deviation 1: shift is their mean, scale one over their deviation.",
+    task="Map latents z of any shape, as the encoder makes them, to what the flow works on, mean\n"
+    "0 and standard deviation 1: shift is their mean, scale one over their standard deviation.",
     specification=normalise_spec,
     reference=normalise,
     cases=scaling_cases,
     mutants=(
-        Mutant(scaled_first, "The mean is taken away before scaling."),
-        Mutant(shift_forgotten, "The shift is not used: SD3 was the first of its line to have one, "
-               "and training scripts shipped without it."),
-        Mutant(divided_by_scale, "scale is one over the deviation, so it multiplies."),
+        Mutant(scaled_first, "Subtract the mean before scaling."),
+        Mutant(
+            shift_forgotten,
+            "The shift is not used: SD3 was the first of its line to have one, and training "
+            "scripts shipped without it.",
+        ),
+        Mutant(divided_by_scale, "scale is one over the standard deviation, so it multiplies."),
     ),
-    why="Noise has deviation 1: latents of another size would be drowned by it, or drown it.",
+    why="The noise has standard deviation 1: latents of another size drown in it, or drown it.",
     where="nanosd3/vae.py, AutoencoderKL.normalise",
     names=("z", "shift", "scale"),
-)  # fmt: skip
+)
 
 
 def denormalise_spec(x0: Tensor, shift: float, scale: float) -> Tensor:
@@ -100,18 +105,18 @@ DENORMALISE = Exercise(
     points=1,
     difficulty=1,
     signature="def denormalise(x0: Tensor, shift: float, scale: float) -> Tensor:",
-    task="Back again: latents x0 of any shape, as the flow makes them ((z - shift) scale),\n"
+    task="The way back: map latents x0 of any shape, as the flow makes them ((z - shift) scale),\n"
     "to what the decoder expects.",
     specification=denormalise_spec,
     reference=denormalise,
     cases=scaling_cases,
     mutants=(
-        Mutant(shifted_first, "Undo in the opposite order: the scale was applied last."),
+        Mutant(shifted_first, "Undo in reverse order: the scale was applied last."),
         Mutant(only_divided, "The shift is not undone."),
-        Mutant(multiplied, "The scale was multiplied with; undo that."),
-        Mutant(applied_again, "That normalises a second time; the decoder wants the inverse."),
+        Mutant(multiplied, "The scale was multiplied; undo that."),
+        Mutant(applied_again, "That normalises a second time; the decoder needs the inverse."),
     ),
-    why="A forgotten shift gives pictures that are a little wrong everywhere, for months.",
+    why="A forgotten shift makes every image slightly wrong, and nobody notices for months.",
     where="nanosd3/vae.py, AutoencoderKL.denormalise",
     names=("x0", "shift", "scale"),
 )

@@ -7,18 +7,20 @@ import torch
 from torch import Tensor
 
 from nanosd3 import flow, samplers
-from nanosd3.exercises.base import Case, Exercise, Mutant, normal
-from nanosd3.exercises.worker import FIELD
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
+from nanosd3.exercises.grader.sandbox import FIELD
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 def solver_cases(generator: torch.Generator) -> list[Case]:
     return [
-        Case(f"{steps} steps, shift {alpha}",
-             (FIELD, normal(generator, 2, 3, 4), flow.schedule(steps, alpha)))
+        Case(
+            f"{steps} steps, shift {alpha}",
+            (FIELD, normal(generator, 2, 3, 4), flow.schedule(steps, alpha)),
+        )
         for steps, alpha in ((5, 3.0), (3, 1.0), (2, 1.0))
-    ]  # fmt: skip
+    ]
 
 
 def euler_spec(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
@@ -57,29 +59,28 @@ EULER = Exercise(
     difficulty=1,
     signature="def euler(velocity: Callable, z: Tensor, ts: Tensor) -> Tensor:",
     task="Follow velocity(z, t) from noise z at ts[0] = 1 to ts[-1] = 0 in straight steps, each\n"
-    "along the velocity at its start; ts descends. One call of velocity a step.",
+    "along the velocity at its start; ts is descending. Call velocity once per step.",
     specification=euler_spec,
     reference=samplers.euler,
     cases=solver_cases,
     mutants=(
         Mutant(euler_uphill, "t falls from 1 to 0, so a step in time is negative."),
-        Mutant(euler_at_the_end, "The velocity is asked for at the start of the step, not at its "
-               "end."),
-        Mutant(euler_too_short, "The last step, into t = 0, is missing."),
-        Mutant(euler_even_steps, "Steps are not equally long: ts says where to stop."),
+        Mutant(euler_at_the_end, "Evaluate the velocity at the start of the step, not at its end."),
+        Mutant(euler_too_short, "The last step, to t = 0, is missing."),
+        Mutant(euler_even_steps, "Steps differ in length: ts says where each one ends."),
     ),
-    why="Its error halves when the steps are doubled; straight paths would need a single one.",
+    why="Doubling the steps halves its error; straight paths would need only one.",
     where="nanosd3/samplers.py, euler",
     differentiable=False,
     names=("velocity", "z", "ts"),
-)  # fmt: skip
+)
 
 
 def heun_spec(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
     for i in range(len(ts) - 1):
         dt = ts[i + 1] - ts[i]
         v = velocity(z, ts[i])
-        ahead = z + dt * v  # where Euler would arrive
+        ahead = z + dt * v  # where Euler's step would end
         if i == len(ts) - 2:
             z = ahead  # the last step is Euler's
         else:
@@ -122,18 +123,18 @@ HEUN = Exercise(
     points=3,
     difficulty=2,
     signature="def heun(velocity: Callable, z: Tensor, ts: Tensor) -> Tensor:",
-    task="As euler, but each step along the mean of the velocities at its start and where Euler's\n"
-    "step would end; the last step, into t = 0, is Euler's.",
+    task="As euler, but each step follows the mean of the velocities at its start and where\n"
+    "Euler's step would end; the last step, to t = 0, is Euler's.",
     specification=heun_spec,
     reference=samplers.heun,
     cases=solver_cases,
     mutants=(
         Mutant(heun_to_the_end, "The last step is Euler's: the network has hardly seen t = 0."),
-        Mutant(midpoint, "That is the midpoint method; Heun takes the mean of both ends."),
-        Mutant(heun_from_here, "The second velocity is asked for where Euler's step arrives."),
-        Mutant(only_euler, "There is only one velocity a step; Heun takes two."),
+        Mutant(midpoint, "That is the midpoint method; Heun takes the mean over both ends."),
+        Mutant(heun_from_here, "Evaluate the second velocity where Euler's step ends."),
+        Mutant(only_euler, "You use one velocity per step; Heun uses two."),
     ),
-    why="Twice the calls, a quarter of the error at half the step.",
+    why="Twice the calls, and a quarter of the error at half the step size.",
     where="nanosd3/samplers.py, heun",
     differentiable=False,
     names=("velocity", "z", "ts"),
@@ -141,44 +142,52 @@ HEUN = Exercise(
 
 
 def dpmpp_spec(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
-    previous, last_h = None, None
+    before: tuple[Tensor, Tensor] | None = None  # x0 and h of the previous step
     for i in range(len(ts) - 1):
         t, t_next = ts[i], ts[i + 1]
-        x0 = z - t * velocity(z, t)  # the clean image it points to
+        x0 = z - t * velocity(z, t)  # the clean image the velocity points to
         guess = x0
         if t_next > 0:
             h = torch.log(t / t_next)
-            if previous is not None:
-                k = h / (2 * last_h)
-                guess = (1 + k) * x0 - k * previous  # a line through the last two, carried on
-            last_h = h
+            if before is not None:
+                x0_before, h_before = before
+                k = h / (2 * h_before)
+                guess = (1 + k) * x0 - k * x0_before  # extrapolate the line through both
+            before = x0, h
         z = t_next / t * z + (1 - t_next / t) * guess
-        previous = x0
     return z
 
 
 def without_half(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
-    return two_step(velocity, z, ts, lambda h, last: h / last)
+    return two_step(velocity, z, ts, lambda h, h_before: h / h_before)
 
 
 def upside_down(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
-    return two_step(velocity, z, ts, lambda h, last: last / (2 * h))
+    return two_step(velocity, z, ts, lambda h, h_before: h_before / (2 * h))
 
 
 def equal_steps(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
-    return two_step(velocity, z, ts, lambda h, last: 0.5)
+    return two_step(velocity, z, ts, lambda h, h_before: 0.5)
 
 
-def two_step(velocity: Velocity, z: Tensor, ts: Tensor, share: Callable) -> Tensor:
-    """DPM++ 2M with another share of the step before."""
-    previous, last = None, None
+def two_step(
+    velocity: Velocity,
+    z: Tensor,
+    ts: Tensor,
+    weight: Callable[[Tensor, Tensor], Tensor | float],
+) -> Tensor:
+    """DPM++ 2M with another rule k = weight(h, h_before)."""
+    before: tuple[Tensor, Tensor] | None = None
     for t, t_next in pairwise(ts):
-        x0 = z - t * velocity(z, t)
-        h = torch.log(t / t_next) if t_next > 0 else None
-        k = share(h, last) if previous is not None and h is not None else 0.0
-        guess = (1 + k) * x0 - k * previous if k else x0
+        x0 = guess = z - t * velocity(z, t)
+        if t_next > 0:
+            h = torch.log(t / t_next)
+            if before is not None:
+                x0_before, h_before = before
+                k = weight(h, h_before)
+                guess = (1 + k) * x0 - k * x0_before
+            before = x0, h
         z = t_next / t * z + (1 - t_next / t) * guess
-        previous, last = x0, h
     return z
 
 
@@ -188,24 +197,26 @@ DPMPP = Exercise(
     points=4,
     difficulty=3,
     signature="def dpmpp_2m(velocity: Callable, z: Tensor, ts: Tensor) -> Tensor:",
-    task="DPM-Solver++ (2M), which remembers. At each step x0 = z - t v, h = log(t / t_next),\n"
-    "guess = (1 + k) x0 - k x0_before, k = h / (2 h_before); then z = r z + (1 - r) guess,\n"
-    "r = t_next / t. The first step and the one into t = 0 take guess = x0.",
+    task="DPM-Solver++ (2M), which remembers one step. At each step x0 = z - t v,\n"
+    "h = log(t / t_next), k = h / (2 h_before), guess = (1 + k) x0 - k x0_before; then\n"
+    "z = r z + (1 - r) guess, r = t_next / t. The first step and the one to t = 0 take guess = x0.",
     specification=dpmpp_spec,
     reference=samplers.dpmpp_2m,
     cases=solver_cases,
     mutants=(
-        Mutant(without_half, "k is half of the ratio of the two steps."),
-        Mutant(upside_down, "k grows with this step and falls with the one before."),
-        Mutant(equal_steps, "Steps are not equally long: k depends on both."),
-        Mutant(only_euler, "Without memory this is Euler's method exactly; the estimate before is "
-               "not used."),
+        Mutant(without_half, "k is half the ratio of the two steps."),
+        Mutant(upside_down, "k grows with this step and shrinks with the previous one."),
+        Mutant(equal_steps, "Steps differ in length: k depends on both."),
+        Mutant(
+            only_euler,
+            "Without memory this is exactly Euler's method; use the previous estimate too.",
+        ),
     ),
-    why="Second order at one call a step: SD3.5's own choice.",
+    why="Second order at one call per step: the default of SD3.5.",
     where="nanosd3/samplers.py, dpmpp_2m",
     differentiable=False,
-    other_devices=False,  # asks whether t_next is 0
+    other_devices=False,  # tests whether t_next is 0
     names=("velocity", "z", "ts"),
-)  # fmt: skip
+)
 
 EXERCISES = (EULER, HEUN, DPMPP)

@@ -1,13 +1,15 @@
-"""Exercises on text: distances in T5, three encoders joined, some of them left out."""
+"""Exercises on text: relative positions in T5, joining three encoders, dropping some."""
 
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanosd3 import t5, text
-from nanosd3.exercises.base import Case, Exercise, Mutant, normal
+from nanosd3.config import TextConfig
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
 
 
 def bucket_cases(generator: torch.Generator) -> list[Case]:
@@ -15,7 +17,7 @@ def bucket_cases(generator: torch.Generator) -> list[Case]:
 
 
 def buckets_spec(length: int) -> Tensor:
-    """16 buckets for keys before the query (or at it), 16 for those after it."""
+    """16 buckets for keys before or at the query, 16 for keys after it."""
     starts = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91)
     table = torch.zeros(length, length, dtype=torch.long)
     for query in range(length):
@@ -48,29 +50,35 @@ BUCKETS = Exercise(
     points=3,
     difficulty=3,
     signature="def distance_buckets(length: int) -> Tensor:",
-    task="T5's relative positions: a bucket (length, length), of type long, for the distance from\n"
-    "each query (row) to each key (column). Buckets 0 to 7 are single distances; 8 to 15 begin at\n"
-    "8, 12, 16, 23, 32, 46, 64 and 91. For keys behind the query add 16.",
+    task="T5's relative positions: a bucket number (length, length), dtype long, for the distance\n"
+    "from each query (row) to each key (column). Buckets 0 to 7 are single distances; 8 to 15\n"
+    "begin at 8, 12, 16, 23, 32, 46, 64 and 91. Add 16 for keys after the query.",
     specification=buckets_spec,
     reference=t5.distance_buckets,
     cases=bucket_cases,
     mutants=(
-        Mutant(buckets_transposed, "Rows are queries, columns are keys; which lies behind?"),
-        Mutant(no_direction, "Before and after are told apart: keys behind the query add 16."),
-        Mutant(not_logarithmic, "From 8 on a bucket holds many distances, more the further away."),
+        Mutant(buckets_transposed, "Rows are queries, columns are keys; which one comes later?"),
+        Mutant(no_direction, "Before and after are told apart: add 16 for keys after the query."),
+        Mutant(
+            not_logarithmic,
+            "From 8 on a bucket covers many distances, more the further away it is.",
+        ),
     ),
-    why="Near words are told apart one by one, far ones roughly.",
+    why="Nearby words are told apart one by one, distant ones only roughly.",
     where="nanosd3/t5.py, distance_buckets",
     differentiable=False,
-    other_devices=False,  # nothing comes in
+    other_devices=False,  # takes no tensors
     names=("length",),
 )
 
 
 def context_cases(generator: torch.Generator) -> list[Case]:
     def case(B: int, Lc: int, dl: int, dg: int, Lt: int, Dc: int) -> Case:
-        states = (normal(generator, B, Lc, dl), normal(generator, B, Lc, dg),
-                  normal(generator, B, Lt, Dc))  # fmt: skip
+        states = (
+            normal(generator, B, Lc, dl),
+            normal(generator, B, Lc, dg),
+            normal(generator, B, Lt, Dc),
+        )
         return Case(f"{Lc} and {Lt} tokens", states)
 
     return [case(2, 3, 4, 5, 6, 12), case(1, 4, 2, 3, 2, 5)]
@@ -113,23 +121,26 @@ CONTEXT = Exercise(
     points=2,
     difficulty=2,
     signature="def join_context(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:",
-    task="One context from three encoders: states of the CLIPs, (B, Lc, dl) and (B, Lc, dg), side\n"
-    "by side, with zeros on the right up to T5's width Dc >= dl + dg; behind them, as further\n"
-    "tokens, T5's (B, Lt, Dc). Result: (B, Lc + Lt, Dc).",
+    task="One context from three encoders: the CLIPs' states, (B, Lc, dl) and (B, Lc, dg), side\n"
+    "by side and zero-padded on the right to T5's width Dc >= dl + dg; after them, as further\n"
+    "tokens, T5's states (B, Lt, Dc). Result: (B, Lc + Lt, Dc).",
     specification=context_spec,
     reference=text.join_context,
     cases=context_cases,
     mutants=(
         Mutant(g_before_l, "CLIP-L comes first, then CLIP-G."),
-        Mutant(t5_first, "T5's tokens stand behind the CLIPs'."),
+        Mutant(t5_first, "T5's tokens come after the CLIPs'."),
         Mutant(padded_on_the_left, "The zeros go to the right of the CLIPs' features."),
-        Mutant(encoders_as_tokens, "The CLIPs describe the same tokens: their features stand side "
-               "by side, not their tokens one after the other."),
+        Mutant(
+            encoders_as_tokens,
+            "The CLIPs describe the same tokens: their features stand side by side, not "
+            "their tokens one after the other.",
+        ),
     ),
-    why="Dropping an encoder is then only writing zeros over its part.",
+    why="Dropping an encoder then only means setting its part to zero.",
     where="nanosd3/text.py, join_context (paper, section 4)",
     names=("clip_l", "clip_g", "t5"),
-)  # fmt: skip
+)
 
 
 def drop_cases(generator: torch.Generator) -> list[Case]:
@@ -166,16 +177,18 @@ def drop_spec(
 def drop_encoders(
     context: Tensor, pooled: Tensor, keep: Tensor, dl: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    """`text.drop_encoders` with these sizes."""
+    """`text.drop_encoders` with a config of these sizes."""
     sizes = SimpleNamespace(
         clip_l=SimpleNamespace(width=dl, length=length),
         clip_g=SimpleNamespace(width=pooled.shape[1] - dl),
     )
-    return text.drop_encoders(context, pooled, keep, sizes)
+    return text.drop_encoders(context, pooled, keep, cast(TextConfig, sizes))
 
 
-def pooled_kept(context: Tensor, pooled: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return drop_encoders(context, pooled, *rest)[0], pooled
+def pooled_kept(
+    context: Tensor, pooled: Tensor, keep: Tensor, *sizes: int
+) -> tuple[Tensor, Tensor]:
+    return drop_encoders(context, pooled, keep, *sizes)[0], pooled
 
 
 def keep_means_drop(
@@ -208,21 +221,21 @@ DROP = Exercise(
     points=3,
     difficulty=2,
     signature="def drop_encoders(context, pooled, keep, dl, length) -> tuple[Tensor, Tensor]:",
-    task="Leave out encoders: keep (B, 3), bool, says for each sample which of CLIP-L, CLIP-G\n"
-    "and T5 is heard; what is not is set to zero. In context (B, M, Dc) the first `length` tokens\n"
-    "are the CLIPs' (features up to dl are L's, the others G's), the rest T5's; in pooled\n"
-    "(B, dl + dg) the first dl are L's, the others G's. Return both.",
+    task="Drop encoders: keep (B, 3), bool, says for each sample which of CLIP-L, CLIP-G and T5\n"
+    "to keep; the others are set to zero. In context (B, M, Dc) the first `length` tokens are the\n"
+    "CLIPs' (features below dl are L's, the others G's), the rest T5's; in pooled (B, dl + dg)\n"
+    "the first dl features are L's, the others G's. Return both.",
     specification=drop_spec,
     reference=drop_encoders,
     cases=drop_cases,
     mutants=(
-        Mutant(pooled_kept, "A dropped CLIP is silent in the pooled vector too."),
+        Mutant(pooled_kept, "A dropped CLIP is zero in the pooled vector too."),
         Mutant(keep_means_drop, "True means keep."),
-        Mutant(all_or_none, "Each encoder is dropped on its own."),
-        Mutant(first_decides, "Each sample of the batch has a row of its own in keep."),
-        Mutant(clips_exchanged, "keep has CLIP-L first, then CLIP-G."),
+        Mutant(all_or_none, "Each encoder is dropped independently."),
+        Mutant(first_decides, "Each sample of the batch has its own row in keep."),
+        Mutant(clips_exchanged, "keep lists CLIP-L first, then CLIP-G."),
     ),
-    why="In training it makes guidance possible, and leaving out T5 at home.",
+    why="Dropping encoders in training makes guidance possible, and running without T5.",
     where="nanosd3/text.py, drop_encoders (paper, appendix B.3)",
     names=("context", "pooled", "keep", "dl", "length"),
 )

@@ -1,18 +1,17 @@
-"""Exercises on tokenizers: joining a pair, learning which pairs to join, the best split."""
+"""Exercises on byte-pair encoding: merging a pair, learning which pairs to merge."""
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 
-from nanosd3.exercises.base import Case, Exercise, Mutant
-from nanosd3.tokenizers import BPE, CONTROLS, END_OF_WORD, Unigram
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant
+from nanosd3.tokenizers import BPE, END_OF_WORD
 from nanosd3.tokenizers import merge_pair as package_merge_pair
 
 Symbols = tuple[str, ...]
 Pair = tuple[str, str]
-
-# --- byte pairs ---------------------------------------------------------------------------------
 
 
 def pair_cases(generator: torch.Generator) -> list[Case]:
@@ -20,9 +19,9 @@ def pair_cases(generator: torch.Generator) -> list[Case]:
         Case("twice in a word", (("b", "a", "n", "a", "n", "a"), ("a", "n"))),
         Case("overlapping", (("a", "a", "a", "b"), ("a", "a"))),
         Case("longer symbols", (("th", "e", "th", "o", "th", "e"), ("th", "e"))),
-        Case("not there", (("x", "y", "z"), ("z", "y"))),
-        Case("a symbol that ends like the pair", (("xa", "b", "a", "b"), ("a", "b"))),
-        Case("the same letters otherwise", (("a", "bc", "ab", "c"), ("ab", "c"))),
+        Case("pair not present", (("x", "y", "z"), ("z", "y"))),
+        Case("symbol that ends like the pair", (("xa", "b", "a", "b"), ("a", "b"))),
+        Case("same letters, other symbols", (("a", "bc", "ab", "c"), ("ab", "c"))),
     ]
 
 
@@ -71,15 +70,15 @@ MERGE = Exercise(
     points=1,
     difficulty=1,
     signature="def merge_pair(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:",
-    task="A step of byte-pair encoding: join every occurrence of the pair of neighbouring symbols\n"
-    "into one symbol, from the left; no symbol is used twice. Return a tuple.",
+    task="One step of byte-pair encoding: merge every occurrence of the pair of adjacent symbols\n"
+    "into one symbol, from left to right; no symbol is used twice. Return a tuple.",
     specification=pair_spec,
     reference=package_merge_pair,
     cases=pair_cases,
     mutants=(
-        Mutant(only_first, "Every occurrence is joined, not the first alone."),
-        Mutant(from_the_right, "Start from the left: of three equal symbols the first two join."),
-        Mutant(used_twice, "A symbol that has been joined is used up."),
+        Mutant(only_first, "Merge every occurrence, not just the first."),
+        Mutant(from_the_right, "Start from the left: of three equal symbols the first two merge."),
+        Mutant(used_twice, "A symbol that has been merged is used up."),
         Mutant(either_order, "The order of the pair matters."),
     ),
     why="A tokenizer is this step, repeated in the order in which the pairs were learned.",
@@ -101,11 +100,11 @@ def corpus_cases(generator: torch.Generator) -> list[Case]:
 
 def train_spec(counts: dict[str, int], merges: int) -> list[Pair]:
     words = []
-    for word, count in counts.items():  # letters, the last one marked as the word's end
+    for word, count in counts.items():  # letters, the last one marked as the end of the word
         words.append(([*word[:-1], word[-1] + "</w>"], count))
     learned = []
     for _ in range(merges):
-        pairs = {}
+        pairs: dict[Pair, int] = {}
         for symbols, count in words:
             for i in range(len(symbols) - 1):
                 pair = (symbols[i], symbols[i + 1])
@@ -113,23 +112,25 @@ def train_spec(counts: dict[str, int], merges: int) -> list[Pair]:
         if not pairs:
             break
         most = max(pairs.values())
-        best = min(pair for pair in pairs if pairs[pair] == most)  # ties: the first in order
+        best = min(pair for pair in pairs if pairs[pair] == most)  # ties: alphabetical order
         learned.append(best)
         words = [(list(pair_spec(tuple(symbols), best)), count) for symbols, count in words]
     return learned
 
 
 def train_bpe(counts: dict[str, int], merges: int) -> list[Pair]:
-    """The merges of `BPE.train` on a corpus in which each word occurs so often."""
+    """The merges of `BPE.train` on a corpus with these word counts."""
     corpus = [word for word, count in counts.items() for _ in range(count)]
     return BPE.train(corpus, vocab=512 + 2 + merges).merges
 
 
-def trained(words: dict[Symbols, int], merges: int, rank: object) -> list[Pair]:
-    """Byte pairs learned by another rule: `rank` of (pair, count) is least for the best."""
+def trained(
+    words: dict[Symbols, int], merges: int, rank: Callable[[Pair, int], tuple]
+) -> list[Pair]:
+    """Byte pairs learned by another rule: the pair with the least `rank(pair, count)` is best."""
     learned = []
     for _ in range(merges):
-        pairs: Counter = Counter()
+        pairs: Counter[Pair] = Counter()
         for symbols, count in words.items():
             for pair in pairwise(symbols):
                 pairs[pair] += count
@@ -158,7 +159,7 @@ def ties_by_last(counts: dict[str, int], merges: int) -> list[Pair]:
 
 
 def ties_by_occurrence(counts: dict[str, int], merges: int) -> list[Pair]:
-    return trained(spelled(counts), merges, lambda p, n: -n)  # min takes the first it meets
+    return trained(spelled(counts), merges, lambda p, n: (-n,))  # min takes the first
 
 
 def rarest_first(counts: dict[str, int], merges: int) -> list[Pair]:
@@ -166,7 +167,7 @@ def rarest_first(counts: dict[str, int], merges: int) -> list[Pair]:
 
 
 def counted_only_at_start(counts: dict[str, int], merges: int) -> list[Pair]:
-    pairs: Counter = Counter()
+    pairs: Counter[Pair] = Counter()
     for symbols, count in spelled(counts).items():
         for pair in pairwise(symbols):
             pairs[pair] += count
@@ -179,114 +180,28 @@ TRAIN = Exercise(
     points=4,
     difficulty=3,
     signature="def train_bpe(counts: dict[str, int], merges: int) -> list[tuple[str, str]]:",
-    task="Learn byte pairs. `counts` says how often a word occurs; it starts as its letters,\n"
-    "the last one with '</w>' behind it. Again and again join the commonest pair of neighbours\n"
-    "(of equals the first by alphabet) everywhere; return the pairs in the order learned, at most\n"
-    "`merges`, fewer if nothing is left to join.",
+    task="Learn byte pairs. `counts` says how often each word occurs; a word starts as its\n"
+    "letters, the last one with '</w>' appended. Repeatedly merge the most common pair of\n"
+    "adjacent symbols (of equals, the first in alphabetical order) everywhere. Return the pairs\n"
+    "in the order learned, at most `merges`, fewer if nothing is left to merge.",
     specification=train_spec,
     reference=train_bpe,
     cases=corpus_cases,
     mutants=(
         Mutant(words_counted_once, "A pair counts as often as its words occur."),
-        Mutant(no_end_of_word, "The last letter carries the mark '</w>': an ending is not a "
-               "beginning."),
-        Mutant(ties_by_last, "Of pairs that are equally common, take the first by alphabet."),
-        Mutant(ties_by_occurrence, "Equally common pairs go by alphabet, not by which came first."),
-        Mutant(rarest_first, "The commonest pair is joined first."),
-        Mutant(counted_only_at_start, "Joining makes new neighbours: count again every time."),
+        Mutant(
+            no_end_of_word, "The last letter carries the mark '</w>': an ending is not a beginning."
+        ),
+        Mutant(ties_by_last, "Of equally common pairs, take the first in alphabetical order."),
+        Mutant(ties_by_occurrence, "Ties go by alphabetical order, not by which pair came first."),
+        Mutant(rarest_first, "The most common pair is merged first."),
+        Mutant(counted_only_at_start, "Merging makes new neighbours: count again every time."),
     ),
     why="Common words become one token, rare ones stay spellable.",
     where="nanosd3/tokenizers.py, BPE.train",
     names=("counts", "merges"),
     differentiable=False,
     other_devices=False,
-)  # fmt: skip
-
-# --- unigram ------------------------------------------------------------------------------------
-
-LETTERS = dict.fromkeys("unhapyblet", -6.0)
-
-
-def split_cases(generator: torch.Generator) -> list[Case]:
-    return [
-        Case("a long piece loses", ("unhappy", LETTERS | {"unh": -5.0, "un": -2.0, "happy": -3.0,
-                                                          "appy": -4.0})),
-        Case("more pieces win", ("table", LETTERS | {"table": -13.0, "ta": -3.0, "ble": -4.0,
-                                                     "tab": -2.5, "le": -9.0})),
-        Case("letters only", ("hub", LETTERS | {"hubble": -1.0})),
-        Case("one long piece", ("abc", {"a": -1.0, "b": -1.0, "c": -1.0, "abc": -2.0})),
-    ]  # fmt: skip
-
-
-def split_spec(word: str, scores: dict[str, float]) -> list[str]:
-    def splits(rest: str) -> list[list[str]]:  # every way to cut it into pieces
-        if not rest:
-            return [[]]
-        return [
-            [rest[:n], *others]
-            for n in range(1, len(rest) + 1) if rest[:n] in scores
-            for others in splits(rest[n:])
-        ]  # fmt: skip
-
-    return max(splits(word), key=lambda pieces: sum(scores[piece] for piece in pieces))
-
-
-def best_split(word: str, scores: dict[str, float]) -> list[str]:
-    """The pieces that `Unigram` finds with this vocabulary."""
-    pieces = [(control, 0.0) for control in CONTROLS] + list(scores.items())
-    return [pieces[i][0] for i in Unigram(pieces).encode_word(word)]
-
-
-def longest_first(word: str, scores: dict[str, float]) -> list[str]:
-    pieces, i = [], 0
-    while i < len(word):
-        j = max(j for j in range(i + 1, len(word) + 1) if word[i:j] in scores)
-        pieces.append(word[i:j])
-        i = j
-    return pieces
-
-
-def best_first(word: str, scores: dict[str, float]) -> list[str]:
-    pieces, i = [], 0
-    while i < len(word):
-        ends = [j for j in range(i + 1, len(word) + 1) if word[i:j] in scores]
-        j = max(ends, key=lambda j: scores[word[i:j]])
-        pieces.append(word[i:j])
-        i = j
-    return pieces
-
-
-def fewest_pieces(word: str, scores: dict[str, float]) -> list[str]:
-    return best_split(word, {piece: -100.0 + score for piece, score in scores.items()})
-
-
-def backwards(word: str, scores: dict[str, float]) -> list[str]:
-    return best_split(word, scores)[::-1]
-
-
-SPLIT = Exercise(
-    name="best_split",
-    topic="tokenizers",
-    points=4,
-    difficulty=3,
-    signature="def best_split(word: str, scores: dict[str, float]) -> list[str]:",
-    task="Unigram: of all ways to cut the word into pieces that have a score (a log-probability),\n"
-    "the one with the largest sum. Do not try them all: go through the ends j from left to right\n"
-    "and remember for each the best sum up to it and where its last piece begins (Viterbi).",
-    specification=split_spec,
-    reference=best_split,
-    cases=split_cases,
-    mutants=(
-        Mutant(longest_first, "The longest piece is not always in the most probable split."),
-        Mutant(best_first, "The best piece here may force bad ones later; compare whole splits."),
-        Mutant(fewest_pieces, "Few pieces are often better, but the sum of scores decides."),
-        Mutant(backwards, "You walked back from the end: now turn the pieces round."),
-    ),
-    why="2^(n-1) splits, found in n^2 steps: each best split contains a best split.",
-    where="nanosd3/tokenizers.py, Unigram",
-    names=("word", "scores"),
-    differentiable=False,
-    other_devices=False,
 )
 
-EXERCISES = (MERGE, TRAIN, SPLIT)
+EXERCISES = (MERGE, TRAIN)

@@ -1,14 +1,14 @@
-"""Exercises on the training loop: learning rate, EMA, accumulated gradients."""
+"""Exercises on the training loop: learning rate, EMA, gradient accumulation."""
 
 import math
-from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nanosd3 import flow, loop
-from nanosd3.config import Recipe
-from nanosd3.exercises.base import Case, Exercise, Mutant, normal
+from nanosd3 import flow
+from nanosd3.config_types import Recipe
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
+from nanosd3.training import ema, optimizer
 
 # --- learning rate ------------------------------------------------------------------------------
 
@@ -17,7 +17,7 @@ def rate_cases(generator: torch.Generator) -> list[Case]:
     return [
         Case("first step", (0, 100, 10, 2e-3)),
         Case("end of warm-up", (9, 100, 10, 2e-3)),
-        Case("first step after it", (10, 100, 10, 2e-3)),
+        Case("first step after warm-up", (10, 100, 10, 2e-3)),
         Case("a third of the way", (40, 100, 10, 2e-3)),
         Case("last step", (99, 100, 10, 1e-2)),
         Case("no warm-up", (7, 20, 0, 1e-3)),
@@ -28,12 +28,12 @@ def rate_spec(step: int, steps: int, warmup: int, lr: float) -> float:
     if step < warmup:
         return lr * (step + 1) / warmup
     done = (step - warmup) / (steps - warmup)  # 0 after the warm-up, 1 at the end
-    half_a_wave = 0.5 * (1 + math.cos(math.pi * done))  # from 1 down to 0
-    return lr * (0.01 + 0.99 * half_a_wave)
+    half_cosine = 0.5 * (1 + math.cos(math.pi * done))  # from 1 down to 0
+    return lr * (0.01 + 0.99 * half_cosine)
 
 
 def learning_rate(step: int, steps: int, warmup: int, lr: float) -> float:
-    return loop.learning_rate(step, Recipe(steps, 1, lr, warmup, 0.0))
+    return optimizer.learning_rate(step, Recipe(steps, 1, lr, warmup, 0.0))
 
 
 def starts_at_zero(step: int, steps: int, warmup: int, lr: float) -> float:
@@ -63,19 +63,22 @@ RATE = Exercise(
     points=1,
     difficulty=1,
     signature="def learning_rate(step: int, steps: int, warmup: int, lr: float) -> float:",
-    task="The learning rate at a step (counted from 0) of `steps`: it grows evenly to lr over the\n"
-    "first `warmup` steps (lr / warmup at step 0), then falls along half a cosine to lr / 100.",
+    task="The learning rate at a step (counted from 0) of `steps`: it rises linearly to lr over\n"
+    "the first `warmup` steps (lr / warmup at step 0), then falls along half a cosine to\n"
+    "lr / 100.",
     specification=rate_spec,
     reference=learning_rate,
     cases=rate_cases,
     mutants=(
-        Mutant(starts_at_zero, "At step 0 the rate is lr / warmup: a step of 0 would be wasted."),
+        Mutant(
+            starts_at_zero, "At step 0 the rate is lr / warmup: a rate of 0 would waste the step."
+        ),
         Mutant(ends_at_zero, "It falls to a hundredth of lr, not to 0."),
         Mutant(warmup_not_taken_off, "The cosine begins where the warm-up ends."),
         Mutant(straight_down, "Half a cosine, not a straight line."),
     ),
-    why="AdamW's averages know nothing yet in its first steps; small ones do no harm.",
-    where="nanosd3/loop.py, learning_rate",
+    why="AdamW's averages are unreliable in the first steps; small updates do no harm.",
+    where="nanosd3/training/optimizer.py, learning_rate",
     names=("step", "steps", "warmup", "lr"),
     differentiable=False,
     other_devices=False,
@@ -93,7 +96,7 @@ def ema_cases(generator: torch.Generator) -> list[Case]:
 
 
 def ema_spec(average: Tensor, weights: Tensor, step: int, decay: float) -> Tensor:
-    d = min(decay, (1 + step) / (10 + step))  # short memory at first
+    d = min(decay, (1 + step) / (10 + step))  # a short memory at first
     out = torch.empty(average.shape, dtype=average.dtype)
     for i, (old, new) in enumerate(zip(average.flatten(), weights.flatten(), strict=True)):
         out.view(-1)[i] = d * old + (1 - d) * new
@@ -101,10 +104,10 @@ def ema_spec(average: Tensor, weights: Tensor, step: int, decay: float) -> Tenso
 
 
 def ema_update(average: Tensor, weights: Tensor, step: int, decay: float) -> Tensor:
-    """`loop.update_ema` of a module with one parameter."""
+    """`ema.update_ema` of a module with a single parameter."""
     result = average.clone()
-    ema, module = (SimpleNamespace(parameters=lambda p=p: [p]) for p in (result, weights))
-    loop.update_ema(ema, module, step, decay)
+    averages, module = (nn.ParameterList([nn.Parameter(p)]) for p in (result, weights))
+    ema.update_ema(averages, module, step, decay)  # in place: the parameter shares its memory
     return result
 
 
@@ -138,28 +141,36 @@ EMA = Exercise(
     reference=ema_update,
     cases=ema_cases,
     mutants=(
-        Mutant(no_warmup, "Early on d is smaller: else a short run's average is mostly its initial "
-               "weights."),
+        Mutant(
+            no_warmup,
+            "Early on d is smaller: otherwise a short run's average is mostly initial weights.",
+        ),
         Mutant(ema_exchanged, "Most of the result is the old average, not the new weights."),
         Mutant(larger_decay, "The smaller of the two: the average's memory grows up to decay."),
-        Mutant(plain_mean, "A moving average forgets; yours remembers every step alike."),
+        Mutant(plain_mean, "A moving average forgets; yours remembers every step equally."),
     ),
-    why="Samples from the average are better than from any single step's weights.",
-    where="nanosd3/loop.py, update_ema",
+    why="Samples from the averaged weights are better than those from any single step's.",
+    where="nanosd3/training/ema.py, update_ema",
     names=("average", "weights", "step", "decay"),
     differentiable=False,
-)  # fmt: skip
+)
 
 # --- gradients ----------------------------------------------------------------------------------
 
 
 def gradient_cases(generator: torch.Generator) -> list[Case]:
     return [
-        Case(f"{count} samples, {size} at once",
-             (normal(generator, D, D), *(normal(generator, count, D) for _ in range(2)),
-              torch.rand(count, generator=generator), size))
+        Case(
+            f"{count} samples, {size} at once",
+            (
+                normal(generator, D, D),
+                *(normal(generator, count, D) for _ in range(2)),
+                torch.rand(count, generator=generator),
+                size,
+            ),
+        )
         for count, D, size in ((7, 3, 3), (8, 4, 2), (5, 2, 5))
-    ]  # fmt: skip
+    ]
 
 
 def gradient_spec(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
@@ -168,11 +179,11 @@ def gradient_spec(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: in
         z = (1 - t[b]) * x0[b] + t[b] * noise[b]
         difference = z @ weight - (noise[b] - x0[b])
         total = total + 2 * z[:, None] * difference[None, :] / len(z)
-    return total / len(x0)  # the mean over all samples, however they are cut up
+    return total / len(x0)  # the mean over all samples, however they are split
 
 
 def accumulate_gradient(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
-    """Of the whole batch at once: what any way of cutting it up must give."""
+    """The whole batch at once: what any way of splitting it must give."""
     return gradient_of(weight, x0, noise, t)
 
 
@@ -182,21 +193,21 @@ def gradient_of(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return torch.autograd.grad(loss, weight)[0]
 
 
-def pieces(weight: Tensor, size: int, *batch: Tensor) -> list[Tensor]:
-    cut = zip(*(x.split(size) for x in batch), strict=True)
-    return [gradient_of(weight, *part) for part in cut]
+def microbatch_gradients(weight: Tensor, size: int, *batch: Tensor) -> list[Tensor]:
+    microbatches = zip(*(x.split(size) for x in batch), strict=True)
+    return [gradient_of(weight, *microbatch) for microbatch in microbatches]
 
 
 def mean_of_means(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
-    return torch.stack(pieces(weight, size, x0, noise, t)).mean(0)
+    return torch.stack(microbatch_gradients(weight, size, x0, noise, t)).mean(0)
 
 
 def sum_of_means(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
-    return torch.stack(pieces(weight, size, x0, noise, t)).sum(0)
+    return torch.stack(microbatch_gradients(weight, size, x0, noise, t)).sum(0)
 
 
 def last_only(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
-    return pieces(weight, size, x0, noise, t)[-1]
+    return microbatch_gradients(weight, size, x0, noise, t)[-1]
 
 
 def rest_dropped(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
@@ -211,20 +222,22 @@ ACCUMULATE = Exercise(
     difficulty=3,
     signature="def accumulate_gradient(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, "
     "size: int) -> Tensor:",
-    task="The gradient (D, D), for weight, of the mean flow loss of a batch, x0 and noise\n"
-    "(B, D) and t (B,), for the network velocity = z @ weight; computed for at most `size`\n"
-    "samples at once, since more do not fit into memory. The last piece may be smaller.",
+    task="The gradient (D, D), with respect to weight, of the mean flow loss of a batch, x0 and\n"
+    "noise (B, D) and t (B,), for the network velocity = z @ weight. Process at most `size`\n"
+    "samples at once, since more do not fit in memory; the last microbatch may be smaller.",
     specification=gradient_spec,
     reference=accumulate_gradient,
     cases=gradient_cases,
     mutants=(
-        Mutant(mean_of_means, "The pieces are not all equally large: each counts by its size."),
-        Mutant(sum_of_means, "A sum of means grows with the number of pieces."),
-        Mutant(last_only, "The gradients of the earlier pieces are lost; is it zeroed too soon?"),
-        Mutant(rest_dropped, "The smaller piece at the end belongs to the batch too."),
+        Mutant(mean_of_means, "Microbatches may differ in size: each counts by its size."),
+        Mutant(sum_of_means, "A sum of means grows with the number of microbatches."),
+        Mutant(
+            last_only, "The gradients of earlier microbatches are lost; are they zeroed too soon?"
+        ),
+        Mutant(rest_dropped, "The smaller microbatch at the end belongs to the batch too."),
     ),
-    why="Accumulation must change memory and time, never the result.",
-    where="nanosd3/flow.py, flow_loss: one loss a sample makes it exact",
+    why="Accumulation may change memory and time, never the result.",
+    where="nanosd3/flow.py, flow_loss (one loss per sample makes accumulation exact)",
     names=("weight", "x0", "noise", "t", "size"),
     differentiable=False,
 )

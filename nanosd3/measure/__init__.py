@@ -1,1 +1,13 @@
-"""What it costs, measured: time, memory and exactness, on the machine at hand."""
+"""What the model costs in parameters, FLOPs, memory and time: predicted and measured.
+
+Modules, each of which imports only from those above it:
+    costs               parameters and FLOPs, in closed form
+    step_memory         what a training step holds at its peak, in closed form
+    memory              memory of each process in training, in closed form
+    random_models       randomly initialised networks and random inputs
+    meters              FLOPs, peak memory, and the training step they are measured on
+    compare_diffusers   time and memory next to diffusers, on the same weights
+    run_memory          peak memory of a whole run of `generate`
+    growth              measured and predicted cost against depth, image tokens and batch
+    cuda                every GPU measurement in one command (imports from training)
+"""

@@ -2,9 +2,9 @@
 # # 01 · Flow: from noise to data along straight lines
 #
 # **How can a network turn noise into data when nobody says which noise belongs to which data?**
-# On points in the plane the whole idea fits on a page and can be watched. This notebook uses
-# PyTorch and matplotlib and nothing of nanosd3 until its end, where what you have written is
-# compared with the package's own functions.
+# With points in the plane the whole idea fits on a page, and you can watch it work. This notebook
+# uses only PyTorch and matplotlib until the end, where your code is compared with the functions of
+# nanosd3.
 
 # %%
 import os
@@ -31,13 +31,13 @@ def data(n, generator):
 # %% [markdown]
 # ## The question, as a picture
 #
-# On the left noise, on the right data. We want a *motion* that carries the first cloud into the
-# second. We may look at as many points of each as we like, but no point comes with a partner.
+# Noise on the left, data on the right. We want a *motion* that carries the first cloud into the
+# second. We may look at as many points of each as we like, but the points do not come in pairs.
 
 
 # %%
 def clouds(parts, caption):
-    """Scatter plots side by side, each a title -> points (n, 2)."""
+    """Scatter plots side by side, given as title -> points (n, 2)."""
     figure, axes = plt.subplots(1, len(parts), figsize=(2.4 * len(parts), 2.9), squeeze=False)
     for axis, (title, points) in zip(axes[0], parts.items(), strict=True):
         axis.scatter(*points.T, s=3, color="0")
@@ -49,13 +49,13 @@ def clouds(parts, caption):
 
 g = torch.Generator().manual_seed(0)
 x0, noise = data(800, g), torch.randn(800, 2, generator=g)
-clouds({"noise, t = 1": noise, "data, t = 0": x0}, "Where we start and where we want to be.")
+clouds({"noise, t = 1": noise, "data, t = 0": x0}, "Where we start and where we want to end.")
 
 # %% [markdown]
 # ## A line for every pair
 #
-# The trick of flow matching: draw partners **at random**. Join each data point `x0` to some noise
-# by a straight line and let `t` say where on the line we are: 0 at the data, 1 at the noise.
+# The trick of flow matching is to form the pairs **at random**. Join each data point `x0` to some
+# noise by a straight line and let `t` say where on the line we are: 0 at the data, 1 at the noise.
 # In plain loops:
 
 
@@ -69,7 +69,7 @@ def interpolate_slowly(x0, noise, t):
 
 
 # %% [markdown]
-# and with tensors. `t` has one number for each point, so it must become a column.
+# and with tensors. `t` has one number per point, so it has to become a column.
 
 
 # %%
@@ -82,18 +82,18 @@ t = torch.rand(800, generator=g)
 torch.testing.assert_close(line(x0, noise, t), interpolate_slowly(x0, noise, t))
 
 # %%
-moments = {f"t = {s}": line(x0, noise, torch.full((800,), s)) for s in (1.0, 0.7, 0.4, 0.0)}
-clouds(moments, "The cloud of z at four times. Every one is a mixture of noise and data.")
+snapshots = {f"t = {s}": line(x0, noise, torch.full((800,), s)) for s in (1.0, 0.7, 0.4, 0.0)}
+clouds(snapshots, "The cloud of z at four times: mixtures of noise and data.")
 
 # %% [markdown]
 # ## What the network learns
 #
-# Along its line each point moves at a constant velocity, `dz/dt = noise - x0`. The network sees
-# where a point is and what time it is, and is asked for that velocity. But through one place many
-# lines pass, in different directions.
+# Along its line each point moves at a constant velocity, `dz/dt = noise - x0`. The network sees a
+# position and a time and has to predict that velocity. But many lines pass through the same place,
+# in different directions.
 #
-# **PREDICT.** Trained by mean squares on lines that cross, what will the network answer at a
-# crossing?
+# **PREDICT.** A network is trained with the mean square error on lines that cross. What does it
+# predict at a crossing?
 
 # %%
 figure, axis = plt.subplots(figsize=(4.2, 3.6))
@@ -103,16 +103,16 @@ axis.scatter(*x0[:60].T, s=12, color="0", label="data")
 axis.scatter(*noise[:60].T, s=12, facecolors="white", edgecolors="0", label="noise")
 axis.set(xlabel="first coordinate", ylabel="second coordinate")
 axis.legend(frameon=False)
-figure.supxlabel("Sixty of the lines: they cross everywhere.", fontsize=9, style="italic")
+figure.supxlabel("Sixty of the lines. They cross everywhere.", fontsize=9, style="italic")
 plt.show()
 
 # %% [markdown]
-# The least-squares answer to contradicting targets is their **mean**: at (z, t) the network learns
+# The least-squares answer to contradictory targets is their **mean**: at (z, t) the network learns
 # `E[noise - x0 | z_t = z]`. That is enough! A cloud that follows the mean velocity has the right
-# density at every time, although no point stays on its line. (This is the theorem behind it all;
-# Lipman et al., arXiv 2210.02747, theorem 2.)
+# density at every time, although no single point stays on its line. (This is the theorem behind the
+# whole method: Lipman et al., arXiv 2210.02747, theorem 2.)
 #
-# A small network: the point, and a few sines and cosines of the time.
+# A small network, whose inputs are the point and a few sines and cosines of the time:
 
 
 # %%
@@ -130,8 +130,8 @@ class Velocity(nn.Module):
 
 
 # %% [markdown]
-# The training loop is the whole of rectified flow: draw data, noise and time; go to the place on
-# the line; compare velocities.
+# The training loop is all there is to rectified flow: draw data, noise and time; move to that point
+# on the line; compare velocities.
 
 
 # %%
@@ -162,22 +162,23 @@ window = 30
 mean = torch.tensor(losses).unfold(0, window, 1).mean(1)
 axis.plot(range(window, len(losses) + 1), mean, color="0")
 axis.set(xlabel="step", ylabel="loss (mean square of velocity)", ylim=(0, None))
-figure.supxlabel(f"Mean of {window} steps. It stops far above zero.", fontsize=9, style="italic")
+figure.supxlabel(f"Mean of {window} steps. It stays far above zero.", fontsize=9, style="italic")
 plt.show()
 
 # %% [markdown]
-# It cannot: the velocities of crossing lines differ, and their spread remains as loss. A flow's
-# loss says little about its samples; only *comparing* two losses at the same t means something.
+# It cannot: the velocities of crossing lines differ, and their variance remains as loss. The loss
+# of a flow says little about its samples; only *comparing* two losses at the same t means
+# something.
 #
 # ## Follow the velocity
 #
-# To sample, start at noise, t = 1, and walk against the velocity until t = 0. The time step is
+# To sample, start at noise, t = 1, and follow the velocity backwards until t = 0. The time step is
 # negative.
 
 
 # %%
 @torch.no_grad()
-def walk(net, z, steps):
+def sample(net, z, steps):
     path = [z]
     for i in range(steps):
         t, t_next = 1 - i / steps, 1 - (i + 1) / steps
@@ -187,12 +188,12 @@ def walk(net, z, steps):
 
 
 start = torch.randn(800, 2, generator=g)
-path = walk(net, start, 50)
-clouds({"start": path[0], "half way": path[25], "end": path[-1], "real data": x0},
+path = sample(net, start, 50)
+clouds({"start": path[0], "halfway": path[25], "end": path[-1], "real data": x0},
        "Fifty Euler steps from noise to data.")  # fmt: skip
 
 # %% [markdown]
-# **PREDICT.** The lines we trained on are straight. Are the paths of samples straight, too?
+# **PREDICT.** The lines we trained on are straight. Are the paths of the samples straight, too?
 
 # %%
 figure, axis = plt.subplots(figsize=(4.2, 3.6))
@@ -206,14 +207,14 @@ figure.supxlabel("Paths bend, and they never cross.", fontsize=9, style="italic"
 plt.show()
 
 # %% [markdown]
-# Two paths cannot cross: at a crossing the velocity would have to be two things at once. Far from
-# the data the mean points to its centre; only later does a point decide for one of the arcs.
-# That bend is why one step is not enough.
+# Two paths cannot cross: at the crossing the velocity would have to have two values at once. Far
+# from the data the mean velocity points to the centre of the data; only later does a point move
+# towards one of the arcs. Because of that bend, one step is not enough.
 #
 # ## Against a known answer
 #
-# For Gaussian data the mean velocity has a closed form, so we can see whether all this is right
-# and not only pretty. Data N(m, s^2): at time t the cloud has mean (1 - t) m and variance
+# For Gaussian data the mean velocity has a closed form, so we can check that all this is right and
+# does not just look good. Take data N(m, s^2): at time t the cloud has mean (1 - t) m and variance
 # (1 - t)^2 s^2 + t^2, and the velocity that carries it is linear in z.
 
 
@@ -224,7 +225,7 @@ def exact_velocity(z, t, m=1.0, s=0.5):
 
 
 def error(steps):
-    """How far Euler ends from m + s noise, which is where the exact flow ends."""
+    """Largest distance of Euler's end points from m + s noise, where the exact flow ends."""
     z = torch.tensor([-1.5, 0.3, 2.0], dtype=torch.float64)
     end = 1.0 + 0.5 * z
     for i in range(steps):
@@ -233,7 +234,8 @@ def error(steps):
 
 
 # %% [markdown]
-# **PREDICT.** Euler's method is of first order. Twice the steps leave how much of the error?
+# **PREDICT.** Euler's method is of first order. If you double the number of steps, what fraction of
+# the error remains?
 
 # %%
 counts = [10, 20, 40, 80, 160]
@@ -251,28 +253,29 @@ assert 1.8 < errors[-2] / errors[-1] < 2.2
 # %% [markdown]
 # ## Break it
 #
-# The commonest mistake is the sign: half of the papers let t run from noise to data. Train with
-# `x0 - noise` and walk as before.
+# The most common mistake is the sign: in half of the papers t runs from noise to data. Train with
+# `x0 - noise` and sample as before.
 #
 # **PREDICT.** Where will the points go?
 
 # %%
 wrong, _ = train(lambda x0, noise: x0 - noise)
-lost = walk(wrong, start, 50)[-1]
-clouds({"right sign": path[-1], "wrong sign": lost}, "The wrong sign drives points away.")
+strays = sample(wrong, start, 50)[-1]
+clouds({"right sign": path[-1], "wrong sign": strays}, "The wrong sign drives the points away.")
 
 # %% [markdown]
-# And too few steps: the bend is cut off.
+# And with too few steps the path cuts the corner.
 
 # %%
-few = {f"{n} steps": walk(net, start, n)[-1] for n in (1, 2, 4, 16)}
-clouds(few, "One step lands on averages of the data, where no data is.")
+few = {f"{n} steps": sample(net, start, n)[-1] for n in (1, 2, 4, 16)}
+clouds(few, "One step lands on averages of the data, where there is no data.")
 
 # %% [markdown]
 # ## Exercises
 #
-# Only now the package: these are the four functions that you have just read, for data of any
-# shape, checked on cases with all sizes different. First, that the notebook told the truth:
+# Now we import the package: these are three of the functions that you have just read, for data of
+# any shape, tested on inputs whose sizes all differ. First a check that the notebook agrees with
+# the package:
 
 # %%
 import sys
@@ -316,12 +319,12 @@ def euler(velocity, z, ts):
 check("euler", euler)
 
 # %% [markdown]
-# **Open ends.** *Reflow*: pair each noise with the sample that the trained network makes of it,
-# and train again on those pairs. Their lines cross less. Are fewer steps enough then? Or replace
-# the straight line by a quarter circle, `cos` and `sin`: what changes in the paths?
+# **Open questions.** *Reflow*: pair each noise with the sample that the trained network makes of
+# it, and train again on those pairs. Their lines cross less. Are fewer steps enough then? Or
+# replace the straight line by a quarter circle, with `cos` and `sin`: how do the paths change?
 #
 # ## What was left out
 #
-# Which times to train at (notebook 02), images instead of points (03 to 05), better ways to walk
-# (06). Rectified flow is section 2 and 3.1 of the paper, arXiv 2403.03206; its other paths (EDM,
-# cosine, LDM-linear) are in the paper's section 2 as well and not in this package.
+# Which times to train at (notebook 02), images instead of points (03 to 05), better solvers (06).
+# Rectified flow is sections 2 and 3.1 of the paper, arXiv 2403.03206; the other paths (EDM, cosine,
+# LDM-linear) are also in section 2 of the paper, but not in this package.

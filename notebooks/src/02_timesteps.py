@@ -2,9 +2,9 @@
 # # 02 · Timesteps: where to train, and why the middle is hard
 #
 # **The network has to answer at every time between noise and data. At which times should it
-# practise?** The loss of notebook 01 draws `t` uniformly. Stable Diffusion 3 does not, and for
-# large images it bends time once more. This notebook measures, on a trained model, what happens at
-# which time, and then builds the densities from it.
+# practise?** Notebook 01 draws `t` uniformly. Stable Diffusion 3 does not, and for large images it
+# also shifts the times. This notebook measures what a trained model does at which time, and then
+# builds the densities from that.
 
 # %%
 import math
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from lab import finish, images, lines, panels, pick, trained
 
 from nanosd3 import flow
-from nanosd3.data import to_model
+from nanosd3.data.mnist import to_model
 from nanosd3.exercises import check, show
 from nanosd3.samplers import euler, guided
-from nanosd3.stages import train_flow
+from nanosd3.training.train_flow import train_flow
 
 lesson = trained()
 pipeline = lesson.pipeline
@@ -29,8 +29,8 @@ mmdit = pipeline.mmdit
 # %% [markdown]
 # ## The question, as a picture
 #
-# A digit that the model has never seen, as latents, with more and more noise. Below it the clean
-# picture that the model guesses from it, `x0 = z - t v`, without being told which digit it is.
+# A digit that the model has never seen, as latents, with more and more noise. Below it is the
+# model's guess of the clean picture, `x0 = z - t v`, made without being told which digit it is.
 
 # %%
 g, count = torch.Generator().manual_seed(0), pick(600, 40)
@@ -48,13 +48,13 @@ rows = {"z, decoded": pipeline.decode(z), "the guess": pipeline.decode(z - t.vie
 images(rows, "t = 0.05, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9 and 1, from left to right.")
 
 # %% [markdown]
-# On the left the picture is there and nothing is left to decide. On the right the guess is a
-# smear, the average of all digits. In between the model changes its mind: an 8, then a 9, and then
-# the 4 that it is.
+# On the left the picture is visible and there is nothing left to decide. On the right the guess is
+# a smear, the average of all digits. In between the model changes its mind: an 8, then a 9, and
+# finally the 4 that it is.
 #
-# **PREDICT.** The loss is the mean square of `v - (noise - x0)`, for each number of the latents.
-# Noise and data both have variance 1, so a guess of zero costs 2. Draw the loss against t: where
-# is it high, where low, and what is it at the two ends?
+# **PREDICT.** The loss is the mean square of `v - (noise - x0)`, per latent. Noise and data both
+# have variance 1, so a prediction of zero costs 2. Sketch the loss against t: where is it high,
+# where low, and what is it at the two ends?
 
 # %%
 texts = pipeline.encode_text([f"the digit {label}" for label in labels])
@@ -65,13 +65,13 @@ def losses_at(t):
     t = torch.tensor(t)
     z = flow.interpolate(x0, noise, t)
     multiple = (z * (noise - x0)).sum() / z.square().sum()
-    answers = mmdit(z, t, *texts), mmdit(z, t, *nothing), multiple * z
-    return torch.stack([flow.flow_loss(v, x0, noise).mean() for v in answers])
+    predictions = mmdit(z, t, *texts), mmdit(z, t, *nothing), multiple * z
+    return torch.stack([flow.flow_loss(v, x0, noise).mean() for v in predictions])
 
 
 ts = [0.001, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
 table = torch.stack([losses_at(t) for t in ts])
-names = ["model, told the digit", "model, told nothing", "best multiple of z"]
+names = ["model, with the digit", "model, without text", "best multiple of z"]
 curves = {name: (ts, column) for name, column in zip(names, table.T, strict=True)}
 lines(curves, "t (0 data, 1 noise)", "loss (mean square of velocity)", "Mean over test images.")
 
@@ -79,32 +79,32 @@ lines(curves, "t (0 data, 1 noise)", "loss (mean square of velocity)", "Mean ove
 # ## Why the ends are easy
 #
 # At t = 0 we see `x0`. The target is `noise - x0`: one part known, the other unknowable. The best
-# answer is `-x0`, it costs the variance of the noise, 1, and no network can do better. At t = 1 we
-# see the noise, and the best answer is `noise - mean(x0)`; what remains is the spread of the data.
-# At both ends a *multiple of z* is about the right answer. There is little to learn.
+# prediction is `-x0`; its loss is the variance of the noise, 1, and no network can do better. At t
+# = 1 we see the noise, and the best prediction is `noise - mean(x0)`; its loss is the variance of
+# the data. At both ends a *multiple of z* is about right. There is little to learn.
 #
-# At t = 0.5 we see half of the *sum* of noise and data and are asked for their *difference*. To
-# tell them apart one must know how digits look. There the multiple of z is worth nothing (2), and
-# the gain of the network over it is largest. That is what is meant by "the middle is hard".
+# At t = 0.5 we see half of the *sum* of noise and data and have to predict their *difference*. To
+# tell them apart one must know what digits look like. There the multiple of z is worthless (2), and
+# the network gains most over it. That is what "the middle is hard" means.
 #
-# Two more things stand in this picture. Being told the digit helps only from about t = 0.5 on,
-# most near 0.8 and 0.9: below, the picture itself shows which digit it is. And near t = 0 the
-# model is *worse* than a multiple of z. We shall see why.
+# The figure shows two more things. Knowing the digit helps only from about t = 0.5 on, most near
+# 0.8 and 0.9: below that, the picture itself shows which digit it is. And near t = 0 the model is
+# *worse* than a multiple of z. We shall see why.
 #
 # ## What is decided when
 #
-# The loss does not say what a time means for the picture. An experiment does: begin with one
-# prompt and exchange it on the way.
+# The loss does not tell us what happens to the picture at a given time. An experiment does: start
+# with one prompt and switch to another partway through.
 #
-# **PREDICT.** We ask for a digit d until time s, and for d + 3 from then on. Of which digit will
-# the picture be for s = 0.9? For s = 0.5? Where is the change, and is it sudden?
+# **PREDICT.** We ask for a digit d until time s, and for d + 3 from then on. Which digit will the
+# picture show for s = 0.9? For s = 0.5? Where is the transition, and is it sudden?
 
 # %%
 first, second = ((torch.arange(pick(60, 10)) + k) % 10 for k in (0, 3))
 start, times = pipeline.noise(len(first), 7, (8, 8)), torch.linspace(1, 0, 21)
 
 
-def asking(digits, model=mmdit, scale=1.6):
+def velocity_for(digits, model=mmdit, scale=1.6):
     text = pipeline.encode_text([f"the digit {d}" for d in digits])
     return guided(model, text, pipeline.encode_text([""] * len(digits)), scale)
 
@@ -114,46 +114,46 @@ def draw(velocity):
     return pipeline.decode(euler(velocity, start, times))
 
 
-early, late = asking(first), asking(second)
+early, late = velocity_for(first), velocity_for(second)
 switches = pick([0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.3], [0.8, 0.4])
 drawn = {s: draw(lambda z, t, s=s: (early if t > s else late)(z, t)) for s in switches}
 
 # %%
 curves = {}
 for name, digits in {"the first prompt": first, "the second prompt": second}.items():
-    right = [(torch.tensor(lesson.reads(drawn[s])) == digits).float().mean() for s in switches]
-    curves[name] = (switches, right)
+    share = [(torch.tensor(lesson.classify(drawn[s])) == digits).float().mean() for s in switches]
+    curves[name] = (switches, share)
 lines(
-    curves, "s, where the prompt is exchanged", "share read as asked by ...", "As the judge reads."
+    curves, "s, where the prompt switches", "share of samples that match", "Read by the classifier."
 )
 rows = {f"s = {s}": drawn[s][:10] for s in switches[1::2]}
 images(rows, "The first prompt asks for 0 to 9, the second for 3 to 9 and 0 to 2.")
 
 # %% [markdown]
-# What is asked while t is above 0.85 or below 0.6 is hardly heard. The digit is decided in
-# between, in about a quarter of the time. A density should put its weight there.
+# The prompt has hardly any influence while t is above 0.85 or below 0.6. The digit is decided in
+# between, in about a quarter of the time. That is where a density should put its weight.
 #
 # ## Densities
 #
-# How to draw a number in (0, 1), mostly from the middle? The first idea is a normal number around
-# 0.5, cut off at the ends:
+# How do we draw numbers in (0, 1), mostly from the middle? A first idea is a normal distribution
+# around 0.5, clipped at the ends:
 
 # %%
 clipped = (0.5 + 0.5 * torch.randn(10000, generator=g)).clamp(0, 1)
 print(f"exactly at 0 or 1: {(clipped % 1 == 0).float().mean():.0%} of the draws")
 
 # %% [markdown]
-# A third of the draws would be spent exactly at the ends. The *logit-normal* density takes a
-# normal number on the whole line and squeezes the line into (0, 1) by a sigmoid. We write it as an
-# **inverse transform**: a map from `u`, uniform in (0, 1), to `t`. In plain Python, and with
-# tensors, where `erfinv` is what PyTorch offers for the inverse of the normal distribution:
+# A third of the draws would be wasted exactly at the ends. The *logit-normal* density takes a
+# normal number on the whole real line and maps the line into (0, 1) with a sigmoid. We write it as
+# an **inverse transform**: a map from `u`, uniform in (0, 1), to `t`. In plain Python, and with
+# tensors, where `erfinv` gives us the inverse of the normal distribution function:
 
 
 # %%
 def logit_normal_slowly(u, mean=0.0, std=1.0):
     t = []
-    for share in u.tolist():
-        n = mean + std * NormalDist().inv_cdf(share)
+    for quantile in u.tolist():
+        n = mean + std * NormalDist().inv_cdf(quantile)
         t.append(1 / (1 + math.exp(-n)))
     return torch.tensor(t)
 
@@ -169,15 +169,15 @@ torch.testing.assert_close(ours, logit_normal_slowly(u, 0.8, 0.6), atol=1e-5, rt
 torch.testing.assert_close(ours, flow.logit_normal(u, 0.8, 0.6), atol=1e-5, rtol=1e-3)
 
 # %% [markdown]
-# From here on we use the package's. It has three more maps, `uniform`, `mode` and `cosmap`. Why
-# maps, and not densities? A map is all one needs for drawing, and it gives the density for free:
-# where the map is flat, many u land close together. So the density at t(u) is `1 / |dt/du|`.
+# From here on we use the package's version. It has three more maps, `uniform`, `mode` and `cosmap`.
+# Why maps, and not densities? A map is all one needs for sampling, and it gives the density for
+# free: where the map is flat, many u land close together, so the density at t(u) is `1 / |dt/du|`.
 
 
 # %%
-def density(way, u):  # t(u), and the density there
+def density(transform, u):  # t(u), and the density there
     u = u.clone().requires_grad_()
-    t = way(u)
+    t = transform(u)
     (slope,) = torch.autograd.grad(t.sum(), u)
     return t.detach(), 1 / slope.abs()
 
@@ -191,28 +191,28 @@ t, p = density(flow.logit_normal, even)
 torch.testing.assert_close(p, weight(t))
 
 # %%
-ways = {
+transforms = {
     "uniform": flow.uniform,
     "logit-normal(0, 1)": flow.logit_normal,
     "mode(1.29)": flow.mode,
     "cosmap": flow.cosmap,
     "logit-normal(0.8, 1)": partial(flow.logit_normal, mean=0.8),
 }
-figure, axes = panels(len(ways), 1.9, 2.6)
-for axis, (name, way) in zip(axes, ways.items(), strict=True):
-    axis.hist(way(u), bins=40, range=(0, 1), density=True, color="0.8")
-    axis.plot(*density(way, even), "k-", linewidth=1)
+figure, axes = panels(len(transforms), 1.9, 2.6)
+for axis, (name, transform) in zip(axes, transforms.items(), strict=True):
+    axis.hist(transform(u), bins=40, range=(0, 1), density=True, color="0.8")
+    axis.plot(*density(transform, even), "k-", linewidth=1)
     axis.set(title=name, xlabel="t", ylim=(0, 4), ylabel="density" if axis is axes[0] else "")
-finish(figure, "Grey: 20,000 draws. Line: the density, from the slope of the map. The last one "
-       "is the density that our digits were trained with.")  # fmt: skip
+finish(figure, "Grey: 20,000 draws. Line: the density, from the slope of the map. Our "
+       "model was trained with the last one.")  # fmt: skip
 
 # %% [markdown]
 # ## The density is the weight
 #
-# Training on t drawn from a density `p` with the plain loss is, on average, the same as drawing t
-# uniformly and multiplying each loss by `p(t)`. So the density *is* a weight, and multiplying by
-# it as well would apply it twice. For data of variance 1 the loss of the best multiple of z is
-# known in closed form, so we can compute all three averages without chance.
+# Drawing t from a density `p` with the plain loss is, on average, the same as drawing t uniformly
+# and multiplying each loss by `p(t)`. So the density *is* a weight, and multiplying by it as well
+# would apply it twice. For data of variance 1 the loss of the best multiple of z has a closed form,
+# so we can compute all three averages without randomness.
 
 
 # %%
@@ -227,94 +227,94 @@ print(f"plain {loss(even).mean():.3f}, drawn {once:.3f}, weighted {weighted:.3f}
 torch.testing.assert_close(once, weighted, atol=1e-4, rtol=0)
 
 # %% [markdown]
-# **PREDICT.** The averages are the same. Is there any reason to prefer drawing to weighting? And
-# what if the u of a batch are not drawn one by one, but one from each of 64 equal intervals
+# **PREDICT.** The averages are equal. Is there any reason to prefer drawing to weighting? And what
+# if the u of a batch are not drawn independently, but one from each of 64 equal intervals
 # (`flow.stratified`)?
 
 # %%
 u = torch.rand(2000, 64, generator=g, dtype=torch.float64)
-apart = torch.stack([flow.stratified(64, g) for _ in range(2000)]).double()
+stratified = torch.stack([flow.stratified(64, g) for _ in range(2000)]).double()
 for name, batches in {
     "uniform t, weighted loss": weight(u) * loss(u),
     "t drawn from the density": loss(flow.logit_normal(u)),
-    "the same, stratified": loss(flow.logit_normal(apart)),
+    "the same, stratified": loss(flow.logit_normal(stratified)),
 }.items():
-    print(f"{name}: deviation of a batch's mean {batches.mean(1).std():.4f}")
+    print(f"{name}: deviation of the batch mean {batches.mean(1).std():.4f}")
 
 # %% [markdown]
-# Drawing wastes no sample on times that hardly count. Stratified draws cover all of time in every
-# batch. (The loss of a real batch also varies with its images and its noise, and no choice of t
-# takes that away.)
+# Drawing wastes no samples on times that hardly count. Stratified draws cover the whole range of
+# times in every batch. (The loss of a real batch also varies with its images and its noise, and no
+# choice of t removes that.)
 #
 # ## Tails
 #
-# The logit-normal density vanishes at both ends. How many of the 230,400 times that our model saw
-# in training (1,800 batches of 128) lay there?
+# The logit-normal density vanishes at both ends. Of the 230,400 times that our model saw in
+# training (1,800 batches of 128), how many were near the ends?
 
 # %%
 fine = (torch.arange(10**6, dtype=torch.float64) + 0.5) / 10**6
 print(f"{'':22}{'t < 0.02':>10}{'t < 0.05':>10}{'t > 0.95':>10}{'t > 0.99':>10}")
-for name, way in ways.items():
-    t = way(fine)
+for name, transform in transforms.items():
+    t = transform(fine)
     shares = [end.double().mean() for end in (t < 0.02, t < 0.05, t > 0.95, t > 0.99)]
     print(f"{name:22}" + "".join(f"{230400 * share:10,.1f}" for share in shares))
 
 # %% [markdown]
-# With mean 0.8, the last row, the model never saw a t below 0.02. That explains the first picture
-# of the loss: there it is worse than a multiple of z. It also saw hardly any t above 0.99, where
-# every sample begins, and yet is no worse there than at 0.95. The answer near t = 1 hardly changes
-# with t; near t = 0 it must find ever smaller noise. It does not matter for the picture: a
-# velocity error e moves the clean guess by only `t e`.
+# With mean 0.8, the last row, the model never saw a t below 0.02. That explains the first plot of
+# the loss, where it is worse than a multiple of z. It also saw hardly any t above 0.99, where every
+# sample starts, and yet is no worse there than at 0.95. Near t = 1 the answer hardly changes with
+# t; near t = 0 the network must detect ever smaller noise. This does not hurt the picture: an error
+# e in the velocity moves the guess of the clean picture by only `t e`.
 #
 # ## Does it matter?
 #
-# Four small transformers from scratch, 160 steps each, the same in all but the mean of the
-# logit-normal density. (A minute or so each, once; they stay in the cache.)
+# We train four small transformers from scratch, for 160 steps each, identical except for the mean
+# of the logit-normal density. (This takes about a minute each, once; the results are cached.)
 #
-# **PREDICT.** Which of the means -0.8, 0, 0.8 and 1.6 draws the best digits so early? And which
-# will report the smallest training loss?
+# **PREDICT.** Which of the means -0.8, 0, 0.8 and 1.6 gives the best digits this early in training?
+# And which reports the smallest training loss?
 
 
 # %%
-def learn(mean):
+def train_with_mean(mean):
     config = lesson.job.config
     recipe = replace(config.training.flow, steps=pick(160, 2), warmup=pick(25, 1))
     training = replace(config.training, flow=recipe, time_mean=mean, encoder_dropout=0.0,
                        ema_decay=0.95)  # fmt: skip
-    job = lesson.another(f"mean {mean}", replace(config, training=training))
+    job = lesson.new_job(f"mean {mean}", replace(config, training=training))
     return train_flow(job, lesson.features), job.run.read_log()[-1]["validation_ema"]
 
 
 rows, curves = {}, {}
 for mean in (-0.8, 0.0, 0.8, 1.6):
-    network, losses = learn(mean)
-    drawn = draw(asking(first, network, scale=1.0))
-    share = (torch.tensor(lesson.reads(drawn)) == first).float().mean()
-    rows[f"mean {mean}: {share:.0%} read as asked"] = drawn[:10]
+    network, losses = train_with_mean(mean)
+    drawn = draw(velocity_for(first, network, scale=1.0))
+    accuracy = (torch.tensor(lesson.classify(drawn)) == first).float().mean()
+    rows[f"mean {mean}: {accuracy:.0%} correct"] = drawn[:10]
     curves[f"mean {mean}"] = ((torch.arange(8) + 0.5) / 8, losses)
-images(rows, "After 160 steps. Asked for: 0 to 9.")
+images(rows, "The digits 0 to 9 after 160 steps.")
 lines(curves, "t (0 data, 1 noise)", "held-out loss", "Each is best where it practised.")
 
 # %% [markdown]
-# The more the density leans towards noise, the more of the digits are right so early: 32%, 63%,
-# 82% and 92% in our run. It is near noise that it is decided which digit it is. The training losses
-# say 1.11, 1.01, 0.89 and 0.79, but that is no evidence: each is an average over *its own* density.
-# Only losses at the same t may be compared. The log keeps such ones, of images that are never
-# trained on, and the last picture shows them: each run is best where it practised, and the one with
+# The more the density leans towards noise, the more digits are right at this early stage: 32%, 63%,
+# 82% and 92% in our run. Which digit it is gets decided near noise. The training losses are 1.11,
+# 1.01, 0.89 and 0.79, but that is no evidence: each is an average over *its own* density. Only
+# losses at the same t can be compared. The log contains such losses, on images that are never
+# trained on, and the last figure shows them: each run is best where it practised, and the one with
 # the smallest training loss is the worst of all below t = 0.6.
 #
-# Do not make a law of one run of 160 steps, judged by one question. Strokes and edges are decided
-# further down. With long training and photographs SD3's authors found mean 0 the best of those
-# they tried; for our short training 0.8 was chosen.
+# Do not generalise from one run of 160 steps and one metric. Strokes and edges are decided at
+# smaller t. With long training on photographs, SD3's authors found mean 0 the best of those they
+# tried; for our short training 0.8 was chosen.
 #
 # ## Larger images: shift
 #
-# A larger picture has more pixels for the same content, so neighbours repeat each other. Noise
-# does not repeat: averaging neighbours removes it. So at the same t *less is hidden*.
+# A larger picture has more pixels for the same content, so neighbouring pixels are similar. Their
+# noise is independent, and averaging neighbours removes it. So at the same t *less is hidden*.
 #
 # **PREDICT.** Below, a digit of 28 x 28 pixels and the same one enlarged to 112 x 112, with noise
-# at the same t. In the third row each 4 x 4 pixels of the second are averaged. How much of the
-# noise's deviation is left by that?
+# at the same t. In the third row each block of 4 x 4 pixels of the second is averaged. How much of
+# the noise's deviation remains?
 
 # %%
 small = to_model(test[4:5], 28)
@@ -334,9 +334,9 @@ images(rows, "t = 0.2, 0.5, 0.8, 0.9 and 0.95. The last row hides as much as the
 
 # %% [markdown]
 # A quarter. The mean of n independent numbers has a deviation smaller by the square root of n, and
-# n = 16. What counts is the ratio of noise to data, `t / (1 - t)`. To hide as much as before it
-# must become alpha = 4 times larger, alpha being the square root of the ratio of pixels. Step by
-# step:
+# n = 16. What counts is the ratio of noise to data, `t / (1 - t)`. To hide as much as before, it
+# must become alpha = 4 times larger, where alpha is the square root of the ratio of pixel counts.
+# Step by step:
 
 
 # %%
@@ -348,16 +348,16 @@ def shift_slowly(t, alpha):
     return torch.tensor(shifted)
 
 
-moved = flow.shift(t, 4.0)
-torch.testing.assert_close(shift_slowly(t, 4.0), moved)
-torch.testing.assert_close(-2 * moved.logit(), -2 * t.logit() - 2 * math.log(4))  # log-SNR
+t_shifted = flow.shift(t, 4.0)
+torch.testing.assert_close(shift_slowly(t, 4.0), t_shifted)
+torch.testing.assert_close(-2 * t_shifted.logit(), -2 * t.logit() - 2 * math.log(4))  # log-SNR
 torch.testing.assert_close(flow.shift(flow.shift(t, 2.0), 3.0), flow.shift(t, 6.0))
 
 # %% [markdown]
-# Measured in log-SNR, the logarithm of the ratio of data's to noise's variance, which is `2 ln((1
-# - t) / t)`, a shift is a constant, `-2 ln(alpha)`, the same at all times; so shifts compose by
-# multiplication. The same function moves the times of training and the times of sampling. SD3 uses
-# 3 at 1024 x 1024, where the formula would give 4 for a model trained at 256.
+# Measured in log-SNR, the logarithm of the ratio of the data's variance to the noise's, which is
+# `2 ln((1 - t) / t)`, a shift is a constant, `-2 ln(alpha)`, the same at all times; so shifts
+# compose by multiplication. The same function shifts the times of training and the times of
+# sampling. SD3 uses 3 at 1024 x 1024, where the formula would give 4 for a model trained at 256.
 #
 # ## Exercises
 
@@ -406,8 +406,8 @@ def shift(t, alpha):
 check("shift", shift)
 
 # %% [markdown]
-# **Open ends.** Measure where *bold* and *thin* are decided, with the experiment that exchanged
-# the prompts: earlier or later than the digit? Does `pipeline(prompts, shift=...)` help with four
+# **Open questions.** Measure when *bold* and *thin* are decided, with the prompt-switching
+# experiment: earlier or later than the digit? Does `pipeline(prompts, shift=...)` help with four
 # steps? On the two half circles of notebook 01, does the density matter at all, and is mean 0.8
 # good there?
 #
@@ -415,5 +415,6 @@ check("shift", shift)
 #
 # The study behind SD3's choice: 61 variants of path and density, ranked over 24 settings; the
 # logit-normal(0, 1) came out first (section 5.1 of the paper, arXiv 2403.03206). The densities are
-# its section 3.1, the shift its section 5.3.2, whose derivation from a constant image the averaged
-# digit repeats. EDM's and the cosine path's densities (section 2) are not in this package.
+# in section 3.1, the shift in section 5.3.2, which derives it from a constant image, as we did with
+# the averaged digit. The densities of EDM and of the cosine path (section 2) are not in this
+# package.

@@ -2,8 +2,8 @@
 # # 03 · Patches and positions: how a set becomes an image
 #
 # **A transformer sees a set of tokens, in no order. How can it see an image?** In two steps: the
-# latents are cut into patches, one token each, and every token is told where it was. This notebook
-# does both, takes each away again, and watches what happens to the digits.
+# latents are cut into patches, one token each, and every token is told its position. This notebook
+# does both, then takes each away again and watches what happens to the digits.
 
 # %%
 import copy
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lab import images, lines, maps, pick, trained
 
 from nanosd3.config import CONFIGS
-from nanosd3.data import to_model
+from nanosd3.data.mnist import to_model
 from nanosd3.exercises import check, show
 from nanosd3.layers import attention
 from nanosd3.mmdit import PatchEmbed
@@ -29,21 +29,21 @@ g = torch.Generator().manual_seed(0)
 # %% [markdown]
 # ## The question, as a picture
 #
-# Cut into 16 patches, every digit below has been put together again in another order. As *sets of
-# patches* the upper and the lower row are the same. Can you tell which digits they are?
+# Each digit below was cut into 16 patches, which were put back together in a different order. As
+# *sets of patches* the two rows are the same. Can you tell which digits they are?
 
 # %%
 order = torch.randperm(16, generator=g)
-puzzles = unpatchify(patchify(digits, 7)[:, order], 7, 28, 28)
-rows = {"shuffled": puzzles[:, 0], "as they were": digits[:, 0]}
-images(rows, "The same sixteen patches of 7 x 7 pixels, twice.")
+jumbled = unpatchify(patchify(digits, 7)[:, order], 7, 28, 28)
+rows = {"shuffled": jumbled[:, 0], "original": digits[:, 0]}
+images(rows, "The same sixteen patches of 7 x 7 pixels in both rows.")
 
 # %% [markdown]
 # ## Cutting
 #
-# A patch of p x p numbers in C channels becomes one token of p p C numbers. Patches go row by row,
-# like words on a page. Within a token the order is: row, column, channel. In plain loops, for one
-# image of (C, H, W):
+# A patch of p x p numbers in C channels becomes one token of p p C numbers. Patches are numbered
+# row by row, like words on a page. Within a token the order is row, column, channel. In plain
+# loops, for one image of shape (C, H, W):
 
 
 # %%
@@ -61,20 +61,20 @@ def patchify_slowly(x, patch):
 
 
 # %% [markdown]
-# With tensors it is tempting to just reshape: the number of numbers is right, and nothing
+# With tensors it is tempting to just reshape: the number of elements is right, and nothing
 # complains.
 #
-# **PREDICT.** How do the first tokens of a digit look that was cut by `reshape` alone?
+# **PREDICT.** What do the first tokens of a digit look like if it is cut by `reshape` alone?
 
 # %%
-cut = {"patchify": patchify(digits[:1], 7), "reshape alone": digits[:1].reshape(1, 16, 49)}
-rows = {name: tokens[0].view(16, 7, 7)[4:12] for name, tokens in cut.items()}
+ways = {"patchify": patchify(digits[:1], 7), "reshape alone": digits[:1].reshape(1, 16, 49)}
+rows = {name: tokens[0].view(16, 7, 7)[4:12] for name, tokens in ways.items()}
 images(rows, "Tokens 4 to 11 of a seven, each drawn as 7 x 7 pixels.")
 
 # %% [markdown]
-# A reshape never moves a number in memory, where rows of the *image* lie one after the other: 49
-# numbers in a row are almost two lines of pixels. To cut, first split both axes in two, then bring
-# the two halves that count patches to the front, and only then join:
+# A reshape never moves a number in memory, and there the rows of the *image* lie one after the
+# other: 49 consecutive numbers are almost two rows of pixels. To cut patches, first split both axes
+# in two, then bring the two halves that count patches to the front, and only then merge axes:
 
 
 # %%
@@ -91,19 +91,19 @@ torch.testing.assert_close(patchify_here(x, 2), patchify(x, 2))
 torch.testing.assert_close(unpatchify(patchify(x, 2), 2, 4, 6), x)
 
 # %% [markdown]
-# The last line is the way back, `unpatchify`: the same axes, permuted the other way. The network
-# ends with it, so what its last layer writes into a token must be in the order that `unpatchify`
+# The last line is the way back, `unpatchify`: the same axes, permuted in reverse. The network ends
+# with it, so its last layer must write the numbers of a token in the order that `unpatchify`
 # expects.
 #
 # ## Failure one: channels first
 #
-# Official files hold the patch embedding as a convolution, whose weight is ordered (channel, row,
-# column), while what comes out at the end is ordered (row, column, channel). Whoever takes one for
-# the other gets the picture below, for three digits in three channels. A fine checkerboard in
-# generated images is the mark of this mistake.
+# The official files store the patch embedding as a convolution, whose weight is ordered (channel,
+# row, column), while the output is ordered (row, column, channel). Confuse the two and you get the
+# picture below, which shows three digits in three channels. A fine checkerboard pattern in
+# generated images is the sign of this mistake.
 #
-# nanosd3 keeps one order for both directions and permutes the convolution's *weight*. The last
-# assertion shows that this is the same convolution.
+# nanosd3 keeps one order for both directions and permutes the *weight* of the convolution. The last
+# assertion shows that its patch embedding is that convolution.
 
 
 # %%
@@ -115,8 +115,8 @@ def channels_first(tokens, patch, height, width):
 
 three = digits[1:4, 0][None]  # (1, 3, 28, 28)
 wrong = channels_first(patchify(three, 2), 2, 28, 28)
-images({"right": three[0], "channels first": wrong[0]}, "The channels are woven into each other: "
-       "a pattern of 2 x 2 pixels.", cell=1.1)  # fmt: skip
+images({"right": three[0], "channels first": wrong[0]}, "The channels are interleaved "
+       "in a pattern of 2 x 2 pixels.", cell=1.1)  # fmt: skip
 
 embed, z = PatchEmbed(channels=4, patch=2, dim=64), torch.randn(2, 4, 8, 6, generator=g)
 convolved = F.conv2d(z, embed.proj.weight, embed.proj.bias, stride=2)  # (2, 64, 4, 3)
@@ -125,9 +125,9 @@ torch.testing.assert_close(embed(z), convolved.flatten(2).mT, atol=1e-5, rtol=1e
 # %% [markdown]
 # ## Failure two: rows and columns exchanged
 #
-# Another mistake puts tokens down with the number of rows and of columns exchanged.
+# Another mistake is to lay out the tokens with the numbers of rows and columns exchanged.
 #
-# **PREDICT.** What does it do to a square image? And to one that is wider than high?
+# **PREDICT.** What does this do to a square image? And to one that is wider than it is high?
 
 
 # %%
@@ -137,43 +137,43 @@ def exchanged(tokens, patch, height, width):
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, width, height)
 
 
-def laid_wrong(x):
+def misplaced(x):
     return exchanged(patchify(x, 2), 2, *x.shape[2:])[0]
 
 
 wide = torch.cat([*digits[:2]], dim=2)[None]  # (1, 1, 28, 56)
-rows = {"from 28 x 28": laid_wrong(digits[:1]), "from 28 x 56": laid_wrong(wide)}
-images(rows, "Square: no harm. Wide: it stands upright, every row of patches cut in two.", cell=1.4)
+rows = {"from 28 x 28": misplaced(digits[:1]), "from 28 x 56": misplaced(wide)}
+images(rows, "Square: no harm. Wide: tall instead, every row of patches split in two.", cell=1.4)
 
 # %% [markdown]
-# Square images hide exchanged axes. That is why the checks below use 4 x 6, and why you should
-# test your own code on sizes that all differ.
+# Square images hide exchanged axes. That is why the checks below use 4 x 6, and why you should test
+# your own code on sizes that all differ.
 #
 # ## How large should a patch be?
 #
-# Smaller patches show more and cost more: the number of tokens grows with the square, and in
-# attention every token looks at every other. For one pass of the 2B model over 1024 x 1024 pixels
-# (latents of 128 x 128), counting two operations for each multiplication and addition:
+# Smaller patches show more detail and cost more: halving the patch size quadruples the number of
+# tokens, and in attention every token looks at every other. For one forward pass of the 2B model at
+# 1024 x 1024 pixels (latents of 128 x 128), counting two operations for each multiply-add:
 
 # %%
 config, patches = CONFIGS["sd3-medium"].mmdit, [1, 2, 4, 8, 16]
 D, text = config.width, 154
 count = torch.tensor([(128 // p) ** 2 + text for p in patches], dtype=torch.float64)
 linear = config.depth * count * 24 * D**2 / 1e12
-attended = config.depth * count**2 * 4 * D / 1e12
-curves = {"linear layers": (patches, linear), "attention": (patches, attended)}
-lines(curves, "patch size p (numbers of the latents)", "10^12 operations",
-      "SD3 takes p = 2: 4,096 image tokens beside 154 of text.", log="y")  # fmt: skip
-print(dict(zip(patches, (linear + attended).round(decimals=1).tolist(), strict=True)))
+quadratic = config.depth * count**2 * 4 * D / 1e12
+curves = {"linear layers": (patches, linear), "attention": (patches, quadratic)}
+lines(curves, "patch size p (latents)", "10^12 operations",
+      "SD3 uses p = 2: 4,096 image tokens and 154 text tokens.", log="y")  # fmt: skip
+print(dict(zip(patches, (linear + quadratic).round(decimals=1).tolist(), strict=True)))
 
 # %% [markdown]
 # ## A set has no order
 #
-# Attention gives each token a weighted mean of all tokens. A sum does not ask in which order its
-# terms come. So if the tokens are permuted, the outputs are the same, permuted alike. All else in
-# the transformer treats each token alone, so without positions the whole network cannot tell the
-# puzzles from the digits. To see it, we take a copy of the trained model and set its position
-# buffer to zero.
+# Attention gives each token a weighted mean of all tokens, and a sum does not depend on the order
+# of its terms. So if the tokens are permuted, the outputs are permuted in the same way. Everything
+# else in the transformer treats each token separately, so without positions the whole network
+# cannot tell the shuffled digits from the originals. To see this, we take a copy of the trained
+# model and set its position buffer to zero.
 
 
 # %%
@@ -191,25 +191,25 @@ def velocity(model, z):
         return model(z, torch.tensor(0.7), *pipeline.encode_text(["8"] * len(z)))
 
 
-blind, z = copy.deepcopy(pipeline.mmdit), pipeline.noise(4, 1, (8, 8))
-blind.pos_embed.zero_()
-for name, model in {"with positions": pipeline.mmdit, "without": blind}.items():
+no_positions, z = copy.deepcopy(pipeline.mmdit), pipeline.noise(4, 1, (8, 8))
+no_positions.pos_embed.zero_()
+for name, model in {"with positions": pipeline.mmdit, "without": no_positions}.items():
     before, after = velocity(model, shuffled(z)), shuffled(velocity(model, z))
     print(f"{name}: largest difference {(before - after).abs().max():.6f}")
 torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-3)
 
 # %% [markdown]
-# Both assertions hold on random numbers and on the trained model alike: this is a property of the
-# architecture, not of training. (Text tokens get no positions here at all: their encoders have put
-# order into them already.)
+# One assertion holds on random numbers, the other on the trained model: this is a property of the
+# architecture, not of training. (Text tokens get no positions at all here: their encoders have
+# already encoded the order.)
 #
-# **PREDICT.** What will the model draw whose positions are zero: digits in the wrong places,
+# **PREDICT.** What does the model draw when its positions are zero: digits in the wrong places,
 # strokes without a digit, or noise?
 
 
 # %%
 def draw(model, prompts, size=(8, 8), seed=1):
-    """Latents of the prompts, by 20 steps with guidance."""
+    """Latents for the prompts, sampled in 20 steps with guidance."""
     text, nothing = (pipeline.encode_text(p) for p in (prompts, [""] * len(prompts)))
     start = pipeline.noise(len(prompts), seed, size)
     with torch.no_grad():
@@ -217,18 +217,17 @@ def draw(model, prompts, size=(8, 8), seed=1):
 
 
 prompts = [f"the digit {i}" for i in range(10)]
-rows = {"trained": draw(pipeline.mmdit, prompts), "no positions": draw(blind, prompts)}
+rows = {"trained": draw(pipeline.mmdit, prompts), "no positions": draw(no_positions, prompts)}
 rows = {name: pipeline.decode(z) for name, z in rows.items()}
-images(rows, "The same noise and prompts. Without positions no patch knows what to draw.")
+images(rows, "Same noise and prompts. Without positions no patch knows what to draw.")
 
 # %% [markdown]
-# ## Writing a place into a vector
+# ## Encoding a position as a vector
 #
-# The two coordinates of a patch become a vector as wide as the tokens, and are added to them. A
-# number alone would be a poor code: one feature, growing with the distance. Instead each
-# coordinate is the angle of many clock hands, from fast to slow, and what is written are their
-# sines and cosines. The column fills the first half of the vector, the row the second. In plain
-# loops:
+# The two coordinates of a patch become a vector as wide as the tokens, which is added to them. The
+# plain number would be a poor code: one feature, growing with distance. Instead each coordinate
+# sets the angle of many clock hands, from fast to slow, and their sines and cosines are the code.
+# The column fills the first half of the vector, the row the second. In plain loops:
 
 
 # %%
@@ -267,20 +266,20 @@ maps(features, "column", "row", "Five of 128 numbers on a 16 x 16 grid. 0 and 6 
 
 # %% [markdown]
 # **PREDICT.** Attention compares tokens by inner products. Take the inner product of the code of
-# one place with the codes of all others. What picture do you expect?
+# one position with the codes of all others. What picture do you expect?
 
 # %%
-alike = {f"row {r}, column {c}": grid @ grid[r, c] / 64 for r, c in ((3, 3), (8, 12))}
-maps(alike, "column", "row", "Largest at the place itself, and falling away from it, slowly "
+similarity = {f"row {r}, column {c}": grid @ grid[r, c] / 64 for r, c in ((3, 3), (8, 12))}
+maps(similarity, "column", "row", "Largest at the position itself, falling off slowly "
      "along its row and its column.", "inner product (1 = itself)")  # fmt: skip
 
 # %% [markdown]
-# Near means similar: a cross with a bright middle, because the codes of column and row are added
-# up one beside the other. The inner product depends on the distance alone, `cos(a - b)` for each
-# hand, so the same comparison works everywhere in the picture.
+# Near positions have similar codes. The picture is a cross with a bright centre, because the inner
+# product is a sum of a column part and a row part. It depends only on the offset, `cos(a - b)` for
+# each hand, so the same comparison works everywhere in the picture.
 #
-# And if the halves are exchanged? Nothing fails at a square image, again. But the model takes rows
-# for columns: it lays out the patches as in a mirror along the diagonal.
+# And if the halves are exchanged? Again, nothing fails for a square image. But the model takes rows
+# for columns: it lays out the patches mirrored along the diagonal.
 
 # %%
 mirrored = copy.deepcopy(pipeline.mmdit)
@@ -293,26 +292,26 @@ torch.testing.assert_close(
 )  # fmt: skip
 drawn = draw(mirrored, prompts)
 pictures = {"halves exchanged": drawn, "patches mirrored back": shuffled(drawn)}
-images({name: pipeline.decode(z) for name, z in pictures.items()}, "Each patch is drawn right and "
-       "put in the wrong place.")  # fmt: skip
+images({name: pipeline.decode(z) for name, z in pictures.items()}, "Each patch is drawn correctly "
+       "but put in the wrong place.")  # fmt: skip
 
 # %% [markdown]
 # ## Other sizes: crop, do not stretch
 #
-# The buffer is larger than the pictures trained on: ours has 8 x 8 places for digits of 4 x 4. The
-# coordinates of its *middle* 4 x 4 run from 0 to 3. A picture of another shape takes the middle
-# rows and columns of its own size, and what is outside gets coordinates below 0 and above 3. The
-# alternative is to stretch: spread the coordinates 0 to 3 over more places.
+# The buffer is larger than the training pictures: ours has 8 x 8 positions for digits of 4 x 4
+# patches. The coordinates of its *central* 4 x 4 run from 0 to 3. A picture of another shape takes
+# the central rows and columns of its own size, and the positions outside get coordinates below 0
+# and above 3. The alternative is to stretch: spread the coordinates 0 to 3 over more positions.
 #
-# **PREDICT.** Our model has only ever seen 28 x 28 pixels. It is asked for 28 x 60 and for 60 x
-# 60, once with cropped and once with stretched coordinates. What will it draw?
+# **PREDICT.** Our model has only ever seen 28 x 28 pixels. We ask it for 28 x 60 and for 60 x 60,
+# first with cropped and then with stretched coordinates. What will it draw?
 
 # %%
 numbers = torch.arange(64.0).view(1, 64, 1)
-print("places taken by 3 x 6 patches:", centre_crop(numbers, 3, 6).view(3, 6).int().tolist())
-trained_at = centre_crop(pipeline.mmdit.pos_embed, 4, 4).view(4, 4, 128)
+print("positions used by 3 x 6 patches:", centre_crop(numbers, 3, 6).view(3, 6).int().tolist())
+for_square = centre_crop(pipeline.mmdit.pos_embed, 4, 4).view(4, 4, 128)
 for_wide = centre_crop(pipeline.mmdit.pos_embed, 4, 8).view(4, 8, 128)
-torch.testing.assert_close(for_wide[:, 2:6], trained_at)
+torch.testing.assert_close(for_wide[:, 2:6], for_square)
 
 stretched, rows = copy.deepcopy(pipeline.mmdit), {}
 stretched.pos_embed.copy_(sincos_positions(128, 8, 8, 4))  # 0, 0.5, 1, ... 3.5
@@ -323,12 +322,12 @@ for name, model in {"cropped": pipeline.mmdit, "stretched": stretched}.items():
 images(rows, "The digits 1 to 8 on larger canvases.", cell=0.9)
 
 # %% [markdown]
-# Cropped: the digit stands in the middle, as large as ever. The model has not learned "a digit
-# fills the picture" but "this stroke belongs to these coordinates"; outside it has seen nothing,
-# and draws nothing or a few specks. Stretched: between two known places there is now a third, and
-# strokes come twice. Neither makes a *larger* digit. That takes training: SD3 learns at 256
-# pixels, then goes on at 1024 with coordinates that are stretched once (64 patches from 0 to 16, a
-# quarter of a step each), and crops for all shapes.
+# Cropped: the digit is in the middle, at its usual size. The model has not learned "a digit fills
+# the picture" but "this stroke belongs at these coordinates"; beyond them it has seen nothing, and
+# draws nothing or a few specks. Stretched: between two known positions there is now a third, and
+# strokes appear twice. Neither makes a *larger* digit. That takes training: SD3 is trained at 256
+# pixels and then at 1024, with coordinates that are stretched once (64 patches from 0 to 16, a
+# quarter of a step each), and it crops for all shapes.
 #
 # ## Exercises
 
@@ -377,14 +376,14 @@ def centre_crop(positions, rows, columns):
 check("centre_crop", centre_crop)
 
 # %% [markdown]
-# **Open ends.** Let a digit begin outside the middle: add a constant to the coordinates of the
-# buffer and sample. Does the digit move, by whole patches or by fractions? Blank the position of a
-# single token only: what stands there then? Train with the halves exchanged (notebook 05): does it
-# matter, if one does it from the beginning?
+# **Open questions.** Move a digit out of the middle: add a constant to the coordinates of the
+# buffer and sample. Does the digit move, by whole patches or by fractions? Zero the position of a
+# single token: what is drawn there? Train with the halves exchanged (notebook 05): does it matter
+# if they are exchanged from the start?
 #
 # ## What was left out
 #
-# Positions that are learned, or that turn the queries and keys themselves (RoPE), as many later
-# models have; SD3's are fixed. Choosing pictures of many shapes for a batch (notebook 05). Patches
-# and the 2 x 2 embedding are in section 4 of the paper, arXiv 2403.03206; the grid of positions
-# for other sizes and shapes in section 5.3.2.
+# Positions that are learned, or that rotate the queries and keys themselves (RoPE), as in many
+# later models; SD3's are fixed. Batching pictures of many shapes (notebook 05). Patches and the 2 x
+# 2 embedding are in section 4 of the paper, arXiv 2403.03206; the grid of positions for other sizes
+# and shapes is in section 5.3.2.

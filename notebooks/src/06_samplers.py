@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 06 · Samplers and guidance
 #
-# **How few network evaluations can a picture cost?** Every step from noise to data asks the
-# network at least once, and at two billion parameters each answer takes time. This notebook
+# **How few network evaluations can a picture cost?** Every step from noise to data evaluates the
+# network at least once, and with two billion parameters each evaluation takes time. This notebook
 # measures three solvers, the times they visit, and what guidance does to the velocity they follow.
 
 # %%
@@ -11,21 +11,21 @@ import torch
 from lab import finish, images, lines, panels, pick, trained
 
 from nanosd3 import flow
-from nanosd3.data import measure, to_model
+from nanosd3.data.mnist import measure_strokes, to_model
 from nanosd3.exercises import check, show
-from nanosd3.metrics import frechet_distance
 from nanosd3.samplers import SAMPLERS, dpmpp_2m, euler, guided, heun, inpainting
+from nanosd3.training.metrics import frechet_distance
 
 lesson = trained()
 pipeline = lesson.pipeline
 digits = [f"the digit {i % 10}" for i in range(pick(300, 20))]
 rows = {}
 for n in pick((1, 2, 4, 8, 32), (1, 2)):
-    rows[f"Euler, steps: {n}"] = pipeline(digits[:10], sampler="euler", steps=n, seed=2)
-images(rows, "The same noise in each column, more and more steps. Where would you stop?")
+    rows[f"Euler, {n} steps"] = pipeline(digits[:10], sampler="euler", steps=n, seed=2)
+images(rows, "The same noise in each column, with more and more steps. Where would you stop?")
 
 # %% [markdown]
-# Looking is not measuring. To compare solvers we need a problem whose answer is known.
+# Looking is not measuring. To compare solvers we need a problem with a known answer.
 #
 # ## A field with a known answer
 #
@@ -54,9 +54,10 @@ torch.testing.assert_close(ours, euler(exact_velocity, start, ts))
 print("exact:", end.numpy(), "Euler:", ours.numpy().round(2))
 
 # %% [markdown]
-# Eight steps leave errors of up to 0.17. Euler trusts the velocity at the start of a step for the
-# whole step, although it changes on the way. **Heun** goes there, asks again, and takes the mean of
-# both answers. The last step, into t = 0, stays Euler's: the network has hardly seen t = 0.
+# Eight steps leave errors of up to 0.17. Euler uses the velocity at the start of a step for the
+# whole step, although it changes on the way. **Heun** takes the step, evaluates the velocity there
+# as well, and uses the mean of the two. The last step, into t = 0, remains an Euler step: the
+# network has hardly been trained at t = 0.
 
 
 # %%
@@ -73,10 +74,11 @@ ours = heun_slowly(exact_velocity, start, ts)
 torch.testing.assert_close(ours, heun(exact_velocity, start, ts))
 
 # %% [markdown]
-# **DPM++ 2M** asks once a step and remembers. It works on the clean image `x0 = z - t v`, draws a
-# line through the last two estimates and extrapolates; distances on that line are measured in
-# `h = ln(t / t_next)`. Its loops stand in the exercise at the end. Without the memory it would be
-# Euler's method exactly, as it is in a run of a single step:
+# **DPM++ 2M** evaluates the network once per step and keeps the previous result. It works on the
+# clean image `x0 = z - t v`, fits a line through the last two estimates and extrapolates; distances
+# on that line are measured in `h = ln(t / t_next)`. Its loops are in the exercise at the end.
+# Without the previous estimate it would be exactly Euler's method, as it is in a run of a single
+# step:
 
 # %%
 once = torch.tensor([1.0, 0.0], dtype=torch.float64)
@@ -93,12 +95,12 @@ torch.testing.assert_close(*one_step)
 
 # %%
 def error_curve(name, velocity, z, end, budgets, times):
-    """Evaluations, and the root mean square error left, for each budget of them."""
+    """The evaluations used and the root mean square error, for each budget of evaluations."""
     steps = [n // 2 + 1 if name == "heun" else n for n in budgets]
     used = [2 * n - 1 if name == "heun" else n for n in steps]
     with torch.no_grad():
-        found = [SAMPLERS[name](velocity, z, times(n)) for n in steps]
-    return used, [float((x - end).square().mean().sqrt()) for x in found]
+        results = [SAMPLERS[name](velocity, z, times(n)) for n in steps]
+    return used, [float((x - end).square().mean().sqrt()) for x in results]
 
 
 def even(steps):
@@ -107,20 +109,20 @@ def even(steps):
 
 problem = (exact_velocity, start, end, (4, 8, 16, 32, 64, 128, 256), even)
 curves = {name: error_curve(name, *problem) for name in SAMPLERS}
-lines(curves, "evaluations", "error at t = 0", "Closed form. (dpmpp_2m at 8: a lucky zero.)", "xy")
-fall = {name: errors[-2] / errors[-1] for name, (_, errors) in curves.items()}
-print("from 128 to 256 the error falls by", {k: round(v, 2) for k, v in fall.items()})
-assert 1.9 < fall["euler"] < 2.1 < 3.2 < fall["dpmpp_2m"] < fall["heun"] < 4.3
+lines(curves, "evaluations", "error at t = 0", "Exact field. (dpmpp_2m at 8: a lucky zero.)", "xy")
+ratio = {name: errors[-2] / errors[-1] for name, (_, errors) in curves.items()}
+print("from 128 to 256 the error falls by", {k: round(v, 2) for k, v in ratio.items()})
+assert 1.9 < ratio["euler"] < 2.1 < 3.2 < ratio["dpmpp_2m"] < ratio["heun"] < 4.3
 
 # %% [markdown]
-# Euler is of first order. Heun is of second: half the step, a quarter of the error. DPM++ 2M comes
-# close to that; at 256 evaluations its error is 2.7 times Heun's. (At 8 it is tiny by luck: its
-# error changes sign there.)
+# Euler is a first-order method. Heun is second-order: half the step, a quarter of the error. DPM++
+# 2M comes close to that; at 256 evaluations its error is 2.7 times Heun's. (At 8 it is tiny by
+# luck: its error changes sign there.)
 #
 # ## On the trained network
 #
-# Now the field is the network, with guidance 1.6. A hundred Heun steps serve as the truth: not the
-# true data, only what this network's own flow leads to.
+# Now the field is the network, with guidance 1.6. A hundred Heun steps serve as the reference: not
+# the true data, only where this network's own flow leads.
 #
 # **PREDICT.** Will the ranking be the same with the official schedule of times?
 
@@ -129,40 +131,42 @@ text = pipeline.encode_text(digits[:10])
 nothing = pipeline.encode_text([""] * 10)
 velocity, noise = guided(pipeline.mmdit, text, nothing, 1.6), pipeline.noise(10, 1, (8, 8))
 with torch.no_grad():
-    best = heun(velocity, noise, flow.schedule(pick(100, 10)))
-problem = (velocity, noise, best, pick((2, 4, 8, 16, 32, 64), (2, 4)))
+    reference = heun(velocity, noise, flow.schedule(pick(100, 10)))
+problem = (velocity, noise, reference, pick((2, 4, 8, 16, 32, 64), (2, 4)))
 curves = {name: error_curve(name, *problem, flow.schedule) for name in SAMPLERS}
 curves["dpmpp_2m, even times"] = error_curve("dpmpp_2m", *problem, even)
 lines(curves, "evaluations", "error in latents (deviation 1)", "The trained network.", "xy")
 
 # %% [markdown]
 # Two surprises. First, DPM++ 2M is the *worst* with few steps. For four steps the official schedule
-# ends ..., 0.334, 0.001, 0. In units of ln t the step to 0.001 is eight times as long as the
-# one before, and the extrapolation goes that far. With even times the same solver beats Euler
-# everywhere and is about as good as Heun. Solver and schedule have to fit.
+# ends in ..., 0.334, 0.001, 0. In units of ln t the step to 0.001 is eight times as long as the one
+# before, and the extrapolation goes that far. With evenly spaced times the same solver beats Euler
+# everywhere and is about as good as Heun. Solver and schedule have to match.
 #
-# Second, Heun's line bends: from 9 evaluations on it falls about as fast as Euler's. Its order is a
-# promise for smooth fields, and a network that reads sines of 1000 t need not be one.
+# Second, Heun's curve bends: from 9 evaluations on it falls about as fast as Euler's. The order of
+# a method holds for smooth fields, and a network whose inputs are sines of 1000 t need not be
+# smooth.
 #
 # ## Quality is not error
 #
-# A small error means: the picture that the network meant. Is it a good one? The judge gives two
-# numbers: the share read as asked, and the Frechet distance between its features of the samples and
-# of test images.
+# A small error means that we got the picture that the network's flow leads to. Is it a good
+# picture? The classifier gives two numbers: accuracy, the share of samples read as the requested
+# digit, and the Frechet distance between its features of the samples and of test images.
 #
-# **PREDICT.** Which of the two will prefer blurred pictures of two Euler steps to those of sixteen?
+# **PREDICT.** Which of the two will prefer the blurred pictures of two Euler steps to those of
+# sixteen?
 
 
 # %%
 def features(images):
     with torch.no_grad():
-        return lesson.judge.features(to_model(images, 32))
+        return lesson.classifier.features(to_model(images, 32))
 
 
 def quality(drawn):
-    """Share read as asked for, and distance from the test images."""
-    right = [read == i % 10 for i, read in enumerate(lesson.reads(drawn))]
-    return sum(right) / len(right), frechet_distance(features(torch.from_numpy(drawn)), real)
+    """Accuracy, and Frechet distance from the test images."""
+    correct = [digit == i % 10 for i, digit in enumerate(lesson.classify(drawn))]
+    return sum(correct) / len(correct), frechet_distance(features(torch.from_numpy(drawn)), real)
 
 
 real, curves = features(lesson.images.test_images), {}
@@ -170,18 +174,18 @@ for name in SAMPLERS:
     steps = [n // 2 + 1 if name == "heun" else n for n in pick((2, 4, 8, 16), (2, 4))]
     scores = [quality(pipeline(digits, sampler=name, steps=n, seed=2)) for n in steps]
     curves[name] = ([2 * n - 1 if name == "heun" else n for n in steps], [d for _, d in scores])
-    print(f"{name:9} share read as asked:", [f"{share:.1%}" for share, _ in scores])
-lines(curves, "evaluations", "Frechet distance", "Distance of 300 samples from test images.", "x")
+    print(f"{name:9} accuracy:", [f"{accuracy:.1%}" for accuracy, _ in scores])
+lines(curves, "evaluations", "Frechet distance", "300 samples against the test images.", "x")
 
 # %% [markdown]
-# Accuracy rewards blur: an average seven is easy to read. Alone it is a bad guide. Nor does the
-# smallest error make the smallest distance: DPM++ 2M with 8 evaluations is far from what the
-# network meant, and nearest to real digits.
+# Accuracy rewards blur: an average seven is easy to read. On its own it is misleading. Nor does the
+# smallest error give the smallest distance: DPM++ 2M with 8 evaluations is far from the reference
+# solution, and nearest to real digits.
 #
 # ## Which times?
 #
-# At 1024 x 1024 pixels SD3 shifts its times towards noise by `alpha = 3`. What one would write
-# first is to shift even times. It is not what the official models do:
+# At 1024 x 1024 pixels SD3 shifts its times towards noise by `alpha = 3`. The obvious way is to
+# shift evenly spaced times. That is not what the official models do:
 
 
 # %%
@@ -194,9 +198,9 @@ def schedule_slowly(steps, alpha):
     return torch.tensor([*ts, 0.0])
 
 
-first_try, official = flow.shift(torch.linspace(1, 0, 29), 3.0), flow.schedule(28, 3.0)
+obvious, official = flow.shift(torch.linspace(1, 0, 29), 3.0), flow.schedule(28, 3.0)
 torch.testing.assert_close(schedule_slowly(28, 3.0), official)
-print(f"last time above zero: {first_try[-2]:.4f} (first try), {official[-2]:.4f} (official)")
+print(f"last time above zero: {obvious[-2]:.4f} (obvious way), {official[-2]:.4f} (official)")
 
 # %% [markdown]
 # **PREDICT.** Our digits are small. Will a shift of 3 help or harm a six-step sampler here?
@@ -205,27 +209,27 @@ print(f"last time above zero: {first_try[-2]:.4f} (first try), {official[-2]:.4f
 alphas, curves = (0.33, 0.5, 1.0, 2.0, 3.0, 5.0), {}
 for name in ("euler", "heun"):
     with torch.no_grad():
-        found = [SAMPLERS[name](velocity, noise, flow.schedule(6, alpha)) for alpha in alphas]
-    curves[name] = (alphas, [float((z - best).square().mean().sqrt()) for z in found])
+        results = [SAMPLERS[name](velocity, noise, flow.schedule(6, alpha)) for alpha in alphas]
+    curves[name] = (alphas, [float((z - reference).square().mean().sqrt()) for z in results])
 lines(curves, "shift alpha", "error in latents (deviation 1)", "Six steps, six shifts.", "xy")
 
 # %% [markdown]
 # It harms: shift 1 has the smallest error. The shift is for large images, where neighbouring pixels
-# repeat each other and the same noise hides less (notebook 02).
+# are similar and the same noise hides less (notebook 02).
 #
 # ## Guidance
 #
-# The solver follows any velocity. Guidance makes one out of two. Two conventions are in print:
-# here scale 1 means none, elsewhere w = 0 does, and "guidance 2" there is our 3.
+# The solver follows any velocity. Guidance combines two into one. There are two conventions in the
+# literature: here scale 1 means no guidance, elsewhere w = 0 does, and "guidance 2" there is our 3.
 #
-# **PREDICT.** How does the size of the guided velocity change with the scale? Where on the way from
-# noise to data does it change most?
+# **PREDICT.** How does the size of the guided velocity change with the scale? Where on the path
+# from noise to data does it change most?
 
 
 # %%
 @torch.no_grad()
 def guide_slowly(z, t, scale):
-    v_text, v_nothing = (pipeline.mmdit(z, t, *which) for which in (text, nothing))
+    v_text, v_nothing = (pipeline.mmdit(z, t, *inputs) for inputs in (text, nothing))
     w, v = scale - 1, torch.empty_like(z)
     torch.testing.assert_close(v_nothing + scale * (v_text - v_nothing),
                                (1 + w) * v_text - w * v_nothing, atol=1e-4, rtol=1e-4)  # fmt: skip
@@ -236,7 +240,7 @@ def guide_slowly(z, t, scale):
 
 growth, scales = {}, (1.0, 2.0, 4.0, 6.0, 8.0)
 for t in torch.tensor([1.0, 0.8, 0.5, 0.1]):
-    z = flow.interpolate(best, noise, t)
+    z = flow.interpolate(reference, noise, t)
     v = [guide_slowly(z, t, scale) for scale in scales]
     torch.testing.assert_close(guided(pipeline.mmdit, text, nothing, 8.0)(z, t), v[-1],
                                atol=1e-3, rtol=1e-3)  # fmt: skip
@@ -244,11 +248,11 @@ for t in torch.tensor([1.0, 0.8, 0.5, 0.1]):
 lines(growth, "guidance scale", "size of v (deviation)", "Scale 1 is the network's own velocity.")
 
 # %% [markdown]
-# Near noise it triples, near data it hardly changes. Such velocities were in no training batch,
-# and pictures made with them are overdone.
+# Near noise it triples, near data it hardly changes. No training batch contained such velocities,
+# and pictures made with them look overdone.
 #
-# **PREDICT.** What grows with the scale and what shrinks: accuracy, the distance from real digits,
-# the variety among samples of one prompt?
+# **PREDICT.** As the scale grows, what grows and what shrinks: accuracy, the distance from real
+# digits, the variety among samples of one prompt?
 
 # %%
 rows, scores = {}, []
@@ -261,32 +265,33 @@ for scale in scales:
     scores.append((*quality(drawn), variety))
 images(rows, "Threes at five scales; the same noise in each column.")
 figure, axes = panels(3, 2.4)
-names = ("share read as asked", "Frechet distance", "pixel variance within a digit")
+names = ("accuracy", "Frechet distance", "pixel variance within a digit")
 for axis, name, values in zip(axes, names, zip(*scores, strict=True), strict=True):
     axis.plot(scales, values, "k-o", markersize=4)
     axis.set(xlabel="guidance scale", ylabel=name)
-finish(figure, "Guidance trades variety for doing as told.")
+finish(figure, "Guidance trades variety for prompt adherence.")
 
 # %% [markdown]
-# The distance is best at 1.3, accuracy from 3 on, and variety only falls. No scale is best for
-# all. A **negative prompt** takes the place of the empty one: away from
-# it, instead of away from nothing.
+# The distance is best at 1.3, accuracy from 3 on, and variety only falls. No single scale is best
+# for everything. A **negative prompt** replaces the empty one: guidance then moves away from it,
+# instead of away from no text.
 
 # %%
 rows = {}
 for negative in ("", "a bold 7", "a thin 7"):
     drawn = pipeline(["a 7"] * 10, negative, guidance=3.0, seed=4)
-    weight = measure(torch.from_numpy(drawn))[0].mean()
-    rows[f"away from {negative!r}: weight {weight:.1f}"] = drawn
-images(rows, "'a 7' at scale 3, with the mean stroke weight measured in the images.")
+    weight = measure_strokes(torch.from_numpy(drawn))[0].mean()
+    rows[f"negative {negative!r}: weight {weight:.1f}"] = drawn
+images(rows, "'a 7' at scale 3, with three negative prompts and the mean stroke weight measured "
+       "in the images.")  # fmt: skip
 
 # %% [markdown]
 # ## Starting from a picture
 #
-# *Image to image* starts not from noise but from a noisy picture: a test image of a four, part of
-# the way towards noise, then down again with the prompt "the digit 9".
+# *Image to image* starts not from noise but from a noisy picture: we move a test image of a four
+# part of the way towards noise, then sample back down with the prompt "the digit 9".
 #
-# **PREDICT.** From which strength on will the judge read a nine?
+# **PREDICT.** From which strength on will the classifier read a nine?
 
 # %%
 images_, labels = lesson.images.test_images, lesson.images.test_labels
@@ -295,25 +300,26 @@ both = (pipeline.encode_text(prompt) for prompt in ("the digit 9", ""))
 nine = guided(pipeline.mmdit, *both, pipeline.config.sampling.guidance)
 with torch.no_grad():
     x0 = pipeline.encode(to_model(four, 28))
-    half = heun(nine, flow.interpolate(x0, eps, ts[6]), ts[6:])  # strength 6 / 12
-same = pipeline("the digit 9", image=four, strength=0.5, noise=eps, output="latent")
-torch.testing.assert_close(half, same, atol=1e-3, rtol=1e-3)
+    ours = heun(nine, flow.interpolate(x0, eps, ts[6]), ts[6:])  # strength 6 / 12
+package = pipeline("the digit 9", image=four, strength=0.5, noise=eps, output="latent")
+torch.testing.assert_close(ours, package, atol=1e-3, rtol=1e-3)
 rows = {}
 for digit in (9, 2):
     drawn = [four.numpy()]
     for strength in pick((0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0.5, 1.0)):
         drawn.append(pipeline(f"the digit {digit}", image=four, strength=strength, seed=5))
     rows[f"'the digit {digit}'"] = torch.from_numpy(np.concatenate(drawn))
-    print(digit, "asked for, read as", lesson.reads(rows[f"'the digit {digit}'"].numpy()))
-images(rows, "A four, then strengths 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9 and 1.")
+    print(digit, "requested, read as", lesson.classify(rows[f"'the digit {digit}'"].numpy()))
+images(rows, "The four, then strengths 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9 and 1.")
 
 # %% [markdown]
-# From 0.6 on it reads what was asked for; below that the picture has lost too little. But the nine
-# is whole at once and the two only from 0.8 on: it has less in common with a four. Strength is the
-# share of steps, and with it the noise at the start.
+# From 0.6 on the classifier reads what we asked for; below that too little of the picture has been
+# destroyed. But the nine is complete at once and the two only from 0.8 on: it has less in common
+# with a four. Strength is the share of steps that are taken, and so it determines the noise at the
+# start.
 #
-# *Repainting* keeps part of the picture. In a loop: after each step put back, outside the mask, the
-# known image with as much noise as belongs to that time. The package says the same with a velocity,
+# *Inpainting* keeps part of the picture. In a loop: after each step, outside the mask, put back the
+# known image with the noise level of that time. The package does the same by changing the velocity,
 # so that it works with every solver.
 
 # %%
@@ -324,15 +330,15 @@ with torch.no_grad():
     for i in range(len(ts) - 1):
         z = z + (ts[i + 1] - ts[i]) * nine(z, ts[i])
         z = mask * z + (1 - mask) * flow.interpolate(x0, eps, ts[i + 1])
-    same = euler(inpainting(nine, mask, x0, eps), eps, ts)
-torch.testing.assert_close(z, same, atol=1e-3, rtol=1e-3)
+    package = euler(inpainting(nine, mask, x0, eps), eps, ts)
+torch.testing.assert_close(z, package, atol=1e-3, rtol=1e-3)
 lower = torch.arange(28)[:, None].expand(28, 28) >= 14
 drawn = pipeline(digits[:10], image=four, mask=lower, seed=6)
-images({"0 to 9": drawn}, "The upper half is the four's. The lower half was asked to be 0 to 9.")
-print("read as:", lesson.reads(drawn))
+images({"0 to 9": drawn}, "The upper half is kept from the four; the prompts ask for 0 to 9.")
+print("read as:", lesson.classify(drawn))
 
 # %% [markdown]
-# Half of the ten are read as asked: 0, 2, 4, 7 and 8. A five does not go with the top of a four.
+# Half of the ten are read as requested: 0, 2, 4, 7 and 8. A five does not fit the top of a four.
 #
 # ## Exercises
 
@@ -381,12 +387,13 @@ def repaint(v, mask, x0, noise):
 check("repaint", repaint)
 
 # %% [markdown]
-# **Open ends.** How fast does the network's velocity change with t? Measure it by differences, at
-# fixed z, and look for the times where Heun loses its order. Guidance only near noise, where the
-# digit is decided: does it cost less variety?
+# **Open questions.** How fast does the network's velocity change with t? Measure it by finite
+# differences, at fixed z, and look for the times where Heun loses its order. Use guidance only near
+# noise, where the digit is decided: does that cost less variety?
 #
 # ## What was left out
 #
 # The paper samples with Euler. It studies few steps in section 5.1, and in section 5.3.3 finds that
-# larger models lose less by them; the shift is its section 5.3.2. Distillation to four steps
-# (SD3.5's turbo model) is another training and not in this package. The paper: arXiv 2403.03206.
+# larger models lose less when the number of steps is reduced; the shift is in section 5.3.2.
+# Distillation to four steps (SD3.5's turbo model) is a training method of its own and not in this
+# package. The paper: arXiv 2403.03206.

@@ -1,16 +1,16 @@
 # %% [markdown]
 # # 07 · The autoencoder and its latents
 #
-# **Why does the flow not work on pixels?** Stable Diffusion 3 never sees one. It works on latents,
-# small tensors from which a decoder paints the picture. This notebook looks at what is lost, what
-# is gained, and what can go wrong between the two.
+# **Why does the flow not work on pixels?** The transformer of Stable Diffusion 3 never sees a
+# pixel. It works on latents, small tensors that a decoder turns into the picture. This notebook
+# looks at what is lost, what is gained, and what can go wrong between the two.
 
 # %%
 import torch
 from lab import images, lines, maps, pick, trained
 
 from nanosd3 import flow
-from nanosd3.data import to_model, to_uint8
+from nanosd3.data.mnist import to_model, to_uint8
 from nanosd3.exercises import check, show
 from nanosd3.samplers import heun
 from nanosd3.vae import AutoencoderKL, kl_divergence, sample_posterior
@@ -21,19 +21,19 @@ labels = lesson.images.test_labels[: pick(300, 50)]
 test = to_model(lesson.images.test_images[: len(labels)], 32)
 with torch.no_grad():
     mean, logvar = vae.encode(test)
-    back = vae.decode(mean)
-rows = {"test images": to_uint8(test[:10]), "decoded": to_uint8(back[:10])}
-rows["error, amplified"] = (back - test)[:10, 0].abs()
-images(rows, f"{test[0].numel()} pixels, kept as {mean[0].numel()} latents, and painted again.")
+    decoded = vae.decode(mean)
+rows = {"test images": to_uint8(test[:10]), "decoded": to_uint8(decoded[:10])}
+rows["error, amplified"] = (decoded - test)[:10, 0].abs()
+images(rows, f"{test[0].numel()} pixels, encoded as {mean[0].numel()} latents and decoded again.")
 
 # %% [markdown]
-# A quarter of the numbers, and the eye finds little missing. For SD3 it is a twelfth: 3 x 1024 x
-# 1024 pixels become 16 x 128 x 128 latents.
+# A quarter of the numbers, and the eye notices little difference. For SD3 it is a twelfth: 3 x 1024
+# x 1024 pixels become 16 x 128 x 128 latents.
 #
 # Attention compares every token with every other. One token is a patch of 2 x 2.
 #
-# **PREDICT.** Latents are 8 times smaller in height and width. How many times fewer pairs does one
-# attention compare?
+# **PREDICT.** Latents are 8 times smaller in height and width. By what factor does the number of
+# pairs that one attention compares go down?
 
 # %%
 sides = torch.tensor([256, 512, 1024, 2048])
@@ -45,12 +45,12 @@ lines(curves, "side of the image (pixels)", "pairs in one attention", caption, "
 # %% [markdown]
 # ## The block everything is made of
 #
-# Encoder and decoder are stacks of one block: twice (group norm, SiLU, 3 x 3 convolution), and the
-# input is added. *Group norm* brings neighbouring channels of one image to mean 0 and variance 1
-# together, so that nothing depends on the other images of the batch. Between levels of blocks the
-# encoder halves the size by a convolution with stride 2, and the decoder doubles it by repeating
-# pixels. Two halvings here, three in SD3. (The real convolutions stand in for a loop over pixels;
-# the exercise has that loop.)
+# Encoder and decoder are stacks of one residual block: (group norm, SiLU, 3 x 3 convolution) twice,
+# added to the input. *Group norm* normalises groups of neighbouring channels of one image to mean 0
+# and variance 1, so that nothing depends on the other images of the batch. Between levels of blocks
+# the encoder halves the size with a convolution of stride 2, and the decoder doubles it by
+# repeating pixels. There are two halvings here, three in SD3. (For the convolutions we use
+# PyTorch's instead of a loop over pixels; the exercise has that loop.)
 
 
 # %%
@@ -77,19 +77,19 @@ with torch.no_grad():
 # %% [markdown]
 # ## A Gaussian for every latent
 #
-# The encoder does not give a number for each latent but a mean and a log-variance. In training a
-# latent is drawn from that Gaussian, and the decoder has to live with the noise.
+# For each latent the encoder outputs not a number but a mean and a log-variance. In training a
+# latent is drawn from that Gaussian, and the decoder has to cope with the noise.
 #
-# **PREDICT.** Which is larger: how much the means differ over the image, or the deviation of the
+# **PREDICT.** Which is larger: the variation of the means over the image, or the deviation of the
 # noise around them?
 
 # %%
 deviation = (0.5 * logvar).exp()
 shown = {"mean, channel 0": mean[0, 0], "mean, channel 1": mean[0, 1]}
 maps(shown | {"deviation, channel 0": deviation[0, 0]}, "column", "row",
-     "The latents of a seven are a small picture; their noise is fainter than they are.",
+     "The latents of a seven look like a small picture; their noise is weaker than they are.",
      "latent")  # fmt: skip
-print(f"means differ by {mean.std():.2f}; mean deviation of the noise {deviation.mean():.2f}")
+print(f"deviation of the means {mean.std():.2f}, of the noise (average) {deviation.mean():.2f}")
 
 # %% [markdown]
 # How does a gradient get through a random draw? The obvious way fails silently:
@@ -101,8 +101,8 @@ torch.normal(m, s, generator=g).square().sum().backward()
 print("gradient of the mean:", m.grad.tolist(), "of the deviation:", s.grad.tolist())
 
 # %% [markdown]
-# Zero: the draw hides where it came from. The way out is to draw the noise elsewhere, from N(0, 1),
-# and to compute `mean + deviation * noise`. In loops, with tensors, and in the package:
+# Zero: the draw is not differentiable. The solution is to draw the noise from N(0, 1) first and
+# compute `mean + deviation * noise`. In loops, with tensors, and in the package:
 
 
 # %%
@@ -125,9 +125,9 @@ torch.testing.assert_close(m.grad, 2 * z)
 # %% [markdown]
 # ## Holding latents together: the KL term
 #
-# Nothing so far keeps the encoder from making its means huge and its noise tiny. A penalty does:
-# the divergence of each Gaussian q from p = N(0, 1), which is
-# (mean^2 + variance - 1 - log variance) / 2.
+# So far nothing keeps the encoder from making its means huge and its noise tiny. A penalty does:
+# the KL divergence of each Gaussian q from p = N(0, 1), which is (mean^2 + variance - 1 - log
+# variance) / 2.
 #
 # **PREDICT.** The same number is the mean of `log q(z) - log p(z)` over draws z from q. How many
 # draws does it take to be within a percent?
@@ -145,7 +145,7 @@ log_ratio = 0.5 * (z.square() - draws.square() - logvar[0]).flatten(1).sum(1)
 count = torch.arange(1, 3001)
 running = log_ratio.cumsum(0) / count
 curves = {"mean over draws": (count, running), "closed form": (count, exact.expand(3000))}
-lines(curves, "draws", "KL of one image (nats)", "Within a percent from the first draw on.", "x")
+lines(curves, "draws", "KL of one image (nats)", "Within a percent from the first draw.", "x")
 assert abs(running[-1] / exact - 1) < 0.01
 
 # %% [markdown]
@@ -153,13 +153,13 @@ assert abs(running[-1] / exact - 1) < 0.01
 #
 # The training loss is the squared error, summed over an image's pixels, plus a weight times the KL.
 # We train small autoencoders of our own with the package's function, 200 steps each, and change one
-# number at a time. (They are kept in the cache.)
+# setting at a time. (The results are cached.)
 
 # %%
 from dataclasses import replace
 
 from nanosd3.config import Recipe
-from nanosd3.stages import train_autoencoder
+from nanosd3.training.train_autoencoder import train_autoencoder
 
 
 def small_vae(channels, kl_weight):
@@ -168,7 +168,7 @@ def small_vae(channels, kl_weight):
     training = replace(config.training, autoencoder=recipe, kl_weight=kl_weight)
     config = replace(config, training=training,
                      vae=replace(config.vae, latent_channels=channels))  # fmt: skip
-    return train_autoencoder(lesson.another(f"07-vae-{channels}-{kl_weight}", config))
+    return train_autoencoder(lesson.new_job(f"07-vae-{channels}-{kl_weight}", config))
 
 
 # %% [markdown]
@@ -179,26 +179,26 @@ rows, psnr, channels = {"test images": to_uint8(test[:10])}, [], (1, 4, 16)
 for c in channels:
     net = small_vae(c, 1e-2)
     with torch.no_grad():
-        back = net.decode(net.encode(test)[0])
-    rows[f"{c * 64} latents"] = to_uint8(back[:10])
-    psnr.append(10 * (4 / (back - test).square().mean()).log10())  # pixels span 2, and 2^2 = 4
+        decoded = net.decode(net.encode(test)[0])
+    rows[f"{c * 64} latents"] = to_uint8(decoded[:10])
+    psnr.append(10 * (4 / (decoded - test).square().mean()).log10())  # pixel range 2, 2^2 = 4
 images(rows, "The same ten digits through 1, 4 and 16 channels.")
 lines({"": (channels, psnr)}, "latent channels", "PSNR (dB)", "More channels, less error.", "x")
 
 # %% [markdown]
-# One channel loses detail; from 4 to 16 there is little left to win on digits. Photographs have
-# more to keep: SD3 has 16 channels where its predecessors had 4, and in the paper's table 3 the
-# PSNR is 25.1 dB with 4 channels, 26.4 with 8 and 28.6 with 16. But more channels are more to
-# generate: small models do worse with 16, and only large ones can afford them (section 5.2.1).
+# One channel loses detail; from 4 to 16 there is little left to gain on digits. Photographs contain
+# more: SD3 has 16 channels where its predecessors had 4, and in the paper's table 3 the PSNR is
+# 25.1 dB with 4 channels, 26.4 with 8 and 28.6 with 16. But more channels are harder to generate:
+# small models do worse with 16, and only large ones can afford them (section 5.2.1).
 #
 # ## How much KL?
 #
-# Both terms of the loss are sums, so the weight says what one nat costs in squared
-# pixel error. (With means instead of sums the same weight means something else. That is the
-# commonest confusion about it.)
+# Both terms of the loss are sums, so the weight is the price of one nat in squared pixel error.
+# (With means instead of sums the same weight means something else. That is the most common
+# confusion about it.)
 #
-# **PREDICT.** With KL weights 0, 0.01 and 1: what do latents look like in numbers, and what does
-# the decoder paint from pure noise N(0, 1)?
+# **PREDICT.** With KL weights 0, 0.01 and 1: what are the statistics of the latents, and what does
+# the decoder make of pure noise N(0, 1)?
 
 # %%
 rows, noise = {}, torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -206,26 +206,26 @@ for weight in (0.0, 1e-2, 1.0):
     net = small_vae(4, weight)
     with torch.no_grad():
         m, v = net.encode(test)
-        deviation, back, empty = (0.5 * v).exp(), net.decode(m), net.decode(noise)
-    rows[f"KL weight {weight:g}"] = to_uint8(torch.cat([back[:5], empty]))
+        deviation, decoded, from_noise = (0.5 * v).exp(), net.decode(m), net.decode(noise)
+    rows[f"KL weight {weight:g}"] = to_uint8(torch.cat([decoded[:5], from_noise]))
     spread = [round(float(d), 2) for d in m.std((0, 2, 3))]
-    print(f"{weight:4}: error {(back - test).square().mean():.4f}, mean {m.mean():.2f}, spread of",
-          f"each channel {spread}, noise {deviation.mean():.2f}")  # fmt: skip
-images(rows, "Five digits decoded, then six times noise decoded.")
+    print(f"{weight:4}: error {(decoded - test).square().mean():.4f}, mean {m.mean():.2f},",
+          f"deviation per channel {spread}, noise {deviation.mean():.2f}")  # fmt: skip
+images(rows, "Five decoded digits, then six decoded noise samples.")
 
 # %% [markdown]
-# Without the term latents lie where they happen to and their noise is close to none. With weight 1
-# noise drowns most channels and digits blur. In between, weight 0.01 costs little. But no weight
-# makes decoded noise a digit: where strokes go together the decoder does not know. **That is what
-# the flow is for**; the autoencoder only has to make its work easy.
+# Without the term the latents have arbitrary statistics and their noise is close to zero. With
+# weight 1 noise drowns most channels and the digits blur. In between, weight 0.01 costs little. But
+# no weight turns decoded noise into a digit: the decoder does not know which strokes belong
+# together. **That is what the flow is for**; the autoencoder only has to make its work easy.
 #
 # ## Shift and scale
 #
 # The flow mixes latents with noise of deviation 1, so latents should have mean 0 and deviation 1:
-# `(z - shift) * scale`, subtracting first. Both numbers are measured once, after training the
-# autoencoder. Suppose the scale is forgotten and the latents' deviation is 0.3 or 3.
+# `(z - shift) * scale`, subtracting first. Both numbers are measured once, after the autoencoder
+# has been trained. Suppose the scale is forgotten and the deviation of the latents is 0.3 or 3.
 #
-# **PREDICT.** At which time t does the judge then lose sight of the digit?
+# **PREDICT.** At which time t can the classifier then no longer read the digit?
 
 # %%
 x0, config = vae.normalise(mean), vae.config
@@ -234,37 +234,37 @@ torch.testing.assert_close(vae.denormalise(x0), mean, atol=1e-5, rtol=1e-5)
 eps = torch.randn(x0.shape, generator=g)
 times, curves = torch.linspace(0.1, 0.95, pick(12, 3)), {}
 for s in (0.3, 1.0, 3.0):
-    share = []
+    accuracy = []
     for t in times:
         z = flow.interpolate(s * x0, eps, t)
         same = flow.interpolate(x0, eps, flow.shift(t, 1 / s))
         torch.testing.assert_close(z / (t + (1 - t) * s), same, atol=1e-4, rtol=1e-4)
-        right = torch.tensor(lesson.reads(pipeline.decode(z / z.std()))) == labels
-        share.append(right.float().mean())
-    curves[f"deviation {s:g}"] = (times, share)
-lines(curves, "t (1 noise, 0 data)", "share read correctly", "Decoded on their way to noise.")
+        correct = torch.tensor(lesson.classify(pipeline.decode(z / z.std()))) == labels
+        accuracy.append(correct.float().mean())
+    curves[f"deviation {s:g}"] = (times, accuracy)
+lines(curves, "t (0 data, 1 noise)", "accuracy", "Noisy latents, decoded and classified.")
 
 # %% [markdown]
-# The digit drowns early or late, although training draws its times as before. The assertion says
-# more: a forgotten scale s *is* a timestep shift of 1 / s. Nothing crashes; the network merely
-# learns at the wrong times. Our latents need little correction. SD3's numbers are a shift of 0.0609
-# and a scale of 1.5305; here are our samples, decoded with those. Nothing in the picture says that
-# a number is wrong: strokes are only thinner and paler, or heavier.
+# The digit drowns too late or too early, although training draws its times as before. The assertion
+# says more: a forgotten scale s *is* a timestep shift of 1 / s. Nothing crashes; the network merely
+# trains at the wrong times. Our latents need little correction. SD3's numbers are a shift of 0.0609
+# and a scale of 1.5305; here are our samples, decoded with those. Nothing in the picture tells you
+# that a number is wrong: the strokes are just thinner and paler, or heavier.
 
 # %%
 latents = pipeline(["a bold 3", "a thin 5", "8", "the digit 4"], output="latent", seed=1)
 official = AutoencoderKL(replace(config, shift=0.0609, scale=1.5305))
-ways = {"right": vae.denormalise(latents), "SD3's numbers": official.denormalise(latents),
-        "the wrong way round": vae.denormalise(latents) * 1.5305}  # fmt: skip
+variants = {"right": vae.denormalise(latents), "SD3's numbers": official.denormalise(latents),
+            "scaled the wrong way": vae.denormalise(latents) * 1.5305}  # fmt: skip
 with torch.no_grad():
-    rows = {name: to_uint8(vae.decode(z)) for name, z in ways.items()}
+    rows = {name: to_uint8(vae.decode(z)) for name, z in variants.items()}
 images(rows, "One set of samples, decoded three ways.")
 
 # %% [markdown]
 # ## Between two digits
 #
-# **PREDICT.** Half way between a two and a seven: in pixels, in latents, and in the noise that the
-# flow would make them from. Which half-way picture is a digit?
+# **PREDICT.** Halfway between a two and a seven: in pixels, in latents, and in the noise from which
+# the flow would generate them. Which halfway picture is a digit?
 
 # %%
 ends = to_model(lesson.images.test_images, 28)
@@ -279,7 +279,7 @@ def velocity(z, t):
 
 with torch.no_grad():
     x0 = pipeline.encode(ends)
-    eps = heun(velocity, x0, ts.flip(0))  # the flow backwards: from data to noise
+    eps = heun(velocity, x0, ts.flip(0))  # the flow in reverse: from data to noise
     mixed = torch.cos(w * torch.pi / 2) * eps[:1] + torch.sin(w * torch.pi / 2) * eps[1:]
     rows = {"pixels": to_uint8(torch.lerp(ends[:1], ends[1:], w)),
             "latents": pipeline.decode(torch.lerp(x0[:1], x0[1:], w)),
@@ -287,9 +287,9 @@ with torch.no_grad():
 images(rows, "From a two to a seven, in three spaces.")
 
 # %% [markdown]
-# In pixels two digits shine through each other. In latents, strokes begin to move but break. By way
-# of the noise every picture is made of whole strokes, even where it is neither a two nor a seven.
-# Only that space knows what digits are.
+# In pixels the two digits are superimposed. In latents, strokes begin to move but break.
+# Interpolating the noise, every picture consists of complete strokes, even where it is neither a
+# two nor a seven. Only that space knows what digits are.
 #
 # ## Exercises
 
@@ -338,11 +338,11 @@ def resblock(x, weight1, weight2, groups):
 check("resblock", resblock)
 
 # %% [markdown]
-# **Open ends.** Train the flow of notebook 05 on 16 channels: is it really harder? Replace the
-# posterior's sample in its training by the mean: LOG.md has a number for that.
+# **Open questions.** Train the flow of notebook 05 on 16 channels: is it really harder? In the
+# flow's training, use the posterior's mean instead of a sample: LOG.md has a number for that.
 #
 # ## What was left out
 #
 # Autoencoders of this family are also trained with a perceptual and an adversarial term, which need
 # networks trained on photographs; SD3's own recipe is unpublished. The paper's study of channels is
-# its section 5.2.1, arXiv 2403.03206.
+# in section 5.2.1, arXiv 2403.03206.

@@ -3,8 +3,7 @@
 #
 # **What does a network read when it reads a prompt?** It cannot read letters. Two tokenizers and
 # three encoders stand between a sentence and the transformer, and each of them can lose something.
-# This notebook builds the tokenizers, looks into the encoders, and then takes them away, one by
-# one.
+# This notebook builds the tokenizers, looks into the encoders, and then removes them one by one.
 
 # %%
 from collections import Counter
@@ -13,13 +12,13 @@ from itertools import pairwise
 import torch
 from lab import cached, finish, images, lines, maps, panels, pick, trained
 
-from nanosd3.data import measure, to_model
+from nanosd3.data.mnist import measure_strokes, to_model
 from nanosd3.exercises import check, show
-from nanosd3.metrics import ConvNet
 from nanosd3.t5 import distance_buckets
 from nanosd3.text import drop_encoders, join_context
 from nanosd3.tokenizers import BPE, Unigram
-from nanosd3.train_text import clip_loss, span_corruptions
+from nanosd3.training.classifier import ConvNet
+from nanosd3.training.train_text import clip_loss, span_corruptions
 
 lesson = trained()
 pipeline, captions = lesson.pipeline, lesson.described.captions
@@ -31,17 +30,18 @@ for axis, prompt in zip(axes, ("a bold 3", "8"), strict=True):
     axis.imshow(pipeline.encode_text(prompt)[0][0].abs(), cmap="gray_r", aspect="auto",
                 interpolation="nearest")  # fmt: skip
     axis.set(title=prompt, xlabel="feature", ylabel="token", yticks=range(0, 17, 4))
-finish(figure, "What the transformer is given: the context of two prompts. Dark: far from zero.")
+finish(figure, "The input of the transformer: the context of two prompts. Dark: far from zero.")
 
 # %% [markdown]
-# Rows 0 to 8 come from two CLIPs side by side, with zeros on the right; the rows below from T5. At
-# the end of this notebook you will know every part of it.
+# Rows 0 to 8 come from the two CLIPs side by side, with zeros on the right; the rows below come
+# from T5. At the end of this notebook you will know every part of it.
 #
 # ## Byte pairs
 #
-# A list of whole words knows no new ones: "boldest" is lost. Letters know every word and make long
-# sequences. Byte-pair encoding starts with letters (bytes, in fact) and again and again joins the
-# most frequent pair of neighbours. A mark `</w>` on the last letter keeps words apart.
+# A vocabulary of whole words cannot represent new ones: "boldest" is lost. Letters can spell every
+# word but make long sequences. Byte-pair encoding starts with letters (bytes, in fact) and
+# repeatedly merges the most frequent pair of neighbours. A marker `</w>` on the last letter keeps
+# words apart.
 
 
 # %%
@@ -67,25 +67,26 @@ assert bpe_slowly(captions.texts, 40) == BPE.train(captions.texts, 514 + 40).mer
 print("the first merges:", bpe_slowly(captions.texts, 10))
 
 # %% [markdown]
-# **PREDICT.** The captions have 32 different words. How many merges make nearly every word one
+# **PREDICT.** The captions have 32 different words. How many merges turn nearly every word into one
 # token?
 
 # %%
 merges, lengths = (0, 5, 10, 20, 30, 40, 50, 60, 70), []
 for n in merges:
-    bpe = BPE.train(captions.texts, 514 + n)  # 512 symbols for bytes, two for start and end
+    bpe = BPE.train(captions.texts, 514 + n)  # 512 byte symbols, plus start and end
     total = sum(len(bpe.encode(text)) - 2 for text in captions.texts)
     lengths.append(total / len(captions.texts))
 words = sum(len(text.split()) for text in captions.texts) / len(captions.texts)
 curves = {"byte pairs": (merges, lengths), "words": (merges, [words] * len(merges))}
 caption = f"After {len(bpe.merges)} merges every word is one token."
-lines(curves, "merges", "tokens in a caption (mean)", caption)
+lines(curves, "merges", "tokens per caption (mean)", caption)
 
 # %% [markdown]
 # The official vocabularies were learned from far more text: 48,894 merges for both CLIPs, 32,000
 # pieces for T5.
 #
-# **PREDICT.** How will they cut "photorealistic xylophone 2023", and what becomes of a Chinese cat?
+# **PREDICT.** How will they split "photorealistic xylophone 2023", and what becomes of a Chinese
+# cat?
 
 # %%
 bpe, unigram = BPE.official(), Unigram.official()
@@ -94,13 +95,13 @@ for prompt in ("a photo of a cat", "photorealistic xylophone 2023", "Unhappily, 
     print("T5:  ", " ".join(unigram.pieces[i][0] for i in unigram.encode(prompt)[:-1]), "\n")
 
 # %% [markdown]
-# CLIP folds to lower case and cuts what it does not know into bytes: nothing is unknown, only long.
-# T5 keeps capitals, has no piece for the character, and says `<unk>`.
+# CLIP converts to lower case and splits what it does not know into bytes: nothing is unknown, only
+# long. T5 keeps capitals, has no piece for the character, and outputs `<unk>`.
 #
 # ## Unigram: the most probable split
 #
-# T5's tokenizer has no merges. Each piece has a log-probability, and of all ways to cut a word the
-# one with the largest sum is taken. By brute force (`▁` is the space before a word):
+# T5's tokenizer has no merges. Each piece has a log-probability, and of all ways to split a word
+# the one with the largest sum is taken. By brute force (`▁` is the space before a word):
 
 
 # %%
@@ -116,24 +117,24 @@ for word in ("▁cats", "▁bolder", "▁Unhappily"):
     total = {tuple(split): sum(unigram.score[piece][0] for piece in split) for split in known}
     ranked = sorted(total, key=total.get, reverse=True)
     assert [unigram.score[piece][1] for piece in ranked[0]] == unigram.encode_word(word)
-    print(f"{len(splits)} splits, {len(known)} of known pieces. The best of them:")
+    print(f"{len(splits)} splits, {len(known)} of them into known pieces. The best:")
     print("   ".join(f"{' '.join(split)} ({total[split]:.1f})" for split in ranked[:3]))
 
 # %% [markdown]
-# The package finds the same without trying them all (Viterbi; an exercise below).
+# The package finds the same split without trying them all (Viterbi; an exercise below).
 #
-# ## CLIP: a sentence is what its picture looks like
+# ## CLIP: match captions with their images
 #
-# CLIP learns from pairs. Of B images and B captions in a batch each image should find its caption
-# and each caption its image, by the cosine of their vectors. In loops:
+# CLIP learns from pairs. Among the B images and B captions of a batch, each image should find its
+# caption and each caption its image, by the cosine of their vectors. In loops:
 
 
 # %%
 def contrastive_slowly(image, text, scale):
     total = 0.0
-    for one, other in ((image, text), (text, image)):
-        for i in range(len(one)):
-            cosines = [torch.cosine_similarity(one[i], other[j], dim=0) for j in range(len(other))]
+    for queries, keys in ((image, text), (text, image)):
+        for i in range(len(queries)):
+            cosines = [torch.cosine_similarity(queries[i], key, dim=0) for key in keys]
             logits = scale * torch.stack(cosines)
             total = total - logits[i] + logits.exp().sum().log()
     return total / (2 * len(image))
@@ -145,87 +146,89 @@ torch.testing.assert_close(clip_loss(image, text, torch.eye(6), torch.tensor(5.0
                            contrastive_slowly(image, text, 5.0))  # fmt: skip
 
 # %% [markdown]
-# The image tower is thrown away after training; SD3 wants only the text. To see what the text
-# encoder knows, we train a new tower of our own. The lesson's CLIP-G stays as it is.
+# The image encoder is thrown away after training; SD3 needs only the text encoder. To see what that
+# has learned, we train a new image encoder of our own against it. The CLIP-G of our model stays as
+# it is.
 
 # %%
 with torch.no_grad():
     clip_g = pipeline.parts["clip_g"]
     pooled = clip_g(pipeline.text.clip_ids(captions.texts)[1])[1]
 torch.manual_seed(0)
-tower, data, fits = ConvNet(pooled.shape[1]), lesson.images, lesson.described
+encoder, data, described = ConvNet(pooled.shape[1]), lesson.images, lesson.described
 
 
-def make():
-    optimizer, g = torch.optim.AdamW(tower.parameters(), lr=2e-3), torch.Generator().manual_seed(1)
+def train_encoder():
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3)
+    g = torch.Generator().manual_seed(1)
     for _ in range(pick(300, 3)):
         i = torch.randint(len(data.train_images), (128,), generator=g)
         u = torch.rand(128, generator=g)
-        index = captions.draw(data.train_labels[i], fits.weight[i], fits.slant[i], u)
+        index = captions.draw(data.train_labels[i], described.weight[i], described.slant[i], u)
         x, same = to_model(data.train_images[i], 32), (index[:, None] == index).float()
-        loss = clip_loss(tower(x), pooled[index], same, torch.tensor(20.0))
+        loss = clip_loss(encoder(x), pooled[index], same, torch.tensor(20.0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return tower.state_dict()
+    return encoder.state_dict()
 
 
 # %% [markdown]
-# **PREDICT.** The tower was never told which class an image has. How often will the nearest of ten
-# captions "the digit 0" to "the digit 9" be right?
+# **PREDICT.** The image encoder was never told the class of an image. How often will the nearest of
+# the ten captions "the digit 0" to "the digit 9" be correct?
 
 # %%
-tower.load_state_dict(cached("08-tower", make))
+encoder.load_state_dict(cached("08-tower", train_encoder))
 names = [captions.texts.index(f"the digit {d}") for d in range(10)]
 with torch.no_grad():
-    seen = torch.nn.functional.normalize(tower(to_model(data.test_images[:1000], 32)), dim=1)
-    cosine = seen @ torch.nn.functional.normalize(pooled[names], dim=1).T
+    vectors = torch.nn.functional.normalize(encoder(to_model(data.test_images[:1000], 32)), dim=1)
+    cosine = vectors @ torch.nn.functional.normalize(pooled[names], dim=1).T
 labels = data.test_labels[:1000]
-print(f"nearest caption is right: {(cosine.argmax(1) == labels).float().mean():.1%}")
+print(f"nearest caption is correct: {(cosine.argmax(1) == labels).float().mean():.1%}")
 table = torch.stack([cosine[labels == d].mean(0) for d in range(10)])
 maps({"": table}, "caption: the digit", "test images of", "Means over 1000 images.", "cosine")
 
 # %% [markdown]
 # ## Which vector is the sentence?
 #
-# CLIP's attention is causal: a token sees only what stands before it. So only the end token has
-# read everything, and its vector is the *pooled* one. T5 looks both ways and has no such vector.
+# CLIP's attention is causal: a token sees only the tokens before it. So only the end token has read
+# everything, and its vector is the *pooled* one. T5 is bidirectional and has no such vector.
 #
 # **PREDICT.** "a bold 3" becomes "a bold 8". At which tokens do CLIP's states change, and at which
-# T5's? And what if we scribble over CLIP's padding?
+# T5's? And what if we overwrite CLIP's padding with random tokens?
 
 # %%
 (three, eight), t5 = pipeline.text.clip_ids(["a bold 3", "a bold 8"])[1], pipeline.parts["t5"]
-scribbled = three.clone()
-scribbled[5:] = torch.randint(300, (len(three) - 5,), generator=g)  # after start, 3 words, end
+overwritten = three.clone()
+overwritten[5:] = torch.randint(300, (len(three) - 5,), generator=g)  # after start, 3 words, end
 with torch.no_grad():
     states, pooled_three = clip_g(torch.stack([three, eight]))
-    torch.testing.assert_close(clip_g(scribbled[None])[1], pooled_three[:1])
-    read = t5(pipeline.text.t5_ids(["a bold 3", "a bold 8"]))
+    torch.testing.assert_close(clip_g(overwritten[None])[1], pooled_three[:1])
+    t5_states = t5(pipeline.text.t5_ids(["a bold 3", "a bold 8"]))
     longer = t5(pipeline.text.t5_ids(["a bold 3"], 12))
 curves = {
     name: (range(len(x[0])), (x[0] - x[1]).norm(dim=1) / x[0].norm(dim=1))
-    for name, x in (("CLIP-G", states), ("T5", read))
+    for name, x in (("CLIP-G", states), ("T5", t5_states))
 }
-lines(curves, "token", "change of the state (share)",
-      "The 8 is CLIP's token 3, behind a start token, and T5's token 2.")  # fmt: skip
-moved = (longer[0, :4] - read[0, :4]).norm() / read[0, :4].norm()
-print(f"T5 padded to 12 tokens, not 8: the words' own states move by {moved:.0%}")
+lines(curves, "token", "relative change of the state",
+      "The 8 is token 3 for CLIP, which has a start token, and token 2 for T5.")  # fmt: skip
+change = (longer[0, :4] - t5_states[0, :4]).norm() / t5_states[0, :4].norm()
+print(f"T5 padded to 12 tokens instead of 8: the states of the words change by {change:.0%}")
 
 # %% [markdown]
-# CLIP reads forwards, T5 both ways. The pooled vector did not notice the scribbling. But no mask
-# hides padding from T5, so the words' own states depend on how much of it there is: a little here.
-# The padded length is part of the input.
+# CLIP reads forwards, T5 in both directions. Overwriting the padding did not change the pooled
+# vector. But nothing masks the padding in T5, so the states of the words themselves depend on how
+# much of it there is: a little here. The padded length is part of the input.
 #
-# ## T5: distances and holes
+# ## T5: distances and spans
 #
 # T5 has no position vectors. Each distance between two tokens adds a learned number to their
-# attention: near ones have a number each, far ones share *buckets*.
+# attention logits: small distances have a number each, large ones share *buckets*.
 #
-# T5 was trained on plain text, by filling holes: a placeholder stands for a span of words, and a
-# decoder (thrown away later) has to say what stood there. It has never seen a picture.
+# T5 was trained on plain text, by filling in missing spans: a placeholder stands for a few words,
+# and a decoder (thrown away later) has to predict them. It has never seen a picture.
 #
-# **PREDICT.** Are the distances 5 and 6 told apart? And 24 and 30?
+# **PREDICT.** Can T5 distinguish the distances 5 and 6? And 24 and 30?
 
 
 # %%
@@ -239,19 +242,19 @@ def buckets_slowly(length, starts=(1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 6
 
 
 torch.testing.assert_close(buckets_slowly(100), distance_buckets(100))
-maps({"": distance_buckets(48)}, "key", "query", "Near distances apart, far together.", "bucket")
+maps({"": distance_buckets(48)}, "key", "query", "Large distances share buckets.", "bucket")
 print("distances 5, 6, 24, 30: buckets", distance_buckets(48)[[5, 6, 24, 30], 0].tolist())
 own = pipeline.text.tokenizers.unigram
 pair = own.sentinel(0), own.sentinel(1)
-holes, answers = span_corruptions([own.encode("a bold 3 leaning left")], pair, 8)
-for hole, answer in list(zip(holes, answers, strict=True))[:4]:
-    print(f"{own.decode(hole.tolist()):45} -> {own.decode(answer.tolist())}")
+inputs, targets = span_corruptions([own.encode("a bold 3 leaning left")], pair, 8)
+for corrupted, target in list(zip(inputs, targets, strict=True))[:4]:
+    print(f"{own.decode(corrupted.tolist()):45} -> {own.decode(target.tolist())}")
 
 # %% [markdown]
 # ## One context
 #
-# Three encoders, one sequence: the CLIPs side by side, zeros up to T5's width, T5's tokens behind
-# them. No separator tells where one ends.
+# Three encoders, one sequence: the CLIPs side by side, padded with zeros to T5's width, followed by
+# T5's tokens. No separator marks where one ends.
 
 
 # %%
@@ -268,13 +271,13 @@ def join_slowly(clip_l, clip_g, t5):
 
 with torch.no_grad():
     ids = pipeline.text.clip_ids(["a bold 3"])[0]
-    parts = pipeline.parts["clip_l"](ids)[0], states[:1], read[:1]
+    parts = pipeline.parts["clip_l"](ids)[0], states[:1], t5_states[:1]
 torch.testing.assert_close(join_slowly(*parts), join_context(*parts))
 torch.testing.assert_close(join_slowly(*parts), with_3, atol=1e-5, rtol=1e-4)
 
 # %% [markdown]
-# In training each encoder is set to zero with probability 0.464, on its own. Therefore any of them
-# may be left out later: zeros take its place.
+# In training each encoder's output is set to zero with probability 0.464, independently. Therefore
+# any of them may be left out later: zeros take its place.
 #
 # **PREDICT.** Which of the three would you miss most here?
 
@@ -288,34 +291,36 @@ for name, drop in left_out.items():
     expected = drop_encoders(*full, keep, pipeline.config.text)
     torch.testing.assert_close(pipeline.encode_text(prompts, drop=drop), expected)
     drawn = pipeline(prompts, drop=drop, steps=6, seed=5)
-    right = [read == i % 10 for i, read in enumerate(lesson.reads(drawn))]
-    rows[f"{name}: {sum(right) / len(right):.0%} right"] = drawn[:10]
-images(rows, "'a bold 0' to 'a bold 9'; the share is of 100 samples, bold and thin.")
+    correct = [digit == i % 10 for i, digit in enumerate(lesson.classify(drawn))]
+    rows[f"{name}: {sum(correct) / len(correct):.0%} correct"] = drawn[:10]
+images(rows, "'a bold 0' to 'a bold 9'. Percentages are of 100 samples, bold and thin.")
 
 # %% [markdown]
-# The CLIPs suffice, even L by itself. T5 alone is heard, but not well: its one token in 17 has to
-# be found by attention, while the CLIPs' pooled vectors reach every block. In so short a training
-# it comes last (28% here, 63% in another run of ours); a longer one gets further, see the README.
-# In the paper, too, T5 can be missed: without it people like the pictures as much (50% of wins),
-# find that they follow the prompt somewhat less (46%), and miss it where letters are drawn (38%).
+# The CLIPs suffice, even CLIP-L on its own. T5 alone is followed, but not well: only one of its
+# tokens in the context of 17 names the digit, and attention has to find it, while the CLIPs' pooled
+# vectors reach every block. In so short a training it lags behind (28% here, 63% in another run of
+# ours); longer training gets further, see the README. In the paper, too, T5 is dispensable: without
+# it people like the pictures as much (50% of wins), find that they follow the prompt somewhat less
+# (46%), and miss it where text is drawn (38%).
 #
-# **PREDICT.** Does the order of words matter, as in "3 bold a"? And a word no caption had, "fat"?
+# **PREDICT.** Does the order of words matter, as in "3 bold a"? And a word that is in no caption,
+# "fat"?
 
 # %%
-rows, asked = {}, ("a 3", "a bold 3", "3 bold a", "a fat 3", "a bold cat")
-vectors = pipeline.encode_text(list(asked))[1]
-for prompt, vector in zip(asked, vectors, strict=True):
+rows, prompts = {}, ("a 3", "a bold 3", "3 bold a", "a fat 3", "a bold cat")
+vectors = pipeline.encode_text(list(prompts))[1]
+for prompt, vector in zip(prompts, vectors, strict=True):
     drawn = pipeline([prompt] * 10, seed=6)
-    weight = float(measure(torch.from_numpy(drawn))[0].mean())
-    near = torch.cosine_similarity(vector, vectors[1], dim=0)
-    rows[f"{prompt}: weight {weight:.1f}, cosine {near:.2f}"] = drawn
+    weight = float(measure_strokes(torch.from_numpy(drawn))[0].mean())
+    cosine = torch.cosine_similarity(vector, vectors[1], dim=0)
+    rows[f"{prompt}: weight {weight:.1f}, cosine {cosine:.2f}"] = drawn
 images(rows, "Mean stroke weight, and the pooled vector's cosine with that of 'a bold 3'.")
 
 # %% [markdown]
-# Order hardly matters: "a bold 3" and "3 bold a" are almost one vector. No caption needed order to
-# be told apart, so it was not learned. An unknown word is not ignored, either: it is spelled from
-# pieces that mean other things. Here "fat" makes thinner threes, and "cat" is no digit and all ink.
-# That is why the package warns.
+# Order hardly matters: "a bold 3" and "3 bold a" have almost the same vector. No two captions
+# differ only in word order, so there was no reason to learn it. An unknown word is not ignored,
+# either: it is spelled with pieces that mean other things. Here "fat" makes thinner threes, and
+# "cat" gives no digit, just ink. That is why the package warns.
 #
 # ## Exercises
 
@@ -364,11 +369,12 @@ def drop_encoders(context, pooled, keep, dl, length):
 check("drop_encoders", drop_encoders)
 
 # %% [markdown]
-# **Open ends.** Write captions in which order matters ("a 3 left of a 7"): what must the images
-# show before a text encoder learns it? Does the T5 of this notebook group digits or only words?
+# **Open questions.** Write captions in which order matters ("a 3 left of a 7"): what must the
+# images show before a text encoder learns it? Does the T5 of this notebook group digits, or only
+# words?
 #
 # ## What was left out
 #
-# How the unigram vocabulary is learned (`tokenizers.train_unigram`), and everything that makes real
-# encoders good: data. How SD3 joins its encoders is section 4 of the paper, arXiv 2403.03206; that
-# any may be dropped is discussed in its section 5.3.3, the dropout rate in its appendix B.3.
+# How the unigram vocabulary is learned (`tokenizers.train_unigram`), and what makes real encoders
+# good: data. How SD3 combines its encoders is in section 4 of the paper, arXiv 2403.03206; that any
+# of them may be dropped is discussed in section 5.3.3, the dropout rate in appendix B.3.

@@ -3,8 +3,8 @@
 #
 # **What changes from a million parameters to eight billion?** In this package: a row of numbers.
 # The class that learned MNIST on your laptop, built with another configuration, *is* Stable
-# Diffusion 3.5 large. This notebook counts what that costs, trains a small ladder of depths to
-# see what it buys, and then opens the official file formats.
+# Diffusion 3.5 large. This notebook counts what that costs, trains models of several depths to see
+# what it buys, and then opens the official file formats.
 
 # %%
 import copy
@@ -17,28 +17,30 @@ from lab import CACHE, images, lines, pick, trained
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanosd3 import audit, costs, export, found, layouts, weights
-from nanosd3.checkpoint import read_tensors
+from nanosd3 import components, weights
 from nanosd3.config import CONFIGS, Recipe
+from nanosd3.errors import rng
 from nanosd3.exercises import check, show
 from nanosd3.layers import split_heads
-from nanosd3.runtime import rng
-from nanosd3.stages import train_flow
+from nanosd3.measure import costs
+from nanosd3.official import checkpoint, export, key_names
+from nanosd3.storage.files import read_tensors
+from nanosd3.training.train_flow import train_flow
 
 # %% [markdown]
 # ## One dial
 #
 # A transformer has many sizes: width, heads, layers, the hidden layer of its MLPs. SD3 ties them
 # all to one number. **Depth d** means d blocks, width 64 d, d heads of 64 features, and MLPs four
-# times as wide as the stream.
+# times as wide as the model.
 #
-# To count eight billion parameters you need not store them. On PyTorch's *meta* device a tensor
-# has a shape and no memory: `on_meta` builds any model in a moment.
+# To count eight billion parameters you need not store them. On PyTorch's *meta* device a tensor has
+# a shape but no memory: `on_meta` builds any model in a moment.
 #
-# **PREDICT.** Twice the depth: how many times the parameters?
+# **PREDICT.** If you double the depth, by what factor does the number of parameters grow?
 
 # %%
-models = {name: audit.on_meta(config, "mmdit") for name, config in CONFIGS.items()}
+models = {name: components.on_meta(config, "mmdit") for name, config in CONFIGS.items()}
 count = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
 for name, config in CONFIGS.items():
     print(f"{name:18} depth {config.mmdit.depth:2} {count[name]:14,} parameters")
@@ -49,20 +51,21 @@ lines({"counted": (d, counted), "proportional to d cubed": (d, counted[0] * (d /
       "depth d", "parameters", "The lines coincide.", log="xy")  # fmt: skip
 
 # %% [markdown]
-# Every matrix grows with the width squared, and there are d blocks of them: d cubed. From 15 to
-# 30 the count grows by 7.99, just below 8, since a few layers around the blocks grow more slowly.
+# Every matrix grows with the width squared, and there are d blocks of them: d cubed. From 15 to 30
+# the count grows by 7.99, just below 8, since a few layers around the blocks grow more slowly.
 #
 # ## Counting by hand
 #
-# A linear layer from a to b has a b weights and b biases. Here is the whole transformer as such
-# layers, in a plain loop over the blocks, with the two exceptions that the code has too: the last
-# block's text has no output, and some models have a second attention in the image stream
-# (`dual_attention`). The third word says what passes through the layer; we need it below.
+# A linear layer from a to b has a b weights and b biases. Here is the whole transformer as a list
+# of such layers, in a plain loop over the blocks, with the two exceptions that the code has too:
+# the text stream of the last block has no output, and some models have a second attention in the
+# image stream (`dual_attention`). The third entry says what passes through the layer; we need it
+# below.
 
 
 # %%
 def linears(config):
-    """Every linear layer of an MMDiT: (inputs, outputs, what passes through)."""
+    """Every linear layer of an MMDiT: (inputs, outputs, what passes through it)."""
     h, patch = config.width, config.patch_size**2 * config.latent_channels
     yield from [(patch, h, "image"), (config.context_dim, h, "text"), (256, h, "once")]
     yield from [(h, h, "once"), (config.pooled_dim, h, "once"), (h, h, "once")]
@@ -84,20 +87,20 @@ for name, config in CONFIGS.items():
     assert sum(a * b + b for a, b, _ in linears(size)) + norms == count[name], name
     assert costs.parameters(size) == count[name], "the package's own formula"
 
-h = 64 * d  # and for the paper's family all at once
-around, last = 4 * h**2 + 6536 * h + 64, 5 * h**2 + 5 * h  # stem and end; the last block's text
-formula = (2 * d - 1) * (18 * h**2 + 15 * h) + last + around
+h = 64 * d  # and for the paper's models all at once
+outer, last = 4 * h**2 + 6536 * h + 64, 5 * h**2 + 5 * h  # stem and head; the last block's text
+formula = (2 * d - 1) * (18 * h**2 + 15 * h) + last + outer
 torch.testing.assert_close(formula, counted, atol=0, rtol=0)
 
 # %% [markdown]
-# To the last parameter, for every configuration from `tiny` to 8B.
+# Exact to the last parameter, for every configuration from `tiny` to 8B.
 #
 # ## What it costs: memory
 #
-# Two bytes a parameter in bfloat16, four in float32. Training needs more: float32 weights, their
-# gradients, two moments of AdamW, and the moving average that samples are drawn from. That makes
-# **20 bytes** a parameter before the first activation. (`python train_mnist.py --config
-# sd3-medium` adds what the activations take, `nanosd3/footprint.py`, and refuses.)
+# A parameter takes two bytes in bfloat16, four in float32. Training needs more: float32 weights,
+# their gradients, two AdamW moments, and the moving average that we sample from. That makes **20
+# bytes** per parameter before the first activation. (`python train_mnist.py --config sd3-medium`
+# adds the memory of the activations, `nanosd3/measure/memory.py`, and refuses to start.)
 #
 # **PREDICT.** You have 16 GB. Which of these could you train? Which could you sample from?
 
@@ -106,28 +109,29 @@ print(f"{'GB':12}{'bfloat16':>10}{'float32':>10}{'training':>10}")
 for name in ("mnist", "sd3-d15", "sd3-medium", "sd3.5-large"):
     print(f"{name:12}" + "".join(f"{count[name] * size / 1e9:10.3f}" for size in (2, 4, 20)))
 for part in ("clip_l", "clip_g", "t5", "vae"):
-    n = sum(p.numel() for p in audit.on_meta(CONFIGS["sd3.5-large"], part).parameters())
+    n = sum(p.numel() for p in components.on_meta(CONFIGS["sd3.5-large"], part).parameters())
     print(f"{part:12}{2 * n / 1e9:10.3f}{4 * n / 1e9:10.3f}{'frozen':>10}")
 
 # %% [markdown]
-# The 0.5B model trains in 10 GB; the 2B model needs 41 GB, the 8B model 161 GB. Sampling takes the
-# largest *part*, not the sum, because the parts work one after the other; and of SD3 medium that
-# is not the transformer but T5, a reader more than twice its size.
+# The 0.5B model trains in 10 GB; the 2B model needs 41 GB, the 8B model 161 GB. Sampling needs
+# memory for the largest *part*, not for the sum, because the parts run one after the other; and in
+# SD3 medium that is not the transformer but T5, a text encoder more than twice its size.
 #
 # ## What it costs: arithmetic
 #
-# A multiplication and an addition for every weight and every token that passes: two operations.
-# In attention, two products for every pair of tokens. The conditioning passes once for an image.
+# A multiplication and an addition for every weight and every token that passes through it: two
+# operations. In attention, two products for every pair of tokens. The conditioning is computed once
+# per image.
 
 
 # %%
 def operations(config, patches, words):
-    """Of one forward pass of one image."""
-    passing = {"once": 1, "image": patches, "text": words, "last text": words * 2 / 3}  # no queries
-    total = sum(2 * passing[what] * a * b for a, b, what in linears(config))
+    """The number of operations in one forward pass of one image."""
+    passes = {"once": 1, "image": patches, "text": words, "last text": words * 2 / 3}  # no queries
+    total = sum(2 * passes[stream] * a * b for a, b, stream in linears(config))
     for block in range(config.depth):
-        asking = patches if block == config.depth - 1 else patches + words
-        total += 2 * 2 * asking * (patches + words) * config.width  # q k^T, weights times v
+        queries = patches if block == config.depth - 1 else patches + words
+        total += 2 * 2 * queries * (patches + words) * config.width  # q k^T, weights times v
         total += 2 * 2 * patches**2 * config.width * (block in config.dual_attention)
     return round(total)
 
@@ -143,16 +147,16 @@ for name, config in CONFIGS.items():
     print(f"{name:18} {config.image_size:4} pixels: {total:.1e} operations")
 
 # %% [markdown]
-# The formula agrees with PyTorch's counter, and with the package's own (`nanosd3/costs.py`), to the
-# last operation. A picture of SD3 medium at 1024 pixels takes 28 steps with guidance, 56 passes:
-# 5e14 operations. A laptop does some 1e11 a second: an hour and a half. The paper's largest
-# training took 5e22: sixteen thousand years.
+# The formula agrees with PyTorch's counter, and with the package's own
+# (`nanosd3/measure/costs.py`), to the last operation. A picture of SD3 medium at 1024 pixels takes
+# 28 steps with guidance, so 56 forward passes: 5e14 operations. A laptop does about 1e11 per
+# second: an hour and a half. The paper's largest training took 5e22: sixteen thousand years.
 #
-# ## What it buys: a ladder of depths
+# ## What it buys: one model per depth
 #
-# The paper trains depths 15 to 38 on the same data for the same 500,000 steps. A laptop can do
-# the same with depths 1 to 4 and 300 steps: the same latents, text and batches for all. Only the
-# learning rate is 0.02 / d, because wider layers want smaller steps.
+# The paper trains depths 15 to 38 on the same data for the same 500,000 steps. On a laptop we can
+# do the same with depths 1 to 4 and 300 steps, with the same latents, text and batches for all.
+# Only the learning rate is 0.02 / d, because wider layers need smaller steps.
 #
 # **PREDICT.** Depth 4 has 62 times the parameters of depth 1. After the same 300 steps of 64
 # images, is it ahead, or has the small one learned faster?
@@ -162,83 +166,85 @@ lesson = trained()
 pipeline, steps = lesson.pipeline, pick(300, 4)
 
 
-def climb(depth):
-    """The lesson's flow at another depth, shorter, by the package's own training."""
+def train_depth(depth):
+    """Train the flow at another depth, with fewer steps, by the package's own function."""
     config = lesson.job.config
     recipe = Recipe(steps, batch=64, lr=0.02 / depth, warmup=steps // 6, weight_decay=0.0)
     short = replace(config.training, flow=recipe)
     sized = replace(config, mmdit=replace(config.mmdit, depth=depth), training=short)
-    job = lesson.another(f"depth{depth}", sized)
+    job = lesson.new_job(f"depth{depth}", sized)
     return job, train_flow(job, lesson.features)
 
 
-ladder = {str(depth): climb(depth) for depth in pick((1, 2, 3, 4), (1, 2))}
-ladder["2, longer"] = lesson.job, pipeline.mmdit  # the model of all notebooks
+trainings = {str(depth): train_depth(depth) for depth in pick((1, 2, 3, 4), (1, 2))}
+trainings["2, longer"] = lesson.job, pipeline.mmdit  # the model of all notebooks
 
 # %% [markdown]
-# The measure is the paper's: the loss on held-out images at equally spaced times, with the same
+# We use the paper's measure: the loss on held-out images at equally spaced times, with the same
 # noise for every model. Each run's log ends with it (notebook 05 computes it by hand).
 
 # %%
 ts = (torch.arange(8) + 0.5) / 8
-logs = [job.run.read_log() for job, _ in ladder.values()]
+logs = [job.run.read_log() for job, _ in trainings.values()]
 loss = torch.tensor([log[-1]["validation_ema"] for log in logs])
-sizes = [sum(p.numel() for p in model.parameters()) for _, model in ladder.values()]
-for depth, n, row in zip(ladder, sizes, loss, strict=True):
+sizes = [sum(p.numel() for p in model.parameters()) for _, model in trainings.values()]
+for depth, n, row in zip(trainings, sizes, loss, strict=True):
     print(f"depth {depth}: {n:9,} parameters, loss {row.mean():.3f}")
 lines({"": (sizes[:-1], loss[:-1].mean(1))}, "parameters", "held-out loss, mean of 8 times",
       f"Depths 1, 2, 3, ... after {steps} steps each.", log="x")  # fmt: skip
-lines({f"depth {depth}": (ts, row) for depth, row in zip(ladder, loss, strict=True)},
-      "t (1 noise, 0 data)", "held-out loss", "The middle gains most.")  # fmt: skip
+lines({f"depth {depth}": (ts, row) for depth, row in zip(trainings, loss, strict=True)},
+      "t (0 data, 1 noise)", "held-out loss", "The middle gains most.")  # fmt: skip
 
 # %% [markdown]
-# At equal *steps* every rung is lower, the last one by little. Depth helps most in the middle of
-# the path, where it is decided what the image shows; near t = 0 the noise cannot be known, by
-# anyone. So far this is the paper's result. But a step of depth 4 also costs as much as eighty of
-# depth 1 (a training step is three forward passes: the backward pass costs two).
+# At an equal number of *steps* every larger model has a lower loss, the largest only by a little.
+# Depth helps most in the middle of the path, where the content of the image is decided; near t = 0
+# the noise cannot be predicted, by anyone. So far this is the paper's result. But a step at depth 4
+# also costs as much as eighty at depth 1 (a training step counts as three forward passes: the
+# backward pass costs two).
 #
-# **PREDICT.** Now the same runs against the *operations* spent, and with them the model of all
-# notebooks: depth 2, 1,800 steps of 128. Which is lowest in the end?
+# **PREDICT.** Now the same runs plotted against the number of *operations*, together with the model
+# of all notebooks: depth 2, 1,800 steps of 128. Which has the lowest loss in the end?
 
 # %%
 width, curves = pick(30, 2), {}
-for depth, (job, model) in ladder.items():
+for depth, (job, model) in trainings.items():
     logged = torch.tensor([entry["loss"] for entry in job.run.read_log("flow")])
     step = 3 * job.config.training.flow.batch * operations(model.config, 16, 17)
     spent = step * torch.arange(width, len(logged) + 1)
-    print(f"depth {depth}: {step:.1e} operations a step, {float(spent[-1]):.1e} in all")
+    print(f"depth {depth}: {step:.1e} operations per step, {float(spent[-1]):.1e} in total")
     curves[f"d = {depth}"] = (spent, logged.unfold(0, width, 1).mean(1))
 lines(curves, "operations", "training loss", "Grey: depth 2 for 1,800 steps.", log="x")
 
 # %% [markdown]
-# At equal operations the smaller model leads almost everywhere: a shallow network that has seen
-# more beats a deep one that has only begun. Depth 3 draws level with the long run of depth 2 in
-# the end, when its own learning rate has decayed and the other's has not; depth 4 stays behind.
-# Size pays when there are steps enough to use it, and half a million is another budget than 300.
-# (One seed, and a rule for the learning rate that was not tuned: read no third digits.)
+# At an equal number of operations the smaller model leads almost everywhere: a shallow network that
+# has seen more beats a deep one that has only just started. Depth 3 catches up with the long run of
+# depth 2 at the end, when its own learning rate has decayed and the other's has not; depth 4 stays
+# behind. Size pays off if there are enough steps to use it, and half a million is a different
+# budget from 300. (One seed, and a rule for the learning rate that was not tuned: do not trust the
+# third digit.)
 #
 # ## The official layout
 #
-# A checkpoint is a dictionary of names and tensors. The modules of this package carry the names
-# of the official single files, so that export is little more than a prefix for each part.
+# A checkpoint is a dictionary of names and tensors. The modules of this package use the names of
+# the official single files, so that export only has to add a prefix for each part.
 
 # %%
 folder = CACHE / "exported"
 shutil.rmtree(folder, ignore_errors=True)
 folder.mkdir()
-model = found.find(CACHE / "model")
+model = checkpoint.open_checkpoint(CACHE / "model")
 export.export(model, "single", folder / "mnist.safetensors")
 single = read_tensors(folder / "mnist.safetensors")
-for part, prefix in layouts.PREFIXES.items():
+for part, prefix in key_names.PREFIXES.items():
     print(f"{part:7}{sum(name.startswith(prefix) for name in single):4} tensors under {prefix}")
 for name, tensor in single.items():
     if "joint_blocks.0.x_block" in name:
-        print("   ", name.removeprefix(layouts.PREFIXES["mmdit"]), tuple(tensor.shape))
+        print("   ", name.removeprefix(key_names.PREFIXES["mmdit"]), tuple(tensor.shape))
 
 # %% [markdown]
-# Names are the easy half. What no name and no shape can tell is order. Queries, keys and values
-# are one matrix of 3 D rows: all of q, then all of k, then all of v, and inside each the heads one
-# after the other. In plain loops, and with tensors:
+# Names are the easy half. What neither name nor shape can tell is order. Queries, keys and values
+# are one matrix of 3 D rows: all of q, then all of k, then all of v, and within each one head after
+# the other. In plain loops, and with tensors:
 
 
 # %%
@@ -258,14 +264,14 @@ torch.testing.assert_close(with_tensors, split_slowly(x, 3))
 torch.testing.assert_close(torch.stack(split_heads(x, 3)), with_tensors)
 
 # %% [markdown]
-# Another reader might take the rows as (heads, 3, 64). And diffusers' modules want (scale, shift)
-# from the final layer's modulation, where the official file has (shift, scale). Both mistakes
-# load without a word.
+# Another implementation might read the rows as (heads, 3, 64). And diffusers' modules expect
+# (scale, shift) from the modulation of the final layer, where the official file has (shift, scale).
+# Both mistakes load without a warning.
 #
 # **PREDICT.** Which of the two is worse?
 
 # %%
-asked, rows = [f"the digit {i}" for i in range(10)], {}
+prompts, rows = [f"the digit {i}" for i in range(10)], {}
 mistakes = {
     "right": ("nothing", None),
     "qkv read by heads": (".qkv.", lambda p: p.unflatten(0, (-1, 3, 64)).transpose(0, 1)),
@@ -276,60 +282,62 @@ for name, (part, change) in mistakes.items():
     for key, p in mmdit.named_parameters():
         if part in key:
             p.copy_(change(p).reshape(p.shape))
-    rows[name] = lesson.drawing_with(mmdit)(asked, seed=1)
-images(rows, "Two wrong readings of the same file, each without an error message.")
+    rows[name] = lesson.pipeline_with(mmdit)(prompts, seed=1)
+images(rows, "Two wrong readings of the same file, neither with an error message.")
 
 # %% [markdown]
-# Reading by heads mixes queries with keys and values, and little is left. The exchanged halves
-# only blot some digits, and would pass for a weak model. So a table of names also has to say what
-# changes besides the name. The package has one such table and reads it in both directions: left
-# the official names, right those of diffusers.
+# Reading by heads mixes queries with keys and values, and little is left. The swapped halves only
+# smudge some digits; you might take the result for a weak model. So a table of key names must also
+# record how the tensor itself changes. The package has one such table and uses it in both
+# directions: the official names on the left, those of diffusers on the right.
 
 # %%
-print(layouts.BLOCK, layouts.STEM)
+print(key_names.BLOCK, key_names.STEM)
 export.export(model, "diffusers", folder / "diffusers")
 theirs = read_tensors(folder / "diffusers/transformer/diffusion_pytorch_model.safetensors")
-ours = {name.removeprefix(layouts.PREFIXES["mmdit"]): x for name, x in single.items()}
+ours = {name.removeprefix(key_names.PREFIXES["mmdit"]): x for name, x in single.items()}
 qkv = [theirs[f"transformer_blocks.0.attn.to_{which}.weight"] for which in "qkv"]
 assert torch.equal(torch.cat(qkv), ours["joint_blocks.0.x_block.attn.qkv.weight"])
 shift, scale = ours["final_layer.adaLN_modulation.1.weight"].chunk(2)
 assert torch.equal(theirs["norm_out.linear.weight"], torch.cat([scale, shift]))
 for path in (folder / "mnist.safetensors", folder / "diffusers"):
-    assert (weights.load(path)(asked, seed=1) == pipeline(asked, seed=1)).all()
-    print(path.name, "draws the same digits, every pixel")
+    assert (weights.load(path)(prompts, seed=1) == pipeline(prompts, seed=1)).all()
+    print(path.name, "gives the same digits, pixel for pixel")
 
 # %% [markdown]
 # ## What SD3.5 medium adds
 #
-# SD3 medium and SD3.5 medium have the same depth. The difference of their tensors says everything.
+# SD3 medium and SD3.5 medium have the same depth. Comparing their tensors shows every difference.
 
 # %%
-before, after = (audit.shapes(CONFIGS[name], "mmdit") for name in ("sd3-medium", "sd3.5-medium"))
+before, after = (
+    components.shapes(CONFIGS[name], "mmdit") for name in ("sd3-medium", "sd3.5-medium")
+)
 added = {}
 for key, shape in after.items():
     if before.get(key) != shape and not key.endswith(".bias"):
-        kind = ".".join(step for step in key.split(".") if not step.isdigit())
+        kind = ".".join(part for part in key.split(".") if not part.isdigit())
         added.setdefault((kind, before.get(key, "none"), shape), []).append(key)
 for (kind, old, new), keys in added.items():
     print(f"{len(keys):2} x {kind}: {old} -> {new}")
-print(f"{count['sd3.5-medium'] - count['sd3-medium']:,} parameters more")
+print(f"{count['sd3.5-medium'] - count['sd3-medium']:,} more parameters")
 
 # %% [markdown]
 # So: norms on queries and keys everywhere; in the first 13 blocks a second attention of the image
-# tokens to themselves, with a modulation of nine parts in place of six; and a buffer of positions
-# for 384 x 384 patches in place of 192 x 192. (Its middle is the same; only its margin grew.) In
-# the configuration these are three fields: `qk_norm`, `dual_attention`, `grid`.
+# tokens to themselves, with a modulation of nine parts instead of six; and a buffer of positions
+# for 384 x 384 patches instead of 192 x 192. (Its centre is the same; only its margin grew.) In the
+# configuration these are three fields: `qk_norm`, `dual_attention`, `grid`.
 #
 # ## The real weights
 #
-# They are not part of this package; their owner asks you to accept a licence first. With a file
-# or folder in hand it is one command (README.md has more):
+# They are not part of this package; their owner asks you to accept a licence first. Once you have a
+# file or folder, it takes one command (README.md has more):
 #
 #     python -m nanosd3.generate "a photo of a cat" --weights PATH --out cat.png
 #
 # Which model it is, and every size, is read from the shapes. The cell below does the same if the
-# environment variable `NANOSD3_WEIGHTS` names a file or folder, small and without T5, so that
-# 16 GB suffice for SD3 medium.
+# environment variable `NANOSD3_WEIGHTS` names a file or folder, with a small image and without T5,
+# so that 16 GB are enough for SD3 medium.
 
 # %%
 path = os.environ.get("NANOSD3_WEIGHTS")
@@ -339,15 +347,15 @@ if path:
     size = min(256, real.config.image_size - 2 * real.config.padding)
     cat = real("a photo of a cat", height=size, width=size, steps=12, drop=["t5"], progress=True)
     Image.fromarray(cat[0]).save(folder / "cat.png")
-    print("see", folder / "cat.png")
+    print("saved", folder / "cat.png")
 else:
-    print("NANOSD3_WEIGHTS names no file: nothing to load.")
+    print("NANOSD3_WEIGHTS is not set: nothing to load.")
 
 # %% [markdown]
 # ## Exercises
 #
 # `schedule` is how a large model is sampled: shifted, and at its low end shifted twice. The other
-# three are the places where weights load without a word and mean something else.
+# three are places where weights load without a warning and mean something else.
 
 # %%
 show("schedule")
@@ -394,13 +402,13 @@ def final_layer(x, c, w_on, b_on, w, b):
 check("final_layer", final_layer)
 
 # %% [markdown]
-# **Open ends.** Train depth 1 and depth 2 until their curves are flat: where do they cross? Is
-# 0.02 / d a good rule? How many steps of `sd3-d15` would a night on your machine be?
+# **Open questions.** Train depth 1 and depth 2 until their curves are flat: where do they cross? Is
+# 0.02 / d a good rule? How many steps of `sd3-d15` could your machine do overnight?
 #
 # ## What was left out
 #
-# What makes large training hard and is no matter of counting: many machines, mixed precision,
-# data. The scaling study is section 5.3 of the paper, arXiv 2403.03206; it also shows that its
-# validation loss goes with what people prefer, which no loss here can say. No official weights
-# were at hand when this was written: agreement with diffusers is tested on random weights of the
-# same shapes (`tests/test_official.py`).
+# What makes large training hard beyond counting: many machines, mixed precision, data. The scaling
+# study is section 5.3 of the paper, arXiv 2403.03206; it also shows that its validation loss
+# correlates with human preference, which no loss here can show. No official weights were available
+# when this was written: agreement with diffusers is tested on random weights of the same shapes
+# (`tests/official/test_against_diffusers.py`).

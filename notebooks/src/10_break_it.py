@@ -1,15 +1,15 @@
 # %% [markdown]
 # # 10 · Break it on purpose
 #
-# **What does a diffusion model look like when one thing in it is wrong?** Rarely like an error
+# **What does a diffusion model look like when one thing in it is wrong?** There is rarely an error
 # message. The loss falls, the program ends, and the pictures are a little worse than they should
-# be, or a lot. This notebook makes thirteen classic mistakes, each with *one* switch, and draws
-# the symptom beside the right result. The table at the end names the test behind each.
+# be, or a lot. This notebook makes thirteen classic mistakes, each with *one* switch, and shows the
+# symptom beside the correct result. The table at the end names the test that catches each.
 #
-# Mistakes of *sampling* are made with the trained model of all notebooks. Mistakes of *training*
-# need trainings: a transformer of depth 1 on the same latents, 600 steps, with the same images,
-# noise and times for every variant, so that nothing but the mistake differs. Nothing in the
-# package is changed: a wrong variant wraps inputs or outputs, or edits a copy of the weights.
+# Mistakes in *sampling* are made with the trained model of all notebooks. Mistakes in *training*
+# need training runs: a transformer of depth 1 on the same latents, 600 steps, with the same images,
+# noise and times for every variant, so that nothing but the mistake differs. The package itself is
+# not modified: a wrong variant wraps inputs or outputs, or edits a copy of the weights.
 
 # %%
 import copy
@@ -19,18 +19,19 @@ from dataclasses import replace
 import torch
 from lab import cached, images, lines, maps, pick, trained
 
-from nanosd3 import metrics
 from nanosd3.config import Recipe
-from nanosd3.data import to_model
+from nanosd3.data.mnist import to_model
+from nanosd3.errors import rng
 from nanosd3.exercises import check, show
 from nanosd3.flow import flow_loss, interpolate, logit_normal, schedule, shift, stratified
 from nanosd3.layers import modulate, timestep_embedding
-from nanosd3.loop import learning_rate, make_ema, update_ema
 from nanosd3.mmdit import MMDiT
 from nanosd3.patchify import centre_crop, patchify, unpatchify
-from nanosd3.runtime import rng
 from nanosd3.samplers import guided, heun
 from nanosd3.text import drop_encoders
+from nanosd3.training import metrics
+from nanosd3.training.ema import make_ema, update_ema
+from nanosd3.training.optimizer import learning_rate
 
 # %%
 lesson = trained()
@@ -42,18 +43,18 @@ steps, B = pick((600, 128), (8, 16))
 def batch(step, dropout):
     g = rng("break it", step)
     i = source.draw(B, g)
-    words = source.captions(i, torch.rand(B, generator=g))
+    captions = source.captions(i, torch.rand(B, generator=g))
     keep = torch.rand(B, 3, generator=g) >= dropout
     t = logit_normal(stratified(B, g), config.training.time_mean)
     mean, std = features.latents(i)
     noise, posterior = torch.randn(2, *mean.shape, generator=g)
-    text = drop_encoders(*features.text(words), keep, config.text)
+    text = drop_encoders(*features.text(captions), keep, config.text)
     return features.normalise(mean + std * posterior), noise, t, text
 
 
 # %%
 def train(time=lambda t: t, weight=torch.ones_like, dropout=0.464, gates=0.0, qk_norm=True):
-    model, recipe, seen = fresh(gates, qk_norm), Recipe(steps, B, 1e-2, min(50, steps // 4), 0), []
+    model, recipe, log = fresh(gates, qk_norm), Recipe(steps, B, 1e-2, min(50, steps // 4), 0), []
     averages = {"ema": make_ema(model), "slow": make_ema(model)}
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=0, fused=True)
@@ -68,9 +69,9 @@ def train(time=lambda t: t, weight=torch.ones_like, dropout=0.464, gates=0.0, qk
         optimizer.step()
         update_ema(averages["ema"], model, step, 0.999)
         update_ema(averages["slow"], model, 10**9, 0.999)  # as if the warm-up were long over
-        seen.append(torch.stack([loss.mean().detach(), largest_logit(model, z, time(t), text)]))
-    kept = {f"{n}.{key}": x for n, m in averages.items() for key, x in m.state_dict().items()}
-    return kept | {"seen": torch.stack(seen)}
+        log.append(torch.stack([loss.mean().detach(), largest_logit(model, z, time(t), text)]))
+    saved = {f"{n}.{key}": x for n, m in averages.items() for key, x in m.state_dict().items()}
+    return saved | {"log": torch.stack(log)}
 
 
 # %%
@@ -84,7 +85,7 @@ def fresh(gates=0.0, qk_norm=True):
 
 
 @torch.no_grad()
-def largest_logit(model, z, t, text):  # |q k| / 8 between image tokens, in the first block
+def largest_logit(model, z, t, text):  # max |q k| / 8 between image tokens, first block
     block = model.joint_blocks[0].x_block
     x = model.x_embedder(z) + centre_crop(model.pos_embed, 4, 4)
     on = block.modulation(model.t_embedder(timestep_embedding(t)) + model.y_embedder(text[1]))[0]
@@ -93,8 +94,8 @@ def largest_logit(model, z, t, text):  # |q k| / 8 between image tokens, in the 
 
 
 # %% [markdown]
-# **PREDICT.** Six trainings: A is right, each of the others has a mistake in it. Below are their
-# losses. Which mistakes do you expect to see in a loss?
+# **PREDICT.** Six training runs: A is correct, each of the others has one mistake. Below are their
+# losses. Which mistakes do you expect to see in the loss?
 
 # %%
 switches = {
@@ -102,25 +103,25 @@ switches = {
     "E": {"weight": lambda t: torch.exp(-((t.logit() - 0.8) ** 2) / 2) / (2.5066 * t * (1 - t))},
     "F": {"dropout": 0.0},
 }  # fmt: skip
-runs = {name: cached(f"break_{name}", lambda s=s: train(**s)) for name, s in switches.items()}
+runs = {name: cached(f"broken_{name}", lambda s=s: train(**s)) for name, s in switches.items()}
 width = pick(30, 2)
-smooth = {k: run["seen"][:, 0].unfold(0, width, 1).mean(1) for k, run in runs.items()}
+smooth = {k: run["log"][:, 0].unfold(0, width, 1).mean(1) for k, run in runs.items()}
 lines({k: (range(width, steps + 1), y) for k, y in smooth.items()}, "step",
-      "loss (mean square of velocity)", "A is right, B to F have a mistake each. Means of "
-      f"{width} steps, without any weight.")  # fmt: skip
+      "loss (mean square of velocity)", "A is correct, B to F have one mistake each. Means of "
+      f"{width} steps, unweighted.")  # fmt: skip
 
 
 # %%
 def restored(run, which="ema"):
-    parts = {n.removeprefix(which + "."): w for n, w in run.items() if n.startswith(which)}
-    model = fresh(qk_norm=any("ln_q" in name for name in parts))
-    model.load_state_dict(parts)
+    weights = {n.removeprefix(which + "."): w for n, w in run.items() if n.startswith(which)}
+    model = fresh(qk_norm=any("ln_q" in name for name in weights))
+    model.load_state_dict(weights)
     return model.requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def draw(model, scale=2.0, text=None, steps=pick(10, 3), alpha=1.0):  # noqa: B008
-    velocity = guided(model, text or asked, nothing, scale)
+    velocity = guided(model, text or conditioning, nothing, scale)
     z = heun(velocity, pipeline.noise(len(digits), 0, (8, 8)), schedule(steps, alpha))
     return pipeline.decode(z)
 
@@ -129,108 +130,109 @@ def draw(model, scale=2.0, text=None, steps=pick(10, 3), alpha=1.0):  # noqa: B0
 def compare(drawn, caption):
     rows = {}
     for name, x in drawn.items():
-        read = sum(a == b for a, b in zip(lesson.reads(x), digits, strict=True))
-        rows[f"{name}: {read / len(digits):.0%}"] = x[:10]
-    images(rows, f"{caption} Percent: read by the judge as asked.")
+        correct = sum(a == b for a, b in zip(lesson.classify(x), digits, strict=True))
+        rows[f"{name}: {correct / len(digits):.0%}"] = x[:10]
+    images(rows, f"{caption} Percentages: accuracy by the classifier.")
 
 
 digits = [i % 10 for i in range(pick(100, 20))]
 prompts = [f"the digit {d}" for d in digits]
-asked = pipeline.encode_text(prompts)
-nothing = tuple(torch.zeros_like(x) for x in asked)
+conditioning = pipeline.encode_text(prompts)
+nothing = tuple(torch.zeros_like(x) for x in conditioning)
 right, big = restored(runs["A"]), pipeline.mmdit
 good = draw(big)
 
 # %% [markdown]
-# At the end four broken trainings cannot be told from the right one, and F, broken too, has the
-# *lowest* loss of all. So: look at samples, compare only what can be compared, and write tests.
+# At the end four of the broken runs cannot be told from the correct one, and F, also broken, has
+# the *lowest* loss of all. So: look at samples, compare only what is comparable, and write tests.
 #
 # ## 1 · t is not multiplied by 1000
 #
-# The sines of the time embedding were made for times up to 1000. With t in [0, 1] most of them
-# stand still. It is the commonest mistake in reimplementations: made everywhere (B), or in
-# sampling only, where one convention meets the other.
+# The sines of the time embedding were designed for times up to 1000. With t in [0, 1] most of them
+# hardly change. It is the most common mistake in reimplementations: made everywhere (B), or only in
+# sampling, where two conventions meet.
 #
 # **PREDICT.** Which of the two ruins the samples?
 
 # %%
 t = torch.linspace(0, 1, 41)
 maps({"1000 t": timestep_embedding(t)[:, :128], "t": timestep_embedding(t / 1000)[:, :128]},
-     "feature", "t (in fortieths)", "The cosines that tell the time.", "value")  # fmt: skip
+     "feature", "t (in fortieths)", "The cosines of the time embedding.", "value")  # fmt: skip
 span = [timestep_embedding(x).amax(0) - timestep_embedding(x).amin(0) for x in (t, t / 1000)]
-print("of 256 features move by more than 0.1:", [int((each > 0.1).sum()) for each in span])
-lazy = restored(runs["B"])
-drawn = {"right": draw(right), "wrong everywhere": draw(lambda z, t, *x: lazy(z, t / 1000, *x))}
+print("of 256 features vary by more than 0.1:", [int((each > 0.1).sum()) for each in span])
+wrong = restored(runs["B"])
+drawn = {"right": draw(right), "wrong everywhere": draw(lambda z, t, *x: wrong(z, t / 1000, *x))}
 drawn["in sampling only"] = draw(lambda z, t, *x: right(z, t / 1000, *x))
-compare(drawn, "Consistently wrong hardly shows here.")
+compare(drawn, "A consistent mistake hardly shows here.")
 
 # %% [markdown]
-# Here 44 moving features were enough, and the noise in z tells the time as well. Reports from
-# larger models differ.
+# Here 44 varying features were enough, and the noise level of z reveals the time as well. Reports
+# from larger models differ.
 #
 # ## 2 · No norm on queries and keys
 #
-# SD3 medium was released without it, so people leave it out (C). Nothing then bounds the
-# attention logits.
+# SD3 medium was released without it, so people leave it out (C). Then nothing bounds the attention
+# logits.
 #
 # **PREDICT.** What do the largest logits do in 600 steps?
 #
 # ## 3 · Gates that are open at the start
 #
-# Modulations and final layer start at zero, so a fresh model answers exactly zero. To someone
-# that looked like an oversight, and these layers got random weights too (D).
+# Modulations and the final layer start at zero, so a fresh model predicts exactly zero. Someone
+# took that for an oversight and initialised these layers at random, too (D).
 #
-# **PREDICT.** Where does each loss begin?
+# **PREDICT.** Where does each loss start?
 
 # %%
 kinds = {"with QK-norm": "A", "without": "C"}
-lines({name: (range(steps), runs[k]["seen"][:, 1]) for name, k in kinds.items()}, "step",
-      "largest attention logit", "2: between image tokens of the first block.")  # fmt: skip
-compare({name: draw(restored(runs[k])) for name, k in kinds.items()}, "2: no harm so far.")
+lines({name: (range(steps), runs[k]["log"][:, 1]) for name, k in kinds.items()}, "step",
+      "largest attention logit", "2: Between image tokens of the first block.")  # fmt: skip
+compare({name: draw(restored(runs[k])) for name, k in kinds.items()}, "2: No harm so far.")
 kinds, early = {"gates at zero": "A", "random": "D"}, range(min(60, steps))
-lines({name: (early, runs[k]["seen"][early, 0]) for name, k in kinds.items()}, "step",
-      "loss (mean square of velocity)", "3: the first steps.")  # fmt: skip
+lines({name: (early, runs[k]["log"][early, 0]) for name, k in kinds.items()}, "step",
+      "loss (mean square of velocity)", "3: The first steps.")  # fmt: skip
 
 # %% [markdown]
 # 2: Three and a half times as large in the end, yet the digits are as good. The harm comes at
 # scale: in mixed precision at high resolution the logits grew until training diverged (section
 # 5.3.2).
 #
-# 3: An answer of zero has loss 2; random layers must first unlearn what they say. A single block
-# has nearly caught up after sixty steps. In a stack of 38 each would disturb all that follow.
+# 3: A prediction of zero has loss 2; random layers must first unlearn their initial output. A
+# single block has nearly caught up after sixty steps. In a stack of 38 each block would disturb all
+# that follow.
 #
 # ## 4 · The wrong sign
 #
-# Half of the literature lets t run from noise to data. Take the loss from one half and the
-# sampler from the other, and the velocity points the wrong way.
+# In half of the literature t runs from noise to data. Take the loss from one half and the sampler
+# from the other, and the velocity points the wrong way.
 #
-# **PREDICT.** Noise in. What comes out?
+# **PREDICT.** Starting from noise, what comes out?
 #
-# ## 5 · The latents' shift and scale
+# ## 5 · The shift and scale of the latents
 #
-# The decoder wants latents as the encoder made them; the flow's have mean 0 and deviation 1. One
-# can forget to undo that, or copy SD3's numbers for an autoencoder of one's own, or copy those of
-# an older model, SD 1 (deviation 5.5).
+# The decoder expects latents as the encoder produced them; those of the flow have mean 0 and
+# deviation 1. You can forget to undo that, or copy SD3's numbers for your own autoencoder, or copy
+# those of an older model, SD 1 (deviation 5.5).
 #
-# **PREDICT.** Which of the three will you see at first sight? Which will the judge see?
+# **PREDICT.** Which of the three will you see at once? Which will the classifier see?
 
 # %%
-compare({"right": good, "wrong sign": draw(lambda *x: -big(*x))}, "4: away from the data.")
+compare({"right": good, "wrong sign": draw(lambda *x: -big(*x))}, "4: Away from the data.")
 latents = pipeline(prompts, output="latent")
 wrong = {"forgotten": latents, "SD3's numbers": latents / 1.5305 + 0.0609,
          "SD 1's number": latents / 0.18215}  # fmt: skip
-decoded = {name: pipeline.decode(vae.normalise(z)) for name, z in wrong.items()}  # it sees z
-compare({"right": pipeline.decode(latents)} | decoded, "5: what the decoder makes of each.")
+decoded = {name: pipeline.decode(vae.normalise(z)) for name, z in wrong.items()}  # decodes z
+compare({"right": pipeline.decode(latents)} | decoded, "5: What the decoder makes of each.")
 
 # %% [markdown]
 # 5: Our latents happen to have deviation 0.96 and mean -0.01, so forgetting is invisible: the
-# mistake waits for the next autoencoder. SD3's numbers thin the strokes, SD 1's turn the paper
-# grey, and the judge reads them all: an accuracy sees no contrast.
+# mistake waits for the next autoencoder. SD3's numbers thin the strokes, SD 1's turn the background
+# grey, and the classifier reads them all: accuracy does not see contrast.
 #
 # ## 6 · The density is also a weight
 #
-# The logit-normal density says how *often* a time is drawn. Who also multiplies the loss by it
-# counts it twice (E).
+# The logit-normal density says how *often* a time is drawn. If you multiply the loss by it as well,
+# it counts twice (E).
 #
 # **PREDICT.** At which t does the model get worse?
 
@@ -238,61 +240,62 @@ compare({"right": pipeline.decode(latents)} | decoded, "5: what the decoder make
 # %%
 @torch.no_grad()
 def losses(model, text):
-    v = [model(interpolate(clean, eps, t), t, *text) for t in times]
-    return torch.stack([flow_loss(each, clean, eps).mean() for each in v])
+    predictions = [model(interpolate(clean, eps, t), t, *text) for t in times]
+    return torch.stack([flow_loss(v, clean, eps).mean() for v in predictions])
 
 
-held = pick(512, 20)
-clean = pipeline.encode(to_model(lesson.images.test_images[:held], 28))
+count = pick(512, 20)
+clean = pipeline.encode(to_model(lesson.images.test_images[:count], 28))
 eps = torch.randn(clean.shape, generator=rng("held out"))
-words = pipeline.encode_text([f"the digit {d}" for d in lesson.images.test_labels[:held].tolist()])
+words = pipeline.encode_text([f"the digit {d}" for d in lesson.images.test_labels[:count].tolist()])
 times = (torch.arange(8) + 0.5) / 8
 lines({"": (times, losses(restored(runs["E"]), words) / losses(right, words))},
-      "t (1 noise, 0 data)", "loss, twice weighted / right", "On held-out images.")  # fmt: skip
+      "t (0 data, 1 noise)", "loss, twice weighted / right", "On held-out images.")  # fmt: skip
 
 # %% [markdown]
-# One per cent gained where the density is large, six lost near the data, where it is small and
-# fine detail is decided.
+# One per cent gained where the density is large, six lost near the data, where the density is small
+# and fine detail is decided.
 #
 # ## 7 · An average without warm-up
 #
-# Samples come from a moving average of the weights. With a decay of 0.999 from the first step on,
-# a short run's average still holds its initial weights. Below are two averages of *one* training
-# (A): the package's, whose decay rises with the steps, and the plain one.
+# Samples come from a moving average of the weights. With a decay of 0.999 from the first step on, a
+# short run's average still contains its initial weights. Below are two averages of *one* training
+# run (A): the package's, whose decay rises during training, and the plain one.
 #
 # **PREDICT.** After 600 steps, how much of the untrained model is in the second?
 
 # %%
 compare({"with warm-up": draw(right), "without": draw(restored(runs["A"], "slow"))},
-        "Two averages of the same training.")  # fmt: skip
+        "Two averages of the same training run.")  # fmt: skip
 
 # %% [markdown]
 # ## 8 · A mask over padding
 #
 # Prompts are padded to a fixed length, and tutorials on transformers mask the padding. SD3 was
-# trained without a mask. Text tokens have no positions, so leaving tokens out of the context *is*
-# masking them. (The pooled vector names the digit too; it is zeroed here to hear the tokens.)
+# trained without a mask. Text tokens have no positions, so removing tokens from the context *is*
+# masking them. (The pooled vector names the digit too; it is zeroed here to isolate the tokens.)
 #
-# **PREDICT.** Eight of our 17 tokens are padding. Which mask hurts more, of these or of the words?
+# **PREDICT.** Eight of our 17 tokens are padding. Which hurts more: masking the padding, or masking
+# the words?
 
 # %%
-text = pipeline.text.tokenizers
-first, second = len(text.bpe.encode(prompts[0])), config.text.clip_l.length
-said = [*range(first), *range(second, second + len(text.unigram.encode(prompts[0])))]
-padding = [i for i in range(asked[0].shape[1]) if i not in said]
-kinds = {"no mask": said + padding, "padding masked": said, "words masked": padding}
+tokenizers, t5 = pipeline.text.tokenizers, config.text.clip_l.length  # t5: its first token
+clip_end, t5_end = (len(t.encode(prompts[0])) for t in (tokenizers.bpe, tokenizers.unigram))
+content = [*range(clip_end), *range(t5, t5 + t5_end)]
+padding = [i for i in range(conditioning[0].shape[1]) if i not in content]
+kinds = {"no mask": content + padding, "padding masked": content, "words masked": padding}
 compare({name: draw(lambda z, t, context, pooled, k=k: big(z, t, context[:, k], 0 * pooled))
          for name, k in kinds.items()}, "Without the pooled vector.")  # fmt: skip
 
 # %% [markdown]
 # Here the padding hardly matters. Official contexts have 154 or 333 tokens, most of them padding,
-# and all take part in every softmax: there a mask makes another function of the same weights.
-# Sample as you trained.
+# and all take part in every softmax: there, with a mask, the same weights compute a different
+# function. Sample as you trained.
 #
 # ## 9 · Channels first
 #
-# The numbers of a patch leave the network as (row, column, channel); the official *input* weight
-# is stored as (channel, row, column). Read the output in that order and all shapes fit.
+# The numbers of a patch leave the network as (row, column, channel); the official *input* weight is
+# stored as (channel, row, column). Read the output in that order and all shapes still match.
 #
 # **PREDICT.** Will a digit still be recognisable?
 
@@ -314,21 +317,21 @@ compare({"right": good, "channels first": wrong}, "Every number is there, in the
 # %% [markdown]
 # ## 10 · Shift at inference only
 #
-# `shift` moves time towards noise, for larger images. It belongs to training *and* sampling, but
-# is often set in the sampler alone, copying SD3's 3. Our model was trained at logit-normal times
-# of mean 0.8, which is mean 0 shifted by e^0.8 = 2.2, as the cell asserts.
+# `shift` moves time towards noise, for larger images. It belongs to training *and* sampling, but is
+# often set in the sampler alone, copying SD3's 3. Our model was trained at logit-normal times of
+# mean 0.8, which is mean 0 shifted by e^0.8 = 2.2, as the cell asserts.
 #
 # **PREDICT.** Does a wrong shift cost more with few steps or with many?
 
 # %%
 torch.testing.assert_close(shift(logit_normal(times), 2.718281828**0.8), logit_normal(times, 0.8))
-seen = lambda x: lesson.judge.features(to_model(torch.as_tensor(x), size))  # noqa: E731
+seen = lambda x: lesson.classifier.features(to_model(torch.as_tensor(x), size))  # noqa: E731
 real, alphas, curves = seen(lesson.images.test_images[:2000]), pick((0.3, 1, 3, 6, 12), (1, 3)), {}
 for n in (5, 15):
     drawn = [draw(big, 1.6, steps=n, alpha=alpha) for alpha in alphas]
     curves[f"{n} steps"] = (alphas, [metrics.frechet_distance(seen(x), real) for x in drawn])
 lines(curves, "shift in sampling", "Frechet distance to real digits",
-      "100 digits each. More steps forgive.", log="x")  # fmt: skip
+      "100 digits each. With more steps a wrong shift costs less.", log="x")  # fmt: skip
 
 # %% [markdown]
 # A shift of 3 costs seven per cent at 5 steps and one at 15; at 5 the best of these is 1, not the
@@ -336,30 +339,30 @@ lines(curves, "shift in sampling", "Frechet distance to real digits",
 #
 # ## 11 · Text that is never dropped
 #
-# In training each encoder is silenced with probability 0.464, so a tenth of the time all three.
-# That costs loss. Someone switched it off (F), and the loss fell, as you saw.
+# In training each encoder is dropped with probability 0.464, so all three are dropped a tenth of
+# the time. That increases the loss. Someone switched it off (F), and the loss fell, as you saw.
 #
-# **PREDICT.** What does F have to say without text? And with CLIP-L alone?
+# **PREDICT.** What does F predict without text? And with CLIP-L alone?
 
 # %%
-never, empty = restored(runs["F"]), tuple(torch.zeros_like(x) for x in words)
-kinds = {"dropped": right, "never dropped": never}
+empty = tuple(torch.zeros_like(x) for x in words)
+kinds = {"dropped": right, "never dropped": restored(runs["F"])}
 lines({name: (times, losses(model, empty)) for name, model in kinds.items()},
-      "t (1 noise, 0 data)", "held-out loss without text", "Only one knows emptiness.")  # fmt: skip
-alone = pipeline.encode_text(prompts, drop=["clip_g", "t5"])
+      "t (0 data, 1 noise)", "loss without text", "Only one was trained on this.")  # fmt: skip
+clip_l = pipeline.encode_text(prompts, drop=["clip_g", "t5"])
 rows = {f"{name}, guidance 6": draw(model, 6.0) for name, model in kinds.items()}
-rows |= {f"{name}, L alone": draw(model, text=alone) for name, model in kinds.items()}
-compare(rows, "Guidance, and an encoder alone.")
+rows |= {f"{name}, L alone": draw(model, text=clip_l) for name, model in kinds.items()}
+compare(rows, "Strong guidance, and CLIP-L alone.")
 
 # %% [markdown]
-# Without text F is as good as blind (a loss above 1 where A has 0.8), so guidance moves away from
-# nonsense: at 6 some of its digits are torn or stained, though all can be read. And it cannot spare
-# an encoder: CLIP-L alone is followed by A and not by F.
+# Without text F is useless (a loss above 1 where A has 0.8), so guidance moves away from nonsense:
+# at 6 some of its digits are torn or stained, though all can be read. And F cannot do without an
+# encoder: A follows CLIP-L alone, F does not.
 #
 # ## 12 · Shift and scale exchanged
 #
-# adaLN's linear layer gives shift, then scale. diffusers' final layer has them the other way
-# round. Exchanged, all shapes fit.
+# The linear layer of adaLN outputs shift, then scale. In diffusers' final layer they are the other
+# way round. When they are exchanged, all shapes still match.
 #
 # **PREDICT.** Exchanged in the final layer, or in all blocks: which can the model survive?
 
@@ -379,18 +382,18 @@ rows = {"right": good} | {name: draw(exchanged(part)) for name, part in kinds.it
 compare(rows, "Shift and scale exchanged.")
 
 # %% [markdown]
-# The final layer's mistake leaves some grain and readable digits: the kind of mistake that ships.
+# The mistake in the final layer leaves some grain and readable digits: the kind of mistake that
+# ships.
 #
 # ## 13 · Two conventions of guidance
 #
 # Here `v = v_without + s (v_with - v_without)`: at s = 1 there is no guidance. Others write w with
-# s = 1 + w; *their* 0 is no guidance.
+# s = 1 + w; for *them* 0 means no guidance.
 #
 # **PREDICT.** What does a user of the other convention get who asks for w = 0.6, or for w = 0?
 
 # %%
-kinds = {"s = 1.6": 1.6, "w = 0.6 taken as s": 0.6, "w = 0 taken as s": 0.0, "s = 7": 7.0,
-         "s = 7 taken as w": 8.0}  # fmt: skip
+kinds = {"s = 1.6": 1.6, "w = 0.6 as s": 0.6, "w = 0 as s": 0.0, "s = 7": 7.0, "s = 7 as w": 8.0}
 compare({name: draw(big, s) for name, s in kinds.items()}, "Five scales.")
 
 # %% [markdown]
@@ -398,22 +401,22 @@ compare({name: draw(big, s) for name, s in kinds.items()}, "Five scales.")
 #
 # | | mistake | symptom | test (in `tests/`) |
 # | --- | --- | --- | --- |
-# | 1 | t not times 1000 | none, or noise | `tests/test_golden.py::test_time_embedding` |
-# | 2 | no QK-norm | logits grow | `tests/test_golden.py::test_mmdit` |
-# | 3 | open gates | first loss 3 | `tests/test_model.py::test_fresh_model_answers_zero` |
-# | 4 | sign | noise | `tests/test_flow.py::test_interpolation_ends_and_slope` |
-# | 5 | latent scale | contrast | `tests/test_model.py::test_latents_are_shifted_then_scaled` |
-# | 6 | weight twice | loss near t = 0 | `tests/test_flow.py::test_loss_is_per_sample` |
-# | 7 | EMA | noise | `tests/test_metrics.py::test_ema_warms_up` |
-# | 8 | mask | little here | `tests/test_model.py::test_attention_against_loops` |
-# | 9 | channels first | noise | `tests/test_model.py::test_patchify_round_trip` |
-# | 10 | shift | worse at few steps | `tests/test_flow.py::test_shifts_multiply` |
-# | 11 | no dropping | blind without text | `tests/test_text.py::test_dropping_is_independent` |
-# | 12 | shift, scale | grain, or noise | `tests/test_model.py::test_modulate` |
-# | 13 | s or w | wrong strength | `tests/test_flow.py::test_guidance` |
+# | 1 | t not times 1000 | none, or noise | `model/test_golden.py::test_time_embedding` |
+# | 2 | no QK-norm | logits grow | `model/test_golden.py::test_mmdit` |
+# | 3 | open gates | first loss 3 | `model/test_model.py::test_fresh_model_answers_zero` |
+# | 4 | sign | noise | `model/test_flow.py::test_interpolation_ends_and_slope` |
+# | 5 | latent scale | contrast | `model/test_model.py::test_latents_are_shifted_then_scaled` |
+# | 6 | weight twice | loss near t = 0 | `model/test_flow.py::test_loss_is_per_sample` |
+# | 7 | EMA | noise | `training/test_loop.py::test_ema_warms_up` |
+# | 8 | mask | little here | `model/test_model.py::test_attention_against_loops` |
+# | 9 | channels first | noise | `model/test_model.py::test_patchify_round_trip` |
+# | 10 | shift | worse at few steps | `model/test_flow.py::test_shifts_multiply` |
+# | 11 | no dropping | useless without text | `model/test_text.py::test_dropping_is_independent` |
+# | 12 | shift, scale | grain, or noise | `model/test_model.py::test_modulate` |
+# | 13 | s or w | wrong strength | `model/test_flow.py::test_guidance` |
 #
-# Tests have limits: those of 6, 10 and 11 hold a *function* to its definition; that training and
-# sampling use it rightly has to be read.
+# Tests have limits: those for 6, 10 and 11 check a *function* against its definition; whether
+# training and sampling use it correctly must be checked by reading the code.
 #
 # ## Exercises
 
@@ -451,11 +454,11 @@ def frechet_distance(a, b):
 check("frechet_distance", frechet_distance)
 
 # %% [markdown]
-# **Open ends.** Can one mistake hide another (5 and 13, say)? Which is the shortest test that tells
-# F from A? Train C longer, at ten times the learning rate: do its logits ever hurt?
+# **Open questions.** Can one mistake hide another (5 and 13, say)? What is the shortest test that
+# tells F from A? Train C longer, at ten times the learning rate: do its logits ever do harm?
 #
 # ## What was left out
 #
-# Mistakes in text encoders (notebook 08), in float16 and in loading weights (09), and those in
-# evaluation. In the paper, arXiv 2403.03206: QK-norm and shift are section 5.3.2, densities of t
-# section 3.1, dropped encoders appendix B.3.
+# Mistakes in text encoders (notebook 08), in float16 and in loading weights (09), and in
+# evaluation. In the paper, arXiv 2403.03206: QK-norm and shift are in section 5.3.2, densities of t
+# in section 3.1, dropped encoders in appendix B.3.

@@ -1,4 +1,4 @@
-"""The checks of correctness of `bench cuda`, as tests on a GPU: `pytest -m gpu`."""
+"""The correctness checks of `bench cuda` as tests on a GPU: `pytest -m gpu`."""
 
 import os
 
@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("check", correct.CHECKS, ids=lambda check: check.name)
+@pytest.mark.parametrize("check", correct.CORRECTNESS, ids=lambda check: check.name)
 def test_check(check, tmp_path):
     os.environ.update(check.environment)
     try:

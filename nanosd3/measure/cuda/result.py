@@ -1,95 +1,101 @@
-"""What a check is given, and what it yields: rows of a table, some with an aim."""
+"""Checks, their settings, and what they yield: rows of a table, some of them with an aim."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
-from nanosd3.config import CONFIGS, Config
-from nanosd3.pairs import randomly_filled, side_of
+from nanosd3.config import CONFIGS
+from nanosd3.config_types import Config
+from nanosd3.measure.random_models import patches_per_side, random_model
+
+CheckState = Literal["passed", "missed", "wrong", "skipped", "failed"]  # of a check that has ended
 
 
 class Unavailable(Exception):
-    """The check cannot be made here; the message says what is missing."""
+    """A check cannot run here; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number. `aim` is empty for what is only noted."""
+    """One measured value. An empty `aim` means that it is only reported."""
 
     what: str
     value: float
     unit: str = ""
     aim: str = ""
     met: bool = True
-    goal: bool = False  # the aim is one of speed or size; to miss it is not to be wrong
+    goal: bool = False  # a goal of speed or size: missing it does not make the answer wrong
 
 
 def at_most(what: str, value: float, aim: float, unit: str = "") -> Row:
-    """A number that should not exceed `aim`; NaN does."""
+    """A value that should not exceed `aim`; NaN misses it."""
     return Row(what, value, unit, f"<= {aim:g}", value <= aim)
 
 
 def at_least(what: str, value: float, aim: float, unit: str = "") -> Row:
-    """A number that should reach `aim`; NaN does not."""
+    """A value that should reach `aim`; NaN misses it."""
     return Row(what, value, unit, f">= {aim:g}", value >= aim)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and at what size checks are made."""
+    """The device and the model sizes that checks use."""
 
     device: torch.device
-    folder: Path  # for files beside the results
+    folder: Path  # for files next to the results
     config: str | None = None  # a small config in place of every official one
     run: Path | None = None  # a finished run of train_mnist.py
 
     @property
     def full(self) -> bool:
+        """Whether models have their official sizes."""
         return self.config is None
 
     def model(self, name: str) -> Config:
-        """The config of this name, or its small replacement."""
+        """The config of this name, or the small config in its place."""
         return CONFIGS[self.config or name]
 
-    def pixels(self, size: int) -> int:
-        """The side of a square image, or what the small config was made for."""
+    def image_size(self, size: int) -> int:
+        """The side of square images in pixels: `size`, or that of the small config."""
         return size if self.config is None else CONFIGS[self.config].image_size
 
     def patches(self, config: Config, size: int) -> int:
-        """Patches along the side of such an image."""
-        return side_of(config, self.pixels(size))
+        """Patches along each side of such images."""
+        return patches_per_side(config, self.image_size(size))
 
-    def count(self, number: int) -> int:
-        """How often something is repeated: twice where all is small."""
+    def repeats(self, number: int) -> int:
+        """How often to repeat something: `number` times, at most twice with a small config."""
         return number if self.full else min(number, 2)
 
     def goal(self, row: Row) -> Row:
-        """A row whose aim is one of speed or size, which small configs do not have."""
+        """Mark the aim of a row as a goal of speed or size; small configs have none."""
         return replace(row, goal=True) if self.full else Row(row.what, row.value, row.unit)
 
-    def filled(self, config: Config, part: str, dtype: torch.dtype) -> nn.Module:
-        """A randomly filled network on the device."""
-        return randomly_filled(config, part, self.device, dtype)
+    def random_model(self, config: Config, part: str, dtype: torch.dtype) -> nn.Module:
+        """A randomly initialised network on the device."""
+        return random_model(config, part, self.device, dtype)
 
-    def needs(self, gigabytes: float) -> None:
-        """Raises Unavailable if the GPU has less memory free; small configs always fit."""
+    def require_memory(self, gigabytes: float) -> None:
+        """Raises Unavailable if less GPU memory is free; small configs always fit."""
         if self.device.type != "cuda" or not self.full:
             return
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(self.device)[0] / 1e9
         if free < gigabytes:
-            raise Unavailable(f"needs {gigabytes:.0f} GB of GPU memory, {free:.0f} GB are free")
+            raise Unavailable(f"needs {gigabytes:.0f} GB of GPU memory, only {free:.0f} GB is free")
 
     def synchronize(self) -> None:
+        """Wait for the GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def compile(self, blocks: nn.ModuleList) -> str:
-        """Compile blocks in place and name the backend. On a CPU that is the tracer without code
-        generation, which would take minutes there and is not what is checked."""
+    def compile(self, blocks: Iterable[nn.Module]) -> str:
+        """Compile blocks in place; the name of the backend. On a CPU this traces without generating
+        code, which would take minutes and is not what is checked there."""
         backend = "inductor" if self.device.type == "cuda" else "aot_eager"
         for block in blocks:
             block.compile(backend=backend)
@@ -98,7 +104,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Check:
-    """A check by name: its rows, the seconds it may take, and variables that its process needs."""
+    """A named check: its rows, its time limit, environment variables its process needs."""
 
     name: str
     rows: Callable[[Setting], Iterator[Row]]

@@ -1,0 +1,77 @@
+"""Command lines: bad input gives one line and exit status 2, never a traceback."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from nanosd3.errors import InputError
+from nanosd3.machine.device import out_of_memory
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises InputError, one line without usage, and does not accept
+    abbreviated options."""
+
+    def __init__(self, name: str, description: str):
+        super().__init__(name, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def positive(text: str) -> int:
+    """Parse an integer of at least 1; an argparse `type`."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def run_main(main: Callable[[], int | None]) -> int:
+    """Run a command line as `status_of` does.
+
+    Under torchrun it exits the process immediately: during Python's shutdown, threads that still
+    listen to other ranks might abort it.
+    """
+    status = status_of(main)
+    if "LOCAL_RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def status_of(main: Callable[[], int | None]) -> int:
+    """Run a command line and return its exit status.
+
+    Bad input and insufficient memory give one line and status 2; Ctrl-C gives 130, or the `status`
+    of the exception; none prints a traceback. Under torchrun only rank 0 prints to stdout.
+    """
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")
+    try:
+        return main() or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
+        return getattr(stop, "status", 130)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        advice = "request fewer or smaller images at once, or choose a smaller --config"
+        advice += " (for training: --accumulate, --checkpointing, --parallel fsdp)"
+        print(f"error: out of memory; {advice}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `... | head`: the reader is gone, so there is no one to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # such as a path without permission to look at it
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 2

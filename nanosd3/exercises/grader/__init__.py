@@ -1,0 +1,9 @@
+"""Checking and grading answers to the exercises.
+
+Modules, each of which imports only from those above it:
+    exercise        an exercise, its test cases and common wrong answers
+    sandbox         runs answers in a restricted process and records the results
+    checker         compares recorded results with the reference and says what is wrong
+    grading         grades whole files
+    student_tests   `pytest --student=FILE`
+"""

@@ -1,0 +1,267 @@
+"""Run answers and record the results; nothing is judged here.
+
+`record` calls an answer on all test cases and stores what happened: return values, exceptions,
+gradients, the inputs after the call, and the results of a second call, with transposed inputs, in
+float64 and on the meta device. checker.py judges from that record alone. Student code can
+therefore run in a separate process, whose main program is this file (it imports nothing from the
+package): whatever an answer patches there, in torch or in this file, changes only the values it
+claims to return.
+
+As a program, the file first restricts its own process: limits on memory and file size, and an
+audit hook, which cannot be removed, that refuses network access, subprocesses, the package
+(unless open book) and writes outside its folder. That stops accidents and the usual tricks, but
+it is not a security boundary: C code is not audited. Grade untrusted files in a container.
+"""
+
+import copy
+import numbers
+import os
+import sys
+import sysconfig
+import traceback
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+PACKAGE = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 2))
+FIELD = "@velocity"  # stands for `field` in the arguments of a case, which must be plain data
+
+
+def field(z: Tensor, t: Tensor) -> Tensor:
+    """A velocity that depends on position and time, for the exercises on solvers."""
+    return torch.sin(3 * z + 2 * t) - 0.5 * z * t
+
+
+def copies(arguments: tuple, dtype: torch.dtype | None = None, transposed: bool = False) -> list:
+    """Copy arguments, float tensors to `dtype` if given. With `transposed`, tensors have their
+    last two axes swapped in memory: the same values, but not contiguous."""
+
+    def copied(a: object) -> object:
+        if not isinstance(a, Tensor):
+            return field if isinstance(a, str) and a == FIELD else copy.deepcopy(a)
+        a = a.clone() if dtype is None or not a.is_floating_point() else a.to(dtype, copy=True)
+        return a.mT.contiguous().mT if transposed and a.ndim > 1 else a
+
+    return [copied(a) for a in arguments]
+
+
+def storable(value: object) -> object:
+    """Convert a result to tensors, numbers, lists and tuples, anything else to a description."""
+    if isinstance(value, Tensor):
+        plain = value.detach().as_subclass(Tensor)
+        return plain.to_dense().clone() if plain.is_sparse else plain.clone()
+    if isinstance(value, tuple):
+        return tuple(storable(x) for x in value)
+    if isinstance(value, list):
+        return [storable(x) for x in value]
+    if isinstance(value, dict):
+        return {"type": "dict", "items": repr(sorted(map(repr, value.items())))[:10_000]}
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)[:10_000]
+    if isinstance(value, numbers.Integral) and abs(int(value)) < 2**63:
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        return float(value)  # includes NumPy scalars
+    return {"type": type(value).__name__}
+
+
+def outcome(answer: Callable, arguments: list) -> dict:
+    """The outcome of one call: its value, "not attempted", or what it raised and where."""
+    try:
+        value = answer(*arguments)
+        if (value is None or value is ...) and is_stub(answer):
+            return {"kind": "not attempted"}
+        return {"kind": "value", "value": storable(value)}
+    except NotImplementedError as error:
+        if not str(error) or "your code" in str(error).lower():
+            return {"kind": "not attempted"}
+        return {"kind": "raised", "text": describe_error(error)}
+    except (Exception, SystemExit) as error:
+        return {"kind": "raised", "text": describe_error(error)}
+
+
+def is_stub(answer: Callable) -> bool:
+    """Whether the body of a function does nothing: `pass`, `...`, a docstring."""
+    code = getattr(answer, "__code__", None)
+    return code is not None and not code.co_names and len(code.co_code) <= 12
+
+
+def describe_error(error: BaseException) -> str:
+    """The error and the student's own line: the last one that is not inside a library."""
+    libraries = (PACKAGE, *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
+    own_frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((*libraries, "<frozen"))
+    ]
+    place = ""
+    if own_frames and own_frames[-1].lineno:
+        place = f' in line {own_frames[-1].lineno}: "{own_frames[-1].line}"'
+    return f"{type(error).__name__}{place}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """An error message fit for a terminal: one line of limited length, printable characters."""
+    line = (str(error).splitlines() or [""])[0][:300]
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
+def flat(value: object) -> list:
+    """The elements of a tuple or list; anything else as a list of one."""
+    return list(value) if isinstance(value, tuple | list) else [value]
+
+
+def gradients(answer: Callable, arguments: tuple) -> list[Tensor | None]:
+    """Gradients of the sum of squares of the result for each float input, in float64."""
+    inputs = copies(arguments, torch.float64)
+    leaves = [a for a in inputs if isinstance(a, Tensor) and a.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for x in flat(answer(*inputs)):
+        if isinstance(x, Tensor):
+            total = total + x.square().sum()
+    return list(torch.autograd.grad(total, leaves, allow_unused=True))
+
+
+def attempt(function: Callable, *arguments: object) -> object:
+    """The result, or {"error": the first line of the message}."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return {"error": first_line(error) or type(error).__name__}
+
+
+def devices_of(answer: Callable, arguments: tuple) -> list[str]:
+    """The devices of the results when the inputs are on the meta device."""
+    inputs = [a.to("meta") if isinstance(a, Tensor) else a for a in copies(arguments)]
+    return [x.device.type for x in flat(answer(*inputs)) if isinstance(x, Tensor)]
+
+
+def record(answer: Callable, cases: list[tuple], differentiable: bool) -> dict:
+    """Everything the checker needs to know about an answer."""
+    values = []
+    for arguments in cases:
+        values.append(outcome(answer, copies(arguments)))
+        if values[-1]["kind"] != "value":
+            return {"values": values}
+    again, after = [], []
+    for arguments in cases:  # a second call, keeping the inputs as the answer leaves them
+        inputs = copies(arguments)
+        again.append(outcome(answer, inputs))
+        after.append([None if callable(a) else storable(a) for a in inputs])
+    return {
+        "values": values,
+        "again": again,
+        "after": after,
+        "transposed": [outcome(answer, copies(a, transposed=True)) for a in cases],
+        "gradients": attempt(gradients, answer, cases[0]) if differentiable else None,
+        "double": outcome(answer, copies(cases[0], torch.float64)),
+        "devices": attempt(devices_of, answer, cases[0]),
+    }
+
+
+# --- main program -------------------------------------------------------------------------------
+
+FORBIDDEN = tuple(
+    "socket. subprocess. os.system os.exec os.fork os.posix_spawn os.spawn os.kill os.remove "
+    "os.rmdir os.chmod os.chown os.link os.symlink os.truncate os.utime os.mkdir shutil. ctypes. "
+    "pty. ftplib. smtplib. urllib. http. webbrowser. sqlite3. signal.pthread_kill gc.get_".split()
+)  # prefixes of audit events
+
+
+class ForbiddenError(PermissionError):
+    """The answer tried something that no exercise needs."""
+
+
+def restrict_process(folder: str, package: str, open_book: bool, memory: int) -> None:
+    """Restrict this process for good: its memory in bytes, writes to `folder` only, no access to
+    `package` unless open book."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, 2**28))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, ValueError, OSError):  # not every platform has every limit
+        pass
+    folder, package = os.path.realpath(folder) + os.sep, os.path.realpath(package) + os.sep
+    write = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+    # Defaults bind everything the hook uses: an answer could rebind the names of this module.
+    def hook(
+        event: str,
+        arguments: tuple,
+        forbidden: tuple[str, ...] = FORBIDDEN,
+        error: type[Exception] = ForbiddenError,
+        realpath: Callable = os.path.realpath,
+        fsdecode: Callable = os.fsdecode,
+        is_a: Callable = isinstance,
+        number: type = int,
+    ) -> None:
+        if event.startswith(forbidden):
+            raise error(f"{event} is not allowed in an answer")
+        if event == "import" and arguments[0].split(".")[0] == "nanosd3" and not open_book:
+            raise error("closed book: an answer may not use the package nanosd3")
+        if event == "os.rename":
+            for path in arguments[:2]:
+                if not realpath(fsdecode(path)).startswith(folder):
+                    raise error(f"renaming {path} is not allowed in an answer")
+        if event == "open" and not is_a(arguments[0], number):
+            path = realpath(fsdecode(arguments[0]))
+            writes = is_a(arguments[2], number) and arguments[2] & write
+            if writes and not path.startswith(folder):
+                raise error(f"writing {path} is not allowed in an answer")
+            if path.startswith(package) and not open_book:
+                raise error("closed book: an answer may not read the package nanosd3")
+
+    sys.addaudithook(hook)
+
+
+def report_progress(folder: str, name: str) -> None:
+    """Tell the grader how far this process has come, by creating a file."""
+    with open(os.path.join(folder, name), "w"):
+        pass
+
+
+def main() -> None:
+    """sandbox.py FOLDER PACKAGE open|closed MEMORY: record FOLDER/answer.py on FOLDER/cases.pt."""
+    folder, package, book, memory = sys.argv[1:5]
+    torch.set_num_threads(1)
+    cases = torch.load(os.path.join(folder, "cases.pt"), weights_only=True)
+    path = os.path.join(folder, "answer.py")
+    with open(path, "rb") as file:
+        source = file.read()  # bytes: Python detects the encoding
+    if book == "open":
+        sys.path.insert(0, os.path.dirname(package))
+    2.0 * torch.ones(1, device="meta")  # triggers imports that are forbidden from here on
+    restrict_process(folder, package, book == "open", int(memory))
+    report_progress(folder, "begun")
+    module = sys.modules["answer"] = types.ModuleType("answer")
+    module.__file__ = path
+    missing = {"values": [{"kind": "not attempted"}]}
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)
+    except BaseException as error:  # answers defined before it still count
+        missing = {"values": [{"kind": "broken", "text": describe_error(error)}]}
+    report_progress(folder, "loaded")
+    for name, entry in cases.items():
+        target = os.path.join(folder, f"{name}.pt")
+        answer, result = getattr(module, name, None), missing
+        imported = str(getattr(answer, "__module__", "")).startswith("torch")
+        if callable(answer) and not imported:
+            result = record(answer, entry["cases"], entry["differentiable"])
+        try:
+            torch.save(result, target + ".part")
+        except Exception as error:
+            result = {"values": [{"kind": "raised", "text": first_line(error)}]}
+            torch.save(result, target + ".part")
+        os.rename(target + ".part", target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Exercises on time in sampling: the shift for larger images, the schedule."""
+
+import torch
+from torch import Tensor
+
+from nanosd3 import flow
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant
+from nanosd3.exercises.timesteps import uniform_numbers
+
+
+def shift_cases(generator: torch.Generator) -> list[Case]:
+    return [Case(f"alpha {a}", (uniform_numbers(generator, 9), a)) for a in (3.0, 0.5, 1.0)]
+
+
+def shift_spec(t: Tensor, alpha: float) -> Tensor:
+    """A constant step of log-SNR: the odds of noise, t / (1 - t), are multiplied by alpha."""
+    shifted = []
+    for time in t.tolist():
+        odds = alpha * time / (1 - time)
+        shifted.append(odds / (1 + odds))
+    return torch.tensor(shifted, dtype=t.dtype)
+
+
+def towards_data(t: Tensor, alpha: float) -> Tensor:
+    return flow.shift(t, 1 / alpha)
+
+
+def scaled_only(t: Tensor, alpha: float) -> Tensor:
+    return alpha * t
+
+
+def plus_one_forgotten(t: Tensor, alpha: float) -> Tensor:
+    return alpha * t / (1 + alpha * t)
+
+
+def shifted_twice(t: Tensor, alpha: float) -> Tensor:
+    return flow.shift(t, alpha**2)
+
+
+SHIFT = Exercise(
+    name="shift",
+    topic="flow",
+    points=1,
+    difficulty=1,
+    signature="def shift(t: Tensor, alpha: float) -> Tensor:",
+    task="Move times t in (0, 1), of any shape, towards noise, as larger images need it: multiply\n"
+    "the odds t / (1 - t) by alpha.",
+    specification=shift_spec,
+    reference=flow.shift,
+    cases=shift_cases,
+    mutants=(
+        Mutant(towards_data, "alpha above 1 should move t up, towards noise."),
+        Mutant(scaled_only, "t = 1 should stay at 1."),
+        Mutant(plus_one_forgotten, "t = 1 should stay at 1; look at the denominator."),
+        Mutant(shifted_twice, "The shift is applied twice: shifts multiply."),
+    ),
+    why="Neighbouring pixels of a large image are redundant: the same noise hides less.",
+    where="nanosd3/flow.py, shift (paper, eq. 23)",
+    names=("t", "alpha"),
+)
+
+
+def schedule_cases(generator: torch.Generator) -> list[Case]:
+    return [Case(f"{n} steps, shift {a}", (n, a)) for n, a in ((4, 3.0), (7, 1.0), (2, 0.5))]
+
+
+def schedule_spec(steps: int, alpha: float) -> Tensor:
+    """Evenly spaced from 1 to the shifted 0.001, each shifted again, then 0."""
+    last = alpha * 0.001 / (1 + (alpha - 1) * 0.001)
+    times = []
+    for i in range(steps):
+        u = 1 - (1 - last) * i / (steps - 1)
+        times.append(alpha * u / (1 + (alpha - 1) * u))
+    return torch.tensor([*times, 0.0])
+
+
+def even_then_shifted(steps: int, alpha: float) -> Tensor:
+    return flow.shift(torch.linspace(1, 0, steps + 1), alpha)
+
+
+def without_zero(steps: int, alpha: float) -> Tensor:
+    return torch.cat([flow.schedule(steps, alpha)[:-1], torch.tensor([0.001])])
+
+
+def not_shifted(steps: int, alpha: float) -> Tensor:
+    return flow.schedule(steps, 1.0)
+
+
+def shifted_once(steps: int, alpha: float) -> Tensor:
+    return torch.cat([flow.shift(torch.linspace(1, 0.001, steps), alpha), torch.zeros(1)])
+
+
+SCHEDULE = Exercise(
+    name="schedule",
+    topic="flow",
+    points=2,
+    difficulty=2,
+    signature="def schedule(steps: int, alpha: float) -> Tensor:",
+    task="The times (steps + 1,) at which the official models are sampled: evenly spaced from 1\n"
+    "down to shift(0.001), all of them shifted (so the last is shifted twice), then 0.",
+    specification=schedule_spec,
+    reference=flow.schedule,
+    cases=schedule_cases,
+    mutants=(
+        Mutant(
+            even_then_shifted,
+            "The last time above 0 is too large: the official schedule stops at "
+            "shift(0.001), not one even step before 0.",
+        ),
+        Mutant(without_zero, "The last time is 0: the image should be clean."),
+        Mutant(not_shifted, "alpha is not used."),
+        Mutant(
+            shifted_once,
+            "Shift the smallest time, space the others evenly above it, then shift all of them.",
+        ),
+    ),
+    why="diffusers and Stability's code do it this way, and pixels depend on it.",
+    where="nanosd3/flow.py, schedule",
+    differentiable=False,
+    other_devices=False,  # takes no tensors
+    names=("steps", "alpha"),
+)
+
+
+EXERCISES = (SHIFT, SCHEDULE)

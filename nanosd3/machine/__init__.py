@@ -1,0 +1,9 @@
+"""Hardware and processes.
+
+Modules, each of which imports only from those above it:
+    device        device, threads, memory
+    signals       Ctrl-C and SIGTERM
+    matmul        matrix products through the faster library
+    accelerate    faster drop-in layers that save less for the backward pass
+    distributed   process group, DDP, FSDP2, mixed precision, activation checkpointing
+"""

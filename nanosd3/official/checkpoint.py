@@ -1,0 +1,297 @@
+"""Open a checkpoint: a single file, a diffusers folder, a run, or something exported from here.
+
+`open_checkpoint` reads names and shapes and little else. It sorts the tensors into components
+under our key names and derives the config. Other models are refused, by name where it is known.
+
+Whether every tensor is there is checked in missing_keys.py.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from nanosd3.components import COMPONENTS, on_meta
+from nanosd3.config_types import Config, config_from_dict
+from nanosd3.errors import InputError
+from nanosd3.layers import HEAD_DIM
+from nanosd3.mmdit import MMDiT
+from nanosd3.official.detect import config_of, file_of, refuse_foreign, refuse_scaled
+from nanosd3.official.finished_run import finished_config, read_tokenizers
+from nanosd3.official.key_names import FOLDERS, PREFIXES, from_diffusers
+from nanosd3.official.tensor_files import open_folder, open_weights, read_file_metadata
+from nanosd3.official.tensors import State, in_memory
+from nanosd3.storage import training_state
+from nanosd3.storage.files import check_state, read_json
+from nanosd3.storage.run import Run
+from nanosd3.text import ENCODERS, Tokenizers
+
+# Config and tokenizers of an exported model: a file in the folder, or a key in the file's header.
+METADATA_FILE, METADATA_KEY = "nanosd3.json", "nanosd3"
+
+# Tensors that official files hold and our models do not have.
+KNOWN_EXTRAS = r"(.*\.)?(position_ids|logit_scale|shared\.weight|loss\..*|model_ema\..*)"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file or folder of weights, opened but not read: tensors under our names, and the config."""
+
+    path: Path
+    config: Config
+    parts: dict[str, State]  # by component; an absent one has no entry
+    tokenizers: Tokenizers
+    detected_by: str  # how the model was recognised, for the user
+    unassigned: list[str]  # tensors of a single file that belong to no component
+
+
+def open_checkpoint(path: Path, files: Mapping[str, Path | None] | None = None) -> Checkpoint:
+    """Open a checkpoint, with components in `files` (clip_l, clip_g, t5, vae) replacing its own.
+
+    Reads names, shapes and little else. Raises InputError if it is not Stable Diffusion 3.
+    """
+    replacements = {name: Path(file) for name, file in (files or {}).items() if file is not None}
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    unassigned: list[str] = []
+    if (path / "run.json").exists():
+        if replacements:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in replacements)
+            raise InputError(f"{path}: a run has all its components; omit {options}")
+        return open_run(path)
+    if path.is_dir():
+        parts = open_diffusers(path, replacements)
+        metadata = read_json(path / METADATA_FILE) if (path / METADATA_FILE).exists() else None
+    else:
+        parts, unassigned = open_single(path)
+        metadata = parse_metadata(read_file_metadata(path).get(METADATA_KEY), path)
+    for name, file in replacements.items():
+        parts[name] = open_component(name, file)
+    for name, title in (("mmdit", "transformer"), ("vae", "autoencoder (name its file: --vae)")):
+        if name not in parts:
+            raise InputError(f"{path}: holds no {title}; found {', '.join(parts) or 'nothing'}")
+    for part in parts.values():
+        refuse_scaled(list(part), file_of(part))
+    if "t5" in parts:
+        parts["t5"] = with_t5_embedding(parts["t5"])
+    if metadata is not None:
+        config, tokenizers = config_from_metadata(metadata, path)
+        detected_by = "exported by nanosd3"
+        absent = [name for name in COMPONENTS if name not in parts]
+        if absent and tokenizers.words:
+            raise InputError(f"{path}: holds no {', '.join(absent)}, required by its transformer")
+    else:
+        config, detected_by = config_of(parts, path)
+        if path.is_dir():
+            config = with_folder_settings(config, path, parts)
+        tokenizers = Tokenizers.official()
+    return Checkpoint(path, config, parts, tokenizers, detected_by, unassigned)
+
+
+def open_single(path: Path) -> tuple[dict[str, State], list[str]]:
+    """The components of a single file, by prefix, and the names without a known prefix."""
+    state = open_weights(path)
+    marker = "joint_blocks.0.x_block.attn.qkv.weight"
+    if marker in state:  # a transformer alone, without a prefix
+        return {"mmdit": state}, []
+    parts: dict[str, State] = {}
+    unassigned = []
+    for name, tensor in state.items():
+        part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
+        if part:
+            parts.setdefault(part, {})[name.removeprefix(PREFIXES[part])] = tensor
+        elif not is_known_extra(name):
+            unassigned.append(name)
+    if marker not in parts.get("mmdit", {}):
+        if "transformer_blocks.0.attn.to_q.weight" in state:
+            raise InputError(
+                f"{path}: is one component of a diffusers folder; name the folder that holds "
+                "transformer/ and vae/"
+            )
+        refuse_foreign(list(state), path)
+        raise InputError(
+            f"{path}: holds no Stable Diffusion 3 transformer ({len(state)} tensors, the first is "
+            f"{next(iter(state), 'missing')})"
+        )
+    return parts, unassigned
+
+
+def is_known_extra(name: str) -> bool:
+    """Whether official files hold a tensor of this name that no model of ours has."""
+    return re.fullmatch(KNOWN_EXTRAS, name) is not None
+
+
+def open_diffusers(folder: Path, skip: Collection[str]) -> dict[str, State]:
+    """The components of a diffusers folder under our key names, except those in `skip`.
+
+    A text encoder whose subfolder is missing or holds no weights is absent.
+    """
+    if (folder / "unet").is_dir():
+        model = "SDXL" if (folder / "text_encoder_2").is_dir() else "Stable Diffusion 1 or 2"
+        raise InputError(f"{folder}: this is {model}, not Stable Diffusion 3")
+    if not (folder / "transformer").is_dir():
+        raise InputError(f"{folder}: holds no transformer/ (diffusers) and no run.json (a run)")
+    parts = {}
+    for name, (subfolder, stem) in FOLDERS.items():
+        if name in skip or not (folder / subfolder).is_dir():
+            continue
+        if state := open_folder(folder / subfolder, stem):
+            refuse_foreign(list(state), folder / subfolder)
+            parts[name] = from_diffusers(name, state)
+        elif name in ("mmdit", "vae"):
+            raise InputError(f"{folder / subfolder}: holds no {stem}.safetensors and no index")
+    return parts
+
+
+def open_component(name: str, file: Path) -> State:
+    """A component in a file of its own, in either layout."""
+    state = open_weights(file)
+    refuse_foreign(list(state), file)
+    prefix = PREFIXES[name]
+    if any(key.startswith(prefix) for key in state):
+        state = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+    if name == "vae" and any(key.startswith("decoder.up_blocks.") for key in state):
+        state = from_diffusers(name, state)
+    markers = {"vae": "decoder.conv_in.weight", "t5": "encoder.final_layer_norm.weight"}
+    marker = markers.get(name, "text_model.final_layer_norm.weight")
+    if marker not in state:
+        raise InputError(f"{file}: is not a {name} (it has no tensor {marker})")
+    return state
+
+
+def open_run(folder: Path) -> Checkpoint:
+    """A training run, with the encoders it was trained on.
+
+    While its transformer is still being trained, the moving averages of the newest state.
+    """
+    run = Run.read(folder)
+    averages = None if "flow" in run.stages else training_state.averages(folder, "flow")
+    config = finished_config(run, allow_unfinished_flow=averages is not None)
+    if averages is None:
+        mmdit = open_run_weights(folder / "flow.safetensors", config, {"mmdit": ""})
+    else:
+        averages |= dict(MMDiT(config.mmdit).named_buffers())
+        mmdit = {name: in_memory(name, tensor, folder) for name, tensor in averages.items()}
+    if "weights" in run.identity:
+        try:
+            base = open_checkpoint(Path(run.identity["weights"]))
+        except InputError as error:
+            raise InputError(f"{folder}: was trained on the encoders of {error}") from None
+        parts = base.parts | {"mmdit": mmdit}
+        return replace(base, path=folder, config=config, parts=parts, detected_by="a training run")
+    vae = open_run_weights(folder / "autoencoder.safetensors", config, {"vae": ""})
+    prefixes = {name: f"{name}." for name in ENCODERS}
+    text = open_run_weights(folder / "text.safetensors", config, prefixes)
+    parts = {"mmdit": mmdit, "vae": vae}
+    for name, prefix in prefixes.items():
+        parts[name] = {k.removeprefix(prefix): t for k, t in text.items() if k.startswith(prefix)}
+    tokenizers = read_tokenizers(folder / "tokenizers.json")
+    return Checkpoint(folder, config, parts, tokenizers, "a training run", [])
+
+
+def open_run_weights(path: Path, config: Config, prefixes: dict[str, str]) -> State:
+    """A file of a run, which holds exactly the tensors of some networks, each under its prefix.
+
+    Raises InputError naming the first tensor that is missing, unexpected or misshapen.
+    """
+    state = open_weights(path)
+    expected = {
+        prefix + key: tensor
+        for name, prefix in prefixes.items()
+        for key, tensor in on_meta(config, name).state_dict().items()
+    }
+    check_state(path, expected, state)
+    return state
+
+
+def open_transformer(path: Path) -> State:
+    """The transformer in a file, a diffusers folder or a run; the rest may be missing."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if (path / "run.json").exists():
+        return open_run(path).parts["mmdit"]
+    others = [name for name in COMPONENTS if name != "mmdit"]
+    parts = open_diffusers(path, others) if path.is_dir() else open_single(path)[0]
+    return parts["mmdit"]
+
+
+def with_t5_embedding(state: State) -> State:
+    """T5 with its embedding under our name; files use either of two names, or both."""
+    if "encoder.embed_tokens.weight" not in state and "shared.weight" in state:
+        return state | {"encoder.embed_tokens.weight": state["shared.weight"]}
+    return state
+
+
+Number = TypeVar("Number", int, float)
+
+
+def read_setting(file: Path, key: str, default: Number) -> Number:
+    """A positive number in a JSON file, of the default's type; the default if it is not there."""
+    value = read_json(file).get(key, default) if file.is_file() else default
+    kind = type(default)
+    if type(value) not in (int, kind) or not value > 0:
+        raise InputError(f"{file}: {key} should be a number above 0, got {value!r}")
+    return kind(value)
+
+
+def with_folder_settings(config: Config, folder: Path, parts: dict[str, State]) -> Config:
+    """The config with a diffusers folder's own settings in place of the released models'.
+
+    SD3 uses CLIP-L's pooled vector unprojected. Single files may still hold OpenAI's matrix, which
+    is ignored; diffusers always multiplies by the folder's matrix, which is normally the identity.
+    Raises InputError for settings that our models do not have.
+    """
+    transformer, vae = folder / "transformer/config.json", folder / "vae/config.json"
+    heads = read_setting(transformer, "attention_head_dim", HEAD_DIM)
+    if heads != HEAD_DIM:
+        raise InputError(f"{transformer}: attention_head_dim is {heads}, expected {HEAD_DIM}")
+    groups = read_setting(vae, "norm_num_groups", config.vae.norm_groups)
+    if any(width % groups for width in config.vae.channels):
+        widths = config.vae.channels
+        raise InputError(f"{vae}: norm_num_groups {groups} does not divide the widths {widths}")
+    projection = False
+    if "text_projection.weight" in parts.get("clip_l", {}):
+        matrix = parts["clip_l"]["text_projection.weight"].read().float()
+        projection = matrix.shape[0] != matrix.shape[1] or not matrix.equal(torch.eye(len(matrix)))
+    scheduler = folder / "scheduler/scheduler_config.json"
+    return replace(
+        config,
+        text=replace(config.text, clip_l=replace(config.text.clip_l, projection=projection)),
+        vae=replace(
+            config.vae,
+            norm_groups=groups,
+            shift=read_setting(vae, "shift_factor", config.vae.shift),
+            scale=read_setting(vae, "scaling_factor", config.vae.scale),
+        ),
+        sampling=replace(
+            config.sampling, shift=read_setting(scheduler, "shift", config.sampling.shift)
+        ),
+    )
+
+
+def parse_metadata(text: str | None, path: Path) -> dict | None:
+    """The metadata that `export` writes into a single file's header."""
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: its nanosd3 metadata is damaged ({error})") from None
+
+
+def config_from_metadata(content: dict, path: Path) -> tuple[Config, Tokenizers]:
+    """The config and tokenizers that `export` wrote with a model."""
+    try:
+        config = config_from_dict(content["config"], path)
+        tokenizers = content["tokenizers"]
+        if tokenizers is None:
+            return config, Tokenizers.official()
+        return config, Tokenizers.from_json(tokenizers)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: its nanosd3 metadata is damaged ({error})") from None

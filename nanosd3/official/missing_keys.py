@@ -1,0 +1,97 @@
+"""Compare a checkpoint with what the model needs: missing, unexpected and misshapen tensors.
+
+Loading is strict: every tensor must be there, in the right shape, in floating point. Unexpected
+tensors are reported and ignored, except a few that official files are known to hold. No weights
+are read: shapes are compared with those of modules on the meta device.
+"""
+
+from dataclasses import dataclass
+
+from nanosd3.components import COMPONENTS, shapes
+from nanosd3.config_types import Config
+from nanosd3.errors import InputError
+from nanosd3.official.checkpoint import Checkpoint, is_known_extra
+from nanosd3.official.tensors import State
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A component's tensors compared with what the model needs."""
+
+    matching: int
+    nbytes: int
+    dtypes: list[str]
+    missing: list[str]
+    misshapen: list[str]  # of the wrong shape, or not floating point
+    unexpected: list[str]
+
+
+def check_part(config: Config, name: str, state: State) -> Comparison:
+    """Compare the tensors of the component `name` with what the model needs."""
+    needed = shapes(config, name)
+    present = {key: state[key] for key in needed if key in state}
+    # Single files may hold a projection for CLIP-L, which SD3 does not use.
+    ignored = "text_projection.weight" if name == "clip_l" else ""
+    wrong_shape = [
+        f"{tensor.name}: has shape {tensor.shape}, expected {needed[key]}"
+        for key, tensor in present.items()
+        if tensor.shape != needed[key]
+    ]
+    wrong_dtype = [
+        f"{tensor.name}: has dtype {tensor.dtype}, expected floating point"
+        for tensor in present.values()
+        if not tensor.dtype.is_floating_point
+    ]
+    return Comparison(
+        matching=sum(tensor.shape == needed[key] for key, tensor in present.items()),
+        nbytes=sum(tensor.nbytes for tensor in present.values()),
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in present.values()}),
+        missing=[key for key in needed if key not in state],
+        misshapen=wrong_shape + wrong_dtype,
+        unexpected=[
+            tensor.name
+            for key, tensor in state.items()
+            if key not in needed and key != ignored and not is_known_extra(key)
+        ],
+    )
+
+
+def report(checkpoint: Checkpoint) -> str:
+    """A table of the checkpoint's components, and a list of the tensors that do not match."""
+    sampling, t5 = checkpoint.config.sampling, checkpoint.config.text.t5
+    lines = [
+        f"{checkpoint.path}: {checkpoint.config.name} ({checkpoint.detected_by})",
+        f"sampled with {sampling.steps} steps of {sampling.sampler}, guidance "
+        f"{sampling.guidance:g}, shift {sampling.shift:g}; T5 length {t5.length}",
+        f"{'component':9}{'tensors':>9}{'MB':>10}  {'dtype':18}{'missing':>8}{'misshapen':>11}"
+        f"{'unexpected':>12}",
+    ]
+    details = []
+    for name in COMPONENTS:
+        if name not in checkpoint.parts:
+            lines.append(f"{name:9}{'absent':>9}")
+            continue
+        c = check_part(checkpoint.config, name, checkpoint.parts[name])
+        lines.append(
+            f"{name:9}{c.matching:9}{c.nbytes / 1e6:10,.0f}  {', '.join(c.dtypes):18}"
+            f"{len(c.missing):8}{len(c.misshapen):11}{len(c.unexpected):12}"
+        )
+        for problem in ("missing", "misshapen", "unexpected"):
+            details += [f"  {name}, {problem}: {entry}" for entry in getattr(c, problem)]
+    details += [f"  in no component: {name}" for name in checkpoint.unassigned]
+    return "\n".join(lines + details)
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Raise InputError listing the tensors that are missing or misshapen."""
+    problems = []
+    for name, state in checkpoint.parts.items():
+        comparison = check_part(checkpoint.config, name, state)
+        problems += [f"{name} lacks {key}" for key in comparison.missing]
+        problems += [f"{name} {entry}" for entry in comparison.misshapen]
+    if problems:
+        more = f" ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise InputError(
+            f"{checkpoint.path}: {len(problems)} tensors missing or misshapen: "
+            f"{'; '.join(problems[:20])}{more}"
+        )

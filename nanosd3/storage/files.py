@@ -1,0 +1,152 @@
+"""Files that are written atomically and read without running code.
+
+Every file is written under a temporary name, flushed to disk and then renamed, so a crash or a full
+disk leaves either the old file or none, but never half of one. Weights are safetensors, which,
+unlike pickles, cannot execute code when they are read.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file as save_safetensors
+from torch import Tensor, nn
+
+from nanosd3.errors import InputError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path` for a file or folder, which replaces `path` on success
+    and is removed after a failure or Ctrl-C. Raises InputError if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        rename(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
+def rename(temporary: Path, path: Path) -> None:
+    """Give a file or folder its final name, durably."""
+    os.replace(temporary, path)
+    if os.name == "posix":  # other systems cannot flush folders
+        flush(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder.
+
+    A folder is renamed first, so that a kill halfway leaves only a temporary name behind.
+    """
+    if path.is_dir() and not path.name.startswith("."):
+        temporary = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        path = path.replace(temporary)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file atomically. Raises InputError if it cannot be written."""
+    with replacing(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        flush(temporary)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file atomically. Raises InputError if it cannot be written."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_file(path, (text + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises InputError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return content
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file atomically. Raises InputError if it cannot be written."""
+    cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with replacing(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_safetensors(cpu, temporary)
+        flush(temporary)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file. Raises InputError naming the file."""
+    try:
+        return load_safetensors(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's state dictionary to a safetensors file."""
+    save_tensors(module.state_dict(), path)
+
+
+class Shaped(Protocol):
+    """A tensor, in memory or in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def check_state(path: Path, expected: Mapping[str, Shaped], got: Mapping[str, Shaped]) -> None:
+    """Raise InputError naming the first key that is missing, unexpected or of another shape."""
+    for key in expected:
+        if key not in got:
+            raise InputError(f"{path}: tensor {key} is missing")
+        if tuple(got[key].shape) != tuple(expected[key].shape):
+            raise InputError(
+                f"{path}: tensor {key} has shape {tuple(got[key].shape)}, "
+                f"expected {tuple(expected[key].shape)}"
+            )
+    for key in got:
+        if key not in expected:
+            raise InputError(f"{path}: unexpected tensor {key}")
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a module, with exactly its keys and shapes.
+
+    Raises InputError naming the file.
+    """
+    state = read_tensors(path)
+    check_state(path, module.state_dict(), state)
+    module.load_state_dict(state)

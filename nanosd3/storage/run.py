@@ -1,0 +1,185 @@
+"""The folder of a training run.
+
+    run.json                identity (config, data, seed) and the finished stages
+    *.safetensors           weights of the finished stages
+    tokenizers.json         the vocabularies trained for this run
+    state-STEP/             the last two saved states of the unfinished stage, see training_state.py
+    cache/                  encoded images and captions, see training/features.py
+    log.jsonl               one JSON object per line: stage, step, loss, ...
+    speed.jsonl             throughput and memory
+
+and, once the run is finished, its images and metrics.json.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from nanosd3.errors import InputError
+from nanosd3.storage.files import read_json, remove, write_file, write_json
+
+WEIGHT_FILES = ("judge", "autoencoder", "clip", "t5", "text", "flow")
+RUN_FILES = (  # everything a run writes, except run.json and cache/, whose entries name their data
+    *(f"{name}.safetensors" for name in WEIGHT_FILES),
+    *("samples.png", "trajectory.gif", "loss.png", "samplers.png", "preview-*.png"),
+    *("tokenizers.json", "metrics.json", "log.jsonl", "speed.jsonl", "state-*"),
+)
+
+
+class Run:
+    """A run folder: its identity, its finished stages and its log."""
+
+    def __init__(self, folder: Path, identity: dict, stages: dict):
+        self.folder, self.identity, self.stages = folder, identity, stages
+
+    @classmethod
+    def open(cls, folder: Path, identity: dict, fresh: bool = False) -> "Run":
+        """Start a run in an empty or new folder, or resume the run of the same identity in it.
+
+        With `fresh`, delete the run in the folder first. Raises InputError if the folder holds
+        anything else, or a run of another identity.
+        """
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: is a file; choose another folder with --out")
+        identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
+        index = folder / "run.json"
+        if index.exists() and fresh:
+            run = cls.read(folder)  # raises unless the folder is recognisably a run
+            with run.alone():
+                run.stages = {}
+                run.write()
+                run.delete(RUN_FILES)
+                run.identity = identity
+                run.write()
+            return run
+        if index.exists():
+            run = cls.read(folder)
+            if reason := difference(run.identity, identity):
+                raise InputError(
+                    f"{folder}: holds a run {reason}; choose another folder "
+                    "with --out, or start over with --fresh"
+                )
+            return run
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(
+                f"{folder}: is not empty and has no run.json, so it is not a run folder; "
+                "choose another folder with --out"
+            )
+        run = cls(folder, identity, {})
+        run.write()
+        return run
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Open an existing run. Raises InputError if there is none or its run.json is damaged."""
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: no such run folder; `python train_mnist.py` creates runs/mnist"
+            )
+        if not (folder / "run.json").exists():
+            raise InputError(f"{folder}: has no run.json, so it is not a run folder")
+        content = read_json(folder / "run.json")
+        stages = content.pop("stages", None)
+        if not isinstance(stages, dict) or "config" not in content:
+            raise InputError(f"{folder / 'run.json'}: damaged: no config or stages")
+        return cls(folder, content, stages)
+
+    def delete(self, patterns: Iterable[str]) -> None:
+        """Delete the files and folders that match these glob patterns."""
+        for path in (path for pattern in patterns for path in self.folder.glob(pattern)):
+            remove(path)
+
+    def write(self) -> None:
+        """Write run.json."""
+        write_json(self.folder / "run.json", {**self.identity, "stages": self.stages})
+
+    def finish(self, stage: str, results: dict) -> None:
+        """Mark a stage as finished, with its measurements."""
+        self.stages[stage] = results
+        self.write()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Lock the folder against other training processes while open, and delete the partial
+        files of killed ones.
+
+        Raises InputError if another process holds the lock, which is the operating system's and
+        so ends with its process. There is none on Windows and on file systems without locks.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise InputError(
+                f"{self.folder}: another process is training in this folder; wait for it, or "
+                "choose another folder with --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            self.delete(f".{name}.*tmp" for name in ("run.json", *RUN_FILES))
+            yield
+        finally:
+            os.close(folder)
+
+    # --- log ---
+
+    def log(self, file: str = "log.jsonl", **entry: object) -> None:
+        """Append one line to log.jsonl, or to another JSON Lines file."""
+        path = self.folder / file
+        try:
+            with open(path, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+    def read_log(self, stage: str | None = None) -> list[dict]:
+        """All entries of log.jsonl, or the training steps of one stage, without skipped ones.
+
+        A line truncated by a crash is ignored.
+        """
+        path = self.folder / "log.jsonl"
+        entries = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+        return [e for e in entries if stage is None or (e["stage"] == stage and "loss" in e)]
+
+    def rewind_log(self, stage: str, step: int) -> None:
+        """Drop the entries of `stage` from `step` on, which will be logged again."""
+        kept = [e for e in self.read_log() if e["stage"] != stage or e["step"] < step]
+        lines = "".join(json.dumps(entry) + "\n" for entry in kept)
+        write_file(self.folder / "log.jsonl", lines.encode())
+
+
+def difference(old: dict, new: dict) -> str | None:
+    """The first difference between two identities, in words; None if they are equal."""
+    before, after = flatten(old), flatten(new)
+    if before.get("config.name") != after["config.name"]:
+        return f"of config {before.get('config.name')}, not {after['config.name']}"
+    keys = sorted({**before, **after}, key=lambda key: key.startswith("config."))  # config last
+    for key in keys:
+        if key not in before or key not in after:
+            return f"with{'out' if key in after else ''} {key}"
+        if before[key] != after[key]:
+            return f"with {key} {before[key]}, not {after[key]}"
+    return None
+
+
+def flatten(content: dict, prefix: str = "") -> dict[str, object]:
+    """The leaves of nested dictionaries, by dotted path."""
+    leaves: dict[str, object] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves

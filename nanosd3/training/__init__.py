@@ -1,0 +1,20 @@
+"""Training, from images and captions to a model that generates.
+
+Modules, each of which imports only from those above it:
+    figures             image grids, plots, animations
+    metrics             Frechet distance
+    ema                 moving average of the weights
+    optimizer           AdamW and the learning rate schedule
+    not_finite          where in a step the first non-finite number arises
+    loop                the training loop that all stages share
+    throughput          training speed and memory, speed.jsonl
+    job                 what a stage needs; train it once, then load it
+    classifier          classifies images, for the metrics
+    train_autoencoder   the autoencoder
+    train_text          the text encoders: two CLIPs and a T5
+    features            latents and text features, encoded once and cached
+    encoders            the encoders, trained here or taken from another model
+    train_flow          the transformer
+    report              samples, metrics and pictures of a run
+    options             the command-line options, and the job they amount to
+"""

@@ -1,0 +1,138 @@
+"""Latents of all images and features of all captions, computed once and cached on disk.
+
+The encoders are frozen while the transformer trains, so their output for an image or a caption
+never changes. It is written to shards (storage/shards.py) and read from there row by row through
+memory maps; the encoders need not stay in memory. Cache keys are made of content: an image that
+changes is encoded again, and outputs of different encoders are never mixed.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanosd3.config_types import Config
+from nanosd3.data.sources import Source, caption_key
+from nanosd3.lazy_modules import LazyModules
+from nanosd3.machine.distributed import ProcessGroup
+from nanosd3.pipeline import Pipeline, at_once
+from nanosd3.storage.shards import Shards, fill_shards
+from nanosd3.training.job import Job
+
+CAPTION_BATCH = 64  # captions encoded at a time
+SHARD = 4096  # rows in a shard, at most
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Text encoders and autoencoder, trained by this run or taken from another model."""
+
+    config: Config  # its vae has the `shift` and `scale` that normalise the latents
+    name: str  # a cache key: encoders with different weights have different names
+    open: Callable[[], Pipeline]  # without a transformer; weights are read when first used
+
+
+class Features:
+    """The cached encoder outputs for a source's images and captions, and for some prompts.
+
+    As a mapping, text to (context, pooled): what `Pipeline.encoded_text` expects.
+    """
+
+    def __init__(self, folder: Path, source: Source, encoders: Encoders):
+        name = hashlib.sha256(encoders.name.encode()).hexdigest()[:16]
+        self.folder, self.source, self.encoders = folder / name, source, encoders
+        self.latent_rows = Shards(self.folder / "latents")
+        self.text_rows = Shards(self.folder / "text")
+
+    def latents(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation (B, C, h, w) of images of one size, by their
+        numbers in the source; not normalised."""
+        rows = self.latent_rows.rows([self.source.key(i) for i in index.tolist()])
+        return rows["mean"].float(), rows["std"].float()
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Normalise latents as the autoencoder does, without opening it."""
+        vae = self.encoders.config.vae
+        return (z - vae.shift) * vae.scale
+
+    def text(self, captions: Tensor) -> tuple[Tensor, Tensor]:
+        """Context (B, M, Dc) and pooled (B, Dp) of captions, by their index in `source.texts`."""
+        keys = [caption_key(self.source.texts[i]) for i in captions.tolist()]
+        rows = self.text_rows.rows(keys)
+        return rows["context"].float(), rows["pooled"].float()
+
+    def __contains__(self, text: str) -> bool:
+        return not self.text_rows.missing([caption_key(text)])
+
+    def __getitem__(self, text: str) -> tuple[Tensor, Tensor]:
+        """Context (M, Dc) and pooled (Dp) of a text that is in the cache."""
+        rows = self.text_rows.rows([caption_key(text)])
+        return rows["context"][0].float(), rows["pooled"][0].float()
+
+    def pipeline(self, mmdit: nn.Module, device: torch.device) -> Pipeline:
+        """The full model with this transformer. It reads cached texts from here, so for those no
+        text encoder is opened."""
+        encoders = self.encoders.open()
+        parts = LazyModules({**encoders.parts.sources(), "mmdit": mmdit}, device, staged=True)
+        pipeline = Pipeline(self.encoders.config, encoders.text.tokenizers, parts)
+        pipeline.encoded_text = self
+        return pipeline
+
+    def forget(self) -> None:
+        """Delete the whole cache, including the outputs of other encoders."""
+        shutil.rmtree(self.folder.parent)
+
+
+def encoded(
+    folder: Path, source: Source, encoders: Encoders, prompts: list[str], group: ProcessGroup
+) -> Features:
+    """The features of a source and some prompts; the main process computes what is missing."""
+    if group.is_main:
+        fill_cache(Features(folder, source, encoders), [*prompts, ""])
+    group.barrier()
+    return Features(folder, source, encoders)
+
+
+def fill_cache(features: Features, prompts: list[str]) -> None:
+    """Compute and store what is missing. The encoders are opened only if anything is."""
+    source = features.source
+    texts = {caption_key(text): text for text in (*source.texts, *prompts)}
+    groups = [
+        {source.key(i): i for i in group.tolist()} for group in source.groups(range(source.count))
+    ]
+    images_missing = any(features.latent_rows.missing(list(numbers)) for numbers in groups)
+    if not images_missing and not features.text_rows.missing(list(texts)):
+        return
+    pipeline = features.encoders.open()
+
+    def encode_images(numbers: dict[str, int], keys: list[str]) -> dict[str, Tensor]:
+        index = torch.tensor([numbers[key] for key in keys])
+        pixels = source.pixels(index[:1])[0, 0].numel()
+        size = at_once(pixels * pipeline.config.vae.channels[0])
+        batches = [pipeline.posterior(source.pixels(batch)) for batch in index.split(size)]
+        mean, std = (torch.cat(x).half().cpu() for x in zip(*batches, strict=True))
+        return {"mean": mean, "std": std}
+
+    def encode_texts(keys: list[str]) -> dict[str, Tensor]:
+        captions = [texts[key] for key in keys]
+        batches = [
+            pipeline.text.encode(captions[i : i + CAPTION_BATCH])
+            for i in range(0, len(captions), CAPTION_BATCH)
+        ]
+        context, pooled = (torch.cat(x).cpu() for x in zip(*batches, strict=True))
+        return {"context": context, "pooled": pooled}
+
+    fill_shards(features.text_rows, list(texts), encode_texts, SHARD, "captions")
+    for numbers in groups:
+        encode = partial(encode_images, numbers)
+        fill_shards(features.latent_rows, list(numbers), encode, SHARD, "images")
+
+
+def get_features(job: Job, encoders: Encoders, prompts: list[str]) -> Features:
+    """The features of the job's images and captions and of `prompts`, computed where missing."""
+    return encoded(job.run.folder / "cache", job.source, encoders, prompts, job.group)

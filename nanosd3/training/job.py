@@ -1,0 +1,98 @@
+"""A training stage: initialised from the seed, trained once, saved, and loaded from then on."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nanosd3.config_types import Config, Training
+from nanosd3.data.sources import Source
+from nanosd3.errors import rng
+from nanosd3.machine.accelerate import accelerate
+from nanosd3.machine.distributed import SINGLE_PROCESS, Compute, ProcessGroup
+from nanosd3.storage import training_state
+from nanosd3.storage.files import load_weights, save_weights
+from nanosd3.storage.run import Run
+
+CHUNK = 500  # small images per inference batch
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def training_of(config: Config) -> Training:
+    """The training recipe of a config that has one."""
+    assert config.training is not None, f"{config.name}: pass it through `trainable` first"
+    return config.training
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage needs: where to write, what to train on, and how.
+
+    `config` has a training recipe: official configs get theirs from `nanosd3.config.trainable`.
+    """
+
+    run: Run
+    config: Config
+    source: Source
+    device: torch.device
+    seed: int
+    group: ProcessGroup = SINGLE_PROCESS
+    compute: Compute = Compute()  # noqa: RUF009 - frozen
+
+    @property
+    def training(self) -> Training:
+        """The config's training recipe."""
+        return training_of(self.config)
+
+
+def build(job: Job, name: str, make: Callable[[], Module]) -> Module:
+    """Make a module whose initial weights depend only on the seed and on `name`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng(job.seed, name, "init").initial_seed())
+        module = make()
+    accelerate(module, keep_activations=job.compute.checkpointing)  # in place
+    return module
+
+
+def finish_or_load(job: Job, stage: str, module: nn.Module, train: Callable[[], dict]) -> dict:
+    """Train a stage in the main process and save its weights, or load them if it is finished.
+
+    `train` trains `module` in place and returns the stage's results. Returns those results and
+    the seconds spent in this process, as stored in run.json. Leaves `module` frozen.
+    """
+    path = job.run.folder / f"{stage}.safetensors"
+    if stage in job.run.stages:
+        load_weights(module, path)
+    elif job.group.is_main:
+        begin = time.perf_counter()
+        results = train()
+        save_weights(module, path)
+        finish(job, stage, results, begin)
+    job.group.barrier()
+    if stage not in job.run.stages:  # the main process has just trained it
+        job.run.stages = Run.read(job.run.folder).stages
+        load_weights(module, path)
+    module.requires_grad_(False).eval()
+    return job.run.stages[stage]
+
+
+def finish(job: Job, stage: str, results: dict, begin: float) -> None:
+    """Mark a stage as finished and delete its checkpoints."""
+    job.run.finish(stage, results | {"seconds": round(time.perf_counter() - begin, 1)})
+    training_state.forget(job.run.folder)
+
+
+def last_loss(job: Job, stage: str) -> float:
+    """Mean loss over the last tenth of a stage's steps."""
+    losses = [entry["loss"] for entry in job.run.read_log(stage)]
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+
+@torch.no_grad()
+def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply `function` to CHUNK rows of `x` at a time and concatenate the results."""
+    return torch.cat([function(chunk) for chunk in x.split(CHUNK)])

@@ -1,0 +1,235 @@
+"""The command-line options shared by `train_mnist.py` and `python -m nanosd3.train`.
+
+From options to a job in two steps: `make_plan` resolves the config and opens the weights to start
+from; `job_of` opens the run folder.
+
+By default a run trains its own autoencoder and text encoders first. `--weights PATH` takes those of
+another model instead, and `--init PATH` also starts from its transformer: fine-tuning.
+"""
+
+import argparse
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from nanosd3.cli import Parser, positive
+from nanosd3.config import CONFIGS, trainable
+from nanosd3.config_types import Config
+from nanosd3.data.sources import Source
+from nanosd3.errors import InputError
+from nanosd3.machine.device import memory_found, set_up
+from nanosd3.machine.distributed import MODES, Compute, launched_processes, process_group
+from nanosd3.machine.signals import obeying
+from nanosd3.measure.costs import parameters
+from nanosd3.measure.memory import memory
+from nanosd3.official.checkpoint import Checkpoint, open_checkpoint, open_transformer
+from nanosd3.official.missing_keys import check, check_part
+from nanosd3.official.tensors import State
+from nanosd3.storage.run import Run
+from nanosd3.text import ENCODERS
+from nanosd3.training.job import Job, training_of
+from nanosd3.training.optimizer import DECAYS
+
+
+def add_options(parser: Parser, config: str) -> None:
+    """Add the training options that do not depend on the data; `config` is the default config."""
+    add = parser.add_argument
+    names = tuple(CONFIGS)
+    add("--config", default=config, choices=names, help="model size (default: %(default)s)")
+    add("--out", type=Path, help="run folder (default: runs/CONFIG)")
+    add("--fresh", action="store_true", help="delete the run in the folder and start over")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    add(
+        "--weights",
+        type=Path,
+        metavar="PATH",
+        help="use the text encoders and autoencoder of PATH (a single-file checkpoint, a "
+        "diffusers folder or a run) instead of training them",
+    )
+    add(
+        "--init",
+        type=Path,
+        metavar="PATH",
+        help="fine-tune: start from the transformer of PATH, and use its text encoders and "
+        "autoencoder unless --weights names others",
+    )
+
+    add = parser.add_argument_group("transformer training (defaults: the config's)").add_argument
+    add("--steps", type=positive, help="training steps")
+    add("--batch", type=positive, help="images per step, over all processes")
+    add("--lr", type=float, help="peak learning rate")
+    add("--decay", choices=DECAYS, help="learning rate schedule after warm-up")
+
+    add = parser.add_argument_group("performance").add_argument
+    add("--threads", type=positive, help="CPU threads (default: the usable cores, at most 8)")
+    add(
+        "--parallel",
+        choices=MODES,
+        help="with torchrun: replicate the transformer (ddp) or shard it (fsdp)",
+    )
+    add(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="of matrix products and activations (default: bfloat16 on a GPU; a CPU trains in "
+        "float32 only)",
+    )
+    add(
+        "--checkpointing",
+        action="store_true",
+        help="save memory: recompute activations in the backward pass",
+    )
+    add(
+        "--accumulate",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="save memory: split each process's share of the batch into N microbatches",
+    )
+    add("--compile", action="store_true", help="compile the transformer with torch.compile")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the options ask for, resolved; nothing is computed yet."""
+
+    config: Config  # with a training recipe
+    frozen: Checkpoint | None  # where text encoders and autoencoder come from, if not trained
+    init: State | None  # initial weights of the transformer, if not random
+    identity: dict  # of the run; data and seed are added later
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Resolve the options. Raises InputError for weights that do not fit the config."""
+    config, source = CONFIGS[args.config], args.weights
+    identity, init, frozen = {}, None, None
+    if args.init:
+        init = open_transformer(args.init)
+        checked = check_part(config, "mmdit", init)
+        if problems := [*checked.missing, *checked.misshapen]:
+            raise InputError(
+                f"{args.init}: its transformer does not fit config {config.name}: {problems[0]}"
+            )
+        identity["init"] = fingerprint({"mmdit": init})
+        source = source or args.init
+    if source:
+        frozen = open_checkpoint(source)
+        check(frozen)
+        if missing := [name for name in ENCODERS if name not in frozen.parts]:
+            raise InputError(
+                f"{source}: holds no {', '.join(missing)}; use --weights to name a PATH with all "
+                "text encoders"
+            )
+        config = with_parts_of(config, frozen)
+        encoders = {name: state for name, state in frozen.parts.items() if name != "mmdit"}
+        identity |= {"weights": str(source.resolve()), "encoders": fingerprint(encoders)}
+    config = with_recipe(trainable(config) if not frozen else config, args)
+    return Plan(config, frozen, init, {"config": asdict(config), **identity})
+
+
+def with_parts_of(config: Config, frozen: Checkpoint) -> Config:
+    """The config with another model's text encoders and autoencoder.
+
+    Raises InputError if its transformer cannot take their outputs.
+    """
+    text, vae, mmdit = frozen.config.text, frozen.config.vae, config.mmdit
+    if vae.latent_channels != mmdit.latent_channels:
+        raise InputError(
+            f"{frozen.path}: its latents have {vae.latent_channels} channels, config "
+            f"{config.name} needs {mmdit.latent_channels}"
+        )
+    widths = (text.t5.width, text.clip_l.width + text.clip_g.width)
+    if widths[0] > mmdit.context_dim or widths[1] > mmdit.pooled_dim:
+        raise InputError(
+            f"{frozen.path}: its text features are {widths[0]} and {widths[1]} wide; config "
+            f"{config.name} takes at most {mmdit.context_dim} and {mmdit.pooled_dim}"
+        )
+    training = trainable(config).training
+    return replace(config, text=text, vae=vae, padding=frozen.config.padding, training=training)
+
+
+def with_recipe(config: Config, args: argparse.Namespace) -> Config:
+    """The config with the options' steps, batch, learning rate and decay for the transformer."""
+    training = training_of(config)
+    options = {key: getattr(args, key) for key in ("steps", "batch", "lr", "decay")}
+    changes = {key: value for key, value in options.items() if value is not None}
+    recipe = replace(training.flow, **changes)
+    if not 0 < recipe.lr < float("inf"):
+        raise InputError(f"--lr must be a number above 0, got {recipe.lr}")
+    recipe = replace(recipe, warmup=min(recipe.warmup, recipe.steps // 4))
+    return replace(config, training=replace(training, flow=recipe))
+
+
+def fingerprint(parts: dict[str, State]) -> str:
+    """A hash of networks that may be too large to read in full: the name, shape and type of every
+    tensor, and the values of all vectors (biases and norms), which any training changes."""
+    digest = hashlib.sha256()
+    for part in sorted(parts):
+        for name, tensor in sorted(parts[part].items()):
+            digest.update(f"{part} {name} {tensor.shape} {tensor.dtype}".encode())
+            if len(tensor.shape) == 1:
+                digest.update(tensor.read().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def enough_memory(config: Config, processes: int, compute: Compute, sharded: bool) -> None:
+    """Raise InputError if a training step needs more memory than there is. Allocates nothing."""
+    mmdit, text, recipe = config.mmdit, config.text, training_of(config).flow
+    side = config.image_size // config.vae.factor // mmdit.patch_size
+    batch = max(1, recipe.batch // (processes * compute.accumulate))
+    tokens = text.clip_l.length + text.t5.length
+    need = memory(
+        mmdit,
+        batch,
+        side,
+        side,
+        tokens,
+        precision=compute.precision,
+        processes=processes,
+        checkpointing=compute.checkpointing,
+        sharded=sharded,
+    )
+    available, where = memory_found()
+    if available < need.total / 1e9:
+        raise InputError(
+            f"{config.name}: training {parameters(mmdit) / 1e9:.1f}B parameters needs "
+            f"{need.total / 1e9:.0f} GB of memory per process ({need.activations / 1e9:.0f} GB of "
+            f"it activations), found {available:.0f} GB {where}: not enough; see --checkpointing, "
+            "--accumulate and --parallel fsdp"
+        )
+
+
+@contextlib.contextmanager
+def job_of(args: argparse.Namespace, plan: Plan, source: Source) -> Iterator[Job | None]:
+    """Join the process group, lock the run folder and yield the job; None if it is finished.
+
+    Raises InputError if the options, the folder or the memory do not allow it.
+    """
+    folder = args.out or Path("runs") / plan.config.name
+    identity = plan.identity | {"data": source.fingerprint, "seed": args.seed}
+    device = set_up(args.threads)
+    precision = args.precision or ("bfloat16" if device.type == "cuda" else "float32")
+    if precision != "float32" and device.type == "cpu":
+        raise InputError("--precision bfloat16 is for GPUs; use float32, which is faster on CPU")
+    compute = Compute(precision, args.checkpointing, args.compile, args.accumulate)
+    enough_memory(plan.config, max(1, launched_processes()), compute, args.parallel == "fsdp")
+    with (
+        process_group(args.parallel, device) as group,
+        obeying(),
+        contextlib.ExitStack() as stack,
+    ):
+        # Refuses a batch that cannot be divided, before the folder is touched.
+        group.microbatches(training_of(plan.config).flow.batch, args.accumulate)
+        if group.is_main:
+            run = Run.open(folder, identity, args.fresh)
+            stack.enter_context(run.alone())
+        group.barrier()
+        run = Run.read(folder)
+        if "samples" in run.stages:
+            if group.is_main:
+                pictures = folder / "samples.png"
+                print(f"{folder} is finished: see {pictures}, or start over with --fresh")
+            yield None
+            return
+        yield Job(run, plan.config, source, group.device, args.seed, group, compute)

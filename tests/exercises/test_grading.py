@@ -1,0 +1,278 @@
+"""Grading files of answers: right ones, broken ones, and attempts to cheat."""
+
+import csv
+import inspect
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from support.commands import refused
+
+from nanosd3 import flow
+from nanosd3.exercises import EXERCISES, __main__
+from nanosd3.exercises.grader import grading
+
+HEAD = "import math\nimport torch\nimport torch.nn.functional as F\nfrom torch import Tensor\n"
+RIGHT = HEAD + "".join(
+    inspect.getsource(function)
+    for function in (flow.interpolate, flow.velocity_target, flow.shift)
+)  # fmt: skip
+NAMES = ("interpolate", "velocity_target", "shift")
+CHOSEN = [EXERCISES[name] for name in NAMES]
+
+
+@pytest.fixture
+def verdicts(tmp_path, monkeypatch):
+    """A function that grades source code and returns {name: verdict}."""
+    monkeypatch.setattr(grading, "EXERCISE_LIMIT", 4)
+    monkeypatch.setattr(grading, "LOAD_LIMIT", 4)
+
+    def grade(source: str, open_book: bool = False) -> dict:
+        file = tmp_path / "hw.py"
+        file.write_text(source)
+        return {v.name: v for v in grading.grade(file, CHOSEN, open_book)}
+
+    return grade
+
+
+def test_right_answers(verdicts):
+    assert {v.status for v in verdicts(RIGHT).values()} == {"right"}
+
+
+def test_wrong_answers_get_their_hint(verdicts):
+    wrong = RIGHT.replace("return noise - x0", "return x0 - noise")
+    results = verdicts(wrong)["velocity_target"]
+    assert results.points == 0 and "which way does yours point?" in results.message
+
+
+def replaced(name: str, body: str) -> str:
+    """The right answers, except for one with this body."""
+    body = textwrap.indent(textwrap.dedent(body), "    ")
+    arguments = ", ".join(EXERCISES[name].names)
+    return f"{RIGHT}\n\ndef {name}({arguments}):\n{body}\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("while True: pass", "took more than 4 s and was stopped"),
+        ("import os; os._exit(0)", "ended the program"),
+        ("raise SystemExit(0)", "raised SystemExit"),
+        ("import nanosd3.flow; return nanosd3.flow.velocity_target(x0, noise)", "closed book"),
+        ("return __import__('nanosd3.flow').flow.velocity_target(x0, noise)", "closed book"),
+        (f"return open({str(Path(flow.__file__))!r}).read()", "closed book"),
+        ("import socket; socket.create_connection(('127.0.0.1', 9))", "not allowed"),
+        ("open('OUTSIDE', 'w')", "not allowed"),
+        ("import subprocess; subprocess.run(['true'])", "not allowed"),
+        ("import os; os.system('true')", "not allowed"),
+        ("import os; os.fork()", "not allowed"),
+        ("import os; os.remove('cases.pt')", "not allowed"),
+        ("return torch.empty(10**12)", "raised"),
+        ("return [torch.save][0]", "returned an object of type"),
+        ("a = []; a.append(a); return a", "raised RecursionError"),
+    ],
+)
+def test_one_bad_answer_spoils_only_itself(verdicts, tmp_path, body, message):
+    outside = tmp_path / "was-here"
+    results = verdicts(replaced("velocity_target", body.replace("OUTSIDE", str(outside))))
+    assert results["velocity_target"].points == 0 and message in results["velocity_target"].message
+    assert results["interpolate"].points == results["shift"].points == 1
+    assert not outside.exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("while True: pass", "took more than 4 s"),
+        ("import os\nos._exit(0)", "ended the program"),
+        ("import sys\nsys.exit()", "stopped early with SystemExit in line 2"),
+        ("1 / 0", "stopped early with ZeroDivisionError in line 1"),
+        ("from nanosd3.flow import *", "closed book"),
+    ],
+)
+def test_a_file_that_cannot_be_run(verdicts, source, message):
+    results = verdicts(source)
+    assert all(v.points == 0 and message in v.message for v in results.values()), results
+
+
+CHEATS = [
+    """
+    import torch, json
+    torch.allclose = lambda *a, **k: True
+    torch.equal = lambda *a, **k: True
+    torch.Tensor.__eq__ = lambda self, other: True
+    print(json.dumps({"score": 30, "out_of": 30}))
+    """,
+    """
+    import sys
+    for module in list(sys.modules.values()):
+        for name in ("record", "outcome", "judge", "assess", "grade"):
+            if hasattr(module, name):
+                setattr(module, name, lambda *a, **k: {"status": "right", "points": 30})
+    """,
+    """
+    import torch
+    for name in ("interpolate", "velocity_target", "shift"):
+        torch.save({"values": [], "gradients": [], "after": [], "points": 9}, name + ".pt")
+    """,
+    """
+    class Always:
+        def __eq__(self, other): return True
+        def __call__(self, *a): return self
+    interpolate = velocity_target = shift = Always()
+    """,
+]
+
+
+@pytest.mark.parametrize("cheat", CHEATS, ids=["patches", "checker", "records", "object"])
+def test_cheats_are_worth_nothing(verdicts, cheat):
+    stubs = "\n".join(
+        f"def {e.name}(*a):\n    return a[0] * 0 + 7" for e in CHOSEN if e.name not in cheat[-60:]
+    )
+    results = verdicts(stubs + "\n" + textwrap.dedent(cheat))
+    assert sum(v.points for v in results.values()) == 0, results
+
+
+ESCAPES = [
+    "import __main__, os; __main__.FORBIDDEN = (); os.system('touch OUTSIDE')",
+    "import __main__; __main__.isinstance = lambda *a: False; open('OUTSIDE', 'w')",
+    "import __main__; __main__.os.path.realpath = lambda p: '.'; open('OUTSIDE', 'w')",
+    "import gc; gc.get_objects()",
+    "import io, pathlib; io.FileIO(pathlib.Path('OUTSIDE'), 'w')",
+    "import sqlite3; sqlite3.connect('OUTSIDE')",
+    "import os; os.mkdir('OUTSIDE')",
+]
+
+
+@pytest.mark.parametrize("body", ESCAPES)
+def test_the_hook_cannot_be_disabled(verdicts, tmp_path, body):
+    outside = tmp_path / "was-here"
+    results = verdicts(replaced("velocity_target", body.replace("OUTSIDE", str(outside))))
+    assert "not allowed" in results["velocity_target"].message and not outside.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import os; os.makedirs('loaded')",
+        "import os; os.mkfifo('interpolate.pt')",
+        "import os; os.mkfifo('loaded')",
+        "import os; os.symlink('/dev/zero', 'shift.pt')",
+    ],
+)
+def test_unexpected_files_do_not_stop_the_grader(verdicts, line):
+    results = verdicts(f"try:\n    {line}\nexcept OSError: pass\n{RIGHT}")
+    assert len(results) == 3 and all(isinstance(v.points, int) for v in results.values())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff" + RIGHT,
+        RIGHT.replace("\n", "\r\n"),
+        "import os\nos.environ['KMP_DUPLICATE_LIB_OK'] = 'TRUE'\n" + RIGHT,
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n" + RIGHT
+        + "\n@dataclass\nclass Point:\n    x: int\n",
+        RIGHT + "\nimport sys\nsys.exit()\n",
+        RIGHT + "\ninput('done?')\n",
+        "from torch.nn.functional import *\n" + RIGHT,
+    ],
+    ids=["mark", "crlf", "environment", "dataclass", "exit", "input", "star"],
+)  # fmt: skip
+def test_innocent_files_keep_their_points(verdicts, text):
+    assert {v.status for v in verdicts(text).values()} == {"right"}
+
+
+def test_names_imported_from_torch_are_no_answers(verdicts):
+    results = verdicts("from torch.nn.functional import *")
+    assert results["interpolate"].status == "not attempted"
+
+
+def test_a_result_that_cannot_be_stored_spoils_only_itself(verdicts):
+    results = verdicts(replaced("interpolate", "return torch.zeros(10**8)"))
+    assert results["interpolate"].points == 0 and results["velocity_target"].points == 1
+
+
+def test_messages_are_fit_for_a_terminal(verdicts):
+    results = verdicts(replaced("shift", "raise ValueError('\\x1b[2J' + 10**6 * 'x')"))
+    assert len(results["shift"].message) < 500 and results["shift"].message.isprintable()
+
+
+def test_one_file_does_not_stop_a_class(tmp_path, capsys):
+    (tmp_path / "a.py").write_text(RIGHT)
+    (tmp_path / "deep.py").write_text("x = " + "-" * 100_000 + "1")
+    (tmp_path / "long.py").write_text("x = " + "1+" * 100_000 + "1")
+    (tmp_path / "=1+1.py").write_text(RIGHT)
+    table = tmp_path / "t.csv"
+    assert __main__.main(["grade-all", str(tmp_path), "--csv", str(table), "--only", *NAMES]) == 0
+    rows = {row["file"]: row for row in csv.DictReader(table.open())}
+    assert rows["a.py"]["score"] == rows["'=1+1.py"]["score"] == "3"
+    assert rows["deep.py"]["score"] == rows["long.py"]["score"] == "0" and rows["deep.py"]["error"]
+
+
+def test_open_book(verdicts):
+    results = verdicts("from nanosd3.flow import interpolate, velocity_target, shift", True)
+    assert {v.status for v in results.values()} == {"right"}
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_start_then_grade(tmp_path, capsys):
+    file = tmp_path / "hw.py"
+    assert __main__.main(["start", str(file), "--only", "flow", "attention"]) == 0
+    names: dict = {}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+    assert "attention" in names and "patchify" not in names
+    capsys.readouterr()
+    assert __main__.main(["grade", str(file), "--only", "flow", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["score"] == 0 and results["out_of"] == 11
+    assert {row["status"] for row in results["exercises"]} == {"not attempted"}
+    file.write_text(RIGHT)
+    assert __main__.main(["grade", str(file), "--only", "shift", "patchify"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("✓ shift") and lines[1].startswith("· patchify")
+    assert lines[2] == "score: 1 of 4"
+
+
+def test_every_stub_is_valid_python():
+    for exercise in EXERCISES.values():
+        names: dict = {"Tensor": torch.Tensor, "Callable": None}
+        exec(compile(__main__.stub(exercise), "stub", "exec"), names)
+        with pytest.raises(NotImplementedError, match="your code here"):
+            names[exercise.name](*exercise.drawn()[0].arguments)
+
+
+def test_a_class_is_graded(tmp_path):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    (folder / "ada.py").write_text(RIGHT)
+    (folder / "bob.py").write_text("def shift(t, alpha):\n    return alpha * t\n")
+    (folder / "eve.py").write_text("def shift(:\n")
+    table = tmp_path / "grades.csv"
+    assert __main__.main(["grade-all", str(folder), "--csv", str(table), "--only", *NAMES]) == 0
+    rows = list(csv.DictReader(table.open()))
+    assert [(row["file"], row["score"], row["out_of"]) for row in rows] == [
+        ("ada.py", "3", "3"), ("bob.py", "0", "3"), ("eve.py", "0", "3"),
+    ]  # fmt: skip
+    assert "line 1: invalid syntax" in rows[2]["error"] and rows[0]["shift"] == "1"
+
+
+def test_bad_input(capsys, tmp_path):
+    ask = lambda *options: refused(capsys, __main__.main, *options)  # noqa: E731
+    (tmp_path / "a.py").write_text("x = (")
+    assert "line 1" in ask("grade", tmp_path / "a.py")
+    assert "No such file" in ask("grade", tmp_path / "b.py")
+    assert "already exists" in ask("start", tmp_path / "a.py")
+    assert "no such exercise or topic" in ask("start", tmp_path / "b.py", "--only", "x")
+    assert "needs a path" in ask("grade")
+    assert "--csv FILE is required by grade-all" in ask("grade-all", tmp_path)
+    assert "not a folder with files of answers" in ask(
+        "grade-all", tmp_path / "no", "--csv", tmp_path / "t.csv"
+    )
+    (tmp_path / "c.py").write_bytes(b"\xff\xfe")
+    assert "c.py: line 1: " in ask("grade", tmp_path / "c.py")
+    assert "is a folder" in ask("grade-all", tmp_path, "--csv", tmp_path)

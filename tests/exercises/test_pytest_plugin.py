@@ -1,0 +1,57 @@
+"""`pytest --student hw.py`: one test per exercise, and no other tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanosd3.exercises import EXERCISES
+
+ROOT = Path(__file__).parents[2]
+ANSWERS = (
+    "def velocity_target(x0, noise):\n    return noise - x0\n\n"
+    "def shift(t, alpha):\n    return alpha * t\n"
+)
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run pytest with this plugin alone, whether or not the package is installed."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "nanosd3.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+    ]
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, capture_output=True, text=True, check=False,
+        env={
+            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        },
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["in the repository", "elsewhere"])
+def test_the_option(tmp_path, here):
+    (tmp_path / "hw.py").write_text(ANSWERS)
+    option = ["--student", str(tmp_path / "hw.py")] if here else ["--student=hw.py"]
+    done = run(ROOT if here else tmp_path, *option)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"1 failed, 1 passed, {len(EXERCISES) - 2} skipped" in done.stdout
+    assert "shift: values: " in done.stdout and "t = 1 should stay at 1" in done.stdout
+
+
+def test_bad_files(tmp_path):
+    missing = run(ROOT, "--student", "no.py")
+    assert missing.returncode == 4 and "no.py: no such file" in missing.stderr
+    (tmp_path / "hw.py").write_text("def (:\n")
+    broken = run(tmp_path, "--student", "hw.py")
+    assert broken.returncode == 2 and "hw.py: line 1: " in broken.stdout + broken.stderr
+
+
+def test_the_package_brings_the_plugin():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert '[project.entry-points.pytest11]\nnanosd3 = "nanosd3.pytest_plugin"' in text

@@ -1,0 +1,263 @@
+"""Many processes train the same network as one, up to rounding; a killed run resumes to the same
+bytes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import process_group as child
+
+from nanosd3.errors import InputError
+from nanosd3.machine.distributed import (
+    SINGLE_PROCESS,
+    Compute,
+    ParallelModel,
+    ProcessGroup,
+    process_group,
+)
+from nanosd3.mmdit import MMDiT
+from nanosd3.storage import training_state
+from nanosd3.storage.files import read_tensors
+from nanosd3.training import job, train_flow
+
+ROOT = Path(__file__).parents[2]
+WAYS = [
+    {"name": f"{mode}{accumulate}", "mode": mode, "accumulate": accumulate}
+    for mode in ("ddp", "fsdp")
+    for accumulate in (1, 2)
+]
+
+
+def torchrun(processes: int, folder: Path, scenarios: list[dict]) -> subprocess.CompletedProcess:
+    folder.mkdir(exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(processes), "tests/support/process_group.py"),
+        *(str(folder), json.dumps(scenarios)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    """Loss and gradient norm before clipping, for every step."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if "loss" in line for key in ("loss", "grad_norm")]
+
+
+def validation(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [x for line in lines for x in line.get("validation_ema", [])]
+
+
+def fresh() -> dict[str, torch.Tensor]:
+    """The initial weights of every run."""
+    task = job.Job(None, child.CONFIG, None, torch.device("cpu"), 0)
+    return train_flow.start(task, None).state_dict()
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Euclidean distance between two sets of weights."""
+    return sum((a[key] - b[key]).square().sum().item() for key in b) ** 0.5
+
+
+def assert_same_run(a: Path, b: Path, rounding: float = 1e-5) -> None:
+    """Losses agree up to rounding, averaged weights to within ten times that share of the distance
+    trained. (Single weights may not: Adam takes a full step along a gradient that is only rounding
+    error, such as that of the keys' biases.)"""
+    torch.testing.assert_close(losses(a), losses(b), rtol=rounding, atol=0)
+    torch.testing.assert_close(validation(a), validation(b), rtol=0, atol=2e-5)  # five digits
+    ours, theirs = (read_tensors(folder / "flow.safetensors") for folder in (a, b))
+    assert ours.keys() == theirs.keys()
+    assert distance(ours, theirs) < 10 * rounding * distance(ours, fresh())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, monkeypatch_module) -> Path:
+    """The run of a single process, to which the others are compared."""
+    folder = tmp_path_factory.mktemp("alone")
+    child.train(folder, SINGLE_PROCESS, "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child.loop, "SAVE_EVERY", 2)
+        yield patch
+
+
+def trained_by(processes: int, folder: Path, ways: list[dict] = WAYS) -> Path:
+    done = torchrun(processes, folder, ways)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    return trained_by(2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    return trained_by(4, tmp_path_factory.mktemp("four"))
+
+
+def test_synthetic_data_exercises_everything(alone):
+    """Both buckets are drawn, gradients are clipped and the network learns."""
+    data = child.SyntheticData()
+    drawn = [data.draw(8, child.rng(0, "flow", step)) for step in range(child.STEPS)]
+    assert {child.SIZES[int(index[0])] for index in drawn} == {(8, 8), (4, 10)}
+    assert max(losses(alone)[1::2]) > child.loop.CLIP_NORM
+    held_out = validation(alone)
+    assert sum(held_out[-8:]) < sum(held_out[:8])
+
+
+@pytest.mark.parametrize("processes", ["two", "four"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way["name"])
+def test_many_processes_train_what_one_trains(alone, request, processes, way):
+    assert_same_run(request.getfixturevalue(processes) / way["name"], alone)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        {"accumulate": 2},
+        {"accumulate": 8},
+        {"checkpointing": True},
+        {"accumulate": 2, "checkpointing": True},
+    ],
+    ids=str,
+)
+def test_accumulation_and_checkpointing_change_nothing(alone, tmp_path, compute):
+    child.train(tmp_path, SINGLE_PROCESS, "run", **compute)
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_compiled(alone, tmp_path):
+    if not shutil.which("g++"):
+        pytest.skip("the compiler needs g++")
+    torch.compiler.reset()
+    child.train(tmp_path, SINGLE_PROCESS, "run", compiled=True)
+    assert_same_run(tmp_path / "run", alone, 1e-4)
+
+
+def test_bfloat16_is_close_and_weights_stay_float32(alone, tmp_path):
+    child.train(tmp_path, SINGLE_PROCESS, "run", precision="bfloat16")
+    ours = losses(tmp_path / "run")
+    assert ours != losses(alone)
+    torch.testing.assert_close(ours, losses(alone), rtol=2e-2, atol=0)
+    weights = read_tensors(tmp_path / "run" / "flow.safetensors")
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    last = weights["joint_blocks.1.x_block.mlp.fc1.weight"]
+    assert not last.equal(last.bfloat16().float())  # not representable in bfloat16
+
+
+def test_killed_and_resumed_to_the_same_bytes(two, tmp_path):
+    """SIGKILL of one of two processes; two processes resume from the saved state, or one does."""
+    ways = [way for way in WAYS if way["accumulate"] == 1]
+    for way in ways:
+        scenario = {**way, "stop_at": 3, "stop_by": "SIGKILL"}
+        assert torchrun(2, tmp_path / "killed", [scenario]).returncode != 0
+        assert (tmp_path / "killed" / way["name"] / "state-00000002" / "state.json").exists()
+    shutil.copytree(tmp_path / "killed", tmp_path / "other")
+    trained_by(2, tmp_path / "killed", ways)
+    for way in ways:
+        for file in ("flow.safetensors", "log.jsonl"):
+            ours, theirs = (folder / way["name"] / file for folder in (tmp_path / "killed", two))
+            assert ours.read_bytes() == theirs.read_bytes(), (way, file)
+        child.train(tmp_path / "other", SINGLE_PROCESS, way["name"])
+        assert_same_run(tmp_path / "other" / way["name"], two / way["name"])
+
+
+def test_a_signal_to_one_stops_all_with_everything_saved(two, tmp_path):
+    """SIGTERM reaches one of two processes during a step; both stop after that step."""
+    way = {"name": "fsdp2", "mode": "fsdp", "accumulate": 2}
+    stopped = torchrun(2, tmp_path / "run", [{**way, "stop_at": 2, "stop_by": "SIGTERM"}])
+    assert stopped.returncode == 0 and "stopped after step 3 of 6" in stopped.stderr
+    assert (tmp_path / "run" / "fsdp2" / "state-00000003" / "state.json").exists()
+    trained_by(2, tmp_path / "run", [way])
+    for file in ("flow.safetensors", "log.jsonl"):
+        ours, theirs = (folder / "fsdp2" / file for folder in (tmp_path / "run", two))
+        assert ours.read_bytes() == theirs.read_bytes(), file
+
+
+def test_saved_by_four_loaded_by_two_and_by_one(four, tmp_path):
+    way = {"name": "fsdp1", "mode": "fsdp"}
+    scenario = {**way, "stop_at": 4, "stop_by": "SIGKILL"}
+    assert torchrun(4, tmp_path / "4", [scenario]).returncode != 0
+    state = tmp_path / "4" / "fsdp1" / "state-00000004"
+    assert len(list(state.glob("*.safetensors"))) == 4
+    for name in ("2", "1"):
+        shutil.copytree(tmp_path / "4", tmp_path / name)
+    so_far = training_state.averages(tmp_path / "4" / "fsdp1", "flow")  # unsharded, as for export
+    end = read_tensors(four / "fsdp1" / "flow.safetensors")
+    assert distance(end, so_far) < distance(fresh(), so_far)
+    trained_by(2, tmp_path / "2", [way])
+    child.train(tmp_path / "1", SINGLE_PROCESS, "fsdp1")
+    for name in ("2", "1"):
+        assert_same_run(tmp_path / name / "fsdp1", four / "fsdp1")
+
+
+# --- in this process ------------------------------------------------------------------------------
+
+
+def test_microbatches_cover_the_batch_once():
+    for size in (1, 2, 3):
+        for accumulate in (1, 2, 4):
+            shares = [ProcessGroup(rank, size).microbatches(24, accumulate) for rank in range(size)]
+            rows = [i for share in shares for part in share for i in part]
+            assert rows == list(range(24))
+    with pytest.raises(InputError, match="a batch of 10 cannot be divided among 3 processes x 2"):
+        ProcessGroup(0, 3).microbatches(10, 2)
+
+
+def test_torchrun_and_parallel_require_each_other(monkeypatch):
+    with (
+        pytest.raises(InputError, match="--parallel fsdp needs torchrun: start with `torchrun"),
+        process_group("fsdp", torch.device("cpu")),
+    ):
+        pass
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(InputError, match="torchrun started 2 processes; add --parallel"),
+        process_group(None, torch.device("cpu")),
+    ):
+        pass
+
+
+def test_checkpointing_saves_less():
+    """Less is saved for the backward pass, and the gradients are the same to the bit."""
+    sizes, gradients = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = MMDiT(child.CONFIG.mmdit)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        parallel = ParallelModel(
+            model, SINGLE_PROCESS, Compute(checkpointing=checkpointing), model.joint_blocks
+        )
+        saved = 0
+
+        def pack(x):
+            nonlocal saved
+            saved += x.numel()
+            return x
+
+        z, t = torch.randn(4, 4, 8, 8), torch.rand(4)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = parallel(z, t, torch.randn(4, 24, 48), torch.randn(4, 32)).square().mean()
+        loss.backward()
+        sizes.append(saved)
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert sizes[1] < 0.5 * sizes[0]
+    assert all(a.equal(b) for a, b in zip(*gradients, strict=True))

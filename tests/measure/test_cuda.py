@@ -1,0 +1,129 @@
+"""`bench cuda` on a machine without a GPU: every check at toy size, the budget, refused options."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from nanosd3 import bench
+from nanosd3.errors import InputError
+from nanosd3.measure.cuda import command, correct, worker
+from nanosd3.measure.cuda.result import Check, Row, Setting, at_least, at_most
+
+CPU = torch.device("cpu")
+SMALL = ["cuda", "--device", "cpu", "--config", "tiny", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def results(tiny_run, tmp_path_factory):
+    """Results of all checks at toy size, but for the second precision of the main job."""
+    out = tmp_path_factory.mktemp("cuda") / "cuda.json"
+    names = [check.name for check in command.CHECKS if check.name != "main-job-float32"]
+    options = ["--out", str(out), "--budget", "1000", "--run", str(tiny_run), "--only", *names]
+    status = bench.main([*SMALL, *options])
+    content = json.loads(out.read_text())
+    assert status == 0, content
+    return out, {entry["name"]: entry for entry in content["checks"]}
+
+
+def test_every_check_passes(results):
+    out, entries = results
+    assert len(entries) == len(command.CHECKS) - 1
+    for name, entry in entries.items():
+        assert entry["state"] == "passed", (name, entry["reason"], out.with_suffix(".log"))
+        assert entry["rows"] and entry["seconds"] > 0
+        assert all(isinstance(row["value"], float | int) for row in entry["rows"])
+
+
+def test_correctness_has_limits_and_small_configs_have_no_goals(results):
+    _, entries = results
+    for check in correct.CORRECTNESS:
+        assert all(row["aim"] for row in entries[check.name]["rows"])
+    assert not any(row["goal"] for entry in entries.values() for row in entry["rows"])
+
+
+def test_profile_is_written(results):
+    out, entries = results
+    assert "aten::" in out.with_name("cuda-profile.txt").read_text()
+    assert sum(row["value"] for row in entries["profile"]["rows"]) == pytest.approx(1)
+
+
+def test_budget_stops_a_check(tmp_path, capsys):
+    """A stopped check is reported, the rest is skipped, and the results file is complete."""
+    out = tmp_path / "cuda.json"
+    options = ["--out", str(out), "--budget", "6", "--only", "main-job", "picture"]
+    assert bench.main([*SMALL, *options]) == 1
+    job, picture = json.loads(out.read_text())["checks"]
+    assert (job["state"], job["reason"]) == ("failed", "stopped after 6 s")
+    assert (picture["state"], picture["reason"]) == ("skipped", "budget used up")
+    assert "| main-job | failed: stopped after 6 s | | |" in capsys.readouterr().out
+
+
+def test_outcomes():
+    """How rows, exceptions and missed limits are counted."""
+    sent = []
+
+    class Connection:
+        send = sent.append
+
+    def ended(rows):
+        sent.clear()
+        return worker.outcome(Check("x", rows, 1), Setting(CPU, None, "tiny"), Connection)
+
+    assert ended(lambda s: iter([at_most("a", 1, 2), Row("b", 3)])) == ("passed", "")
+    assert [message[1].what for message in sent] == ["a", "b"]
+    assert ended(lambda s: iter([at_most("a", 3, 2), at_least("b", 1, 2)])) == (
+        "wrong", "wrong answers: 2",
+    )  # fmt: skip
+    assert ended(lambda s: iter([at_most("a", float("nan"), 2)]))[0] == "wrong"
+    assert ended(lambda s: iter([Row("a", 3, "s", "<= 2", False, goal=True)]))[0] == "missed"
+    state, reason = ended(lambda s: [1 / 0])
+    assert state == "failed" and reason == "ZeroDivisionError: division by zero"
+
+    def no_memory(setting):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert ended(no_memory) == ("skipped", "out of memory")
+
+
+def test_results_table():
+    rows = [
+        vars(at_most("a", 0.5, 1)),
+        vars(at_least("b", 12345.6, 1e6, "1/s")),
+    ]
+    entries = [
+        {"name": "x", "rows": rows, "state": "missed", "reason": ""},
+        {"name": "y", "rows": [], "state": "skipped", "reason": "no diffusers"},
+    ]
+    assert command.results_table(entries).splitlines()[2:] == [
+        "| x | a | 0.5 | <= 1 met |",
+        "| x | b | 12,346 1/s | >= 1e+06 **missed** |",
+        "| y | skipped: no diffusers | | |",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu():
+    with pytest.raises(InputError, match="no CUDA device is available; try --device cpu"):
+        bench.main(["cuda"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--device cpu", "--device cpu needs a small --config"),
+        ("--device cpu --config sd3-medium", "invalid choice: 'sd3-medium'"),
+        ("--device cpu --config tiny --only paint", "invalid choice: 'paint'"),
+        (
+            "--device cpu --config tiny --out cuda.txt",
+            "cuda.txt: expected a .json file in an existing folder",
+        ),
+        ("--device cpu --config tiny --out nowhere/x.json", "expected a .json file in an existing"),
+        ("--device cpu --config tiny --run nowhere", "nowhere: expected a finished run"),
+        ("--device cpu --config tiny --budget 0", "must be at least 1"),
+    ],
+)
+def test_refused_options(words, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        bench.main(["cuda", *words.split()])

@@ -1,0 +1,1 @@
+"""Faults planted in the package, and the program that plants them."""

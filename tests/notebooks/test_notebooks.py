@@ -1,0 +1,143 @@
+"""The notebooks match their sources, are of readable size, and run with nothing solved."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+from nanosd3.exercises import EXERCISES
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "notebooks"
+sys.path.insert(0, str(FOLDER))
+
+import build  # noqa: E402
+
+SOURCES = build.sources()
+NAMES = [source.stem for source in SOURCES]
+NUMBERS = [f"{i:02d}" for i in range(11)]
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=NAMES)
+def source(request) -> Path:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def notebook(source):
+    return nbformat.reads(build.build(source), as_version=4)
+
+
+def code_of(notebook) -> list[str]:
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def prose_of(notebook) -> str:
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def test_there_are_eleven():
+    assert [name[:2] for name in NAMES] == NUMBERS
+
+
+def test_committed_notebooks_match_their_sources(source):
+    committed = FOLDER / f"{source.stem}.ipynb"
+    assert committed.read_text(encoding="utf-8") == build.build(source), (
+        "run `python notebooks/build.py`"
+    )
+    assert sorted(p.stem for p in FOLDER.glob("*.ipynb")) == NAMES
+
+
+def test_size(notebook):
+    cells, code = len(notebook.cells), code_of(notebook)
+    assert 25 <= cells <= 40
+    assert sum(len(text.splitlines()) for text in code) <= 220
+    assert max(len(text.splitlines()) for text in code) <= 20
+    assert all(len(line) <= 100 for text in code for line in text.splitlines())
+
+
+def test_shape(notebook, source):
+    """A question first, predictions, exercises, and what was left out with references."""
+    prose, code = prose_of(notebook), "\n".join(code_of(notebook))
+    first = notebook.cells[0].source
+    assert first.startswith(f"# {source.stem[:2]} · ") and "?**" in first
+    assert notebook.cells[1].source == build.INSTALL.format(repository=build.REPOSITORY)
+    assert prose.count("**PREDICT.**") >= 3
+    assert "What was left out" in prose and "2403.03206" in prose
+    checked = re.findall(r'^check\("(\w+)", (\w+)\)$', code, re.MULTILINE)
+    assert 2 <= len(checked) <= 4
+    for name, answer in checked:
+        assert name == answer and name in EXERCISES and f'show("{name}")' in code
+    for node in ast.walk(ast.parse("\n".join(code_of(notebook)[1:]))):
+        if isinstance(node, ast.FunctionDef) and node.name in dict(checked):
+            names = tuple(a.arg for a in node.args.args)
+            if isinstance(node.body[0], ast.Raise):  # a stub
+                assert names == EXERCISES[node.name].names
+
+
+def test_ties_to_the_package(notebook):
+    """The notebook's own code is compared with the package's functions."""
+    assert re.search(r"assert_close|^assert ", "\n".join(code_of(notebook)), re.MULTILINE)
+
+
+def test_flow_needs_no_package():
+    text = next(s for s in SOURCES if s.stem.startswith("01")).read_text()
+    before = text[: text.index("## Exercises")]
+    assert not re.search(r"^\s*(from|import) (nanosd3|lab)\b", before, re.MULTILINE)
+
+
+def test_no_exercise_in_two_notebooks():
+    used = [name for s in SOURCES for name in re.findall(r'^check\("(\w+)"', s.read_text(), re.M)]
+    assert len(set(used)) == len(used)
+
+
+def test_teachers_page(capsys):
+    """The tables match the exercise registry and the notebooks, and the example runs."""
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    place = {
+        name: s.stem[:2]
+        for s in SOURCES
+        for name in re.findall(r'^check\("(\w+)"', s.read_text(), re.M)
+    }
+    for e in EXERCISES.values():
+        assert f"| `{e.name}` | {e.topic} | {e.points} | {place.get(e.name, '')} |" in page
+    assert f"{sum(e.points for e in EXERCISES.values())} in all" in page
+    assert all(f"]({name}.ipynb) |" in page for name in NAMES)
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out == "right\n"
+
+
+def test_the_tests_named_in_the_gallery_exist():
+    text = next(s for s in SOURCES if s.stem.startswith("10")).read_text()
+    named = set(re.findall(r"`([\w/]+\.py)::(test_\w+)`", text))
+    assert len(named) >= 13
+    for file, name in named:
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.M)
+
+
+def test_runs(notebook, source, monkeypatch, notebook_cache):
+    """Runs from top to bottom in a fresh kernel, in fast mode."""
+    monkeypatch.setenv("NANOSD3_FAST", "1")
+    monkeypatch.setenv("NANOSD3_CACHE", str(notebook_cache))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}
+    )
+    client.execute()
+    printed = "\n".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    )
+    checks = re.findall(r'^check\("(\w+)"', source.read_text(), re.MULTILINE)
+    for name in checks:
+        assert f"· {name} (0/{EXERCISES[name].points}): not attempted yet" in printed
+    for match in re.finditer(r'^show\("(\w+)"\)$', source.read_text(), re.MULTILINE):
+        assert EXERCISES[match[1]].signature in printed
+
+
+@pytest.fixture(scope="session")
+def notebook_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")

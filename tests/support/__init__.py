@@ -1,0 +1,1 @@
+"""What tests share: a tiny official model, known weights, a run by several processes."""

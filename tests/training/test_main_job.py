@@ -1,0 +1,36 @@
+"""The main job meets the numbers in the README. Takes minutes: `pytest -m slow`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_main_job(tmp_path):
+    run = tmp_path / "mnist"
+    command = [sys.executable, "train_mnist.py", "--out", run]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["samples"] == 1000
+    assert metrics["prompt_accuracy"] >= 0.995
+    assert metrics["frechet_ratio_to_real"] <= 2.5
+    assert metrics["weight"]["accuracy"] > 0.9 and metrics["slant"]["accuracy"] > 0.8
+    assert metrics["peak_memory_gb"] is None or metrics["peak_memory_gb"] < 3
+    held_out = [e for e in read(run / "log.jsonl") if "validation" in e]
+    assert [len(held_out), held_out[-1]["validation_ema"]] == [10, metrics["validation_ema"]]
+    first, last = (np.mean(e["validation_ema"]) for e in (held_out[0], held_out[-1]))
+    assert last < 0.95 * first and last < np.mean(metrics["validation"])
+    speed = read(run / "speed.jsonl")
+    assert len(speed) >= 40 and all(0 < e["flops_utilisation"] < 1.2 for e in speed)
+    assert len(list(run.glob("preview-*.png"))) == 10
+    assert not list(run.glob("state*")) and not (run / "cache").exists()
