@@ -33,11 +33,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mutation.faults import FAULTS, Fault
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # as a program, only this folder is there
 
+from mutation.faults import FAULTS, Fault  # noqa: E402
 from nanosd3.cli import Parser, run_main  # noqa: E402
 from nanosd3.errors import InputError  # noqa: E402
 

@@ -3,6 +3,7 @@ from survived. The hunt itself takes half an hour: python tests/mutation/run.py.
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,11 @@ def test_the_spine_is_watched(tmp_path):
     failure = mutation.catch(fault, copy, stages, limit=300)
     assert failure and failure.startswith("FAILED tests/model/test_flow.py")
     assert (copy / "nanosd3/flow.py").read_text() == SOURCES["flow.py"]
+
+
+def test_as_a_program(tmp_path):
+    """The documented command, from any folder."""
+    command = [sys.executable, mutation.ROOT / "tests/mutation/run.py", "--only", "no such fault"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: --only no such fault: none of {len(FAULTS)} faults\n"
