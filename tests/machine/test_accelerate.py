@@ -60,6 +60,18 @@ def test_mlps_agree_and_do_not_modify_their_input(kind, grad):
     assert torch.equal(x, original)
 
 
+@pytest.mark.parametrize("kind", ["mlp", "gated"])
+def test_accelerated_mlps_have_the_same_gradients(kind):
+    torch.manual_seed(0)
+    plain = layers.MLP(8) if kind == "mlp" else GatedMLP(8, 32)
+    plain.double()
+    fast, x = accelerate(copy.deepcopy(plain)), draw(2, 5, 8, dtype=torch.float64)
+    expected = torch.autograd.grad(plain(x).square().sum(), list(plain.parameters()))
+    gradients = torch.autograd.grad(fast(x).square().sum(), list(fast.parameters()))
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, reference)
+
+
 def test_mlp_uses_the_tanh_gelu():
     mlp = layers.MLP(1).double()
     for parameter in mlp.parameters():
