@@ -12,12 +12,12 @@ from pathlib import Path
 from nanosd3.cli import Parser, run_main
 from nanosd3.data.mnist import load_images
 from nanosd3.data.sources import Digits
+from nanosd3.training.cached_features import get_features
 from nanosd3.training.classifier import train_classifier
 from nanosd3.training.encoders import frozen_encoders, trained_encoders
-from nanosd3.training.features import get_features
-from nanosd3.training.job import Job, training_of
 from nanosd3.training.options import Plan, add_options, job_of, make_plan
 from nanosd3.training.report import previews, report_digits, shown_prompts
+from nanosd3.training.stages import Job, training_of
 from nanosd3.training.train_autoencoder import train_autoencoder
 from nanosd3.training.train_flow import train_flow
 from nanosd3.training.train_text import train_text_encoders

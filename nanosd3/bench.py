@@ -24,12 +24,12 @@ from nanosd3.config_types import Config
 from nanosd3.errors import InputError
 from nanosd3.machine.device import memory_found, set_up
 from nanosd3.machine.matmul import multiplication_speed
-from nanosd3.measure import growth, memory
+from nanosd3.measure import growth, training_memory
 from nanosd3.measure.compare_diffusers import Workload, compare_pass, compare_training
 from nanosd3.measure.costs import parameters, training_flops
 from nanosd3.measure.cuda import command
+from nanosd3.measure.generate_memory import measure_run
 from nanosd3.measure.random_models import patches_per_side, text_tokens, with_depth, with_layers
-from nanosd3.measure.run_memory import measure_run
 from nanosd3.text import ENCODERS
 from nanosd3.training import figures
 from nanosd3.weights import PRECISIONS
@@ -150,7 +150,7 @@ def bench_table(args: argparse.Namespace) -> None:
         f"{args.size} ({side**2} image tokens, {shape[-1]} of text), {args.precision}, batch "
         f"{args.batch} in each process: {flops / 1e12:.2f} TFLOP a step"
     )
-    table = memory.memory_table(
+    table = training_memory.memory_table(
         *shape,
         precision=args.precision,
         checkpointing=args.checkpointing,
@@ -205,7 +205,13 @@ def parsers() -> dict[str, Parser]:
         default=(1, 8, 64),
         help="numbers of processes, one column each (default: 1 8 64)",
     )
-    add("table", "--precision", default="float32", choices=tuple(memory.BYTES), help=default)
+    add(
+        "table",
+        "--precision",
+        default="float32",
+        choices=tuple(training_memory.BYTES),
+        help=default,
+    )
     add("table", "--checkpointing", action="store_true", help="recompute blocks in backward")
     add("forward train growth", "--threads", type=positive, help="(default: all usable cores)")
     made["growth"].set_defaults(batch=8)

@@ -32,7 +32,7 @@ from nanosd3.lazy_modules import LazyModules
 from nanosd3.machine.accelerate import accelerate
 from nanosd3.mmdit import MMDiT
 from nanosd3.official.checkpoint import Checkpoint, open_checkpoint
-from nanosd3.official.networks import open_networks
+from nanosd3.official.load_networks import open_networks
 from nanosd3.request import SKIP_SCALE, Request, make_request
 from nanosd3.samplers import SAMPLERS, Callback, guided, inpainting
 from nanosd3.text import ENCODERS, TextEncoders, Tokenizers

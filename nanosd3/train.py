@@ -19,11 +19,11 @@ from pathlib import Path
 from nanosd3.cli import Parser, run_main
 from nanosd3.data.image_folder import ImageFolder, read_folder
 from nanosd3.data.sources import Pictures
+from nanosd3.training.cached_features import get_features
 from nanosd3.training.encoders import get_encoders
-from nanosd3.training.features import get_features
-from nanosd3.training.job import Job
 from nanosd3.training.options import Plan, add_options, job_of, make_plan
 from nanosd3.training.report import previews, report_pictures
+from nanosd3.training.stages import Job
 from nanosd3.training.train_flow import train_flow
 
 SAMPLED_CAPTIONS = 8  # to draw samples for, if there is no --prompt

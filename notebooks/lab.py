@@ -37,10 +37,10 @@ from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.files import read_tensors, save_tensors
 from nanosd3.storage.run import Run
+from nanosd3.training.cached_features import Features, get_features
 from nanosd3.training.classifier import CLASSIFIER_SIZE, ConvNet, train_classifier
 from nanosd3.training.encoders import get_encoders
-from nanosd3.training.features import Features, get_features
-from nanosd3.training.job import Job
+from nanosd3.training.stages import Job
 from nanosd3.training.train_flow import train_flow
 
 FAST = os.environ.get("NANOSD3_FAST", "") not in ("", "0")

@@ -2,12 +2,12 @@
 
 Modules, each of which imports only from those above it:
     costs               parameters and FLOPs, in closed form
-    step_memory         what a training step holds at its peak, in closed form
-    memory              memory of each process in training, in closed form
+    activation_memory   what a training step holds at its peak, in closed form
+    training_memory     memory of each process in training; refuses what does not fit
     random_models       randomly initialised networks and random inputs
     meters              FLOPs, peak memory, and the training step they are measured on
     compare_diffusers   time and memory next to diffusers, on the same weights
-    run_memory          peak memory of a whole run of `generate`
+    generate_memory     peak memory of a whole run of `generate`
     growth              measured and predicted cost against depth, image tokens and batch
     cuda                every GPU measurement in one command (imports from training)
 """

@@ -2,7 +2,7 @@
 
 A transformer is a list of matrices. Each one stores inputs x outputs numbers, and multiplies and
 adds that many times for every token it reads. Attention has no weights of its own; it adds two
-products between all queries and all keys. Memory is less simple: see memory.py.
+products between all queries and all keys. Memory is less simple: see training_memory.py.
 
 An image is `rows` x `columns` patches, one token each.
 """

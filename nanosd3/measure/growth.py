@@ -2,9 +2,9 @@
 
 One of the three varies at a time while the other two stay at half of their largest value.
 Measurements are compared with the formulas: FLOPs (costs.py) at a single speed for all steps, and
-memory (memory.py) with no free parameter. Times lie above the line where steps are too small to
-keep the machine busy. Memory is that of gradients and activations; the size of weights and moments
-is known exactly.
+memory (training_memory.py) with no free parameter. Times lie above the line where steps are too
+small to keep the machine busy. Memory is that of gradients and activations; the size of weights
+and moments is known exactly.
 """
 
 import statistics
@@ -17,7 +17,6 @@ from torch import Tensor
 from nanosd3.config_types import Config
 from nanosd3.machine.matmul import seconds
 from nanosd3.measure.costs import training_flops
-from nanosd3.measure.memory import memory
 from nanosd3.measure.meters import peak_bytes, training_step
 from nanosd3.measure.random_models import (
     forward_pass,
@@ -26,6 +25,7 @@ from nanosd3.measure.random_models import (
     text_tokens,
     with_depth,
 )
+from nanosd3.measure.training_memory import memory
 
 
 class StepShape(NamedTuple):

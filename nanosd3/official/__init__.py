@@ -1,13 +1,13 @@
 """Reading and writing Stable Diffusion 3 checkpoints.
 
 Modules, each of which imports only from those above it:
-    tensors        tensors that are read from disk on demand
-    tensor_files   safetensors and .ckpt files, folders, shards
-    key_names      the table of official and diffusers names
-    detect         which model it is, and every size, from the tensors' shapes
-    finished_run   config and tokenizers of a training run
-    checkpoint     a file or folder of weights: components, config, tokenizers
-    missing_keys   missing, unexpected and misshapen tensors
-    networks       the networks of a checkpoint, read when first needed
-    export         writes single files and diffusers folders
+    tensors         tensors that are read from disk on demand
+    tensor_files    safetensors and .ckpt files, folders, shards
+    key_names       the table of official and diffusers names
+    detect          which model it is, and every size, from the tensors' shapes
+    own_runs        config and tokenizers of a training run of this project
+    checkpoint      a file or folder of weights: components, config, tokenizers
+    missing_keys    missing, unexpected and misshapen tensors
+    load_networks   the networks of a checkpoint, read when first needed
+    export          writes single files and diffusers folders
 """

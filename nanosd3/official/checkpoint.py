@@ -21,8 +21,8 @@ from nanosd3.errors import InputError
 from nanosd3.layers import HEAD_DIM
 from nanosd3.mmdit import MMDiT
 from nanosd3.official.detect import config_of, file_of, refuse_foreign, refuse_scaled
-from nanosd3.official.finished_run import finished_config, read_tokenizers
 from nanosd3.official.key_names import FOLDERS, PREFIXES, from_diffusers
+from nanosd3.official.own_runs import finished_config, read_tokenizers
 from nanosd3.official.tensor_files import open_folder, open_weights, read_file_metadata
 from nanosd3.official.tensors import State, in_memory
 from nanosd3.storage import training_state

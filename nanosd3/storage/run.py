@@ -4,7 +4,7 @@
     *.safetensors           weights of the finished stages
     tokenizers.json         the vocabularies trained for this run
     state-STEP/             the last two saved states of the unfinished stage, see training_state.py
-    cache/                  encoded images and captions, see training/features.py
+    cache/                  encoded images and captions, see training/cached_features.py
     log.jsonl               one JSON object per line: stage, step, loss, ...
     speed.jsonl             throughput and memory
 

@@ -8,11 +8,11 @@ Modules, each of which imports only from those above it:
     not_finite          where in a step the first non-finite number arises
     loop                the training loop that all stages share
     throughput          training speed and memory, speed.jsonl
-    job                 what a stage needs; train it once, then load it
+    stages              what a stage needs; train it once, then load it
     classifier          classifies images, for the metrics
     train_autoencoder   the autoencoder
     train_text          the text encoders: two CLIPs and a T5
-    features            latents and text features, encoded once and cached
+    cached_features     latents and text features, encoded once and kept on disk
     encoders            the encoders, trained here or taken from another model
     train_flow          the transformer
     report              samples, metrics and pictures of a run

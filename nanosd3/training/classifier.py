@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosd3.data.mnist import ImageSet, to_model
-from nanosd3.training.job import Job, build, finish_or_load, in_chunks
 from nanosd3.training.loop import StepRNG, fit
+from nanosd3.training.stages import Job, build, finish_or_load, in_chunks
 
 CLASSIFIER_SIZE = 32  # side of the input images, in pixels
 

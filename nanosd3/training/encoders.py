@@ -7,8 +7,8 @@ from nanosd3.official.checkpoint import Checkpoint
 from nanosd3.pipeline import Pipeline, open_pipeline
 from nanosd3.storage.files import sha256
 from nanosd3.text import TextEncoders
-from nanosd3.training.features import Encoders
-from nanosd3.training.job import Job
+from nanosd3.training.cached_features import Encoders
+from nanosd3.training.stages import Job
 from nanosd3.training.train_autoencoder import train_autoencoder
 from nanosd3.training.train_text import train_text_encoders
 from nanosd3.vae import AutoencoderKL

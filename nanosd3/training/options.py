@@ -19,18 +19,17 @@ from nanosd3.config import CONFIGS, trainable
 from nanosd3.config_types import Config
 from nanosd3.data.sources import Source
 from nanosd3.errors import InputError
-from nanosd3.machine.device import memory_found, set_up
+from nanosd3.machine.device import set_up
 from nanosd3.machine.distributed import MODES, Compute, launched_processes, process_group
 from nanosd3.machine.signals import obeying
-from nanosd3.measure.costs import parameters
-from nanosd3.measure.memory import memory
+from nanosd3.measure.training_memory import refuse_too_large
 from nanosd3.official.checkpoint import Checkpoint, open_checkpoint, open_transformer
 from nanosd3.official.missing_keys import check, check_part
 from nanosd3.official.tensors import State
 from nanosd3.storage.run import Run
 from nanosd3.text import ENCODERS
-from nanosd3.training.job import Job, training_of
 from nanosd3.training.optimizer import DECAYS
+from nanosd3.training.stages import Job, training_of
 
 
 def add_options(parser: Parser, config: str) -> None:
@@ -173,33 +172,6 @@ def fingerprint(parts: dict[str, State]) -> str:
     return digest.hexdigest()
 
 
-def enough_memory(config: Config, processes: int, compute: Compute, sharded: bool) -> None:
-    """Raise InputError if a training step needs more memory than there is. Allocates nothing."""
-    mmdit, text, recipe = config.mmdit, config.text, training_of(config).flow
-    side = config.image_size // config.vae.factor // mmdit.patch_size
-    batch = max(1, recipe.batch // (processes * compute.accumulate))
-    tokens = text.clip_l.length + text.t5.length
-    need = memory(
-        mmdit,
-        batch,
-        side,
-        side,
-        tokens,
-        precision=compute.precision,
-        processes=processes,
-        checkpointing=compute.checkpointing,
-        sharded=sharded,
-    )
-    available, where = memory_found()
-    if available < need.total / 1e9:
-        raise InputError(
-            f"{config.name}: training {parameters(mmdit) / 1e9:.1f}B parameters needs "
-            f"{need.total / 1e9:.0f} GB of memory per process ({need.activations / 1e9:.0f} GB of "
-            f"it activations), found {available:.0f} GB {where}: not enough; see --checkpointing, "
-            "--accumulate and --parallel fsdp"
-        )
-
-
 @contextlib.contextmanager
 def job_of(args: argparse.Namespace, plan: Plan, source: Source) -> Iterator[Job | None]:
     """Join the process group, lock the run folder and yield the job; None if it is finished.
@@ -213,7 +185,7 @@ def job_of(args: argparse.Namespace, plan: Plan, source: Source) -> Iterator[Job
     if precision != "float32" and device.type == "cpu":
         raise InputError("--precision bfloat16 is for GPUs; use float32, which is faster on CPU")
     compute = Compute(precision, args.checkpointing, args.compile, args.accumulate)
-    enough_memory(plan.config, max(1, launched_processes()), compute, args.parallel == "fsdp")
+    refuse_too_large(plan.config, max(1, launched_processes()), compute, args.parallel == "fsdp")
     with (
         process_group(args.parallel, device) as group,
         obeying(),

@@ -27,10 +27,10 @@ from nanosd3.pipeline import Pipeline
 from nanosd3.samplers import Callback
 from nanosd3.storage.files import write_file, write_json
 from nanosd3.training import figures
+from nanosd3.training.cached_features import Features
 from nanosd3.training.classifier import CLASSIFIER_SIZE, ConvNet, thumbnails
-from nanosd3.training.features import Features
-from nanosd3.training.job import Job, in_chunks
 from nanosd3.training.metrics import frechet_distance
+from nanosd3.training.stages import Job, in_chunks
 from nanosd3.training.train_flow import every_so_often
 
 RECONSTRUCTION_BATCH = 50

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nanosd3.training.job import Job, build, finish_or_load
 from nanosd3.training.loop import StepRNG, fit
+from nanosd3.training.stages import Job, build, finish_or_load
 from nanosd3.vae import AutoencoderKL, kl_divergence, sample_posterior
 
 MEASURED_IMAGES = 5000  # at most, to estimate the latents' mean and standard deviation

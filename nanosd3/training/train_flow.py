@@ -23,10 +23,10 @@ from nanosd3.mmdit import MMDiT
 from nanosd3.official.tensors import State
 from nanosd3.storage.files import load_weights, save_tensors
 from nanosd3.text import drop_encoders
+from nanosd3.training.cached_features import Features
 from nanosd3.training.ema import make_ema
-from nanosd3.training.features import Features
-from nanosd3.training.job import CHUNK, Job, build, finish, last_loss
 from nanosd3.training.loop import StepRNG, fit
+from nanosd3.training.stages import CHUNK, Job, build, finish, last_loss
 from nanosd3.training.throughput import Throughput
 
 VALIDATION_TIMES = 8  # equally spaced

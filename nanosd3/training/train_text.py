@@ -22,8 +22,8 @@ from nanosd3.t5 import T5Encoder
 from nanosd3.text import TextEncoders, Tokenizers, make_encoders
 from nanosd3.tokenizers import END, PAD
 from nanosd3.training.classifier import CLASSIFIER_SIZE, ConvNet, thumbnails
-from nanosd3.training.job import Job, build, finish_or_load, in_chunks, last_loss
 from nanosd3.training.loop import StepRNG, fit
+from nanosd3.training.stages import Job, build, finish_or_load, in_chunks, last_loss
 
 T5_CAPTIONS = 20000  # captions that T5 is trained on, at most
 RETRIEVAL_IMAGES = 100  # in the test of CLIP on images without classes

@@ -100,7 +100,7 @@ torch.testing.assert_close(formula, counted, atol=0, rtol=0)
 # A parameter takes two bytes in bfloat16, four in float32. Training needs more: float32 weights,
 # their gradients, two AdamW moments, and the moving average that we sample from. That makes **20
 # bytes** per parameter before the first activation. (`python train_mnist.py --config sd3-medium`
-# adds the memory of the activations, `nanosd3/measure/memory.py`, and refuses to start.)
+# adds the memory of the activations, `nanosd3/measure/training_memory.py`, and refuses to start.)
 #
 # **PREDICT.** You have 16 GB. Which of these could you train? Which could you sample from?
 

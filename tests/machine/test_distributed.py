@@ -23,7 +23,7 @@ from nanosd3.machine.distributed import (
 from nanosd3.mmdit import MMDiT
 from nanosd3.storage import training_state
 from nanosd3.storage.files import read_tensors
-from nanosd3.training import job, train_flow
+from nanosd3.training import stages, train_flow
 
 ROOT = Path(__file__).parents[2]
 WAYS = [
@@ -59,7 +59,7 @@ def validation(folder: Path) -> list[float]:
 
 def fresh() -> dict[str, torch.Tensor]:
     """The initial weights of every run."""
-    task = job.Job(None, child.CONFIG, None, torch.device("cpu"), 0)
+    task = stages.Job(None, child.CONFIG, None, torch.device("cpu"), 0)
     return train_flow.start(task, None).state_dict()
 
 

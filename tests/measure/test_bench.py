@@ -9,7 +9,7 @@ from support import tiny_official
 from nanosd3 import bench
 from nanosd3.config import CONFIGS
 from nanosd3.errors import InputError
-from nanosd3.measure import growth, memory
+from nanosd3.measure import growth, training_memory
 
 
 def test_bench_forward(capsys):
@@ -50,7 +50,9 @@ def test_table(capsys):
     assert head.split()[-2:] == ["8", "64"] and "available" in here
     options = {"precision": "bfloat16", "checkpointing": True, "sharded": True}
     mmdit = CONFIGS["sd3.5-large"].mmdit
-    predicted = [memory.memory(mmdit, 1, 64, 64, 333, **options, processes=n) for n in (8, 64)]
+    predicted = [
+        training_memory.memory(mmdit, 1, 64, 64, 333, **options, processes=n) for n in (8, 64)
+    ]
     for row in rows:
         name, *numbers = row.split()
         assert numbers == [f"{getattr(memory, name) / 1e9:.2f}" for memory in predicted]
@@ -58,7 +60,7 @@ def test_table(capsys):
     words = ["--config", "sd3-medium", "--processes", "1", "--precision", "bfloat16"]
     assert bench.main(["table", *words]) == 0  # one process: autocast
     sd3 = CONFIGS["sd3-medium"].mmdit
-    alone = memory.memory(sd3, 1, 16, 16, 154, precision="bfloat16")
+    alone = training_memory.memory(sd3, 1, 16, 16, 154, precision="bfloat16")
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].split() == ["total", f"{alone.total / 1e9:.2f}"]
     assert bench.main(["table"]) == 0

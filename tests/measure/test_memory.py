@@ -1,4 +1,4 @@
-"""Memory by the formulas of memory.py, against measurements."""
+"""Memory by the formulas of training_memory.py, against measurements."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from nanosd3.errors import InputError
 from nanosd3.machine import matmul
 from nanosd3.machine.accelerate import accelerate
 from nanosd3.machine.distributed import Compute, ParallelModel
-from nanosd3.measure import costs, memory, meters, step_memory
+from nanosd3.measure import activation_memory, costs, meters, training_memory
 from nanosd3.mmdit import JointBlock, MMDiT
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_saved_by_a_block(whole, qk_norm, dual, last):
         out = [part for part in block(x, y, c) if part is not None]
     events = profiler.profiler.kineto_results.events()
     alive = sum(e.nbytes() for e in events if e.name() == "[memory]") / 4
-    step = step_memory.Step(config, batch, N, M, 4, checkpointing=False, shards=None)
+    step = activation_memory.Step(config, batch, N, M, 4, checkpointing=False, shards=None)
     saved = alive - sum(part.numel() for part in out)
     i = depth - 1 if last else 0
     expected = step.saved(i) + whole * step.saved_by_recomputation(i)
@@ -87,7 +87,9 @@ def test_memory_of_a_step(monkeypatch, case, checkpointing):
     model = randomise(accelerate(MMDiT(config), checkpointing))
     inputs = network_inputs(config, batch, rows, columns, text)
     parallel = checkpointed(model, checkpointing)
-    predicted = memory.memory(config, batch, rows, columns, text, checkpointing=checkpointing)
+    predicted = training_memory.memory(
+        config, batch, rows, columns, text, checkpointing=checkpointing
+    )
     measured = measure(model, lambda: parallel(*inputs))
     # At depth 1 there is a single head, so joining heads needs fewer copies.
     tolerance = 0.10 if depth == 1 else 0.02
@@ -98,7 +100,7 @@ def test_memory_of_a_step_with_mkl(monkeypatch):
     monkeypatch.setattr(matmul, "onednn_multiplies_faster", lambda: False)
     config, sizes = small_config(3, True), (4, 8, 8, 20)
     model, inputs = randomise(accelerate(MMDiT(config))), network_inputs(config, *sizes)
-    predicted = memory.memory(config, *sizes)
+    predicted = training_memory.memory(config, *sizes)
     measured = measure(model, lambda: model(*inputs))
     assert predicted.gradients + predicted.activations == pytest.approx(measured, rel=0.05)
 
@@ -135,7 +137,7 @@ def test_memory_of_autocast(case, checkpointing):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     options = {"precision": "bfloat16", "checkpointing": checkpointing}
-    predicted = memory.memory(config, batch, rows, columns, text, **options)
+    predicted = training_memory.memory(config, batch, rows, columns, text, **options)
     held = predicted.optimizer // 2 + 4 * config.grid**2 * config.width  # weights and positions
     total = predicted.parameters - held + predicted.gradients + predicted.activations
     assert total == pytest.approx(alive.peak, rel=0.05)
@@ -173,7 +175,7 @@ def test_memory_of_fsdp(join_group, case, precision, checkpointing):
         model, lambda: model(z.to(dtype), t, context.to(dtype), pooled.to(dtype)).float()
     )
     options = {"precision": precision, "checkpointing": checkpointing, "processes": processes}
-    predicted = memory.memory(config, *sizes, **options, sharded=True)
+    predicted = training_memory.memory(config, *sizes, **options, sharded=True)
     held = predicted.optimizer // 2 + 4 * config.grid**2 * config.width  # share and positions
     gathered = predicted.parameters - held
     assert gathered + predicted.gradients + predicted.activations == pytest.approx(
@@ -197,7 +199,7 @@ def test_memory_of_ddp():
         measured = meters.peak_bytes(steps, CPU)
     finally:
         dist.destroy_process_group()
-    predicted = memory.memory(config, *sizes, processes=4)
+    predicted = training_memory.memory(config, *sizes, processes=4)
     assert predicted.gradients + predicted.activations + predicted.optimizer == pytest.approx(
         measured, rel=0.02
     )
@@ -207,15 +209,15 @@ def test_what_is_sharded():
     """Only FSDP2 shards weights, moments and averages; positions are never sharded."""
     config, sizes = CONFIGS["sd3.5-large"].mmdit, (1, 64, 64, 333)
     positions, whole = 4 * config.grid**2 * config.width, 4 * costs.parameters(config)
-    alone, ddp = (memory.memory(config, *sizes, processes=n) for n in (1, 8))
+    alone, ddp = (training_memory.memory(config, *sizes, processes=n) for n in (1, 8))
     assert (alone.parameters, alone.average) == (whole + positions,) * 2
     assert ddp.optimizer == alone.optimizer == 2 * whole
     assert ddp.gradients - alone.gradients == whole  # buckets
-    shared = memory.memory(config, *sizes, processes=8, sharded=True)
+    shared = training_memory.memory(config, *sizes, processes=8, sharded=True)
     assert shared.optimizer == whole / 4 and shared.average == whole / 8 + positions
     assert alone.total == sum(vars(alone).values())
-    lower = memory.memory(config, *sizes, precision="bfloat16")
+    lower = training_memory.memory(config, *sizes, precision="bfloat16")
     assert (lower.optimizer, lower.average) == (alone.optimizer, alone.average)
     assert lower.activations < alone.activations
     with pytest.raises(InputError, match="expected precision float32 or bfloat16, got float16"):
-        memory.memory(config, *sizes, precision="float16", sharded=True)
+        training_memory.memory(config, *sizes, precision="float16", sharded=True)

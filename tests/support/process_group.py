@@ -21,7 +21,7 @@ from nanosd3.data.buckets import Buckets
 from nanosd3.errors import rng
 from nanosd3.machine.distributed import Compute, ProcessGroup, process_group
 from nanosd3.storage.run import Run
-from nanosd3.training import job, loop, train_flow
+from nanosd3.training import loop, stages, train_flow
 
 STEPS = 6
 SIZES = [(8, 8)] * 10 + [(4, 10)] * 6 + [(8, 8)] + [(4, 10)] * 3  # the last four are held out
@@ -81,7 +81,7 @@ def train(
     group.barrier()
     data = SyntheticData()
     run = Run.read(folder / name)
-    task = job.Job(run, CONFIG, data, group.device, 0, group, Compute(**compute))
+    task = stages.Job(run, CONFIG, data, group.device, 0, group, Compute(**compute))
 
     def watch(step, average):
         if step == stop_at and group.rank == group.size - 1:

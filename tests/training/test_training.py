@@ -23,7 +23,7 @@ from nanosd3.flow import shift
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.files import read_tensors
 from nanosd3.storage.run import Run
-from nanosd3.training import features, loop, optimizer, options, train_flow
+from nanosd3.training import cached_features, loop, optimizer, options, train_flow
 
 TINY = CONFIGS["tiny"]
 QUICK = replace(
@@ -153,9 +153,9 @@ def test_only_what_changed_is_encoded_again(folder, tmp_path, monkeypatch, capsy
 
 def test_killed_while_encoding(folder, tmp_path, monkeypatch):
     """Finished shards are not computed again."""
-    monkeypatch.setattr(features, "SHARD", 4)
+    monkeypatch.setattr(cached_features, "SHARD", 4)
     calls = []
-    add = features.Shards.add
+    add = cached_features.Shards.add
 
     def counted(self, keys, rows):
         calls.append(len(keys))
@@ -163,7 +163,7 @@ def test_killed_while_encoding(folder, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         add(self, keys, rows)
 
-    monkeypatch.setattr(features.Shards, "add", counted)
+    monkeypatch.setattr(cached_features.Shards, "add", counted)
     assert run("--data", folder, "--out", tmp_path / "run") == 0
     assert not (tmp_path / "run" / "samples.png").exists() and len(calls) == 9
     assert run("--data", folder, "--out", tmp_path / "run") == 0

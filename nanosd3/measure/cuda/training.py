@@ -25,9 +25,9 @@ from nanosd3.machine.distributed import Compute, ParallelModel, ProcessGroup
 from nanosd3.machine.matmul import multiplication_speed, seconds
 from nanosd3.measure.costs import training_flops
 from nanosd3.measure.cuda.result import Check, Row, Setting, Unavailable, at_least, at_most
-from nanosd3.measure.memory import memory
 from nanosd3.measure.meters import training_step
 from nanosd3.measure.random_models import random_inputs, text_tokens
+from nanosd3.measure.training_memory import memory
 from nanosd3.mmdit import MMDiT
 from nanosd3.training.ema import make_ema, update_ema
 

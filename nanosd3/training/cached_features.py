@@ -22,7 +22,7 @@ from nanosd3.lazy_modules import LazyModules
 from nanosd3.machine.distributed import ProcessGroup
 from nanosd3.pipeline import Pipeline, at_once
 from nanosd3.storage.shards import Shards, fill_shards
-from nanosd3.training.job import Job
+from nanosd3.training.stages import Job
 
 CAPTION_BATCH = 64  # captions encoded at a time
 SHARD = 4096  # rows in a shard, at most

@@ -1,4 +1,4 @@
-"""Config and tokenizers of a training run."""
+"""Config and tokenizers of a training run of this project."""
 
 from dataclasses import replace
 from pathlib import Path

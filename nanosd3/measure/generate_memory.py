@@ -28,7 +28,7 @@ Returned = TypeVar("Returned")
 CHILD = """
 import sys
 from nanosd3 import generate
-from nanosd3.measure.run_memory import process_memory
+from nanosd3.measure.generate_memory import process_memory
 before = process_memory("VmHWM")
 generate.main(sys.argv[1:])
 print(before, process_memory("VmHWM"))

@@ -3,7 +3,7 @@
 In the forward pass every block saves what its backward pass will need. In the backward pass these
 tensors are freed, block by block, while gradients of the weights take their place. So the peak is
 in the MLP of the last block if there are many tokens, at the very end if there are many weights,
-and rarely in between. A step lists every such point; memory.py takes the largest.
+and rarely in between. A step lists every such point; training_memory.py takes the largest.
 
 Not counted: tensors whose size does not depend on the width (means, logsumexp), scratch memory of
 libraries, and what an allocator reserves. tests/measure/test_memory.py compares the formula with
