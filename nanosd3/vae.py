@@ -174,7 +174,6 @@ class AutoencoderKL(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, each (B, C, H/f, W/f), not normalised.
@@ -184,13 +183,12 @@ class AutoencoderKL(nn.Module):
         f = self.config.factor
         if x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"image size {x.shape[2]}x{x.shape[3]} is not divisible by {f}")
-        moments = self.encoder(x.contiguous(memory_format=torch.channels_last))
-        mean, logvar = moments.chunk(2, dim=1)
+        mean, logvar = self.encoder(x).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w), not normalised, to an image, about in [-1, 1]."""
-        return self.decoder(z.contiguous(memory_format=torch.channels_last))
+        return self.decoder(z)
 
     def normalise(self, z: Tensor) -> Tensor:
         """Encoder latents to what the flow works on: (z - shift) scale."""

@@ -6,7 +6,7 @@ place, by subclasses that compute the same function (up to the last bits of floa
     Linear    float32 products through oneDNN where it is faster (matmul)
     MLP, Stream    cheap intermediate results are recomputed in the backward pass, not saved
     MLP, GatedMLP, Attention    without gradients, activations and norms overwrite their inputs
-    Up        the autoencoder's upsampling with 4/9 of the multiplications
+    Encoder, Decoder, GroupNorm, Up    the autoencoder in channels-last memory (channels_last)
 
 Importing the model gives the plain one; training, the pipeline and the benchmarks accelerate the
 models they build. State dictionaries do not change.
@@ -19,12 +19,19 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from nanosd3.layers import MLP, modulate
+from nanosd3.machine.channels_last import (
+    ChannelsLastDecoder,
+    ChannelsLastEncoder,
+    ChannelsLastGroupNorm,
+    ChannelsLastUp,
+)
 from nanosd3.machine.matmul import eager, linear
 from nanosd3.mmdit import QKV, Attention, Modulation, Stream
 from nanosd3.t5 import GatedMLP
-from nanosd3.vae import Up
+from nanosd3.vae import Decoder, Encoder, Up
 
 Layout = tuple[torch.Size, tuple[int, ...]]  # shape and strides
 
@@ -40,6 +47,8 @@ def accelerate(model: nn.Module, keep_activations: bool = False) -> nn.Module:
     faster = FASTER if keep_activations else FASTER | RECOMPUTING
     for module in model.modules():
         module.__class__ = faster.get(type(module), type(module))
+        if isinstance(module, Encoder | Decoder):
+            convert_conv2d_weight_memory_format(module, torch.channels_last)
     return model
 
 
@@ -119,48 +128,14 @@ class InPlaceGatedMLP(GatedMLP):
         return self.wo(h.mul_(self.wi_1(x)))
 
 
-# --- upsampling in the autoencoder --------------------------------------------------------------
-
-
-def convolve_repeated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """3x3 convolution of the image x (B, C, H, W) upsampled twofold by repetition: (B, C, 2H, 2W).
-
-    The nine taps of an output pixel fall on only 2x2 distinct input pixels. Which taps share a
-    pixel depends on whether the output's row and column are even or odd, so four 2x2 filters, in
-    which shared taps are summed beforehand, give the same result with 4/9 of the multiplications.
-    """
-    B, _, H, W = x.shape
-    out = x.new_empty(B, 2 * H, 2 * W, len(weight)).permute(0, 3, 1, 2)  # channels last
-    x = F.pad(x, (1, 1, 1, 1))
-    for row in (0, 1):
-        for column in (0, 1):
-            taps = merge_taps(merge_taps(weight, 2, row), 3, column)  # (C_out, C_in, 2, 2)
-            seen = x[:, :, row : row + H + 1, column : column + W + 1]
-            out[:, :, row::2, column::2] = F.conv2d(seen, taps, bias)
-    return out
-
-
-def merge_taps(weight: Tensor, dim: int, odd: int) -> Tensor:
-    """Merge three taps into two: at even positions the last two share a pixel, at odd the first."""
-    first, middle, last = weight.unbind(dim)
-    return torch.stack([first + middle, last] if odd else [first, middle + last], dim)
-
-
-class FastUp(Up):
-    """`Up` by `convolve_repeated` where that is faster: on a CPU, with enough channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        worth_it = x.shape[1] >= 64 and x.device.type == "cpu" and not torch.is_grad_enabled()
-        if worth_it and x.dtype in (torch.float32, torch.float64):
-            return convolve_repeated(x, self.conv.weight, self.conv.bias)
-        return super().forward(x)
-
-
 FASTER = {
     nn.Linear: FastLinear,
-    Up: FastUp,
     Attention: InPlaceAttention,
     GatedMLP: InPlaceGatedMLP,
+    Encoder: ChannelsLastEncoder,
+    Decoder: ChannelsLastDecoder,
+    nn.GroupNorm: ChannelsLastGroupNorm,
+    Up: ChannelsLastUp,
 }
 
 RECOMPUTING = {MLP: RecomputingMLP, Stream: RecomputingStream}

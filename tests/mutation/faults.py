@@ -9,7 +9,7 @@ to see them.
 
 from typing import NamedTuple
 
-from mutation.faults_network import ACCELERATE, LAYERS, MATMUL, MMDIT
+from mutation.faults_network import ACCELERATE, CHANNELS_LAST, LAYERS, MATMUL, MMDIT
 
 
 class Fault(NamedTuple):
@@ -222,6 +222,7 @@ FAULTS = [
         ("layers.py", LAYERS),
         ("mmdit.py", MMDIT),
         ("machine/accelerate.py", ACCELERATE),
+        ("machine/channels_last.py", CHANNELS_LAST),
     )
     for entry in entries
 ]

@@ -256,6 +256,12 @@ ACCELERATE = [
     ("type(module), type(module))", "type(module), FastLinear)", "everything becomes a linear"),
     ("FASTER if keep_activations else FASTER | RECOMPUTING", "FASTER | RECOMPUTING",
      "recomputes what is computed twice anyway"),
+    ("if isinstance(module, Encoder | Decoder):", "if isinstance(module, Encoder):",
+     "the decoder's weights in the slow layout"),
+    ("    Encoder: ChannelsLastEncoder,\n", "", "the plain encoder"),
+    ("    nn.GroupNorm: ChannelsLastGroupNorm,\n", "", "PyTorch's inexact group norm"),
+    ("    Attention: InPlaceAttention,\n", "", "norms of queries and keys copied"),
+    ("    GatedMLP: InPlaceGatedMLP,\n", "", "T5's activation copied"),
     ("saved.data_ptr() == place and ", "", "all tensors of that size are taken for the output"),
     (" and saved.numel() == size", "", "what only begins there is taken for the output"),
     ("(*kept).as_strided(*packed)", "(*kept)", "computed again, but not in the kept shape"),
@@ -285,7 +291,35 @@ ACCELERATE = [
      "h = torch.ops.aten.gelu_(self.wi_0(x))", "exact GELU in T5 while sampling"),
     ("h = torch.ops.aten.gelu_(self.wi_0(x)", "h = torch.ops.aten.gelu_(self.wi_1(x)",
      "T5's gate is activated twice"),
-    # convolve_repeated, merge_taps, FastUp
+    ("self.wo(h.mul_(self.wi_1(x)))", "self.wo(h)", "T5's MLP without its gate while sampling"),
+]  # fmt: skip
+
+CHANNELS_LAST = [
+    # ChannelsLastEncoder, ChannelsLastDecoder
+    ("super().forward(x.contiguous(memory_format=torch.channels_last))", "super().forward(x)",
+     "the encoder in the slow layout"),
+    ("super().forward(z.contiguous(memory_format=torch.channels_last))", "super().forward(z)",
+     "the decoder in the slow layout"),
+    # group_moments
+    ("group_mean(rows[:, :size].mean(1)).to(x.dtype)",
+     "0 * group_mean(rows[:, :size].mean(1)).to(x.dtype)", "the squared mean cancels"),
+    ("size = max(1, SQUARES_PER_SUM // (B * C))", "size = H * W", "all squares in one float32 sum"),
+    ("square - offset.square()", "square", "the variance around a guess"),
+    ("return center + offset", "return center.double()", "the mean of the first rows"),
+    ("first = first + distance.sum(1)", "first = distance.sum(1)", "the mean of the last rows"),
+    ("unflatten(1, (groups, -1)).mean(2)", "unflatten(1, (-1, groups)).mean(1)",
+     "channels dealt to the groups in turn"),
+    # ChannelsLastGroupNorm
+    ("(variance + self.eps).rsqrt()", "variance.rsqrt()", "no epsilon"),
+    ("self.bias - self.spread(mean) * scale", "self.bias - self.spread(mean)", "mean not scaled"),
+    ("self.bias - self.spread(mean) * scale", "-self.spread(mean) * scale", "no bias"),
+    ("repeat_interleave(self.num_channels // self.num_groups, 1)",
+     "repeat(1, self.num_channels // self.num_groups)", "groups' values dealt in turn"),
+    ("super().forward(x.contiguous())\n", "super().forward(x)\n", "gradients lose the digits"),
+    ("return out.contiguous(memory_format=torch.channels_last)", "return out",
+     "training leaves the layout"),
+    (" or x.dtype != torch.float32", "", "moments of bfloat16 in bfloat16"),
+    # convolve_repeated, merge_taps, ChannelsLastUp
     ("F.pad(x, (1, 1, 1, 1))", "F.pad(x, (1, 1, 1, 1), mode=\"replicate\")", "borders repeated"),
     ("merge_taps(merge_taps(weight, 2, row), 3, column)",
      "merge_taps(merge_taps(weight, 3, row), 2, column)", "filters transposed"),
@@ -301,5 +335,4 @@ ACCELERATE = [
     ('x.device.type == "cpu" and ', "", "other devices convolve four times"),
     (" and not torch.is_grad_enabled()", "", "training takes the other convolution too"),
     ("x.shape[1] >= 64", "x.shape[1] >= 1", "small images pay for it"),
-    ("self.wo(h.mul_(self.wi_1(x)))", "self.wo(h)", "T5's MLP without its gate while sampling"),
 ]  # fmt: skip

@@ -17,6 +17,7 @@ SPINE = (
     *("flow.py", "samplers.py", "patchify.py", "layers.py", "mmdit.py"),
     "machine/matmul.py",
     "machine/accelerate.py",
+    "machine/channels_last.py",
 )
 SOURCES = {file: (mutation.ROOT / "nanosd3" / file).read_text() for file in SPINE}
 

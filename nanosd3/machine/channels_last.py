@@ -1,0 +1,116 @@
+"""The autoencoder in channels-last memory, in which convolutions on a CPU take half the time.
+
+Encoder, Decoder    convert their input
+GroupNorm           moments without cancellation
+Up                  upsampling with 4/9 of the multiplications
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanosd3.vae import Decoder, Encoder, Up
+
+SQUARES_PER_SUM = 2**16  # numbers whose squares are summed in float32: they fit in a core's cache
+
+
+class ChannelsLastEncoder(Encoder):
+    """The encoder on a channels-last image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous(memory_format=torch.channels_last))
+
+
+class ChannelsLastDecoder(Decoder):
+    """The decoder on channels-last latents."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z.contiguous(memory_format=torch.channels_last))
+
+
+# --- group norm -----------------------------------------------------------------------------------
+
+
+def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B, groups) in float64 of a channels-last x (B, C, H, W)."""
+    B, C, H, W = x.shape
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, HW, C), a view
+    size = max(1, SQUARES_PER_SUM // (B * C))
+
+    def group_mean(each: Tensor) -> Tensor:
+        return each.double().unflatten(1, (groups, -1)).mean(2)
+
+    # Squares of the distance from some typical value, of which the variance is not a small part.
+    center = group_mean(rows[:, :size].mean(1)).to(x.dtype)  # (B, groups)
+    centers = center.repeat_interleave(C // groups, 1)[:, None]  # (B, 1, C)
+    first = second = torch.zeros(B, C, dtype=torch.float64, device=x.device)
+    for block in rows.split(size, 1):
+        distance = block - centers
+        first = first + distance.sum(1)
+        second = second + distance.square_().sum(1)
+    offset, square = group_mean(first) / (H * W), group_mean(second) / (H * W)
+    return center + offset, square - offset.square()
+
+
+class ChannelsLastGroupNorm(nn.GroupNorm):
+    """Group norm, as exact as in the usual layout.
+
+    PyTorch's version for channels-last tensors on a CPU sums all squares of a group one by one in
+    float32 and subtracts the squared mean: with a mean of 10 and a deviation of 1, half of the
+    digits are lost, and more the larger the image.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        usual = x.device.type != "cpu" or x.dtype == torch.float64 or x.dim() != 4
+        if usual or x.is_contiguous():
+            return super().forward(x)
+        if torch.is_grad_enabled() or x.dtype != torch.float32:
+            # Two copies; the faster backward pass of the usual layout makes up for them.
+            out = super().forward(x.contiguous())
+            return out.contiguous(memory_format=torch.channels_last)
+        mean, variance = group_moments(x, self.num_groups)
+        scale = self.spread((variance + self.eps).rsqrt()) * self.weight  # (B, C)
+        shift = self.bias - self.spread(mean) * scale
+        scale, shift = (a.to(x.dtype)[:, :, None, None] for a in (scale, shift))
+        return torch.addcmul(shift, x, scale)
+
+    def spread(self, each: Tensor) -> Tensor:
+        """A value for each group (B, groups) as one for each channel (B, C)."""
+        return each.repeat_interleave(self.num_channels // self.num_groups, 1)
+
+
+# --- upsampling -----------------------------------------------------------------------------------
+
+
+def convolve_repeated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """3x3 convolution of the image x (B, C, H, W) upsampled twofold by repetition: (B, C, 2H, 2W).
+
+    The nine taps of an output pixel fall on only 2x2 distinct input pixels. Which taps share a
+    pixel depends on whether the output's row and column are even or odd, so four 2x2 filters, in
+    which shared taps are summed beforehand, give the same result with 4/9 of the multiplications.
+    """
+    B, _, H, W = x.shape
+    out = x.new_empty(B, 2 * H, 2 * W, len(weight)).permute(0, 3, 1, 2)  # channels last
+    x = F.pad(x, (1, 1, 1, 1))
+    for row in (0, 1):
+        for column in (0, 1):
+            taps = merge_taps(merge_taps(weight, 2, row), 3, column)  # (C_out, C_in, 2, 2)
+            seen = x[:, :, row : row + H + 1, column : column + W + 1]
+            out[:, :, row::2, column::2] = F.conv2d(seen, taps, bias)
+    return out
+
+
+def merge_taps(weight: Tensor, dim: int, odd: int) -> Tensor:
+    """Merge three taps into two: at even positions the last two share a pixel, at odd the first."""
+    first, middle, last = weight.unbind(dim)
+    return torch.stack([first + middle, last] if odd else [first, middle + last], dim)
+
+
+class ChannelsLastUp(Up):
+    """`Up` by `convolve_repeated` where that is faster: on a CPU, with enough channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        worth_it = x.shape[1] >= 64 and x.device.type == "cpu" and not torch.is_grad_enabled()
+        if worth_it and x.dtype in (torch.float32, torch.float64):
+            return convolve_repeated(x, self.conv.weight, self.conv.bias)
+        return super().forward(x)

@@ -1,0 +1,122 @@
+"""The autoencoder in channels-last memory: the same numbers, as exact, in that layout."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanosd3.components import on_meta
+from nanosd3.config import CONFIGS
+from nanosd3.machine import channels_last
+from nanosd3.machine.accelerate import accelerate
+from nanosd3.machine.channels_last import ChannelsLastGroupNorm, group_moments
+from nanosd3.vae import AutoencoderKL, norm
+
+LAST = torch.channels_last
+
+
+def draw(*shape: int, mean: float = 0) -> torch.Tensor:
+    x = mean + torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return x.contiguous(memory_format=LAST)
+
+
+def norm_pair() -> tuple[torch.nn.GroupNorm, torch.nn.GroupNorm]:
+    torch.manual_seed(0)
+    plain = norm(32, 8)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter)
+    fast = accelerate(copy.deepcopy(plain))
+    assert isinstance(fast, ChannelsLastGroupNorm)
+    return plain, fast
+
+
+def exact(layer: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    layer = copy.deepcopy(layer).double()
+    return layer(x.double().contiguous())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mean", [0, 10, 100])
+@pytest.mark.parametrize("shape", [(2, 32, 96, 80), (3, 32, 5, 7), (300, 32, 1, 2)])
+def test_group_norm_is_as_exact_as_in_the_usual_layout(shape, mean, grad):
+    plain, fast = norm_pair()
+    x = draw(*shape, mean=mean)
+    original = x.clone()
+    with torch.set_grad_enabled(grad):
+        out, usual = fast(x), plain(x.contiguous())
+    assert out.is_contiguous(memory_format=LAST) and torch.equal(x, original)
+    truth = exact(plain, x)
+    error, limit = ((y - truth).abs().max() for y in (out, usual))
+    assert error <= 2 * limit + 1e-6
+    if shape[2] == 96 and mean:  # what PyTorch makes of the layout
+        assert (F.group_norm(x, 8, fast.weight, fast.bias, 1e-6) - truth).abs().max() > 20 * error
+
+
+def test_moments_of_groups_that_differ():
+    """Each image and each group has its own; the first rows are no sample of the rest."""
+    x = draw(2, 12, 64, 32)
+    x = x * torch.arange(1, 13)[:, None, None] + 50 * torch.arange(24).view(2, 12, 1, 1)
+    x[:, :, 32:] += 1000
+    x = x.contiguous(memory_format=LAST)
+    mean, variance = group_moments(x, 3)
+    groups = x.double().reshape(2, 3, -1)
+    torch.testing.assert_close(mean, groups.mean(2), rtol=1e-7, atol=0)
+    torch.testing.assert_close(variance, groups.var(2, correction=0), rtol=1e-6, atol=0)
+
+
+def test_gradients_of_the_group_norm():
+    plain, fast = norm_pair()
+    x, g = draw(2, 32, 24, 16, mean=10).requires_grad_(), draw(2, 32, 24, 16)
+    double = copy.deepcopy(plain).double()
+    expected = torch.autograd.grad(double(x.double()), (x, *double.parameters()), g.double())
+    gradients = torch.autograd.grad(fast(x), (x, *fast.parameters()), g)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient.double(), reference.double(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_keep_theirs(dtype):
+    plain, fast = norm_pair()
+    x = draw(2, 32, 24, 16, mean=10).to(dtype)
+    with torch.no_grad():
+        out = fast.to(dtype)(x)
+        assert out.dtype == dtype and out.is_contiguous(memory_format=LAST)
+        torch.testing.assert_close(out, plain.to(dtype)(x.contiguous()), rtol=1e-12, atol=1e-12)
+
+
+def test_other_layouts_take_pytorchs_group_norm(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(channels_last, "group_moments", refuse)
+    plain, fast = norm_pair()
+    with torch.no_grad():
+        for x in (draw(2, 32, 6, 6).contiguous(), torch.randn(2, 32, 6), torch.randn(2, 32)):
+            assert torch.equal(fast(x), plain(x))
+
+
+@torch.no_grad()
+def test_the_autoencoder_agrees_and_stays_in_that_layout():
+    torch.manual_seed(0)
+    plain = AutoencoderKL(CONFIGS["tiny"].vae)
+    fast = accelerate(copy.deepcopy(plain))
+    layouts = []
+    for module in fast.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=LAST)
+            module.register_forward_hook(
+                lambda _, x, y: layouts.append(y.is_contiguous(memory_format=LAST))
+            )
+    size = 8 * CONFIGS["tiny"].vae.factor
+    x = torch.rand(2, CONFIGS["tiny"].vae.image_channels, size, size) * 2 - 1
+    for a, b in zip(fast.encode(x), plain.encode(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    z = plain.encode(x)[0]
+    torch.testing.assert_close(fast.decode(z), plain.decode(z), rtol=1e-5, atol=1e-5)
+    assert layouts and all(layouts)
+
+
+def test_the_plain_autoencoder_is_in_the_usual_layout():
+    weight = on_meta(CONFIGS["tiny"], "vae").decoder.conv_in.weight
+    assert weight.is_contiguous() and not weight.is_contiguous(memory_format=LAST)
