@@ -1,7 +1,7 @@
 """Every size of the model, as numbers: `CONFIGS[name]` with `.mmdit`, `.vae` and `.text`.
 
-The classes have no default dimensions; a config gives them all. `mnist` and `tiny` train from
-scratch on this machine; the others are the official models and the depths of the paper's scaling
+The classes have no default dimensions; a config gives them all. `tiny`, `mnist` and `small` train
+from scratch on a CPU; the others are the official models and the depths of the paper's scaling
 study. Each could be held by diffusers' SD3Transformer2DModel and AutoencoderKL as well.
 
 Sizes and defaults of the official models: the published checkpoints' shapes, Stability's
@@ -139,7 +139,7 @@ TINY = Config(  # every path of the largest model, dual attention included, in s
     sampling=Sampling(steps=4, guidance=2.0, shift=1.0, sampler="euler"),
     training=Training(
         train_images=512,
-        test_images=256,
+        test_images=64,
         judge=Recipe(steps=12, batch=32, lr=2e-3, warmup=2, weight_decay=1e-2),
         autoencoder=Recipe(steps=12, batch=16, lr=2e-3, warmup=2, weight_decay=0.0),
         clip=Recipe(steps=8, batch=32, lr=2e-3, warmup=2, weight_decay=1e-2),
@@ -195,8 +195,8 @@ SMALL = Config(  # colour, for a folder of one's own images
     ),
 )
 
-# For configs of which nobody has said how to train them, on what is here. Untried at full length:
-# the rates are the usual ones for networks of this size.
+# How configs without a published recipe are trained. Untried at full length: the learning rates are
+# the usual ones for networks of this size.
 LARGE = replace(
     MNIST_TRAINING,
     autoencoder=Recipe(steps=5000, batch=8, lr=1e-4, warmup=500, weight_decay=0.0),
@@ -231,9 +231,9 @@ CONFIGS = {
 
 
 def trainable(config: Config) -> Config:
-    """The config as it is trained from nothing. An official one keeps its transformer, autoencoder
-    and sizes; small text encoders, trained here, take the place of those that took others months,
-    and their features are filled up with zeros to the width it reads."""
+    """The config to train from scratch. An official one keeps its transformer and autoencoder, but
+    its text encoders, which took months to train, are replaced by small ones whose features are
+    padded with zeros to the width that the transformer reads."""
     if config.training:
         return config
     return replace(config, text=SMALL.text, training=LARGE)

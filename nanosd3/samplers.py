@@ -5,12 +5,12 @@ A sampler is a function of a callable `velocity(z, t)` and knows nothing of the 
 callable as a 0-dimensional tensor. `callback(step, t, z, x0)`, if given, sees every step: z at
 time t, before the step, and the clean image x0 = z - t v that the velocity there points to.
 
-Euler asks once a step and has an error of order h; Heun asks twice (once in the last step) and
-has order h^2; DPM++ 2M asks once and remembers the last answer. Compare them at equal numbers of
-questions, not of steps.
+Euler evaluates the velocity once a step and has an error of order h; Heun evaluates it twice (once
+in the last step) and has order h^2; DPM++ 2M evaluates it once and remembers the previous result.
+Compare them at equal numbers of evaluations, not of steps.
 
-What else shapes a picture is no matter of the solver but of the velocity it follows: guidance
-makes one velocity out of two (`guided`), repainting holds it where the image is known.
+Solvers know nothing of guidance and inpainting, which change the velocity: guidance combines two
+(`guided`), inpainting replaces it where the image is known.
 """
 
 from collections.abc import Callable
@@ -98,8 +98,8 @@ def guided(
     for each image of the batch. Both velocities come from one call on a doubled batch; at scale 1
     they cannot differ from the prompt's alone, and the other is not computed.
 
-    With `skip`, some layers are left out for one more velocity to move away from, as SD3.5
-    medium likes it early on: v + scale (v_prompt - v_prompt without the layers).
+    With `skip`, the result also moves away from the velocity without some layers, which helps
+    SD3.5 Medium early in sampling: v + scale (v_prompt - v_prompt without the layers).
     """
     both = ()
     if scale != 1:

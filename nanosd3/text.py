@@ -100,7 +100,7 @@ class Tokenizers:
         )
 
     def unknown_words(self, prompts: Collection[str]) -> list[str]:
-        """Words of the prompts that stood in no caption, each once, in order."""
+        """Words of the prompts that occur in no caption, each once, in order."""
         if not self.words:
             return []
         said = [word for prompt in prompts for word in prompt.lower().split()]

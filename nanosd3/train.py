@@ -91,7 +91,7 @@ def train(job: Job, plan: Plan, prompts: list[str]) -> None:
     job.run.finish("samples", {})
     print(
         f"done: {job.run.folder / 'samples.png'} and loss.png, metrics.json. To generate more: "
-        f'python -m nanosd3.generate "{prompts[0]}" --run {job.run.folder} --out image.png'
+        f'python -m nanosd3.generate "{prompts[0]}" --model {job.run.folder} --out image.png'
     )
 
 

@@ -8,8 +8,9 @@ train_mnist.py, run by the same functions with fewer steps.
 With NANOSD3_FAST=1 in the environment everything is scaled down: all cells run in seconds and every
 assertion holds, but the model learns nothing. This is for tests only.
 
-Everything runs on the CPU, even where there is a GPU, so that a whole classroom gets the same
-results. All figures are black on white, have labelled axes and a caption below.
+NANOSD3_THREADS or OMP_NUM_THREADS sets the number of CPU threads. Everything runs on the CPU, even
+where there is a GPU, so that a whole classroom gets the same results. All figures are
+black on white, have labelled axes and a caption below.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from nanosd3.config import CONFIGS, Config, Training
 from nanosd3.data.mnist import ImageSet, load_images, to_model
 from nanosd3.data.sources import Described, Digits
 from nanosd3.errors import InputError
-from nanosd3.machine.device import cores
+from nanosd3.machine.device import default_threads
 from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.files import read_tensors, save_tensors
@@ -47,6 +48,8 @@ FAST = os.environ.get("NANOSD3_FAST", "") not in ("", "0")
 CACHE = Path(os.environ.get("NANOSD3_CACHE") or Path(__file__).parent / "cache") / (
     "fast" if FAST else "full"
 )
+
+torch.set_num_threads(1 if FAST else default_threads("NANOSD3_THREADS"))
 
 plt.rcParams.update(
     {
@@ -114,7 +117,6 @@ def begin_job(
             f"{CACHE / name}: holds a model of another version of the notebooks; "
             f"delete {CACHE} and run this cell again"
         ) from None
-    torch.set_num_threads(pick(min(cores(), 8), 1))
     return Job(run, config, source, torch.device("cpu"), seed=0)
 
 

@@ -15,9 +15,10 @@ torch.set_num_threads(1)  # the models here are too small to share
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """So that tests take the same time beside other work."""
+    """So that tests take the same time beside other work; and a shorter report of a run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanosd3.machine.device.cores", lambda: 1)
+        patch.setattr("nanosd3.training.report.EXACT_STEPS", 20)
         yield
 
 

@@ -4,11 +4,17 @@ On a CPU everything runs in float32: processors without native bfloat16 support 
 matrices some forty times slower.
 """
 
+import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from nanosd3.errors import InputError
+
+PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -17,36 +23,96 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
+def control_groups(controller: str) -> Iterator[Path]:
+    """Folders of this process's control groups (versions 1 and 2), from the innermost outwards;
+    none where the system has no such thing."""
+    try:
+        lines = (PROC / "self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = CONTROL_GROUPS / controller if controllers else CONTROL_GROUPS
+        innermost = root / path.lstrip("/")
+        for folder in (innermost, *innermost.parents):
+            yield folder
+            if folder == root:
+                break
+
+
+def words_of(path: Path) -> list[str]:
+    """The words in a file; none if it cannot be read."""
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def group_cores() -> float:
+    """The control groups' share of CPU time, in cores; infinity if it is not limited."""
+    limits = [math.inf]
+    for folder in control_groups("cpu"):
+        older = [*words_of(folder / "cpu.cfs_quota_us"), *words_of(folder / "cpu.cfs_period_us")]
+        match words_of(folder / "cpu.max") or older:
+            case [quota, period] if quota.isdecimal():  # not "max", not -1
+                limits.append(int(quota) / int(period))
+    return min(limits)
+
+
+def group_memory() -> float:
+    """The control groups' memory limit in GB; infinity if there is none."""
+    limits = [math.inf]
+    for folder in control_groups("memory"):
+        match words_of(folder / "memory.max") or words_of(folder / "memory.limit_in_bytes"):
+            case [limit] if limit.isdecimal():
+                limits.append(int(limit) / 1e9)
+    return min(limits)
+
+
 def cores() -> int:
-    """Number of CPU cores this process may use, by its affinity and its cgroup's quota."""
+    """Number of CPU cores this process may use, by its affinity and its control groups' quotas."""
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroups, or no quota ("max")
-        pass
-    return count
+    return max(1, math.floor(min(count, group_cores())))
+
+
+def default_threads(name: str = "OMP_NUM_THREADS") -> int:
+    """Number of CPU threads to compute with, at least 1: what the environment variable says, else
+    the usable cores, at most 8. Raises InputError if it is not a number.
+
+    It is never tuned by measurement: the order in which threads add floats affects the last bits
+    of the weights, and the same command must give the same bytes.
+    """
+    for variable in dict.fromkeys((name, "OMP_NUM_THREADS")):
+        if text := os.environ.get(variable, "").strip():
+            first = text.split(",")[0]  # OpenMP takes a list, a number for each level of nesting
+            if not first.isdecimal() or int(first) == 0:
+                raise InputError(f"{variable}={text}: expected a number of threads, at least 1")
+            return int(first)
+    return min(cores(), 8)
 
 
 def set_up(threads: int | None = None) -> torch.device:
     """Choose the device, set the number of CPU threads, and print both.
 
-    The default number of threads is the number of usable cores, at most 8, divided among the
-    processes torchrun started on this machine. It is never tuned by measurement: the order in which
-    threads add floats affects the last bits of the weights, and the same command must give the same
-    bytes.
+    `threads` None: OMP_NUM_THREADS, else the usable cores, at most 8, divided among the processes
+    that torchrun started on this machine. (It sets OMP_NUM_THREADS=1 itself if nobody else did.)
     """
-    if threads is None:
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        threads = max(1, min(cores() // local_processes, 8))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    by_torchrun = local_processes > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
+    if threads is not None:
+        reason = "as requested"
+    elif os.environ.get("OMP_NUM_THREADS") and not by_torchrun:
+        threads, reason = default_threads(), "as OMP_NUM_THREADS says"
+    else:
+        threads = max(1, min(cores(), 8) // local_processes)
         reason = f"of {cores()} usable cores"
         if local_processes > 1:
             reason += f", {local_processes} processes"
         if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * cores() + 0.5:
             reason += f"; the machine is busy (load {os.getloadavg()[0]:.1f}), --threads 1 may help"
-    else:
-        reason = "as requested"
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         device = torch.device("cuda")
@@ -67,7 +133,7 @@ def memory_found() -> tuple[float, str]:
         free, _ = torch.cuda.mem_get_info()
         return free / 1e9, f"free on {torch.cuda.get_device_name()}"
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (PROC / "meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
         return min(available * 1024 / 1e9, group_memory()), "available on this machine"
     except (OSError, StopIteration):  # not Linux
@@ -76,14 +142,6 @@ def memory_found() -> tuple[float, str]:
             return float("nan"), "(not reported by this system)"
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return size / 1e9, "in this machine"
-
-
-def group_memory() -> float:
-    """Memory limit of this process's cgroup in GB; infinity if there is none."""
-    try:
-        return int(Path("/sys/fs/cgroup/memory.max").read_text()) / 1e9
-    except (OSError, ValueError):  # no cgroups, or no limit ("max")
-        return float("inf")
 
 
 def peak_memory(device: torch.device) -> float | None:

@@ -1,8 +1,8 @@
 """A cache on disk for what frozen networks compute from each image and caption.
 
 Encoding an image or a caption costs far more than reading the result, so it is done once, before
-training. Each key has one row of tensors. Rows are stored in shards, safetensors files of a few
-hundred rows each, and a manifest lists the keys of each shard:
+training. Each key has one row of tensors. Rows are stored in shards, safetensors files of up to
+a few thousand rows, and a manifest lists the keys of each shard:
 
     manifest.json       {"shards": {"00000.safetensors": {"sha256": ..., "keys": [...]}, ...}}
     00000.safetensors   tensors (n, ...), one row for each of the n keys, in the same order

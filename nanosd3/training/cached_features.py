@@ -30,7 +30,7 @@ SHARD = 4096  # rows in a shard, at most
 
 @dataclass(frozen=True)
 class Encoders:
-    """Text encoders and autoencoder, trained by this run or taken from another model."""
+    """What a source is encoded with."""
 
     config: Config  # its vae has the `shift` and `scale` that normalise the latents
     name: str  # a cache key: encoders with different weights have different names

@@ -35,7 +35,7 @@ from nanosd3.training.ema import update_ema
 from nanosd3.training.not_finite import PATIENCE, first_not_finite, not_finite_error
 from nanosd3.training.optimizer import CLIP_NORM, learning_rate, make_optimizer
 
-SAVE_EVERY = 500  # steps between checkpoints, the most a crash can lose (Ctrl-C loses nothing)
+SAVE_EVERY = 500  # steps between saved states, the most a crash can lose (Ctrl-C loses nothing)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ PATIENCE = 3  # non-finite steps in a row after which a run stops
 def not_finite_error(stage: str, step: int, where: str) -> InputError:
     return InputError(
         f"{stage}: steps {step - PATIENCE + 1} to {step} are not finite, {where}; "
-        "the checkpoint is intact, a lower learning rate may help"
+        "the last saved state is intact, a lower learning rate may help"
     )
 
 

@@ -22,7 +22,7 @@ from nanosd3.errors import InputError
 from nanosd3.machine.device import set_up
 from nanosd3.machine.distributed import MODES, Compute, launched_processes, process_group
 from nanosd3.machine.signals import obeying
-from nanosd3.measure.training_memory import refuse_too_large
+from nanosd3.measure.memory_check import refuse_too_large
 from nanosd3.official.checkpoint import Checkpoint, open_checkpoint, open_transformer
 from nanosd3.official.missing_keys import check, check_part
 from nanosd3.official.tensors import State

@@ -35,6 +35,7 @@ from nanosd3.training.train_flow import every_so_often
 
 RECONSTRUCTION_BATCH = 50
 TERMINAL_SAMPLES = 5
+EXACT_STEPS = 100  # of Heun, for the solution that solvers are compared with
 SOLVER_EVALUATIONS = (5, 9, 17, 33)  # per image, to compare solvers at; odd, because of Heun
 WEIGHT_WORDS = {"thin": 0, "bold": 2}  # the third of the stroke weights that a word stands for
 SLANT_WORDS = {"leaning left": 0, "upright": 1, "leaning right": 2}
@@ -216,7 +217,7 @@ def reconstructions(source: Digits, index: Tensor, pipeline: Pipeline) -> Tensor
 @torch.no_grad()
 def solver_errors(pipeline: Pipeline, prompts: list[str]) -> dict[str, list[tuple[int, float]]]:
     """For each solver, (network evaluations, r.m.s. distance from a very fine solution)."""
-    exact = sample_latents(pipeline, prompts, sampler="heun", steps=100)
+    exact = sample_latents(pipeline, prompts, sampler="heun", steps=EXACT_STEPS)
     errors: dict[str, list[tuple[int, float]]] = {}
     for sampler in ("euler", "heun", "dpmpp_2m"):
         for evaluations in SOLVER_EVALUATIONS:

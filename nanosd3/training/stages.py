@@ -80,7 +80,7 @@ def finish_or_load(job: Job, stage: str, module: nn.Module, train: Callable[[], 
 
 
 def finish(job: Job, stage: str, results: dict, begin: float) -> None:
-    """Mark a stage as finished and delete its checkpoints."""
+    """Mark a stage as finished and delete its saved states."""
     job.run.finish(stage, results | {"seconds": round(time.perf_counter() - begin, 1)})
     training_state.forget(job.run.folder)
 

@@ -1,7 +1,114 @@
-"""Cores and memory of this machine."""
+"""Cores, threads and memory of this machine."""
 
-from nanosd3.machine.device import cores, memory_found
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanosd3.errors import InputError
+from nanosd3.machine import device
+from nanosd3.machine.device import cores, default_threads, memory_found, set_up
 
 
 def test_cores_and_memory():
     assert cores() >= 1 and memory_found()[0] > 0
+
+
+GROUPS = {  # files, the process's line, cores, GB
+    "version 2, a container": (
+        {"cpu.max": "250000 100000\n", "memory.max": "3000000000\n"}, "0::/", 2.5, 3),
+    "version 2, nested": (
+        {"user.slice/a/cpu.max": "max 100000", "user.slice/cpu.max": "100000 100000",
+         "user.slice/a/memory.max": "max", "user.slice/memory.max": "2000000000"},
+        "0::/user.slice/a", 1, 2),
+    "version 1": (
+        {"cpu/jobs/cpu.cfs_quota_us": "150000", "cpu/jobs/cpu.cfs_period_us": "50000",
+         "memory/memory.limit_in_bytes": "1000000000"},
+        "4:memory:/seen/from/outside\n3:cpu,cpuacct:/jobs\n0::/", 3, 1),
+    "version 1, no limit": (
+        {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+        "2:cpu:/\n1:name=systemd:/", math.inf, math.inf),
+    "half a core": ({"cpu.max": "50000 100000"}, "0::/", 0.5, math.inf),
+    "no control groups": ({}, "", math.inf, math.inf),
+}  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(device, "CONTROL_GROUPS", tmp_path / "groups")
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_limits_of_control_groups(files, name):
+    there, lines, share, gigabytes = GROUPS[name]
+    for file, text in there.items():
+        write(files / "groups" / file, text)
+    write(files / "proc/self/cgroup", lines)
+    assert device.group_cores() == share and device.group_memory() == gigabytes
+
+
+def test_a_system_without_control_groups(files):
+    assert device.group_cores() == device.group_memory() == math.inf
+
+
+def test_a_quota_limits_the_cores(monkeypatch):
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    for share, expected in ((math.inf, 64), (2.5, 2), (0.5, 1)):
+        monkeypatch.setattr(device, "group_cores", lambda share=share: share)
+        assert cores() == expected
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Eight cores; no threads are really set."""
+    chosen: list[int] = []
+    monkeypatch.setattr(device, "cores", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    for name in ("OMP_NUM_THREADS", "NANOSD3_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("environment", "option", "expected"),
+    [
+        ({}, None, 8),
+        ({}, 3, 3),
+        ({"OMP_NUM_THREADS": "2"}, None, 2),
+        ({"OMP_NUM_THREADS": "2,1"}, None, 2),
+        ({"OMP_NUM_THREADS": ""}, None, 8),
+        ({"OMP_NUM_THREADS": "2"}, 3, 3),
+        ({"LOCAL_WORLD_SIZE": "4"}, None, 2),
+        ({"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}, None, 2),  # set by torchrun
+        ({"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "3"}, None, 3),
+        ({"LOCAL_WORLD_SIZE": "", "OMP_NUM_THREADS": "1"}, None, 1),
+    ],
+)
+def test_number_of_threads(threads, monkeypatch, environment, option, expected, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    set_up(option)
+    assert threads == [expected] and f"{expected} " in capsys.readouterr().out
+
+
+def test_notebooks_have_a_variable_of_their_own(threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert default_threads("NANOSD3_THREADS") == 2
+    monkeypatch.setenv("NANOSD3_THREADS", "5")
+    assert default_threads("NANOSD3_THREADS") == 5 and default_threads() == 2
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_a_number_of_threads_that_is_none(threads, monkeypatch, value):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    with pytest.raises(InputError, match=f"OMP_NUM_THREADS={value}: expected a number of threads"):
+        set_up()
+    assert not threads

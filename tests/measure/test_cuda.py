@@ -2,10 +2,14 @@
 
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
+import nanosd3
 from nanosd3 import bench
 from nanosd3.errors import InputError
 from nanosd3.measure.cuda import command, correct, worker
@@ -41,6 +45,17 @@ def test_correctness_has_limits_and_small_configs_have_no_goals(results):
     for check in correct.CORRECTNESS:
         assert all(row["aim"] for row in entries[check.name]["rows"])
     assert not any(row["goal"] for entry in entries.values() for row in entry["rows"])
+
+
+def test_the_commit_is_recorded(results):
+    root = Path(nanosd3.__file__).parent.parent
+    git = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    content = json.loads(results[0].read_text())
+    if (root / ".git").exists() and shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        assert commit[:7] in content["commit"]
+    else:
+        assert content["commit"] is None
 
 
 def test_profile_is_written(results):

@@ -20,7 +20,7 @@ from nanosd3.cli import run_main
 from nanosd3.config import CONFIGS, trainable
 from nanosd3.errors import InputError
 from nanosd3.machine.distributed import Compute
-from nanosd3.measure import training_memory
+from nanosd3.measure import memory_check
 from nanosd3.mmdit import MMDiT
 from nanosd3.storage import files, training_state
 from nanosd3.storage.run import Run
@@ -113,7 +113,7 @@ def test_weights_that_do_not_fit_the_config(capsys, tmp_path, monkeypatch, tiny_
 
 def test_full_size_needs_memory(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training_memory, "memory_found", lambda: (8.0, "free"))
+    monkeypatch.setattr(memory_check, "memory_found", lambda: (8.0, "free"))
     line = refused(capsys, train_mnist.main, "--config", "sd3-medium")
     assert "2.0B parameters needs 635 GB" in line and "found 8 GB free: not enough" in line
     assert "--checkpointing" in line and "--accumulate" in line and "fsdp" in line
@@ -122,9 +122,9 @@ def test_full_size_needs_memory(capsys, tmp_path, monkeypatch):
             refused(capsys, train_mnist.main, "--config", name)
     assert not list(tmp_path.iterdir())
     eight = trainable(CONFIGS["sd3-medium"]), 8, Compute(checkpointing=True, accumulate=8)
-    training_memory.refuse_too_large(*eight, sharded=True)  # each process holds an eighth
+    memory_check.refuse_too_large(*eight, sharded=True)  # each process holds an eighth
     with pytest.raises(InputError, match="not enough"):
-        training_memory.refuse_too_large(*eight, sharded=False)  # each process holds everything
+        memory_check.refuse_too_large(*eight, sharded=False)  # each process holds everything
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from nanosd3.data import sources
 from nanosd3.data.image_folder import read_folder
 from nanosd3.data.mnist import load_images
 from nanosd3.flow import shift
-from nanosd3.measure import training_memory
+from nanosd3.measure import memory_check
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.files import read_tensors
 from nanosd3.storage.run import Run
@@ -297,7 +297,7 @@ def test_every_option_of_training_reaches_the_run(tmp_path):
 
 
 def test_memory_is_checked_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training_memory, "memory_found", lambda: (0.001, "free here"))
+    monkeypatch.setattr(memory_check, "memory_found", lambda: (0.001, "free here"))
     command = ["--config", "tiny", "--out", str(tmp_path / "run")]
     assert run_main(lambda: train_mnist.main(command)) == 2
     assert "found 0 GB free here: not enough" in capsys.readouterr().err

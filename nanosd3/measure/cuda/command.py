@@ -69,7 +69,7 @@ def describe_machine(setting: Setting) -> dict[str, str | None]:
     root = Path(nanosd3.__file__).parent.parent
     commit = None
     if (root / ".git").exists():
-        command = ["git", "describe_machine", "--always", "--dirty"]
+        command = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
         commit = done.stdout.strip() if not done.returncode else None
     cuda = setting.device.type == "cuda"
@@ -172,7 +172,7 @@ def parser() -> Parser:
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
-    """The setting that the options describe_machine. Raises InputError if they are inconsistent."""
+    """The setting that the options describe. Raises InputError if they are inconsistent."""
     if args.out.suffix != ".json" or not args.out.parent.is_dir():
         raise InputError(f"--out {args.out}: expected a .json file in an existing folder")
     if args.device == "cuda" and not torch.cuda.is_available():
