@@ -26,20 +26,25 @@ from tqdm import tqdm
 
 from nanosd3.config_types import Config
 from nanosd3.data.mnist import to_uint8
-from nanosd3.errors import InputError, rng
+from nanosd3.errors import InputError, shown
 from nanosd3.flow import interpolate
 from nanosd3.lazy_modules import LazyModules
 from nanosd3.machine.accelerate import accelerate
+from nanosd3.machine.device import at_once, device_of
 from nanosd3.mmdit import MMDiT
 from nanosd3.official.checkpoint import Checkpoint, open_checkpoint
 from nanosd3.official.load_networks import open_networks
-from nanosd3.request import SKIP_SCALE, Request, make_request
+from nanosd3.request import SKIP_SCALE, Request, make_request, seeded_noise
 from nanosd3.samplers import SAMPLERS, Callback, guided, inpainting
-from nanosd3.text import ENCODERS, TextEncoders, Tokenizers
+from nanosd3.text import (
+    TextEncoders,
+    Tokenizers,
+    check_prompts,
+    check_t5_length,
+    dropped_encoders,
+    rows_of,
+)
 from nanosd3.vae import AutoencoderKL
-
-MAX_ACTIVATIONS = 2**26  # numbers in the widest activation of the transformer or decoder, at most
-BATCH = 250  # images at once, at most
 
 
 class EncodedText(Protocol):
@@ -65,7 +70,7 @@ class Pipeline:
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Pipeline":
         """The model in a run folder, a single file or a diffusers folder, in memory to stay. The
         short form of `nanosd3.weights.load`."""
-        return open_pipeline(open_checkpoint(Path(path)), torch.device(device), None, staged=False)
+        return open_pipeline(open_checkpoint(Path(path)), device, None, staged=False)
 
     @property
     def mmdit(self) -> MMDiT:
@@ -77,45 +82,23 @@ class Pipeline:
 
     def encode_text(
         self,
-        prompts: str | list[str],
-        drop: Collection[str] = (),
+        prompts: str | Collection[str],
+        drop: str | Collection[str] = (),
         t5_length: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Context (B, M, Dc) and pooled (B, Dp); equal prompts are encoded once.
 
         Raises InputError if a CLIP is absent and not dropped; an absent T5 is warned of.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for message in self.absent(drop):
+        prompts, drop = check_prompts(prompts), dropped_encoders(drop)
+        length = check_t5_length(t5_length)
+        for message in self.text.absent(drop):
             warnings.warn(message, stacklevel=2)
-        return rows_of(self.encode_each(list(dict.fromkeys(prompts)), drop, t5_length), prompts)
-
-    def absent(self, drop: Collection[str]) -> list[str]:
-        """Warnings about absent encoders. Raises InputError for a CLIP."""
-        absent = [name for name in ENCODERS if name not in self.parts and name not in drop]
-        for name in absent:
-            if name != "t5":
-                raise InputError(
-                    f"{name} is absent; name its file (--{name.replace('_', '-')}), "
-                    f"or leave it out knowingly (--drop {name})"
-                )
-        message = "t5 is absent; zeros stand for its tokens, as when it was dropped in training"
-        return [message] if absent else []
-
-    def remarks(self, request: Request) -> list[str]:
-        """Warnings about the prompts. Raises InputError if a CLIP is absent."""
-        remarks = self.absent(request.drop)
-        prompts = list(dict.fromkeys([*request.prompts, request.negative]))
-        if unknown := self.text.tokenizers.unknown_words(prompts):
-            words = ", ".join(map(repr, unknown))
-            remarks.append(f"unknown to this model, which has seen no such word: {words}")
-        return remarks + self.text.truncated(prompts, request.t5_length, request.drop)
+        return rows_of(self.encode_each(list(dict.fromkeys(prompts)), drop, length), prompts)
 
     def noise(self, count: int, seed: int, size: tuple[int, int]) -> Tensor:
-        """Noise (count, C, h, w); each image has a stream of its own."""
-        shape = (self.config.mmdit.latent_channels, *size)
-        each = [torch.randn(shape, generator=rng(seed, "noise", i)) for i in range(count)]
-        return torch.stack(each)
+        """The noise (count, C, h, w) of a seed."""
+        return seeded_noise((count, self.config.mmdit.latent_channels, *size), seed)
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +127,7 @@ class Pipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompts: str | list[str],
+        prompts: str | Collection[str],
         negative: str = "",
         *,
         steps: int | None = None,
@@ -155,7 +138,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         t5_length: int | None = None,
-        drop: Collection[str] = (),
+        drop: str | Collection[str] = (),
         skip_layers: Collection[int] = (),
         skip_scale: float = SKIP_SCALE,
         noise: Tensor | None = None,
@@ -177,49 +160,26 @@ class Pipeline:
         batch of images; `progress` shows a bar. Warns of words that no caption had and of prompts
         that are cut. Raises InputError for invalid values.
         """
-        if output not in ("image", "latent"):
-            raise InputError(f"output must be image or latent, got {output!r}")
-        request = make_request(
-            self.config,
-            prompts,
-            negative,
-            steps=steps,
-            guidance=guidance,
-            shift=shift,
-            sampler=sampler,
-            height=height,
-            width=width,
-            t5_length=t5_length,
-            drop=drop,
-            skip_layers=skip_layers,
-            skip_scale=skip_scale,
-            noise=noise,
-            image=image,
-            strength=strength,
-            mask=mask,
-        )
-        for message in self.remarks(request):
+        given = {name: value for name, value in locals().items() if name != "self"}
+        request = make_request(self.config, **given)
+        prompts = list(dict.fromkeys([*request.prompts, request.negative]))
+        for message in self.text.remarks(prompts, request.t5_length, request.drop):
             warnings.warn(message, stacklevel=3)  # past no_grad's wrapper
-        noise = request.noise
-        if noise is None:
-            noise = self.noise(len(request.prompts), seed, request.size)
-        latents = self.generate_latents(request, noise, callback, progress)
-        if output == "latent":
+        latents = self.generate_latents(request)
+        if request.output == "latent":
             return latents
         images = self.decode(latents)
         self.parts.release("vae")
         return images
 
-    def generate_latents(
-        self, request: Request, noise: Tensor, callback: Callback | None, progress: bool
-    ) -> Tensor:
+    def generate_latents(self, request: Request) -> Tensor:
         """Encode the image to start from and the texts, then sample: latents (B, C, h, w)."""
         known = None
         if request.pixels is not None:
-            known = self.encode(request.pixels).expand(noise.shape)
+            known = self.encode(request.pixels).expand(request.noise.shape)
             self.parts.release("vae")
         text = self.encode_each(request.texts, request.drop, request.t5_length)
-        latents = self.sample(request, text, noise, known, callback, progress)
+        latents = self.sample(request, text, known)
         self.parts.release("mmdit")
         return latents
 
@@ -236,20 +196,14 @@ class Pipeline:
         return dict(zip(texts, rows, strict=True))
 
     def sample(
-        self,
-        request: Request,
-        text: dict[str, tuple[Tensor, Tensor]],
-        noise: Tensor,
-        known: Tensor | None,
-        callback: Callback | None,
-        progress: bool,
+        self, request: Request, text: dict[str, tuple[Tensor, Tensor]], known: Tensor | None
     ) -> Tensor:
         """Follow the velocity from the noise, or from `known` latents noised, to latents
         (B, C, h, w), some images at a time."""
         mmdit, device, sampling = self.mmdit, self.parts.device, request.sampling
         dtype = dtype_of(mmdit)
         solver_dtype = torch.promote_types(dtype, torch.float32)
-        times = request.times.to(device)
+        times, noise = request.times.to(device), request.noise
 
         def model(z: Tensor, t: Tensor, *texts: Tensor, skip: Collection[int] = ()) -> Tensor:
             return mmdit(z.to(dtype), t, *texts, skip=skip).to(solver_dtype)
@@ -258,12 +212,14 @@ class Pipeline:
         patches = noise[0, 0].numel() // self.config.mmdit.patch_size**2
         tokens = patches + len(next(iter(text.values()))[0])
         batches = torch.arange(len(noise)).split(at_once(tokens * 4 * self.config.mmdit.width))
-        bar = tqdm(total=len(batches) * (len(times) - 1), desc="sampling", disable=not progress)
+        bar = tqdm(
+            total=len(batches) * (len(times) - 1), desc="sampling", disable=not request.progress
+        )
 
         def watch(step: int, t: Tensor, z: Tensor, x0: Tensor) -> None:
             bar.update(step > 0)  # a step is done when the next begins
-            if callback:
-                callback(step, t, z, x0)
+            if request.callback:
+                request.callback(step, t, z, x0)
 
         results = []
         for rows in batches:
@@ -285,17 +241,13 @@ class Pipeline:
 
 
 def open_pipeline(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, staged: bool
+    checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype | None, staged: bool
 ) -> Pipeline:
     """A Pipeline of a checkpoint, see `open_networks`."""
-    networks = open_networks(checkpoint, device, dtype, staged)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype must be such as torch.bfloat16, got {shown(dtype)}")
+    networks = open_networks(checkpoint, device_of(device), dtype, staged)
     return Pipeline(checkpoint.config, checkpoint.tokenizers, networks)
-
-
-def rows_of(text: dict[str, tuple[Tensor, Tensor]], prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Context (B, M, Dc) and pooled (B, Dp) of prompts that are encoded already."""
-    context, pooled = zip(*(text[prompt] for prompt in prompts), strict=True)
-    return torch.stack(context), torch.stack(pooled)
 
 
 def finite(x: Tensor, what: str) -> Tensor:
@@ -310,8 +262,3 @@ def finite(x: Tensor, what: str) -> Tensor:
 
 def dtype_of(module: torch.nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
-
-
-def at_once(numbers: int) -> int:
-    """How many images to compute at once, given the numbers in one's widest activation."""
-    return min(BATCH, max(1, MAX_ACTIVATIONS // numbers))

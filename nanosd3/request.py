@@ -1,11 +1,12 @@
 """One call of the pipeline: its arguments, validated and resolved once.
 
 `make_request` fills in what was not given from the config and raises InputError, one line, for any
-value that makes no sense; after it nothing is checked again.
+value that makes no sense; after it nothing is checked again. Numbers are Python's, NumPy's or
+tensors (), and a text where several may stand is one of them.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from nanosd3.config_types import Config, Sampling
 from nanosd3.data.pictures import to_latent_mask, to_pixels
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, real_number, rng, several, shown, whole_number
 from nanosd3.flow import schedule
-from nanosd3.samplers import SAMPLERS, SkipLayerGuidance
+from nanosd3.samplers import SAMPLERS, Callback, SkipLayerGuidance
+from nanosd3.text import check_prompts, check_t5_length, dropped_encoders
 
 STRENGTH = 0.6  # default of image to image
 SKIP_SCALE = 2.5  # default scale of skip-layer guidance (diffusers has 2.8)
@@ -29,14 +31,16 @@ class Request:
     prompts: list[str]
     negative: str
     sampling: Sampling
-    drop: Collection[str]  # text encoders left out
+    drop: list[str]  # text encoders left out
     t5_length: int | None
-    size: tuple[int, int]  # of the latents
     times: Tensor  # visited, from the first to 0
-    noise: Tensor | None  # (B, C, h, w), or None for the seeded noise
+    noise: Tensor  # (B, C, h, w)
     pixels: Tensor | None  # (1 or B, channels, H, W) in [-1, 1], the image to start from
     mask: Tensor | None  # (1, 1, h, w), 1 where the image is repainted
     skip: SkipLayerGuidance | None
+    output: str  # "image" or "latent"
+    callback: Callback | None
+    progress: bool
 
     @property
     def texts(self) -> list[str]:
@@ -47,78 +51,84 @@ class Request:
 
 def make_request(
     config: Config,
-    prompts: str | list[str],
+    prompts: str | Collection[str],
     negative: str,
     *,
     steps: int | None,
     guidance: float | None,
     shift: float | None,
     sampler: str | None,
+    seed: int,
     height: int | None,
     width: int | None,
     t5_length: int | None,
-    drop: Collection[str],
+    drop: str | Collection[str],
     skip_layers: Collection[int],
     skip_scale: float,
     noise: Tensor | None,
     image: object,
     strength: float | None,
     mask: object,
+    output: str,
+    callback: Callback | None,
+    progress: bool,
 ) -> Request:
     """Validate the arguments of `Pipeline.__call__`, with the config's defaults."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    usual = config.sampling
-    sampling = Sampling(
-        steps=usual.steps if steps is None else steps,
-        guidance=usual.guidance if guidance is None else guidance,
-        shift=usual.shift if shift is None else shift,
-        sampler=usual.sampler if sampler is None else sampler,
-    )
-    check_text(prompts, negative, t5_length)
-    check_sampling(sampling)
-    if negative and sampling.guidance <= 1:
+    prompts = check_prompts(prompts, negative)
+    sampling = sampling_of(config.sampling, steps, guidance, shift, sampler)
+    if negative and sampling.guidance == 1:
         raise InputError("a negative prompt has no effect at guidance 1 or less, which is none")
-    sampling = replace(sampling, guidance=max(sampling.guidance, 1.0))  # as in diffusers
     pixels, height, width = starting_image(config, image, height, width, len(prompts))
     latent_mask = starting_mask(config, mask, pixels)
     times = times_from(sampling, default_strength(strength, pixels, latent_mask))
     skip = skip_layer_guidance(skip_layers, skip_scale, times, config.mmdit.depth)
-    size = latent_size(config, height, width)
-    if noise is not None:
-        check_noise(noise, (len(prompts), config.mmdit.latent_channels, *size))
+    shape = (len(prompts), config.mmdit.latent_channels, *latent_size(config, height, width))
+    seed = whole_number("seed", seed)
+    if not isinstance(output, str) or output not in ("image", "latent"):
+        raise InputError(f"output must be image or latent, got {shown(output)}")
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback must be a function, got {shown(callback)}")
     return Request(
-        prompts, negative, sampling, drop, t5_length, size, times, noise, pixels, latent_mask, skip
+        prompts,
+        negative,
+        sampling,
+        dropped_encoders(drop),
+        check_t5_length(t5_length),
+        times,
+        seeded_noise(shape, seed) if noise is None else check_noise(noise, shape),
+        pixels,
+        latent_mask,
+        skip,
+        output,
+        callback,
+        bool(progress),
     )
 
 
-def check_text(prompts: list[str], negative: str, t5_length: int | None) -> None:
-    if not prompts:
-        raise InputError("no prompts given")
-    for prompt in (*prompts, negative):
-        if not isinstance(prompt, str):
-            raise InputError(f"a prompt must be text, got {prompt!r}")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise InputError(f"prompt {prompt!r}: is not valid Unicode; was it typed in UTF-8?")
-    if t5_length is not None and whole_number("t5_length", t5_length) < 1:
-        raise InputError(f"t5_length must be at least 1, got {t5_length}")
+# --- numbers --------------------------------------------------------------------------------------
 
 
-def check_sampling(sampling: Sampling) -> None:
-    if whole_number("steps", sampling.steps) < 1:
-        raise InputError(f"steps must be at least 1, got {sampling.steps}")
-    if not 0 <= sampling.guidance < float("inf"):
-        raise InputError(f"guidance must be a number from 0 up, got {sampling.guidance}")
-    if not 0 < sampling.shift < float("inf"):
-        raise InputError(f"shift must be a number above 0, got {sampling.shift}")
-    if sampling.sampler not in SAMPLERS:
-        raise InputError(f"no sampler {sampling.sampler!r}; there are {', '.join(SAMPLERS)}")
-
-
-def whole_number(name: str, value: object) -> int:
-    """The value as an int. Raises InputError if it is not a whole number."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise InputError(f"{name} must be a whole number, got {value!r}")
-    return int(value)
+def sampling_of(
+    usual: Sampling,
+    steps: int | None,
+    guidance: float | None,
+    shift: float | None,
+    sampler: str | None,
+) -> Sampling:
+    """The usual sampling with what is given. Guidance below 1 is none, as in diffusers."""
+    count = usual.steps if steps is None else whole_number("steps", steps)
+    scale = usual.guidance if guidance is None else real_number("guidance", guidance)
+    alpha = usual.shift if shift is None else real_number("shift", shift)
+    solver = usual.sampler if sampler is None else sampler
+    if count < 1:
+        raise InputError(f"steps must be at least 1, got {count}")
+    if not 0 <= scale < float("inf"):
+        raise InputError(f"guidance must be a number from 0 up, got {scale}")
+    if not 0 < alpha < float("inf"):
+        raise InputError(f"shift must be a number above 0, got {alpha}")
+    if not isinstance(solver, str) or solver not in SAMPLERS:
+        raise InputError(f"no sampler {shown(solver)}; there are {', '.join(SAMPLERS)}")
+    return Sampling(count, max(scale, 1.0), alpha, solver)
 
 
 def latent_size(config: Config, height: int | None, width: int | None) -> tuple[int, int]:
@@ -134,20 +144,31 @@ def latent_size(config: Config, height: int | None, width: int | None) -> tuple[
         if padded % step or not step <= padded <= largest + border:
             below = min(max(padded // step, 1), config.mmdit.grid) * step - border
             nearest = [str(size) for size in (below, below + step) if size <= largest]
-            shown = "not given" if pixels is None else pixels
+            asked = "not given" if pixels is None else pixels
             raise InputError(
-                f"{name} {shown}: sizes of this model go in steps of {step} up to {largest}; "
+                f"{name} {asked}: sizes of this model go in steps of {step} up to {largest}; "
                 f"nearest: {' or '.join(nearest)}"
             )
         latent.append(padded // config.vae.factor)
     return latent[0], latent[1]
 
 
-def check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
+def seeded_noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Noise (B, C, h, w); each image has a stream of its own."""
+    each = [torch.randn(shape[1:], generator=rng(seed, "noise", i)) for i in range(shape[0])]
+    return torch.stack(each)
+
+
+def check_noise(noise: object, shape: tuple[int, ...]) -> Tensor:
+    """The noise as a tensor. Raises InputError if it is none of this shape."""
+    noise = torch.from_numpy(noise.copy()) if isinstance(noise, np.ndarray) else noise
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        raise InputError(f"noise: expected a tensor of floating-point numbers, got {shown(noise)}")
     if tuple(noise.shape) != shape:
         raise InputError(f"noise: has shape {tuple(noise.shape)}, expected {shape}")
     if not torch.isfinite(noise).all():
         raise InputError("noise: holds NaN or infinity")
+    return noise
 
 
 # --- images to start from -----------------------------------------------------------------------
@@ -166,9 +187,13 @@ def starting_image(
     if len(pixels) not in (1, count):
         raise InputError(f"image: {len(pixels)} images for {count} prompts")
     H, W = pixels.shape[2:]
-    if (height or H, width or W) != (H, W):
+    asked = (
+        H if height is None else whole_number("height", height),
+        W if width is None else whole_number("width", width),
+    )
+    if asked != (H, W):
         raise InputError(
-            f"image: is {H}x{W} (height x width), but {height or H}x{width or W} is asked for; "
+            f"image: is {H}x{W} (height x width), but {asked[0]}x{asked[1]} is asked for; "
             "scale or crop it first"
         )
     latent_size(config, H, W)
@@ -191,7 +216,7 @@ def default_strength(strength: float | None, pixels: Tensor | None, mask: Tensor
         return 1.0 if pixels is None or mask is not None else STRENGTH
     if pixels is None:
         raise InputError("strength has no effect without an image")
-    return strength
+    return real_number("strength", strength)
 
 
 def first_step(steps: int, strength: float) -> int:
@@ -223,6 +248,9 @@ def skip_layer_guidance(
 
     Raises InputError for layers that the model does not have, and if no step falls in that part.
     """
+    given = several("skip_layers", layers, "a list of whole numbers")
+    layers = tuple(whole_number("a layer in skip_layers", layer) for layer in given)
+    scale = real_number("skip_scale", scale)
     if not layers:
         return None
     if wrong := [layer for layer in layers if not 0 <= layer < depth]:
@@ -237,4 +265,4 @@ def skip_layer_guidance(
             f"skip_layers: of {steps} steps none is in the part where it acts "
             f"(steps {first:.1f} to {last:.1f}); take more steps"
         )
-    return SkipLayerGuidance(tuple(layers), scale, inside[0], inside[-1])
+    return SkipLayerGuidance(layers, scale, inside[0], inside[-1])

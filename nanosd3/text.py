@@ -13,7 +13,7 @@ inference any may be left out the same way. The zero tokens stay in the sequence
 Paper: arXiv 2403.03206, section 4, appendix B.3.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from nanosd3.clip import CLIPText
 from nanosd3.config_types import CLIPConfig, TextConfig
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, listed, several, shown, whole_number
 from nanosd3.lazy_modules import LazyModules
 from nanosd3.t5 import T5Encoder
 from nanosd3.tokenizers import BPE, PAD, Unigram, pad_or_truncate
 
 ENCODERS = ("clip_l", "clip_g", "t5")
 MAX_TEXT_ACTIVATIONS = 2**28  # numbers in the widest activation of an encoder, at most
+MAX_T5_LENGTH = 4096  # tokens; T5 was trained on 512, and attention grows with the square
 
 
 def join_context(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
@@ -113,6 +114,50 @@ def make_encoders(config: TextConfig) -> nn.ModuleDict:
     return nn.ModuleDict(dict(zip(ENCODERS, made, strict=True)))
 
 
+# --- what may be asked for ------------------------------------------------------------------------
+
+
+def check_prompts(prompts: str | Collection[str], negative: str = "") -> list[str]:
+    """The prompts as a list. Raises InputError if any is not text, or there is none."""
+    if isinstance(prompts, Set):
+        raise InputError("prompts must be text or a list of texts, got a set, which has no order")
+    prompts = several("prompts", prompts, "text or a list of texts")
+    if not prompts:
+        raise InputError("no prompts given")
+    for prompt in (*prompts, negative):
+        if not isinstance(prompt, str):
+            raise InputError(f"a prompt must be text, got {shown(prompt)}")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError(
+                f"prompt {shown(prompt)}: is not valid Unicode; was it typed in UTF-8?"
+            )
+    return prompts
+
+
+def dropped_encoders(drop: str | Collection[str]) -> list[str]:
+    """The text encoders to leave out. Raises InputError for a name that is no encoder."""
+    names = several("drop", drop, "the name of a text encoder or a list of them")
+    for name in names:
+        if name not in ENCODERS:
+            raise InputError(f"drop: no encoder {shown(name)}; there are {', '.join(ENCODERS)}")
+    return names
+
+
+def check_t5_length(t5_length: int | None) -> int | None:
+    """The number of tokens for T5; None is the config's."""
+    if t5_length is None:
+        return None
+    length = whole_number("t5_length", t5_length)
+    if length < 1:
+        raise InputError(f"t5_length must be at least 1, got {length}")
+    if length > MAX_T5_LENGTH:
+        raise InputError(f"t5_length must be at most {MAX_T5_LENGTH}, got {length}")
+    return length
+
+
+# --- the three together ---------------------------------------------------------------------------
+
+
 class TextEncoders:
     """Prompts to (context, pooled), as wide as a transformer reads them (Dc, Dp). An encoder that
     is not among the `parts` counts as dropped."""
@@ -157,14 +202,37 @@ class TextEncoders:
             limits["T5"] = (unigram.encode, t5_length or self.config.t5.length)
         lines = []
         for prompt in prompts:
+            tokens = {name: len(encode(prompt)) for name, (encode, _) in limits.items()}
             cut = [
-                f"{name} ({length} of {len(encode(prompt))} tokens kept)"
-                for name, (encode, length) in limits.items()
-                if len(encode(prompt)) > length
+                f"{name} ({length} of {tokens[name]} tokens kept)"
+                for name, (_, length) in limits.items()
+                if tokens[name] > length
             ]
             if cut:
-                lines.append(f"too long for {' and '.join(cut)}, cut at the end: {prompt!r}")
+                lines.append(f"too long for {' and '.join(cut)}, cut at the end: {shown(prompt)}")
         return lines
+
+    def absent(self, drop: Collection[str]) -> list[str]:
+        """Warnings about absent encoders. Raises InputError for a CLIP."""
+        absent = [name for name in ENCODERS if name not in self.parts and name not in drop]
+        for name in absent:
+            if name != "t5":
+                raise InputError(
+                    f"{name} is absent; name its file (--{name.replace('_', '-')}), "
+                    f"or leave it out knowingly (--drop {name})"
+                )
+        message = "t5 is absent; zeros stand for its tokens, as when it was dropped in training"
+        return [message] if absent else []
+
+    def remarks(
+        self, prompts: list[str], t5_length: int | None, drop: Collection[str]
+    ) -> list[str]:
+        """Warnings about different prompts. Raises InputError if a CLIP is absent."""
+        remarks = self.absent(drop)
+        if unknown := self.tokenizers.unknown_words(prompts):
+            words = listed([shown(word) for word in unknown], 20)
+            remarks.append(f"unknown to this model, which has seen no such word: {words}")
+        return remarks + self.truncated(prompts, t5_length, drop)
 
     def run(self, name: str, ids: Tensor, drop: Collection[str]) -> tuple[Tensor, Tensor]:
         """States (B, L, D) and, for the CLIPs, pooled vector (B, D) of one encoder; zeros if it
@@ -198,9 +266,7 @@ class TextEncoders:
         Where the config says so, "" gives zeros, the input of samples trained without text.
         Raises InputError for a name in `drop` that is no encoder.
         """
-        for name in drop:
-            if name not in ENCODERS:
-                raise InputError(f"drop: no encoder {name!r}; there are {', '.join(ENCODERS)}")
+        drop = dropped_encoders(drop)
         ids_l, ids_g = self.clip_ids(prompts)
         states_l, pooled_l = self.run("clip_l", ids_l, drop)
         states_g, pooled_g = self.run("clip_g", ids_g, drop)
@@ -211,3 +277,9 @@ class TextEncoders:
             return context, pooled
         keep = torch.tensor([[bool(prompt.strip())] for prompt in prompts]).expand(-1, 3)
         return drop_encoders(context, pooled, keep, self.config)
+
+
+def rows_of(text: dict[str, tuple[Tensor, Tensor]], prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Context (B, M, Dc) and pooled (B, Dp) of prompts that are encoded already."""
+    context, pooled = zip(*(text[prompt] for prompt in prompts), strict=True)
+    return torch.stack(context), torch.stack(pooled)

@@ -45,7 +45,7 @@ def load(
     files of their own. Raises InputError for anything missing or misshapen.
     """
     files = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
-    return open_pipeline(open_checkpoint(Path(path), files), torch.device(device), dtype, staged)
+    return open_pipeline(open_checkpoint(Path(path), files), device, dtype, staged)
 
 
 # --- command line -------------------------------------------------------------------------------

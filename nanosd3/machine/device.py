@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, shown
 
 PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+MAX_ACTIVATIONS = 2**26  # numbers in the widest activation of the transformer or decoder, at most
+BATCH = 250  # images at once, at most
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -94,6 +96,19 @@ def default_threads(name: str = "OMP_NUM_THREADS") -> int:
     return min(cores(), 8)
 
 
+def device_of(device: str | torch.device) -> torch.device:
+    """The device of this name. Raises InputError if there is none on this machine."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(
+            f"device: expected a name such as cpu or cuda, got {shown(device)}"
+        ) from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: no {found} on this machine")
+    return found
+
+
 def set_up(threads: int | None = None) -> torch.device:
     """Choose the device, set the number of CPU threads, and print both.
 
@@ -155,3 +170,8 @@ def peak_memory(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def at_once(numbers: int) -> int:
+    """How many images to compute at once, given the numbers in one's widest activation."""
+    return min(BATCH, max(1, MAX_ACTIVATIONS // numbers))

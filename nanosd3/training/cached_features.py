@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from nanosd3.config_types import Config
 from nanosd3.data.sources import Source, caption_key
 from nanosd3.lazy_modules import LazyModules
+from nanosd3.machine.device import at_once
 from nanosd3.machine.distributed import ProcessGroup
-from nanosd3.pipeline import Pipeline, at_once
+from nanosd3.pipeline import Pipeline
 from nanosd3.storage.shards import Shards, fill_shards
 from nanosd3.training.stages import Job
 

@@ -25,11 +25,11 @@ from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage import files
 from nanosd3.training import (
-    features,
-    job,
+    cached_features,
     loop,
     options,
     report,
+    stages,
     throughput,
     train_autoencoder,
     train_flow,
@@ -201,7 +201,7 @@ def test_interrupted_after_the_last_step(tmp_path, one_step, monkeypatch):
 def test_interrupted_while_encoding(tmp_path, one_step, monkeypatch):
     """What was encoded before Ctrl-C is not encoded again; the cache is deleted at the end."""
     command = ["--config", "tiny", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(features, "SHARD", 100)
+    monkeypatch.setattr(cached_features, "SHARD", 100)
     encoded, original = [], Pipeline.posterior
 
     def posterior(self, x):
@@ -302,8 +302,8 @@ def test_dropped_encoders_teach_nothing(tmp_path, unobserved, monkeypatch, dropo
     monkeypatch.setitem(options.CONFIGS, "tiny", config)
     assert train_mnist.main(["--config", "tiny", "--out", str(tmp_path / "run")]) == 0
     trained = files.read_tensors(tmp_path / "run" / "flow.safetensors")
-    task = job.Job(None, config, None, torch.device("cpu"), seed=0)
-    fresh = job.build(task, "flow", lambda: MMDiT(config.mmdit)).state_dict()
+    task = stages.Job(None, config, None, torch.device("cpu"), seed=0)
+    fresh = stages.build(task, "flow", lambda: MMDiT(config.mmdit)).state_dict()
     for key in ("context_embedder.weight", "y_embedder.mlp.0.weight"):
         assert torch.equal(trained[key], fresh[key]) == (dropout == 1.0), key
 
@@ -412,7 +412,7 @@ def test_an_image_does_not_depend_on_its_neighbours(pipeline):
 
 def test_large_calls_are_split(pipeline, monkeypatch):
     whole = pipeline(["7"] * 5, output="latent")
-    monkeypatch.setattr("nanosd3.pipeline.BATCH", 2)
+    monkeypatch.setattr("nanosd3.machine.device.BATCH", 2)
     torch.testing.assert_close(pipeline(["7"] * 5, output="latent"), whole, atol=1e-5, rtol=0)
 
 
