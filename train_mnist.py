@@ -12,10 +12,11 @@ from pathlib import Path
 from nanosd3.cli import Parser, run_main
 from nanosd3.data.mnist import load_images
 from nanosd3.data.sources import Digits
+from nanosd3.errors import shown
 from nanosd3.training.cached_features import get_features
 from nanosd3.training.classifier import train_classifier
 from nanosd3.training.encoders import frozen_encoders, trained_encoders
-from nanosd3.training.options import Plan, add_options, job_of, make_plan
+from nanosd3.training.options import Plan, add_options, generate_command, job_of, make_plan
 from nanosd3.training.report import previews, report_digits, shown_prompts
 from nanosd3.training.stages import Job, training_of
 from nanosd3.training.train_autoencoder import train_autoencoder
@@ -56,7 +57,7 @@ def train(job: Job, plan: Plan, source: Digits) -> None:
     images, folder = source.images, job.run.folder
     print(
         f"data: {len(images.train_images)} images from {images.source} (names: {images.why}); "
-        f"{len(source.texts)} captions, such as {source.texts[-1]!r}"
+        f"{len(source.texts)} captions, such as {shown(source.texts[-1])}"
     )
     classifier = train_classifier(job, images)  # reads digits, for the metrics
 
@@ -88,7 +89,7 @@ def train(job: Job, plan: Plan, source: Digits) -> None:
     )
     print(
         f"done: {folder / 'samples.png'} and trajectory.gif, loss.png, samplers.png, metrics.json. "
-        f'More: python -m nanosd3.generate "{prompts[0]}" --model {folder} --out digits.png'
+        f"More: {generate_command(prompts[0], folder, 'digits.png')}"
     )
 
 

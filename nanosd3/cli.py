@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from nanosd3.errors import InputError
-from nanosd3.machine.device import out_of_memory
+from nanosd3.errors import InputError, shortened, shown
+from nanosd3.machine.device import out_of_memory, torchrun_number
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,7 +20,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(name, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
+        raise InputError(f"{shortened(message, 500)} (see --help)")
 
 
 def positive(text: str) -> int:
@@ -26,10 +28,16 @@ def positive(text: str) -> int:
     try:
         number = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {shown(text)}") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def command_line(*words: object) -> str:
+    """A command to copy into the shell, with the quotes that it needs."""
+    texts = [str(word) for word in words]
+    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 def run_main(main: Callable[[], int | None]) -> int:
@@ -39,7 +47,7 @@ def run_main(main: Callable[[], int | None]) -> int:
     listen to other ranks might abort it.
     """
     status = status_of(main)
-    if "LOCAL_RANK" in os.environ:
+    if torchrun_number("RANK") is not None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -52,7 +60,7 @@ def status_of(main: Callable[[], int | None]) -> int:
     Bad input and insufficient memory give one line and status 2; Ctrl-C gives 130, or the `status`
     of the exception; none prints a traceback. Under torchrun only rank 0 prints to stdout.
     """
-    if int(os.environ.get("RANK", 0)):
+    if torchrun_number("RANK"):
         sys.stdout = open(os.devnull, "w")
     try:
         return main() or 0

@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, shown
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,9 @@ def config_from_dict(content: object, path: Path) -> Config:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise InputError(f"{path}: {name} should be of type {kind.__name__}, got {value!r}")
+            raise InputError(
+                f"{path}: {name} should be of type {kind.__name__}, got {shown(value)}"
+            )
         return value
 
     return typing.cast(Config, build(Config, content, "config"))

@@ -30,8 +30,8 @@ class InputError(ValueError):
 
 
 def shortened(text: str, limit: int = SHOWN) -> str:
-    """A text on one line, cut at `limit` characters."""
-    text = " ".join(text.split())
+    """A text for display: on one line, cut at `limit` characters, nothing in it unprintable."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return text if len(text) <= limit else f"{text[: limit - 3].rstrip()}..."
 
 

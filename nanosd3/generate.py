@@ -15,14 +15,14 @@ import numpy as np
 
 from nanosd3.cli import Parser, positive, run_main
 from nanosd3.data.pictures import read_image, read_mask
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, shown
 from nanosd3.machine.device import set_up
 from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.official.missing_keys import report
 from nanosd3.pipeline import Pipeline, open_pipeline
 from nanosd3.request import SKIP_RANGE, SKIP_SCALE, STRENGTH
 from nanosd3.samplers import SAMPLERS
-from nanosd3.storage.files import write_file
+from nanosd3.storage.files import check_writable, write_file
 from nanosd3.text import ENCODERS
 from nanosd3.training import figures
 from nanosd3.weights import PRECISIONS, add_files, files_of
@@ -35,7 +35,9 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers as in 7,8,9, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected numbers as in 7,8,9, got {shown(text)}"
+        ) from None
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -111,12 +113,13 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} has no effect without --init-image")
     own = is_run(args.model)
     out = args.out or Path("digits.png" if own else "image.png")
-    if out.suffix not in (".png", ".npy"):
+    if out.suffix.lower() not in (".png", ".npy"):
         raise InputError(f"{out}: the output must end in .png or .npy")
     if not out.parent.is_dir():
         raise InputError(f"{out}: folder {out.parent} does not exist")
     if out.is_dir():
         raise InputError(f"{out}: is a folder")
+    check_writable(out)
     args.out, args.count = out, args.count or (8 if own else 1)
 
 
@@ -183,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     assert isinstance(images, np.ndarray)  # not latents
     seconds = time.perf_counter() - begin
-    write_file(args.out, content(images, args.prompts, args.out.suffix))
+    write_file(args.out, content(images, args.prompts, args.out.suffix.lower()))
     rate = len(images) / seconds
     print(f"{len(images)} images in {seconds:.1f} s ({rate:.3g} a second): {args.out}")
     return 0

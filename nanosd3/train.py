@@ -19,9 +19,10 @@ from pathlib import Path
 from nanosd3.cli import Parser, run_main
 from nanosd3.data.image_folder import ImageFolder, read_folder
 from nanosd3.data.sources import Pictures
+from nanosd3.errors import shown
 from nanosd3.training.cached_features import get_features
 from nanosd3.training.encoders import get_encoders
-from nanosd3.training.options import Plan, add_options, job_of, make_plan
+from nanosd3.training.options import Plan, add_options, generate_command, job_of, make_plan
 from nanosd3.training.report import previews, report_pictures
 from nanosd3.training.stages import Job
 from nanosd3.training.train_flow import train_flow
@@ -54,7 +55,7 @@ def print_summary(folder: ImageFolder, source: Pictures) -> None:
     print(
         f"data: {source.trained} images from {source.name}, {source.count - source.trained} more "
         f"held out, {len(folder.skipped)} skipped; {len(source.texts)} captions, such as "
-        f"{source.texts[0]!r}"
+        f"{shown(source.texts[0])}"
     )
     counts = ", ".join(f"{h}x{w}: {n}" for (h, w), n in source.buckets.counts().items())
     print(f"buckets (height x width): {counts}")
@@ -91,7 +92,7 @@ def train(job: Job, plan: Plan, prompts: list[str]) -> None:
     job.run.finish("samples", {})
     print(
         f"done: {job.run.folder / 'samples.png'} and loss.png, metrics.json. To generate more: "
-        f'python -m nanosd3.generate "{prompts[0]}" --model {job.run.folder} --out image.png'
+        f"{generate_command(prompts[0], job.run.folder, 'image.png')}"
     )
 
 

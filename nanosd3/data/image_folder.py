@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from nanosd3.data.pictures import decode, read_bytes, to_channels
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, shown
 
 METADATA = "metadata.jsonl"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -173,7 +173,7 @@ def read_line(line: bytes, place: str) -> tuple[str, list[str]]:
     if not isinstance(name, str) or not name:
         raise InputError(f"{place}: no file_name, or it is not a string")
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"{place}: file_name {name!r} is outside the folder")
+        raise InputError(f"{place}: file_name {shown(name)} is outside the folder")
     texts = text if isinstance(text, list) else [text]
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{place}: no text, or it is neither a string nor a list of strings")

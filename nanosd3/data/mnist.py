@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, shown
+from nanosd3.storage.files import unreadable
 
 MNIST_FOLDER = Path(__file__).parent.parent / "assets" / "mnist"
 SIDE = 28
@@ -70,8 +71,8 @@ class ImageSet:
         if missing:
             name, count = self.names[missing[0]][0], min(train, len(self.train_labels))
             raise InputError(
-                f"{self.source}: no image of class {name!r} (label {missing[0]}) among the first "
-                f"{count} training images, expected at least one of each class"
+                f"{self.source}: no image of class {shown(name)} (label {missing[0]}) among the "
+                f"first {count} training images, expected at least one of each class"
             )
         return replace(
             self,
@@ -103,8 +104,10 @@ def read_idx(path: Path, dims: int) -> Tensor:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); copy it again") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     magic = bytes([0, 0, 8, dims])
     if content[:4] != magic:
         start = content[:4].hex() or "an empty file"

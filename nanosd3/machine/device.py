@@ -96,6 +96,19 @@ def default_threads(name: str = "OMP_NUM_THREADS") -> int:
     return min(cores(), 8)
 
 
+def torchrun_number(name: str) -> int | None:
+    """A number that torchrun gave this process, such as RANK; None without torchrun.
+
+    It sets all of its variables at once: one of them alone, or empty, is left over from something
+    else and says nothing.
+    """
+    numbers = {key: os.environ.get(key, "") for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", name)}
+    address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    if not address or not all(number.isdecimal() for number in numbers.values()):
+        return None
+    return int(numbers[name])
+
+
 def device_of(device: str | torch.device) -> torch.device:
     """The device of this name. Raises InputError if there is none on this machine."""
     try:
@@ -115,14 +128,14 @@ def set_up(threads: int | None = None) -> torch.device:
     `threads` None: OMP_NUM_THREADS, else the usable cores, at most 8, divided among the processes
     that torchrun started on this machine. (It sets OMP_NUM_THREADS=1 itself if nobody else did.)
     """
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    local_processes = torchrun_number("LOCAL_WORLD_SIZE") or 1
     by_torchrun = local_processes > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
     if threads is not None:
         reason = "as requested"
     elif os.environ.get("OMP_NUM_THREADS") and not by_torchrun:
         threads, reason = default_threads(), "as OMP_NUM_THREADS says"
     else:
-        threads = max(1, min(cores(), 8) // local_processes)
+        threads = max(1, min(cores() // local_processes, 8))
         reason = f"of {cores()} usable cores"
         if local_processes > 1:
             reason += f", {local_processes} processes"

@@ -16,7 +16,6 @@ Tensor and pipeline parallelism are left out: an 8B model does not need them.
 """
 
 import inspect
-import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from nanosd3.errors import InputError
+from nanosd3.machine.device import torchrun_number
 
 MODES = ("ddp", "fsdp")
 TIMEOUT = timedelta(hours=12)  # the others wait this long while the main process trains alone
@@ -107,7 +107,7 @@ SINGLE_PROCESS = ProcessGroup()
 
 def launched_processes() -> int:
     """Number of processes torchrun started for this run; 0 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 0)) if "LOCAL_RANK" in os.environ else 0
+    return torchrun_number("WORLD_SIZE") or 0
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def process_group(mode: str | None, device: torch.device) -> Iterator[ProcessGro
             f"torchrun started {launched_processes()} processes; add --parallel ddp or fsdp"
         )
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", torchrun_number("LOCAL_RANK") or 0)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)

@@ -17,7 +17,7 @@ import torch
 
 from nanosd3.components import COMPONENTS, on_meta
 from nanosd3.config_types import Config, config_from_dict
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, shown
 from nanosd3.layers import HEAD_DIM
 from nanosd3.mmdit import MMDiT
 from nanosd3.official.detect import config_of, file_of, refuse_foreign, refuse_scaled
@@ -234,7 +234,7 @@ def read_setting(file: Path, key: str, default: Number) -> Number:
     value = read_json(file).get(key, default) if file.is_file() else default
     kind = type(default)
     if type(value) not in (int, kind) or not value > 0:
-        raise InputError(f"{file}: {key} should be a number above 0, got {value!r}")
+        raise InputError(f"{file}: {key} should be a number above 0, got {shown(value)}")
     return kind(value)
 
 

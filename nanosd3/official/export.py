@@ -8,12 +8,10 @@ is complete: diffusers' StableDiffusion3Pipeline opens it, with tokenizers in tr
 
 import gzip
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from nanosd3.components import shapes
 from nanosd3.config_types import CLIPConfig, Config
@@ -23,7 +21,7 @@ from nanosd3.official.checkpoint import METADATA_FILE, METADATA_KEY, Checkpoint
 from nanosd3.official.detect import config_of
 from nanosd3.official.key_names import FOLDERS, PREFIXES, to_diffusers
 from nanosd3.official.tensors import State, in_memory
-from nanosd3.storage.files import replacing, write_file, write_json
+from nanosd3.storage.files import replacing, write_file, write_json, write_safetensors
 from nanosd3.tokenizers import ASSETS, BPE, PAD, SPECIALS, Unigram
 
 LAYOUTS = ("single", "diffusers")
@@ -46,12 +44,7 @@ def export(checkpoint: Checkpoint, layout: str, out: Path) -> None:
 def write_tensors(state: State, path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file and flush it to disk."""
     tensors = {name: tensor.read().contiguous() for name, tensor in state.items()}
-    save_file(tensors, path, metadata={"format": "pt"} | metadata)
-    mask = os.umask(0)  # the library makes files that only their owner can read
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    write_safetensors(tensors, path, {"format": "pt"} | metadata)
 
 
 def needed(checkpoint: Checkpoint, component: str) -> State:

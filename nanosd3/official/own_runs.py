@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from nanosd3.cli import command_line
 from nanosd3.config_types import Config, config_from_dict
 from nanosd3.errors import InputError
 from nanosd3.storage.files import read_json
@@ -29,9 +30,10 @@ def finished_config(run: Run, allow_unfinished_flow: bool = False) -> Config:
     own = () if "weights" in run.identity else ("autoencoder", "clip", "t5")
     for stage in own if allow_unfinished_flow else (*own, "flow"):
         if stage not in run.stages:
+            options = ("--config", config.name, "--out", run.folder)
             raise InputError(
-                f"{run.folder}: unfinished (no {stage} yet); rerun `python train_mnist.py --config "
-                f"{config.name} --out {run.folder} ...` to resume"
+                f"{run.folder}: unfinished (no {stage} yet); rerun "
+                f"`{command_line('python', 'train_mnist.py', *options)} ...` to resume"
             )
     if not own:
         return config

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanosd3.errors import InputError
 from nanosd3.official.tensors import State, StoredTensor, in_memory
+from nanosd3.storage.files import unreadable
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,10 +40,8 @@ def open_weights(path: Path) -> State:
     try:
         with open(path, "rb") as file:
             start = file.read(64)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be opened ({error.strerror})") from None
+        raise unreadable(path, error) from None
     if not start:
         raise InputError(f"{path}: is empty, so damaged or never downloaded")
     if start.startswith(b"version https://git-lfs"):
@@ -152,7 +151,9 @@ def open_shards(index: Path) -> State:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
         inside = all(Path(shard).name == shard for shard in shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise unreadable(index, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: damaged ({type(error).__name__}: {error})") from None
     if not inside:
         raise InputError(f"{index}: lists shards outside its folder")

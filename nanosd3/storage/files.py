@@ -10,23 +10,45 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save_file as save_safetensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanosd3.errors import InputError
+
+
+class Unreadable(InputError):
+    """A file without permission to read it: nothing is known about its content."""
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """The error to raise for a file that cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path}: no such file")
+    kind = Unreadable if isinstance(error, PermissionError) else InputError
+    return kind(f"{path}: cannot be read ({error.strerror or error})")
+
+
+def temporary_name(path: Path) -> Path:
+    """The name beside `path` under which this process writes it. Long names are hashed: file
+    systems allow some 255 bytes."""
+    name = path.name
+    if len(os.fsencode(name)) > 200:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(f".{name}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path` for a file or folder, which replaces `path` on success
     and is removed after a failure or Ctrl-C. Raises InputError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         rename(temporary, path)
@@ -73,6 +95,17 @@ def write_file(path: Path, content: bytes) -> None:
         flush(temporary)
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError if a file cannot be written, before the work that makes its content."""
+    temporary = temporary_name(path)
+    try:
+        path.is_file()  # raises OSError for a name that is too long
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
@@ -89,7 +122,9 @@ def read_json(path: Path) -> dict:
     """Read a JSON object. Raises InputError naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object")
@@ -101,17 +136,30 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with replacing(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_safetensors(cpu, temporary)
-        flush(temporary)
+        write_safetensors(cpu, temporary)
+
+
+def write_safetensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file and flush it to disk."""
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; the library's files are their owner's alone
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(str(error)) from None
+    path.chmod(stat.S_IMODE(mode))
+    flush(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file. Raises InputError naming the file."""
     try:
         return load_safetensors(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except SafetensorError as error:
         raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 

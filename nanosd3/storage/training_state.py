@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nanosd3.errors import InputError
 from nanosd3.machine.distributed import SINGLE_PROCESS, ProcessGroup
-from nanosd3.storage.files import read_json, remove, rename, sha256, write_json
+from nanosd3.storage.files import Unreadable, read_json, remove, rename, sha256, write_json
 
 KEPT = 2  # states
 INDEX = "state.json"
@@ -175,6 +175,8 @@ def newest(folder: Path, stage: str, group: ProcessGroup) -> tuple[Path, Index] 
     for path in saved(folder):
         try:
             index = verified_index(path, group)
+        except Unreadable:  # may be intact: training on from the one before would delete it
+            raise
         except InputError as error:
             damaged.append(str(error))
             continue

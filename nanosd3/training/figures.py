@@ -5,6 +5,7 @@ is used. Lines in plots can be told apart without colour.
 """
 
 import io
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +19,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+LINES = 8  # of a caption, at most
 CELL = 56  # smaller images are enlarged to about this height, in pixels
 GAP = 4  # pixels between images
 COLUMNS = 16  # images in a row, at most
 SHADES = " .:-=+*#%@"  # characters from dark to light, on a dark terminal
 
 
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+@cache
+def font(size: int, ascii_only: bool = True) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, which knows little more than ASCII, or DejaVu Sans, which matplotlib
+    brings along: it knows many alphabets, and draws a box for other characters."""
+    if ascii_only:
+        return ImageFont.load_default(size)
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def to_image(image: np.ndarray) -> Image.Image:
@@ -37,16 +46,29 @@ def to_image(image: np.ndarray) -> Image.Image:
 
 
 def caption_lines(text: str, width: int, size: int) -> list[str]:
-    """Wrap a caption into lines of at most `width` pixels, between words."""
+    """Wrap a caption into at most LINES lines of at most `width` pixels, between words if they are
+    not too long; "..." stands for the rest."""
+    length = font(size, text.isascii()).getlength
     lines, line = [], ""
-    for word in text.split():
+    for word in text[: LINES * width].split():  # no character is narrower than a pixel
         longer = f"{line} {word}".strip()
-        if line and font(size).getlength(longer) > width:
+        if line and length(longer) > width:
             lines.append(line)
-            line = word
-        else:
-            line = longer
-    return [*lines, line]
+            longer = word
+        while length(longer) > width and len(longer) > 1:
+            fits = max(1, int(len(longer) * width / length(longer)))
+            while fits > 1 and length(longer[:fits]) > width:
+                fits -= 1
+            lines.append(longer[:fits])
+            longer = longer[fits:]
+        line = longer
+    lines.append(line)
+    if len(lines) <= LINES:
+        return lines
+    last = lines[LINES - 1]
+    while length(f"{last}...") > width:
+        last = last[:-1]
+    return [*lines[: LINES - 1], f"{last}..."]
 
 
 def grid(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
@@ -63,10 +85,11 @@ def grid(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
     canvas = Image.new("RGB", (width, sum(heights) + GAP), "white")
     draw = ImageDraw.Draw(canvas)
     top = GAP
-    for (_, images), lines, height in zip(rows, wrapped, heights, strict=True):
+    for (caption, images), lines, height in zip(rows, wrapped, heights, strict=True):
         middle = top + (height - GAP) / 2 - len(lines) * (size + 3) / 2
         for i, line in enumerate(lines):
-            draw.text((10, middle + i * (size + 3)), line, "black", font(size))
+            letters = font(size, caption.isascii())
+            draw.text((10, middle + i * (size + 3)), line, "black", letters)
         for i, image in enumerate(images):
             left = label + i % columns * (cell_width + GAP)
             canvas.paste(to_image(image), (left, top + i // columns * (cell_height + GAP)))

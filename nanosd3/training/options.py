@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from nanosd3.cli import Parser, positive
+from nanosd3.cli import Parser, command_line, positive
 from nanosd3.config import CONFIGS, trainable
 from nanosd3.config_types import Config
 from nanosd3.data.sources import Source
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, shortened
 from nanosd3.machine.device import set_up
 from nanosd3.machine.distributed import MODES, Compute, launched_processes, process_group
 from nanosd3.machine.signals import obeying
@@ -170,6 +170,13 @@ def fingerprint(parts: dict[str, State]) -> str:
             if len(tensor.shape) == 1:
                 digest.update(tensor.read().float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def generate_command(prompt: str, folder: Path, out: str) -> str:
+    """The command that draws a prompt, shortened if it is long, with the model in a run folder."""
+    options, text = ("--model", folder, "--out", out), shortened(prompt)
+    words = (*options, "--", text) if text.startswith("-") else (text, *options)
+    return command_line("python", "-m", "nanosd3.generate", *words)
 
 
 @contextlib.contextmanager

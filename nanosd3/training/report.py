@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanosd3.data.mnist import DIGITS, SIDE, bins, measure_strokes, to_model, to_uint8
 from nanosd3.data.sources import Digits
-from nanosd3.errors import rng
+from nanosd3.errors import rng, shortened
 from nanosd3.machine.device import peak_memory
 from nanosd3.machine.distributed import ParallelModel
 from nanosd3.pipeline import Pipeline
@@ -99,7 +99,7 @@ def preview(pipeline: Pipeline, step: int, prompts: list[str], folder: Path, is_
     write_file(folder / f"preview-{step:08d}.png", figures.png(figures.grid(rows)))
     if images.ndim == 3 and images.shape[1] <= SIDE:
         drawing = figures.shades(images[:TERMINAL_SAMPLES])
-        captions = ", ".join(prompts[:TERMINAL_SAMPLES])
+        captions = ", ".join(shortened(prompt, 40) for prompt in prompts[:TERMINAL_SAMPLES])
         print(f"\n  step {step}: {captions}\n{drawing}\n", file=sys.stderr)
 
 

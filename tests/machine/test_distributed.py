@@ -12,7 +12,9 @@ import pytest
 import torch
 from support import process_group as child
 
+from nanosd3.cli import run_main, status_of
 from nanosd3.errors import InputError
+from nanosd3.machine import device
 from nanosd3.machine.distributed import (
     SINGLE_PROCESS,
     Compute,
@@ -26,6 +28,8 @@ from nanosd3.storage.files import read_tensors
 from nanosd3.training import stages, train_flow
 
 ROOT = Path(__file__).parents[2]
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # fmt: skip
 WAYS = [
     {"name": f"{mode}{accumulate}", "mode": mode, "accumulate": accumulate}
     for mode in ("ddp", "fsdp")
@@ -226,8 +230,8 @@ def test_torchrun_and_parallel_require_each_other(monkeypatch):
         process_group("fsdp", torch.device("cpu")),
     ):
         pass
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
     with (
         pytest.raises(InputError, match="torchrun started 2 processes; add --parallel"),
         process_group(None, torch.device("cpu")),
@@ -261,3 +265,33 @@ def test_checkpointing_saves_less():
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert sizes[1] < 0.5 * sizes[0]
     assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    "left",
+    [{"RANK": ""}, {"RANK": "1"}, {"RANK": "x"}, {"LOCAL_RANK": ""}, {"LOCAL_RANK": "0"},
+     {"WORLD_SIZE": ""}, {"WORLD_SIZE": "4"}, {"LOCAL_WORLD_SIZE": ""}, {"LOCAL_WORLD_SIZE": "4"},
+     {"RANK": "1", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "1", "WORLD_SIZE": "2"},
+     {**TORCHRUN, "RANK": ""}, {**TORCHRUN, "RANK": "1", "MASTER_ADDR": ""},
+     {**TORCHRUN, "RANK": "-1"}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_left_in_the_environment_does_no_harm(monkeypatch, capsys, left):
+    """Without torchrun, or with half of its variables, a process is alone, and prints."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert run_main(lambda: print("heard")) == 0 and capsys.readouterr().out == "heard\n"
+    device.set_up()
+    assert f"{min(device.cores(), 8)} threads" in capsys.readouterr().out
+    with process_group(None, torch.device("cpu")) as group:
+        assert group.size == 1 and group.is_main
+
+
+def test_only_the_main_process_prints(monkeypatch, capsys):
+    for name, value in (TORCHRUN | {"RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
+    assert status_of(lambda: print("not heard")) == 0
+    assert capsys.readouterr().out == ""

@@ -30,3 +30,37 @@ def test_shades():
 
 def test_smooth():
     assert smooth([1, 2, 3, 4], 2).tolist() == [1.5, 2.5, 3.5]
+
+
+def ink(caption: str) -> np.ndarray:
+    """What is drawn of a caption, beside a black picture."""
+    return np.asarray(grid([(caption, np.zeros((1, 28, 28), np.uint8))]).convert("L"))[:, :190]
+
+
+def test_a_long_caption_makes_no_tall_picture():
+    """Neither many words nor one without a space; and nothing runs into the pictures."""
+    picture = np.zeros((1, 28, 28), np.uint8)
+    for caption in (
+        "a red heart " * 1250,
+        "x" * 15000,
+        "漢" * 15000,
+        "W" * 300,
+        "\n" * 15000 + "a",
+    ):
+        assert grid([(caption, picture)]).height <= 8 * 18 + 8
+        assert (ink(caption)[:, 182:] == 255).all(), caption[:9]
+        assert len(caption_lines(caption, 170, 15)) <= 8
+    assert caption_lines("a red heart " * 99, 170, 15)[-1].endswith("...")
+    assert "".join(caption_lines("abcdefghi" * 5, 60, 15)) == "abcdefghi" * 5
+    assert caption_lines("", 170, 15) == [""]
+
+
+def test_every_character_is_drawn_or_replaced_by_a_sign():
+    """Letters of other alphabets as they are, the rest as a box: no caption looks empty, and no
+    two different letters alike."""
+    empty = ink("")
+    for caption in ("😀", "🎉", "قطة", "שלום", "Жук", "猫", "แมว", "\x07", "é", "\U0010fffe"):
+        assert (ink(caption) < 128).sum() > 10 and (empty == 255).all(), caption
+    letters = ("قطة", "ءاء", "é", "è", "Жук", "Щук", "α", "😀", "שלום")
+    assert len({ink(caption).tobytes() for caption in letters}) == len(letters)
+    assert (ink("é") == ink("e\u0301")).all()
