@@ -19,6 +19,7 @@ from nanosd3.errors import InputError, shown
 from nanosd3.machine.device import set_up
 from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.official.missing_keys import report
+from nanosd3.official.own_runs import uses_other_encoders
 from nanosd3.pipeline import Pipeline, open_pipeline
 from nanosd3.request import SKIP_RANGE, SKIP_SCALE, STRENGTH
 from nanosd3.samplers import SAMPLERS
@@ -26,8 +27,6 @@ from nanosd3.storage.files import check_writable, write_file
 from nanosd3.text import ENCODERS
 from nanosd3.training import figures
 from nanosd3.weights import PRECISIONS, add_files, files_of
-
-OLDER_NAMES = ("run", "weights")  # of --model
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -50,8 +49,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="run folder, single file of weights or diffusers folder (default: runs/mnist)",
     )
-    for older in OLDER_NAMES:
-        add(f"--{older}", type=Path, metavar="PATH", help="the same as --model")
+    add("--run", type=Path, metavar="PATH", help="the same as --model")
+    add(
+        "--weights",
+        type=Path,
+        metavar="PATH",
+        help="the same as --model; or, beside a run that was trained with --weights, where those "
+        "weights are now",
+    )
     add_files(parser)
     add("--report", action="store_true", help="only say what the model holds")
     add(
@@ -98,10 +103,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Set `model` and `out`. Raises InputError for options that do not go together."""
-    given = [path for name in ("model", *OLDER_NAMES) if (path := getattr(args, name))]
-    if len(given) > 1:
+    model = args.model or args.run
+    if (args.model and args.run) or (args.weights and model and not uses_other_encoders(model)):
         raise InputError("--model, --run and --weights are one option: name one of them")
-    args.model = given[0] if given else Path("runs/mnist")
+    if not model:  # --weights beside a run says where the weights are that it was trained on
+        model, args.weights = args.weights or Path("runs/mnist"), None
+    args.model = model
     if args.report:
         return
     if not args.prompts:
@@ -129,7 +136,7 @@ def is_run(path: Path) -> bool:
 
 def open_model(args: argparse.Namespace) -> Pipeline:
     """The pipeline of the model, after its report if it is not a run."""
-    checkpoint = open_checkpoint(args.model, files_of(args))
+    checkpoint = open_checkpoint(args.model, files_of(args), args.weights)
     if not is_run(args.model):
         print(report(checkpoint))
     dtype = PRECISIONS[args.dtype] if args.dtype else None
@@ -153,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     check_arguments(args)
     if args.report:
-        print(report(open_checkpoint(args.model, files_of(args))))
+        print(report(open_checkpoint(args.model, files_of(args), args.weights)))
         return 0
     pipeline = open_model(args)
     channels = pipeline.config.vae.image_channels

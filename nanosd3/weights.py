@@ -36,16 +36,19 @@ def load(
     clip_g: Path | None = None,
     t5: Path | None = None,
     vae: Path | None = None,
+    weights: Path | None = None,
 ) -> Pipeline:
     """The model in a single file, a diffusers folder or a run folder, as a Pipeline.
 
     `dtype` None: float32 for a run and on CPU, else bfloat16; the text encoders are never in
     float16, which T5 overflows. `staged` networks are read when they are needed and forgotten when
     they are done; without it they stay, for many calls. `clip_l`, `clip_g`, `t5` and `vae` are
-    files of their own. Raises InputError for anything missing or misshapen.
+    files of their own; `weights` is where the weights are now that a run was trained with. Raises
+    InputError for anything missing or misshapen.
     """
     files = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
-    return open_pipeline(open_checkpoint(Path(path), files), device, dtype, staged)
+    place = Path(weights) if weights else None
+    return open_pipeline(open_checkpoint(Path(path), files, place), device, dtype, staged)
 
 
 # --- command line -------------------------------------------------------------------------------
@@ -70,12 +73,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, help="export: which layout to write")
     parser.add_argument("--out", type=Path, help="export: the file or folder to write")
     add_files(parser)
+    text = "where the weights are now that a run was trained with"
+    parser.add_argument("--weights", type=Path, metavar="PATH", help=text)
     args = parser.parse_args(arguments)
     if args.what == "export" and not (args.layout and args.out):
         raise InputError("export needs --layout single|diffusers and --out PATH")
     if args.what == "report" and (args.layout or args.out):
         raise InputError("--layout and --out belong to export")
-    checkpoint = open_checkpoint(args.path, files_of(args))
+    checkpoint = open_checkpoint(args.path, files_of(args), args.weights)
     print(report(checkpoint))
     check(checkpoint)
     if args.what == "export":

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from nanosd3.data.pictures import decode, read_bytes, to_channels
 from nanosd3.errors import InputError, shown
+from nanosd3.storage.run import Contents
 
 METADATA = "metadata.jsonl"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -55,6 +56,18 @@ class ImageFolder:
     root: Path
     pictures: tuple[Picture, ...]
     skipped: tuple[str, ...]
+
+    @property
+    def contents(self) -> Contents:
+        """What the fingerprint covers, one by one."""
+        rows = {
+            p.path.relative_to(self.root).as_posix(): [
+                p.digest[:16],
+                hashlib.sha256(json.dumps(p.captions).encode()).hexdigest()[:16],
+            ]
+            for p in self.pictures
+        }
+        return {"columns": ["pixels", "captions"], "rows": rows}
 
     @property
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ comes from one bucket, that is, has one size (buckets.py).
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from nanosd3.data.mnist import (
     thirds,
     to_model,
 )
+from nanosd3.storage.run import Contents
 
 HELD_OUT = 256  # images held out for validation, at most
 SHARE_HELD_OUT = 0.05  # of the images of a folder, at most
@@ -40,6 +41,7 @@ class Source(Protocol):
 
     name: str  # where it comes from
     fingerprint: str  # of all images and captions
+    contents: Contents  # what they are, one by one
     texts: list[str]  # all distinct captions
     trained: int  # images below this index are for training
     count: int  # those from there up to this index are held out
@@ -105,6 +107,15 @@ class Digits:
         self.images, self.config = images, config
         self.described = described = describe_images(images)
         self.name, self.fingerprint = images.source, images.fingerprint
+        parts: dict[str, Any] = {
+            "training images": images.train_images.numpy(),
+            "training labels": images.train_labels.numpy(),
+            "test images": images.test_images.numpy(),
+            "test labels": images.test_labels.numpy(),
+            "class names": repr(images.names).encode(),
+        }
+        rows = {name: [hashlib.sha256(part).hexdigest()[:16]] for name, part in parts.items()}
+        self.contents: Contents = {"columns": ["content"], "rows": rows}
         self.texts = described.captions.texts
         self.trained = len(images.train_images)
         held = min(HELD_OUT, len(images.test_images))
@@ -146,6 +157,7 @@ class Pictures:
     def __init__(self, folder: ImageFolder, config: Config):
         self.config = config
         self.name, self.fingerprint = str(folder.root), folder.fingerprint
+        self.contents = folder.contents
         pictures = sorted(folder.pictures, key=lambda picture: picture.digest)
         held = min(HELD_OUT, int(len(pictures) * SHARE_HELD_OUT))
         self.pictures: Sequence[Picture] = pictures[held:] + pictures[:held]

@@ -5,7 +5,7 @@ Modules, each of which imports only from those above it:
     tensor_files    safetensors and .ckpt files, folders, shards
     key_names       the table of official and diffusers names
     detect          which model it is, and every size, from the tensors' shapes
-    own_runs        config and tokenizers of a training run of this project
+    own_runs        a training run of this project: config, tokenizers, weights
     checkpoint      a file or folder of weights: components, config, tokenizers
     missing_keys    missing, unexpected and misshapen tensors
     load_networks   the networks of a checkpoint, read when first needed

@@ -15,20 +15,18 @@ from typing import TypeVar
 
 import torch
 
-from nanosd3.components import COMPONENTS, on_meta
+from nanosd3.components import COMPONENTS
 from nanosd3.config_types import Config, config_from_dict
 from nanosd3.errors import InputError, shown
 from nanosd3.layers import HEAD_DIM
-from nanosd3.mmdit import MMDiT
+from nanosd3.official import own_runs
 from nanosd3.official.detect import config_of, file_of, refuse_foreign, refuse_scaled
 from nanosd3.official.key_names import FOLDERS, PREFIXES, from_diffusers
-from nanosd3.official.own_runs import finished_config, read_tokenizers
 from nanosd3.official.tensor_files import open_folder, open_weights, read_file_metadata
-from nanosd3.official.tensors import State, in_memory
-from nanosd3.storage import training_state
-from nanosd3.storage.files import check_state, read_json
-from nanosd3.storage.run import Run
-from nanosd3.text import ENCODERS, Tokenizers
+from nanosd3.official.tensors import State, fingerprint
+from nanosd3.storage.files import read_json
+from nanosd3.storage.run import WEIGHTS, Run
+from nanosd3.text import Tokenizers
 
 # Config and tokenizers of an exported model: a file in the folder, or a key in the file's header.
 METADATA_FILE, METADATA_KEY = "nanosd3.json", "nanosd3"
@@ -48,9 +46,17 @@ class Checkpoint:
     detected_by: str  # how the model was recognised, for the user
     unassigned: list[str]  # tensors of a single file that belong to no component
 
+    @property
+    def encoders(self) -> dict[str, State]:
+        """Text encoders and autoencoder."""
+        return {name: state for name, state in self.parts.items() if name != "mmdit"}
 
-def open_checkpoint(path: Path, files: Mapping[str, Path | None] | None = None) -> Checkpoint:
+
+def open_checkpoint(
+    path: Path, files: Mapping[str, Path | None] | None = None, weights: Path | None = None
+) -> Checkpoint:
     """Open a checkpoint, with components in `files` (clip_l, clip_g, t5, vae) replacing its own.
+    `weights` says where the encoders are that a run was trained on.
 
     Reads names, shapes and little else. Raises InputError if it is not Stable Diffusion 3.
     """
@@ -62,7 +68,9 @@ def open_checkpoint(path: Path, files: Mapping[str, Path | None] | None = None) 
         if replacements:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in replacements)
             raise InputError(f"{path}: a run has all its components; omit {options}")
-        return open_run(path)
+        return open_run(path, weights)
+    if weights:
+        raise InputError(f"{path}: is not a training run; omit --weights")
     if path.is_dir():
         parts = open_diffusers(path, replacements)
         metadata = read_json(path / METADATA_FILE) if (path / METADATA_FILE).exists() else None
@@ -163,49 +171,41 @@ def open_component(name: str, file: Path) -> State:
     return state
 
 
-def open_run(folder: Path) -> Checkpoint:
-    """A training run, with the encoders it was trained on.
-
-    While its transformer is still being trained, the moving averages of the newest state.
-    """
+def open_run(folder: Path, weights: Path | None = None) -> Checkpoint:
+    """A training run, with the encoders it was trained on; `weights` says where they are, if they
+    are another model's."""
     run = Run.read(folder)
-    averages = None if "flow" in run.stages else training_state.averages(folder, "flow")
-    config = finished_config(run, allow_unfinished_flow=averages is not None)
-    if averages is None:
-        mmdit = open_run_weights(folder / "flow.safetensors", config, {"mmdit": ""})
-    else:
-        averages |= dict(MMDiT(config.mmdit).named_buffers())
-        mmdit = {name: in_memory(name, tensor, folder) for name, tensor in averages.items()}
-    if "weights" in run.identity:
-        try:
-            base = open_checkpoint(Path(run.identity["weights"]))
-        except InputError as error:
-            raise InputError(f"{folder}: was trained on the encoders of {error}") from None
+    config, mmdit = own_runs.open_run_transformer(run)
+    if WEIGHTS in run.identity:
+        base = open_base(run, weights)
         parts = base.parts | {"mmdit": mmdit}
         return replace(base, path=folder, config=config, parts=parts, detected_by="a training run")
-    vae = open_run_weights(folder / "autoencoder.safetensors", config, {"vae": ""})
-    prefixes = {name: f"{name}." for name in ENCODERS}
-    text = open_run_weights(folder / "text.safetensors", config, prefixes)
-    parts = {"mmdit": mmdit, "vae": vae}
-    for name, prefix in prefixes.items():
-        parts[name] = {k.removeprefix(prefix): t for k, t in text.items() if k.startswith(prefix)}
-    tokenizers = read_tokenizers(folder / "tokenizers.json")
+    if weights:
+        raise InputError(f"{folder}: has trained its own encoders; omit --weights")
+    parts = {"mmdit": mmdit, **own_runs.open_run_encoders(run, config)}
+    tokenizers = own_runs.read_tokenizers(folder / "tokenizers.json")
     return Checkpoint(folder, config, parts, tokenizers, "a training run", [])
 
 
-def open_run_weights(path: Path, config: Config, prefixes: dict[str, str]) -> State:
-    """A file of a run, which holds exactly the tensors of some networks, each under its prefix.
+def open_base(run: Run, weights: Path | None) -> Checkpoint:
+    """The model whose encoders a run was trained on, recognised by their fingerprint: at `weights`,
+    or where it was then, or beside the run, or in it.
 
-    Raises InputError naming the first tensor that is missing, unexpected or misshapen.
+    Raises InputError that says where it was looked for.
     """
-    state = open_weights(path)
-    expected = {
-        prefix + key: tensor
-        for name, prefix in prefixes.items()
-        for key, tensor in on_meta(config, name).state_dict().items()
-    }
-    check_state(path, expected, state)
-    return state
+    problems = [run.identity[WEIGHTS]] if weights else []
+    for path in [weights] if weights else own_runs.base_places(run):
+        try:
+            base = open_checkpoint(path)
+            if fingerprint(base.encoders) == run.identity.get("encoders"):
+                return base
+            problems.append(f"{path}: holds other encoders")
+        except InputError as error:
+            problems.append(str(error))
+    raise InputError(
+        f"{run.folder}: was trained on the encoders of {'; '.join(problems)}; name the file or "
+        "folder where they are now: --weights PATH"
+    )
 
 
 def open_transformer(path: Path) -> State:
@@ -213,7 +213,7 @@ def open_transformer(path: Path) -> State:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if (path / "run.json").exists():
-        return open_run(path).parts["mmdit"]
+        return own_runs.open_run_transformer(Run.read(path))[1]
     others = [name for name in COMPONENTS if name != "mmdit"]
     parts = open_diffusers(path, others) if path.is_dir() else open_single(path)[0]
     return parts["mmdit"]

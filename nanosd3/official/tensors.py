@@ -5,6 +5,7 @@ them one at a time into a module built on the meta device, casting each as it is
 network is ever in memory twice.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +59,18 @@ def stack_rows(tensors: list[StoredTensor]) -> StoredTensor:
 def in_memory(name: str, tensor: Tensor, file: Path) -> StoredTensor:
     """Wrap a tensor that is already in memory."""
     return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def fingerprint(parts: dict[str, State]) -> str:
+    """A hash of networks that may be too large to read in full: the name, shape and type of every
+    tensor, and the values of all vectors (biases and norms), which any training changes."""
+    digest = hashlib.sha256()
+    for part in sorted(parts):
+        for name, tensor in sorted(parts[part].items()):
+            digest.update(f"{part} {name} {tensor.shape} {tensor.dtype}".encode())
+            if len(tensor.shape) == 1:
+                digest.update(tensor.read().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fill(

@@ -1,6 +1,7 @@
 """The folder of a training run.
 
     run.json                identity (config, data, seed) and the finished stages
+    data.json               names and checksums of the data, to say what has changed
     *.safetensors           weights of the finished stages
     tokenizers.json         the vocabularies trained for this run
     state-STEP/             the last two saved states of the unfinished stage, see training_state.py
@@ -16,16 +17,25 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypedDict
 
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, listed
 from nanosd3.storage.files import read_json, remove, write_file, write_json
 
 WEIGHT_FILES = ("judge", "autoencoder", "clip", "t5", "text", "flow")
 RUN_FILES = (  # everything a run writes, except run.json and cache/, whose entries name their data
     *(f"{name}.safetensors" for name in WEIGHT_FILES),
     *("samples.png", "trajectory.gif", "loss.png", "samplers.png", "preview-*.png"),
-    *("tokenizers.json", "metrics.json", "log.jsonl", "speed.jsonl", "state-*"),
+    *("tokenizers.json", "metrics.json", "log.jsonl", "speed.jsonl", "state-*", "data.json"),
 )
+WEIGHTS = "weights"  # in the identity: a path, which says where to look, not what it is
+
+
+class Contents(TypedDict):
+    """What data are made of."""
+
+    columns: list[str]  # what the checksums are of
+    rows: dict[str, list[str]]  # by name, such as a file's: a checksum for each column
 
 
 class Run:
@@ -35,11 +45,14 @@ class Run:
         self.folder, self.identity, self.stages = folder, identity, stages
 
     @classmethod
-    def open(cls, folder: Path, identity: dict, fresh: bool = False) -> "Run":
+    def open(
+        cls, folder: Path, identity: dict, fresh: bool = False, contents: Contents | None = None
+    ) -> "Run":
         """Start a run in an empty or new folder, or resume the run of the same identity in it.
 
         With `fresh`, delete the run in the folder first. Raises InputError if the folder holds
-        anything else, or a run of another identity.
+        anything else, or a run of another identity: if only the data differ, and their `contents`
+        are given, it says in what.
         """
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file; choose another folder with --out")
@@ -57,6 +70,8 @@ class Run:
         if index.exists():
             run = cls.read(folder)
             if reason := difference(run.identity, identity):
+                if reason == OTHER_DATA and contents:
+                    reason += run.changes(contents)
                 raise InputError(
                     f"{folder}: holds a run {reason}; choose another folder "
                     "with --out, or start over with --fresh"
@@ -85,6 +100,31 @@ class Run:
         if not isinstance(stages, dict) or "config" not in content:
             raise InputError(f"{folder / 'run.json'}: damaged: no config or stages")
         return cls(folder, content, stages)
+
+    def remember(self, identity: dict, contents: Contents) -> None:
+        """Note, in a run of this identity, where its weights are now and what its data hold."""
+        stored = Run.read(self.folder)
+        if stored.identity.get(WEIGHTS) != identity.get(WEIGHTS):
+            self.stages, self.identity = stored.stages, stored.identity | identity
+            self.write()
+        if not (self.folder / "data.json").exists():
+            write_json(self.folder / "data.json", {**contents})
+
+    def changes(self, now: Contents) -> str:
+        """How data differ from those of this run, in words: what was added, removed, changed."""
+        if not (self.folder / "data.json").exists():  # a run of an earlier version
+            return ""
+        before = read_json(self.folder / "data.json")["rows"]
+        both = [name for name in now["rows"] if name in before]
+        found = {
+            "added": [name for name in now["rows"] if name not in before],
+            "missing": [name for name in before if name not in now["rows"]],
+        }
+        for i, column in enumerate(now["columns"]):
+            changed = [name for name in both if before[name][i] != now["rows"][name][i]]
+            found[f"with other {column}"] = changed
+        words = [f"{len(names):,} {how} ({listed(names)})" for how, names in found.items() if names]
+        return f": {', '.join(words)}"
 
     def delete(self, patterns: Iterable[str]) -> None:
         """Delete the files and folders that match these glob patterns."""
@@ -160,6 +200,14 @@ class Run:
         write_file(self.folder / "log.jsonl", lines.encode())
 
 
+OTHER_DATA = "with data that are not these"
+FINGERPRINTS = {
+    "data": OTHER_DATA,
+    "encoders": "with encoders that are not those of --weights",
+    "init": "with init from a transformer that is not that of --init",
+}
+
+
 def difference(old: dict, new: dict) -> str | None:
     """The first difference between two identities, in words; None if they are equal."""
     before, after = flatten(old), flatten(new)
@@ -169,7 +217,9 @@ def difference(old: dict, new: dict) -> str | None:
     for key in keys:
         if key not in before or key not in after:
             return f"with{'out' if key in after else ''} {key}"
-        if before[key] != after[key]:
+        if before[key] != after[key] and key != WEIGHTS:
+            if key in FINGERPRINTS:
+                return FINGERPRINTS[key]
             return f"with {key} {before[key]}, not {after[key]}"
     return None
 

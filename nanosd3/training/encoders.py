@@ -16,8 +16,7 @@ from nanosd3.vae import AutoencoderKL
 
 def frozen_encoders(job: Job, checkpoint: Checkpoint) -> Encoders:
     """Another model's encoders, opened when they are first used."""
-    parts = {name: state for name, state in checkpoint.parts.items() if name != "mmdit"}
-    encoders = replace(checkpoint, config=job.config, parts=parts)
+    encoders = replace(checkpoint, config=job.config, parts=checkpoint.encoders)
     return Encoders(
         job.config,
         name=job.run.identity["encoders"],

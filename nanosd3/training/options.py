@@ -9,7 +9,7 @@ another model instead, and `--init PATH` also starts from its transformer: fine-
 
 import argparse
 import contextlib
-import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,8 +25,8 @@ from nanosd3.machine.signals import obeying
 from nanosd3.measure.memory_check import refuse_too_large
 from nanosd3.official.checkpoint import Checkpoint, open_checkpoint, open_transformer
 from nanosd3.official.missing_keys import check, check_part
-from nanosd3.official.tensors import State
-from nanosd3.storage.run import Run
+from nanosd3.official.tensors import State, fingerprint
+from nanosd3.storage.run import WEIGHTS, Run
 from nanosd3.text import ENCODERS
 from nanosd3.training.optimizer import DECAYS
 from nanosd3.training.stages import Job, training_of
@@ -121,8 +121,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
                 "text encoders"
             )
         config = with_parts_of(config, frozen)
-        encoders = {name: state for name, state in frozen.parts.items() if name != "mmdit"}
-        identity |= {"weights": str(source.resolve()), "encoders": fingerprint(encoders)}
+        place = os.path.abspath(source)  # links keep their names, which may be looked for
+        identity |= {WEIGHTS: place, "encoders": fingerprint(frozen.encoders)}
     config = with_recipe(trainable(config) if not frozen else config, args)
     return Plan(config, frozen, init, {"config": asdict(config), **identity})
 
@@ -160,18 +160,6 @@ def with_recipe(config: Config, args: argparse.Namespace) -> Config:
     return replace(config, training=replace(training, flow=recipe))
 
 
-def fingerprint(parts: dict[str, State]) -> str:
-    """A hash of networks that may be too large to read in full: the name, shape and type of every
-    tensor, and the values of all vectors (biases and norms), which any training changes."""
-    digest = hashlib.sha256()
-    for part in sorted(parts):
-        for name, tensor in sorted(parts[part].items()):
-            digest.update(f"{part} {name} {tensor.shape} {tensor.dtype}".encode())
-            if len(tensor.shape) == 1:
-                digest.update(tensor.read().float().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def generate_command(prompt: str, folder: Path, out: str) -> str:
     """The command that draws a prompt, shortened if it is long, with the model in a run folder."""
     options, text = ("--model", folder, "--out", out), shortened(prompt)
@@ -201,8 +189,9 @@ def job_of(args: argparse.Namespace, plan: Plan, source: Source) -> Iterator[Job
         # Refuses a batch that cannot be divided, before the folder is touched.
         group.microbatches(training_of(plan.config).flow.batch, args.accumulate)
         if group.is_main:
-            run = Run.open(folder, identity, args.fresh)
+            run = Run.open(folder, identity, args.fresh, source.contents)
             stack.enter_context(run.alone())
+            run.remember(identity, source.contents)
         group.barrier()
         run = Run.read(folder)
         if "samples" in run.stages:

@@ -96,3 +96,43 @@ def test_out_of_memory_is_one_line(capsys, error):
     assert capsys.readouterr().err.startswith("error: out of memory; ")
     with pytest.raises(RuntimeError, match="something else"):
         run_main(lambda: (_ for _ in ()).throw(RuntimeError("something else")))
+
+
+def test_what_changed_in_the_data_is_said(tmp_path):
+    """Which were added, which are missing, which have other pixels or captions."""
+
+    def contents(**rows):
+        return {"columns": ["pixels", "captions"], "rows": rows}
+
+    def refusal(**rows) -> str:
+        with pytest.raises(InputError) as error:
+            Run.open(tmp_path / "run", identity | {"data": "1"}, contents=contents(**rows))
+        return str(error.value).split("; choose")[0]
+
+    identity = {"config": {"name": "x"}, "seed": 0, "data": "0"}
+    before = {"a": ["1", "1"], "b": ["1", "1"], "c": ["1", "1"]}
+    run = Run.open(tmp_path / "run", identity)
+    held = f"{tmp_path / 'run'}: holds a run with data that are not these"
+    assert refusal(**before) == held  # of a version that did not note them
+    run.remember(identity, contents(**before))
+    assert refusal(**before, d=["1", "1"]) == f"{held}: 1 added (d)"
+    assert refusal(a=["1", "1"], b=["2", "1"], c=["1", "2"]) == (
+        f"{held}: 1 with other pixels (b), 1 with other captions (c)"
+    )
+    many = {f"new{i}": ["1", "1"] for i in range(2000)}
+    assert refusal(**many) == (
+        f"{held}: 2,000 added (new0, new1, new2 and 1,997 more), 3 missing (a, b, c)"
+    )
+    assert Run.open(tmp_path / "run", identity, contents=contents(**before)).identity == identity
+    fresh = Run.open(tmp_path / "run", identity | {"data": "1"}, fresh=True)
+    assert [path.name for path in fresh.folder.iterdir()] == ["run.json"]
+
+
+def test_fingerprints_are_not_printed(tmp_path):
+    """64 digits tell nobody anything."""
+    one = {"config": {"name": "x"}, "data": "0" * 64, "encoders": "0" * 64, "init": "0" * 64}
+    Run.open(tmp_path, one)
+    for key in ("data", "encoders", "init"):
+        with pytest.raises(InputError, match=f"holds a run with {key} ") as error:
+            Run.open(tmp_path, one | {key: "1" * 64})
+        assert "000" not in str(error.value) and "111" not in str(error.value)
