@@ -1,5 +1,7 @@
 """The arguments of a call: a number is its value, and whatever makes no sense is one line."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -137,8 +139,10 @@ def test_long_prompts_give_short_warnings(pipeline, tiny_run):
     assert all(len(str(warning.message)) < 300 for warning in warned)
     assert "(15,000 characters)" in str(warned[0].message)
     words = " ".join(f"unknown{i}" for i in range(2000))
-    with pytest.warns(UserWarning, match="and 1,980 more") as warned:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         weights.load(tiny_run)(words)
+    assert "and 1,980 more" in str(warned[0].message)
     assert all(len(str(warning.message)) < 1000 for warning in warned)
 
 
