@@ -11,7 +11,9 @@ gives one image on every device (up to rounding).
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -81,6 +83,13 @@ def real_number(name: str, value: object) -> float:
         with contextlib.suppress(OverflowError):
             return float(number)
     raise InputError(f"{name} must be a number, got {shown(value)}")
+
+
+def path_of(name: str, value: object) -> Path:
+    """The value as a path. Raises InputError if it is none."""
+    if isinstance(value, str | os.PathLike):
+        return Path(value)
+    raise InputError(f"{name} must be a path, got {shown(value)}")
 
 
 def several(name: str, values: object, what: str) -> list:

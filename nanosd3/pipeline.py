@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from nanosd3.config_types import Config
 from nanosd3.data.mnist import to_uint8
-from nanosd3.errors import InputError, shown
+from nanosd3.errors import InputError, path_of, shown
 from nanosd3.flow import interpolate
 from nanosd3.lazy_modules import LazyModules
 from nanosd3.machine.accelerate import accelerate
@@ -70,7 +70,7 @@ class Pipeline:
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Pipeline":
         """The model in a run folder, a single file or a diffusers folder, in memory to stay. The
         short form of `nanosd3.weights.load`."""
-        return open_pipeline(open_checkpoint(Path(path)), device, None, staged=False)
+        return open_pipeline(open_checkpoint(path_of("path", path)), device, None, staged=False)
 
     @property
     def mmdit(self) -> MMDiT:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from nanosd3.cli import Parser, run_main
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, path_of
 from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.official.export import LAYOUTS, export
 from nanosd3.official.missing_keys import check, report
@@ -47,8 +47,9 @@ def load(
     InputError for anything missing or misshapen.
     """
     files = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
-    place = Path(weights) if weights else None
-    return open_pipeline(open_checkpoint(Path(path), files, place), device, dtype, staged)
+    place = None if weights is None else path_of("weights", weights)
+    checkpoint = open_checkpoint(path_of("path", path), files, place)
+    return open_pipeline(checkpoint, device, dtype, staged)
 
 
 # --- command line -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 
 from nanosd3.components import COMPONENTS
 from nanosd3.config_types import Config, config_from_dict
-from nanosd3.errors import InputError, shown
+from nanosd3.errors import InputError, path_of, shown
 from nanosd3.layers import HEAD_DIM
 from nanosd3.official import own_runs
 from nanosd3.official.detect import config_of, file_of, refuse_foreign, refuse_scaled
@@ -60,7 +60,9 @@ def open_checkpoint(
 
     Reads names, shapes and little else. Raises InputError if it is not Stable Diffusion 3.
     """
-    replacements = {name: Path(file) for name, file in (files or {}).items() if file is not None}
+    replacements = {
+        name: path_of(name, file) for name, file in (files or {}).items() if file is not None
+    }
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     unassigned: list[str] = []

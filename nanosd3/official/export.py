@@ -15,7 +15,7 @@ import torch
 
 from nanosd3.components import shapes
 from nanosd3.config_types import CLIPConfig, Config
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, path_of, shown
 from nanosd3.layers import HEAD_DIM
 from nanosd3.official.checkpoint import METADATA_FILE, METADATA_KEY, Checkpoint
 from nanosd3.official.detect import config_of
@@ -30,6 +30,9 @@ LAYOUTS = ("single", "diffusers")
 def export(checkpoint: Checkpoint, layout: str, out: Path) -> None:
     """Write a model in one of LAYOUTS. Raises InputError, leaving nothing behind, if `out` exists
     or cannot be written."""
+    out = path_of("out", out)
+    if layout not in LAYOUTS:
+        raise InputError(f"no layout {shown(layout)}; there are {', '.join(LAYOUTS)}")
     if out.exists():
         raise InputError(f"{out}: exists already; choose another name")
     if not out.parent.is_dir():

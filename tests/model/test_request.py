@@ -8,6 +8,8 @@ import torch
 
 from nanosd3 import weights
 from nanosd3.errors import InputError
+from nanosd3.official.checkpoint import open_checkpoint
+from nanosd3.official.export import export
 from nanosd3.pipeline import Pipeline
 from nanosd3.text import MAX_T5_LENGTH
 
@@ -153,9 +155,22 @@ def test_long_prompts_give_short_warnings(pipeline, tiny_run):
         ({"device": None}, "device: expected a name"),
         ({"device": "cuda:99"}, "device: no cuda:99 on this machine"),
         ({"dtype": "bfloat16"}, "dtype must be such as torch.bfloat16, got 'bfloat16'"),
+        ({"t5": 5}, "t5 must be a path, got 5"),
+        ({"weights": 1.5}, "weights must be a path, got 1.5"),
         ({"dtype": torch.int8}, "dtype must be such as torch.bfloat16, got torch.int8"),
     ],
 )
 def test_loading(official_file, options, message):
     with pytest.raises(InputError, match=message):
         weights.load(official_file, **options)
+
+
+def test_paths_and_layouts(official_file, tmp_path):
+    for load in (weights.load, Pipeline.load):
+        with pytest.raises(InputError, match="path must be a path, got None"):
+            load(None)
+    with pytest.raises(InputError, match="no layout 'Single'; there are single, diffusers"):
+        export(open_checkpoint(official_file), "Single", tmp_path / "x")
+    with pytest.raises(InputError, match="out must be a path, got 3"):
+        export(open_checkpoint(official_file), "single", 3)
+    assert not list(tmp_path.iterdir())
