@@ -286,7 +286,7 @@ def test_with_the_encoders_of_another_run(tiny_run, tmp_path, wider, capsys):
     state = files.read_tensors(encoders / "text.safetensors")
     state["t5.encoder.final_layer_norm.weight"] += 1
     files.save_tensors(state, encoders / "text.safetensors")
-    with pytest.raises(InputError, match="holds a run with encoders"):
+    with pytest.raises(InputError, match="holds a run with encoders that are not those of"):
         train_mnist.main(command)
     shutil.rmtree(encoders)
     with pytest.raises(InputError, match=f"was trained on the encoders of {encoders}: no such"):

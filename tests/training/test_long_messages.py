@@ -71,7 +71,7 @@ def test_a_refusal_is_one_short_line(capsys, arguments):
     assert len(refused(capsys, train_mnist.main, *arguments)) < 600
 
 
-@pytest.mark.parametrize("name", ["x" * 250 + ".png", "é" * 125 + ".PNG", "cat.PNG", "cat.Npy"])
+@pytest.mark.parametrize("name", ["é" * 125 + ".PNG", "x" * 250 + ".Npy"])
 def test_names_of_outputs(tmp_path, tiny_run, name):
     """Long ones, and suffixes in any case."""
     out = tmp_path / name
