@@ -66,6 +66,10 @@ def test_a_quota_limits_the_cores(monkeypatch):
         assert cores() == expected
 
 
+TORCHRUN = dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "0")
+TORCHRUN["WORLD_SIZE"] = "4"
+
+
 @pytest.fixture
 def threads(monkeypatch):
     """Eight cores; no threads are really set."""
@@ -93,6 +97,8 @@ def threads(monkeypatch):
     ],
 )
 def test_number_of_threads(threads, monkeypatch, environment, option, expected, capsys):
+    if environment.get("LOCAL_WORLD_SIZE"):
+        environment = TORCHRUN | environment
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     set_up(option)
