@@ -43,8 +43,8 @@ def load(
     `dtype` None: float32 for a run and on CPU, else bfloat16; the text encoders are never in
     float16, which T5 overflows. `staged` networks are read when they are needed and forgotten when
     they are done; without it they stay, for many calls. `clip_l`, `clip_g`, `t5` and `vae` are
-    files of their own; `weights` is where the weights are now that a run was trained with. Raises
-    InputError for anything missing or misshapen.
+    files or folders of their own; `weights` is where the weights are now that a run was trained
+    with. Raises InputError for anything missing or misshapen.
     """
     files = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
     place = None if weights is None else path_of("weights", weights)
@@ -56,10 +56,10 @@ def load(
 
 
 def add_files(parser: Parser) -> None:
-    """Add the options that name networks in files of their own."""
+    """Add the options that name networks in files or folders of their own."""
     for name in (part.replace("_", "-") for part in PART_FILES):
-        text = f"the {name.upper()}, if it is a file of its own"
-        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
+        text = f"the {name.upper()}, if it is a file or folder of its own"
+        parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=text)
 
 
 def files_of(args: argparse.Namespace) -> dict[str, Path | None]:

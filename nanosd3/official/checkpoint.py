@@ -1,14 +1,13 @@
 """Open a checkpoint: a single file, a diffusers folder, a run, or something exported from here.
 
-`open_checkpoint` reads names and shapes and little else. It sorts the tensors into components
-under our key names and derives the config. Other models are refused, by name where it is known.
+`open_checkpoint` reads names and shapes and little else. The components are found in find_parts.py,
+and the config is derived from their shapes.
 
 Whether every tensor is there is checked in missing_keys.py.
 """
 
 import json
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -20,19 +19,23 @@ from nanosd3.config_types import Config, config_from_dict
 from nanosd3.errors import InputError, path_of, shown
 from nanosd3.layers import HEAD_DIM
 from nanosd3.official import own_runs
-from nanosd3.official.detect import config_of, file_of, refuse_foreign, refuse_scaled
-from nanosd3.official.key_names import FOLDERS, PREFIXES, from_diffusers
-from nanosd3.official.tensor_files import open_folder, open_weights, read_file_metadata
+from nanosd3.official.detect import config_of, file_of, refuse_scaled
+from nanosd3.official.find_parts import (
+    open_component,
+    open_diffusers,
+    open_single,
+    outline,
+    refuse_unclear_encoders,
+)
+from nanosd3.official.key_names import T5_EMBEDDING, T5_SHARED
+from nanosd3.official.tensor_files import read_file_metadata
 from nanosd3.official.tensors import State, fingerprint
 from nanosd3.storage.files import read_json
 from nanosd3.storage.run import WEIGHTS, Run
-from nanosd3.text import Tokenizers
+from nanosd3.text import ENCODERS, Tokenizers
 
 # Config and tokenizers of an exported model: a file in the folder, or a key in the file's header.
 METADATA_FILE, METADATA_KEY = "nanosd3.json", "nanosd3"
-
-# Tensors that official files hold and our models do not have.
-KNOWN_EXTRAS = r"(.*\.)?(position_ids|logit_scale|shared\.weight|loss\..*|model_ema\..*)"
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,10 @@ def open_checkpoint(
         parts[name] = open_component(name, file)
     for name, title in (("mmdit", "transformer"), ("vae", "autoencoder (name its file: --vae)")):
         if name not in parts:
-            raise InputError(f"{path}: holds no {title}; found {', '.join(parts) or 'nothing'}")
+            rest = f" and {outline(unassigned)}" if unassigned else ""
+            raise InputError(f"{path}: holds no {title}; found {', '.join(parts)}{rest}")
+    absent = [name for name in ENCODERS if name not in parts]
+    refuse_unclear_encoders(absent, [*unassigned, *parts["mmdit"]], path)
     for part in parts.values():
         refuse_scaled(list(part), file_of(part))
     if "t5" in parts:
@@ -100,77 +106,6 @@ def open_checkpoint(
             config = with_folder_settings(config, path, parts)
         tokenizers = Tokenizers.official()
     return Checkpoint(path, config, parts, tokenizers, detected_by, unassigned)
-
-
-def open_single(path: Path) -> tuple[dict[str, State], list[str]]:
-    """The components of a single file, by prefix, and the names without a known prefix."""
-    state = open_weights(path)
-    marker = "joint_blocks.0.x_block.attn.qkv.weight"
-    if marker in state:  # a transformer alone, without a prefix
-        return {"mmdit": state}, []
-    parts: dict[str, State] = {}
-    unassigned = []
-    for name, tensor in state.items():
-        part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
-        if part:
-            parts.setdefault(part, {})[name.removeprefix(PREFIXES[part])] = tensor
-        elif not is_known_extra(name):
-            unassigned.append(name)
-    if marker not in parts.get("mmdit", {}):
-        if "transformer_blocks.0.attn.to_q.weight" in state:
-            raise InputError(
-                f"{path}: is one component of a diffusers folder; name the folder that holds "
-                "transformer/ and vae/"
-            )
-        refuse_foreign(list(state), path)
-        raise InputError(
-            f"{path}: holds no Stable Diffusion 3 transformer ({len(state)} tensors, the first is "
-            f"{next(iter(state), 'missing')})"
-        )
-    return parts, unassigned
-
-
-def is_known_extra(name: str) -> bool:
-    """Whether official files hold a tensor of this name that no model of ours has."""
-    return re.fullmatch(KNOWN_EXTRAS, name) is not None
-
-
-def open_diffusers(folder: Path, skip: Collection[str]) -> dict[str, State]:
-    """The components of a diffusers folder under our key names, except those in `skip`.
-
-    A text encoder whose subfolder is missing or holds no weights is absent.
-    """
-    if (folder / "unet").is_dir():
-        model = "SDXL" if (folder / "text_encoder_2").is_dir() else "Stable Diffusion 1 or 2"
-        raise InputError(f"{folder}: this is {model}, not Stable Diffusion 3")
-    if not (folder / "transformer").is_dir():
-        raise InputError(f"{folder}: holds no transformer/ (diffusers) and no run.json (a run)")
-    parts = {}
-    for name, (subfolder, stem) in FOLDERS.items():
-        if name in skip or not (folder / subfolder).is_dir():
-            continue
-        if state := open_folder(folder / subfolder, stem):
-            refuse_foreign(list(state), folder / subfolder)
-            parts[name] = from_diffusers(name, state)
-        elif name in ("mmdit", "vae"):
-            raise InputError(f"{folder / subfolder}: holds no {stem}.safetensors and no index")
-    return parts
-
-
-def open_component(name: str, file: Path) -> State:
-    """A component in a file of its own, in either layout."""
-    state = open_weights(file)
-    refuse_foreign(list(state), file)
-    prefix = PREFIXES[name]
-    if any(key.startswith(prefix) for key in state):
-        state = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-    if name == "vae" and any(key.startswith("decoder.up_blocks.") for key in state):
-        state = from_diffusers(name, state)
-    markers = {"vae": "decoder.conv_in.weight", "t5": "encoder.final_layer_norm.weight"}
-    marker = markers.get(name, "text_model.final_layer_norm.weight")
-    if marker not in state:
-        raise InputError(f"{file}: is not a {name} (it has no tensor {marker})")
-    return state
 
 
 def open_run(folder: Path, weights: Path | None = None) -> Checkpoint:
@@ -223,8 +158,8 @@ def open_transformer(path: Path) -> State:
 
 def with_t5_embedding(state: State) -> State:
     """T5 with its embedding under our name; files use either of two names, or both."""
-    if "encoder.embed_tokens.weight" not in state and "shared.weight" in state:
-        return state | {"encoder.embed_tokens.weight": state["shared.weight"]}
+    if T5_EMBEDDING not in state and T5_SHARED in state:
+        return state | {T5_EMBEDDING: state[T5_SHARED]}
     return state
 
 

@@ -31,10 +31,19 @@ from nanosd3.official.tensors import State
 CLIP_HEAD_DIM = 64  # both CLIPs' heads, like the transformer's, are 64 wide
 
 FOREIGN = (  # pattern in a key name, model that has such keys
+    (r"(^|\.)(control_model|controlnet_\w+|zero_convs)\.", "a ControlNet, not a model by itself"),
+    (r"(^|\.)ip_adapter\.", "an IP-Adapter, not a model by itself"),
     (r"(^|\.)(double|single)(_transformer)?_blocks\.", "FLUX, not Stable Diffusion 3"),
     (r"(^|\.)(label_emb|conditioner|add_embedding)\.", "SDXL, not Stable Diffusion 3"),
     (r"(^|\.)input_blocks\.", "Stable Diffusion 1 or 2, not 3"),
     (r"(^|\.)time_embedding\.linear_1\.", "Stable Diffusion 1 or 2, not 3"),
+    (r"\.lokr_[wt]\d", "a LoKr (LyCORIS: a small change to a model), not a model"),
+    (r"\.hada_[wt]\d", "a LoHa (LyCORIS: a small change to a model), not a model"),
+    (
+        r"(^|\.)oft_(R|blocks|diag)\b|^lycoris_",
+        "a LyCORIS (a small change to a model), not a model",
+    ),
+    (r"^(clip_[lg]|t5xxl|emb_params|string_to_param\..*)$", "a textual inversion, not a model"),
     (r"(lora_(A|B|up|down)|\.alpha$)", "a LoRA (a small change to a model), not a model"),
 )
 

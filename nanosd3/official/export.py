@@ -6,9 +6,8 @@ header of a single file, or into nanosd3.json in a folder; other programs ignore
 is complete: diffusers' StableDiffusion3Pipeline opens it, with tokenizers in transformers' formats.
 """
 
-import gzip
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +18,16 @@ from nanosd3.errors import InputError, path_of, shown
 from nanosd3.layers import HEAD_DIM
 from nanosd3.official.checkpoint import METADATA_FILE, METADATA_KEY, Checkpoint
 from nanosd3.official.detect import config_of
-from nanosd3.official.key_names import FOLDERS, PREFIXES, to_diffusers
-from nanosd3.official.tensors import State, in_memory
-from nanosd3.storage.files import replacing, write_file, write_json, write_safetensors
-from nanosd3.tokenizers import ASSETS, BPE, PAD, SPECIALS, Unigram
+from nanosd3.official.key_names import (
+    FOLDERS,
+    PREFIXES,
+    T5_EMBEDDING,
+    T5_SHARED,
+    to_diffusers,
+)
+from nanosd3.official.tensors import State, StoredTensor, in_memory
+from nanosd3.official.tokenizer_files import write_clip_tokenizer, write_t5_tokenizer
+from nanosd3.storage.files import replacing, write_json, write_safetensors
 
 LAYOUTS = ("single", "diffusers")
 
@@ -45,7 +50,7 @@ def export(checkpoint: Checkpoint, layout: str, out: Path) -> None:
 
 
 def write_tensors(state: State, path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file and flush it to disk."""
+    """Write a safetensors file and flush it to disk. The same content gives the same bytes."""
     tensors = {name: tensor.read().contiguous() for name, tensor in state.items()}
     write_safetensors(tensors, path, {"format": "pt"} | metadata)
 
@@ -66,11 +71,21 @@ def metadata_of(checkpoint: Checkpoint) -> dict | None:
     return {"config": asdict(checkpoint.config), "tokenizers": tokenizers}
 
 
+def copy_of(tensor: StoredTensor) -> StoredTensor:
+    """The tensor in memory of its own; safetensors refuses two names for one memory."""
+    return replace(tensor, read=lambda: tensor.read().clone())
+
+
 def write_single(checkpoint: Checkpoint, path: Path) -> None:
-    """Write one safetensors file, with official prefixes."""
+    """Write one safetensors file, with official prefixes.
+
+    T5's embedding is written under both of its names: some programs read only one, some the other.
+    """
     state: State = {}
     for component in checkpoint.parts:
         tensors = needed(checkpoint, component)
+        if component == "t5":
+            tensors[T5_SHARED] = copy_of(tensors[T5_EMBEDDING])
         state |= {PREFIXES[component] + name: tensor for name, tensor in tensors.items()}
     metadata = metadata_of(checkpoint)
     header = {METADATA_KEY: json.dumps(metadata, ensure_ascii=False)} if metadata else {}
@@ -117,7 +132,7 @@ def diffusers_state(component: str, state: State) -> State:
         identity = torch.eye(norm.shape[0], dtype=norm.dtype)
         state["text_projection.weight"] = in_memory("identity", identity, norm.file)
     if component == "t5":
-        state["shared.weight"] = state.pop("encoder.embed_tokens.weight")
+        state[T5_SHARED] = state.pop(T5_EMBEDDING)
     return state
 
 
@@ -218,55 +233,10 @@ def t5_json(config: Config) -> dict:
         "num_heads": t5.heads,
         "vocab_size": t5.vocab,
         "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,  # diffusers leaves the T5 of a single file in training mode
         "relative_attention_num_buckets": 32,
         "relative_attention_max_distance": 128,
         "is_encoder_decoder": False,
         "use_cache": False,
         "tie_word_embeddings": False,
     }
-
-
-# --- tokenizers ---------------------------------------------------------------------------------
-
-
-def write_clip_tokenizer(folder: Path, bpe: BPE, clip: CLIPConfig) -> None:
-    """Write vocab.json, merges.txt and the special tokens, padding included."""
-    start, end = SPECIALS
-    pad = end if clip.pad < 0 else bpe.symbols[clip.pad]
-    write_json(folder / "vocab.json", bpe.ids | {start: bpe.start, end: bpe.end})
-    merges = ["#version: 0.2", *(" ".join(pair) for pair in bpe.merges)]
-    write_file(folder / "merges.txt", ("\n".join(merges) + "\n").encode())
-    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
-    write_json(folder / "special_tokens_map.json", special)
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": clip.length}
-    write_json(folder / "tokenizer_config.json", special | settings)
-
-
-def write_t5_tokenizer(folder: Path, unigram: Unigram, length: int) -> None:
-    """Write tokenizer.json: the published one with our pieces.
-
-    T5's own tokenizer class would ignore half of it: transformers 5 rebuilds the normaliser, losing
-    the lower-casing and adding a strip.
-    """
-    content = json.loads(gzip.decompress((ASSETS / "t5_tokenizer.json.gz").read_bytes()))
-    content["model"]["vocab"] = unigram.pieces
-    flags = {"single_word": False, "lstrip": False, "rstrip": False}
-    content["added_tokens"] = [
-        {"id": i, "content": piece, **flags, "normalized": False, "special": True}
-        for piece, i in unigram.controls.items()
-    ]
-    if unigram.lower_case:
-        content["normalizer"]["normalizers"].append({"type": "Lowercase"})
-    write_json(folder / "tokenizer.json", content)
-    special = {
-        "eos_token": unigram.pieces[1][0],
-        "unk_token": unigram.pieces[2][0],
-        "pad_token": unigram.pieces[PAD][0],
-    }
-    sentinels = sum(piece.startswith("<extra_id") for piece in unigram.controls)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "extra_ids": sentinels,
-        "model_max_length": length,
-    }
-    write_json(folder / "tokenizer_config.json", special | settings)

@@ -33,6 +33,12 @@ FOLDERS = {  # subfolder and file stem in diffusers
     "t5": ("text_encoder_3", "model"),
 }
 
+# T5's embedding: our name, and the one that transformers, ComfyUI and others look for.
+T5_EMBEDDING, T5_SHARED = "encoder.embed_tokens.weight", "shared.weight"
+
+# Tensors that official files hold and our models do not have.
+KNOWN_EXTRAS = r"(.*\.)?(position_ids|logit_scale|shared\.weight|loss\..*|model_ema\..*)"
+
 # Ours | diffusers. {} stands for one dot-separated field. Several names on the right are stacked
 # along the rows. swap: the two halves change places. reversed: the first number counts down.
 # matrix: a 1x1 convolution of ours.
@@ -110,6 +116,11 @@ TABLES: dict[str, list[TableRow]] = {
     "clip_g": [],
     "t5": [],
 }
+
+
+def is_known_extra(name: str) -> bool:
+    """Whether official files hold a tensor of this name that no model of ours has."""
+    return re.fullmatch(KNOWN_EXTRAS, name) is not None
 
 
 def match(pattern: str, name: str) -> list[str] | None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from nanosd3.components import COMPONENTS, shapes
 from nanosd3.config_types import Config
 from nanosd3.errors import InputError
-from nanosd3.official.checkpoint import Checkpoint, is_known_extra
+from nanosd3.official.checkpoint import Checkpoint
+from nanosd3.official.key_names import is_known_extra
 from nanosd3.official.tensors import State
 
 

@@ -1,4 +1,4 @@
-"""Opening weight files without reading them: safetensors, PyTorch checkpoints, diffusers folders.
+"""Opening weight files without reading them: safetensors, PyTorch checkpoints, indexed shards.
 
 `open_weights` returns the name, shape and dtype of each tensor in a file; the numbers stay on disk,
 memory-mapped, until `StoredTensor.read` asks for them. The safetensors library checks that the
@@ -10,7 +10,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +33,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+MAX_NESTING = 3  # dictionaries in dictionaries of a checkpoint
 
 
 def open_weights(path: Path) -> State:
@@ -96,7 +99,7 @@ def read_file_metadata(path: Path) -> dict[str, str]:
 
 
 def open_pickle(path: Path) -> State:
-    """The tensors of a PyTorch checkpoint: a dictionary, possibly under "state_dict"."""
+    """The tensors of a PyTorch checkpoint: a dictionary, possibly of dictionaries."""
     try:
         mapped = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 cannot be mapped
         with warnings.catch_warnings():  # about pickle protocols
@@ -113,36 +116,28 @@ def open_pickle(path: Path) -> State:
     except Exception as error:  # a damaged file can raise anything in the parser
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise InputError(f"{path}: damaged or not a checkpoint ({reason})") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not named tensors")
-    return {
-        str(key): in_memory(str(key), value, path)
-        for key, value in content.items()
-        if isinstance(value, Tensor)
-    }
+    named = {name: in_memory(name, tensor, path) for name, tensor in named_tensors(content)}
+    if not named:
+        keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
+        raise InputError(f"{path}: holds no named tensors; found {keys}")
+    return named
 
 
-def open_folder(folder: Path, stem: str) -> State:
-    """The weights in a diffusers or transformers folder; empty if there are none.
-
-    Looks for `stem`.safetensors, .bin, and shards with an index, then for their fp16 variants.
-    """
-    for variant in ("", ".fp16"):
-        names = (
-            f"{stem}{variant}.safetensors",
-            f"{stem}{variant}.bin",
-            f"pytorch_model{variant}.bin",
-        )
-        for name in names:
-            if (folder / name).is_file():
-                return open_weights(folder / name)
-        for suffix in ("safetensors", "bin"):
-            index = folder / f"{stem}.{suffix}.index{variant}.json"
-            if index.is_file():
-                return open_shards(index)
-    return {}
+def named_tensors(content: dict) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in dictionaries, at most four deep, with dotted names. Each dictionary counts once,
+    so that one which stands under two keys is not two models."""
+    todo, seen = [("", content, 0)], set()
+    for prefix, part, depth in todo:  # which grows
+        if id(part) in seen or depth > MAX_NESTING:
+            continue
+        seen.add(id(part))
+        for key, value in part.items():
+            if isinstance(value, Tensor):
+                yield f"{prefix}{key}", value
+            elif isinstance(value, dict):
+                todo.append((f"{prefix}{key}.", value, depth + 1))
 
 
 def open_shards(index: Path) -> State:

@@ -142,15 +142,29 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def write_safetensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file and flush it to disk."""
+    """Write a safetensors file and flush it to disk. The same content gives the same bytes."""
     path.touch()
     mode = path.stat().st_mode  # as the umask has it; the library's files are their owner's alone
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # such as a full disk
         raise OSError(str(error)) from None
+    if metadata:
+        sort_metadata(path)
     path.chmod(stat.S_IMODE(mode))
     flush(path)
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata in a safetensors header, which the library writes in random order."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size  # the rest is padding
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -367,7 +367,7 @@ def test_a_full_disk_leaves_nothing(capsys, tiny_run, tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nanosd3.official.export.save_file", full)
+    monkeypatch.setattr("nanosd3.storage.files.save_file", full)
     for layout, name in (("single", "m.safetensors"), ("diffusers", "d")):
         line = refused(capsys, weights.main, "export", tiny_run, "--layout", layout, "--out",
                        tmp_path / name)  # fmt: skip
