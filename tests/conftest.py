@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tiny_official
+from support import tiny_official, without_posix
 
 import train_mnist
+from nanosd3.machine import matmul
 from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.official.export import export
 
@@ -47,3 +48,13 @@ def official_folder(official_file) -> Path:
     folder = official_file.with_name("tiny-diffusers")
     export(open_checkpoint(official_file), "diffusers", folder)
     return folder
+
+
+@pytest.fixture
+def hidden_posix():
+    """Modules, functions, signals and files that POSIX systems alone have are not there."""
+    matmul.onednn_multiplies_faster.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        without_posix.hide(patch)
+        yield
+    matmul.onednn_multiplies_faster.cache_clear()

@@ -1,6 +1,7 @@
 """The README and the pages tell the truth: the map, links, pictures, commands, paths, counts."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,20 @@ def test_commands_exist(name):
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
     for script in re.findall(r"python ([\w/]+\.py)\b", PAGES[name]):
         assert (ROOT / script).exists(), script
+
+
+def test_commands_that_install_bring_the_package():
+    """So that `python -m nanosd3.exercises` works in notebooks/, too, and without a network."""
+    for page in PAGES.values():
+        lines = [line for line in page.splitlines() if "install" in line]
+        for line in lines:
+            assert "-r requirements.txt" not in line or " -e ." in line, line
+    offline = PAGES["notebooks/README.md"].split("pip download ")[1].split("```")[0]
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert all(f'"{name}"' in offline for name in build) and offline.count(" jupyterlab ") == 2
+    assert offline.endswith(
+        "--no-index --find-links wheels -r requirements.txt jupyterlab -e .\n  "
+    )
 
 
 @pytest.mark.parametrize("name", CURRENT)

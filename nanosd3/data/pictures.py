@@ -23,6 +23,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from torch import Tensor
 
 from nanosd3.errors import InputError
+from nanosd3.storage.user_files import read_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # not EPS, which would be executed
 ON_WHITE = "transparency placed on white"
@@ -30,16 +31,6 @@ PLAIN_MODES = ("1", "L", "LA", "RGB", "RGBA", "RGBa")  # to RGB without touching
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-
-def read_bytes(path: Path) -> bytes:
-    """The content of a regular file. Raises InputError if it cannot be read."""
-    try:
-        if path.is_file() or not path.exists():  # reading a pipe or device might never end
-            return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
-    raise InputError(f"{path}: is not a file")
 
 
 def decode(content: bytes, path: Path) -> tuple[Image.Image, list[str]]:

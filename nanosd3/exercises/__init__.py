@@ -62,7 +62,7 @@ MODULES = (  # in learning order
 EXERCISES: dict[str, Exercise] = {
     entry.name: entry for module in MODULES for entry in module.EXERCISES
 }
-MARKS = {"right": "✓", "wrong": "✗", "not attempted": "·"}
+MARKS = {"right": "✓", "wrong": "✗", "not attempted": "·", "timed out": "✗", "refused": "✗"}
 
 
 def task_of(exercise: Exercise) -> str:

@@ -4,15 +4,18 @@ python -m nanosd3.exercises list
 python -m nanosd3.exercises start hw.py --only flow             write a file of stubs
 python -m nanosd3.exercises grade hw.py                         print a table of verdicts
 python -m nanosd3.exercises grade-all FOLDER --csv grades.csv   one row per file
+
+Files of answers are .py files or notebooks (.ipynb); grade-all looks into subfolders too. Without
+--only, grading asks for the exercises that the files name, or for all.
 """
 
-import csv
 import inspect
-import io
 import json
 import sys
-import warnings
+import textwrap
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,18 +25,28 @@ from nanosd3.errors import InputError
 from nanosd3.exercises import EXERCISES, MARKS
 from nanosd3.exercises.grader.checker import Verdict
 from nanosd3.exercises.grader.exercise import Exercise
-from nanosd3.exercises.grader.grading import grade
+from nanosd3.exercises.grader.gradebook import (
+    Row,
+    find_hand_ins,
+    listed,
+    refused_row,
+    to_csv,
+    to_text,
+)
+from nanosd3.exercises.grader.grading import grade, missing_limits
+from nanosd3.exercises.grader.hand_ins import MARK, SUFFIXES, HandIn, read_hand_in
 from nanosd3.machine.device import cores
 from nanosd3.storage.files import write_file
 
 
-def select(only: list[str]) -> list[Exercise]:
-    """The exercises with these names or topics, or all. Raises InputError for unknown names."""
+def select(only: Sequence[str], origin: str = "--only") -> list[Exercise]:
+    """The exercises with these names or topics, or all. Raises InputError for unknown names, with
+    `origin`, from where they are."""
     topics = {entry.topic for entry in EXERCISES.values()}
     for name in only:
         if name not in EXERCISES and name not in topics:
             raise InputError(
-                f"--only {name}: no such exercise or topic; topics are "
+                f"{origin} {name}: no such exercise or topic; topics are "
                 f"{', '.join(sorted(topics))}; `list` shows all exercises"
             )
     return [e for e in EXERCISES.values() if not only or e.name in only or e.topic in only]
@@ -66,23 +79,10 @@ def start(file: Path, only: list[str]) -> None:
         "import math\nfrom collections.abc import Callable\n\n"
         "import torch\nimport torch.nn.functional as F\nfrom torch import Tensor"
     )
+    if only:  # `grade` then asks for these, too
+        head += f"\n\n{MARK}{' '.join(only)}"
     write_file(file, ("\n\n\n".join([head, *map(stub, select(only))]) + "\n").encode())
     print(f"wrote {file}")
-
-
-def check_readable(file: Path) -> None:
-    """Raise InputError if a file cannot be read or compiled."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about the student's style
-            compile(file.read_bytes(), str(file), "exec")  # bytes: it may declare its encoding
-    except SyntaxError as error:
-        line = f"line {error.lineno}: " if error.lineno else ""
-        raise InputError(f"{file}: {line}{error.msg}") from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, MemoryError, RecursionError) as error:
-        reason = type(error).__name__
-        raise InputError(f"{file}: cannot be compiled ({reason}); simplify it") from None
 
 
 def summary(verdicts: list[Verdict]) -> dict:
@@ -94,51 +94,109 @@ def summary(verdicts: list[Verdict]) -> dict:
     }
 
 
-def show(verdicts: list[Verdict]) -> None:
-    """Print a table of verdicts and the score."""
+def asked(file: Path, hand_in: HandIn, only: Sequence[str]) -> list[Exercise]:
+    """The exercises to grade: of `only`, or those that the file names, or all."""
+    return select(only) if only else select(hand_in.exercises, f"{file}: {MARK.strip()}")
+
+
+def named_by(hand_ins: dict[Path, HandIn | InputError]) -> list[str]:
+    """The exercises that a class's files name, if any of them does, and all that are answered."""
+    read = {file: h for file, h in hand_ins.items() if isinstance(h, HandIn)}
+    found: set[str] = set()
+    for file, hand_in in read.items():
+        try:
+            found.update(e.name for e in asked(file, hand_in, []) if hand_in.exercises)
+        except InputError as error:  # a name that does not exist costs nobody a point
+            hand_ins[file] = replace(hand_in, notes=(*hand_in.notes, str(error)))
+    return sorted(found.union(*(h.answered for h in read.values()))) if found else []
+
+
+def not_graded(hand_in: HandIn, exercises: list[Exercise]) -> list[str]:
+    """What of a file is not graded, in words."""
+    outside = [n for n in hand_in.answered if n not in {e.name for e in exercises}]
+    extra = [f"answers to exercises that were not asked for: {', '.join(outside)}"]
+    return [*hand_in.notes, *(extra if outside else [])]
+
+
+def show(verdicts: list[Verdict], notes: list[str]) -> None:
+    """Print a table of the attempted exercises, the names of the others, what of the file is not
+    graded, and the score."""
     for v in verdicts:
-        print(f"{MARKS[v.status]} {v.name:22} {v.points:2}/{v.out_of:<2}  {v.message}")
+        if v.status != "not attempted":
+            print(f"{MARKS[v.status]} {v.name:22} {v.points:2}/{v.out_of:<2}  {v.message}")
+    if left := [v.name for v in verdicts if v.status == "not attempted"]:
+        text = f"{MARKS['not attempted']} not attempted: {len(left)} ({', '.join(left)})"
+        print(textwrap.fill(text, 100, subsequent_indent="  "))
+    for note in notes:
+        print(f"note: {note}")
     total = summary(verdicts)
     print(f"score: {total['score']} of {total['out_of']}")
 
 
+def warn_of_missing_limits() -> None:
+    """Say on stderr what this system cannot limit."""
+    if missing := missing_limits():
+        print(f"note: this system cannot limit {missing} of an answer", file=sys.stderr)
+
+
+def grade_file(file: Path, only: list[str], open_book: bool, as_json: bool) -> None:
+    """Grade a file and print the verdicts."""
+    hand_in = read_hand_in(file, list(EXERCISES), open_book)
+    exercises = asked(file, hand_in, only)
+    warn_of_missing_limits()
+    verdicts, notes = grade(file, exercises, open_book), not_graded(hand_in, exercises)
+    if as_json:
+        print(json.dumps(summary(verdicts) | {"notes": notes}))
+    else:
+        show(verdicts, notes)
+
+
 def grade_all(folder: Path, target: Path, only: list[str], open_book: bool) -> None:
-    """Grade all files in a folder and write a CSV table with one row per file."""
-    files = sorted(folder.glob("*.py")) if folder.is_dir() else []
+    """Grade all files of answers in a folder and its subfolders, and write a CSV table."""
+    files, left_out = find_hand_ins(folder, target) if folder.is_dir() else ([], [])
     if not files:
-        raise InputError(f"{folder}: not a folder with files of answers (*.py)")
+        found = f"; found only {listed(left_out)}" if left_out else ""
+        expected = " or ".join(f"*{suffix}" for suffix in SUFFIXES)
+        raise InputError(f"{folder}: not a folder with files of answers ({expected}){found}")
     if target.is_dir():
         raise InputError(f"--csv {target}: is a folder; name a file")
-    exercises = select(only)
-
-    def row(file: Path) -> list:
-        name = file.name.encode(errors="replace").decode()
-        name = f"'{name}" if name[0] in "=+-@" else name  # not a spreadsheet formula
+    hand_ins: dict[Path, HandIn | InputError] = {}
+    for file in files:
         try:
-            check_readable(file)
+            hand_ins[file] = read_hand_in(file, list(EXERCISES), open_book)
+        except InputError as error:
+            hand_ins[file] = error
+    exercises = select(only or named_by(hand_ins))
+    warn_of_missing_limits()
+
+    def row(file: Path) -> Row:
+        name, hand_in = file.relative_to(folder).as_posix(), hand_ins[file]
+        if isinstance(hand_in, InputError):
+            return refused_row(name, exercises, str(hand_in))
+        try:
             verdicts = grade(file, exercises, open_book)
         except Exception as error:  # one bad file must not stop the rest
-            out_of = sum(e.points for e in exercises)
-            return [name, 0, out_of, f"{error}", *[0] * len(exercises)]
-        total = summary(verdicts)
-        return [name, total["score"], total["out_of"], "", *(v.points for v in verdicts)]
+            return refused_row(name, exercises, f"{file}: {error}")
+        return Row(name, verdicts, notes=not_graded(hand_in, exercises))
 
     with ThreadPoolExecutor(cores()) as pool:
         rows = list(tqdm(pool.map(row, files), "grading", total=len(files)))
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(["file", "score", "out_of", "error", *(e.name for e in exercises)])
-    writer.writerows(rows)
-    write_file(target, buffer.getvalue().encode(errors="replace"))
-    print(f"graded {len(files)} files, wrote {target}")
+    write_file(target, to_csv(rows, exercises))
+    print(to_text(rows, exercises))
+    if not only:
+        print(f"asked for {len(exercises)} exercises, as the files do; --only asks for others")
+    refused = sum(bool(row.error) for row in rows)
+    others = f" ({listed(left_out)})" if left_out else ""
+    counts = f"graded {len(rows) - refused} files, refused {refused}, left out {len(left_out)}"
+    print(f"{counts}{others}; wrote {target}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("python -m nanosd3.exercises", "Self-grading exercises.")
     add = parser.add_argument
     add("command", choices=("list", "start", "grade", "grade-all"))
-    add("path", type=Path, nargs="?", help="file of answers; grade-all: a folder of them")
-    add("--only", nargs="+", default=[], metavar="NAME", help="topics or exercises (default: all)")
+    add("path", type=Path, nargs="?", help="file of answers (.py or .ipynb), or a folder")
+    add("--only", nargs="+", default=[], metavar="NAME", help="topics or exercises")
     add("--open-book", action="store_true", help="grade, grade-all: let answers import the package")
     add("--json", action="store_true", help="grade: print the score and all verdicts as JSON")
     add("--csv", type=Path, help="grade-all: the table to write (required)")
@@ -154,9 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command == "start":
         start(args.path, args.only)
     elif args.command == "grade":
-        check_readable(args.path)
-        verdicts = grade(args.path, select(args.only), args.open_book)
-        print(json.dumps(summary(verdicts))) if args.json else show(verdicts)
+        grade_file(args.path, args.only, args.open_book, args.json)
     else:
         grade_all(args.path, args.csv, args.only, args.open_book)
     return 0

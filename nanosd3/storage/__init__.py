@@ -1,6 +1,7 @@
 """Files on disk, written atomically.
 
 Modules, each of which imports only from those above it:
+    user_files       files that users wrote: text of any editor, or a line that says what is wrong
     files            atomic writes, JSON, safetensors, checksums
     run              the folder of a training run
     training_state   saved states of an unfinished stage, by one process or many

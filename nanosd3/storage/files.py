@@ -62,7 +62,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def rename(temporary: Path, path: Path) -> None:
     """Give a file or folder its final name, durably."""
     os.replace(temporary, path)
-    if os.name == "posix":  # other systems cannot flush folders
+    if hasattr(os, "O_DIRECTORY"):  # Windows cannot flush folders
         flush(path.parent)
 
 

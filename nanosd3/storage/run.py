@@ -146,11 +146,16 @@ class Run:
         files of killed ones.
 
         Raises InputError if another process holds the lock, which is the operating system's and
-        so ends with its process. There is none on Windows and on file systems without locks.
+        so ends with its process. Where there are no locks, on Windows and on some file systems, it
+        says so.
         """
+        warning = (
+            f"{self.folder}: cannot be locked on this system; do not train in it twice at once"
+        )
         try:
             import fcntl
         except ImportError:  # Windows
+            print(warning)
             yield
             return
         folder = os.open(self.folder, os.O_RDONLY)
@@ -163,7 +168,7 @@ class Run:
                 "choose another folder with --out"
             ) from None
         except OSError:  # a file system without locks
-            pass
+            print(warning)
         try:
             self.delete(f".{name}.*tmp" for name in ("run.json", *RUN_FILES))
             yield

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from lab import images, lines, maps, pick, trained
 
+from nanosd3 import patchify as package
 from nanosd3.config import CONFIGS
 from nanosd3.data.mnist import to_model
 from nanosd3.exercises import check, show
 from nanosd3.layers import attention
 from nanosd3.mmdit import PatchEmbed
-from nanosd3.patchify import centre_crop, patchify, sincos_positions, unpatchify
 from nanosd3.samplers import euler, guided
 
 lesson = trained()
@@ -34,7 +34,7 @@ g = torch.Generator().manual_seed(0)
 
 # %%
 order = torch.randperm(16, generator=g)
-jumbled = unpatchify(patchify(digits, 7)[:, order], 7, 28, 28)
+jumbled = package.unpatchify(package.patchify(digits, 7)[:, order], 7, 28, 28)
 rows = {"shuffled": jumbled[:, 0], "original": digits[:, 0]}
 images(rows, "The same sixteen patches of 7 x 7 pixels in both rows.")
 
@@ -67,7 +67,7 @@ def patchify_slowly(x, patch):
 # **PREDICT.** What do the first tokens of a digit look like if it is cut by `reshape` alone?
 
 # %%
-ways = {"patchify": patchify(digits[:1], 7), "reshape alone": digits[:1].reshape(1, 16, 49)}
+ways = {"patchify": package.patchify(digits[:1], 7), "reshape alone": digits[:1].reshape(1, 16, 49)}
 rows = {name: tokens[0].view(16, 7, 7)[4:12] for name, tokens in ways.items()}
 images(rows, "Tokens 4 to 11 of a seven, each drawn as 7 x 7 pixels.")
 
@@ -87,8 +87,8 @@ def patchify_here(x, patch):
 
 x = torch.randn(2, 3, 4, 6, generator=g)  # all sizes different
 torch.testing.assert_close(patchify_here(x, 2)[0], patchify_slowly(x[0], 2))
-torch.testing.assert_close(patchify_here(x, 2), patchify(x, 2))
-torch.testing.assert_close(unpatchify(patchify(x, 2), 2, 4, 6), x)
+torch.testing.assert_close(patchify_here(x, 2), package.patchify(x, 2))
+torch.testing.assert_close(package.unpatchify(package.patchify(x, 2), 2, 4, 6), x)
 
 # %% [markdown]
 # The last line is the way back, `unpatchify`: the same axes, permuted in reverse. The network ends
@@ -114,7 +114,7 @@ def channels_first(tokens, patch, height, width):
 
 
 three = digits[1:4, 0][None]  # (1, 3, 28, 28)
-wrong = channels_first(patchify(three, 2), 2, 28, 28)
+wrong = channels_first(package.patchify(three, 2), 2, 28, 28)
 images({"right": three[0], "channels first": wrong[0]}, "The channels are interleaved "
        "in a pattern of 2 x 2 pixels.", cell=1.1)  # fmt: skip
 
@@ -138,7 +138,7 @@ def exchanged(tokens, patch, height, width):
 
 
 def misplaced(x):
-    return exchanged(patchify(x, 2), 2, *x.shape[2:])[0]
+    return exchanged(package.patchify(x, 2), 2, *x.shape[2:])[0]
 
 
 wide = torch.cat([*digits[:2]], dim=2)[None]  # (1, 1, 28, 56)
@@ -183,7 +183,7 @@ torch.testing.assert_close(permuted, attention(q, k, v)[:, order], atol=1e-5, rt
 
 
 def shuffled(z):
-    return unpatchify(patchify(z, 2)[:, order], 2, *z.shape[2:])
+    return package.unpatchify(package.patchify(z, 2)[:, order], 2, *z.shape[2:])
 
 
 def velocity(model, z):
@@ -256,10 +256,10 @@ def positions_here(width, grid, sample, span):
 # %%
 for sizes in ((24, 6, 4, 4), (16, 5, 5, 10)):
     torch.testing.assert_close(positions_here(*sizes), positions_slowly(*sizes))
-    torch.testing.assert_close(positions_here(*sizes), sincos_positions(*sizes))
-torch.testing.assert_close(pipeline.mmdit.pos_embed, sincos_positions(128, 8, 4, 4))
+    torch.testing.assert_close(positions_here(*sizes), package.sincos_positions(*sizes))
+torch.testing.assert_close(pipeline.mmdit.pos_embed, package.sincos_positions(128, 8, 4, 4))
 
-grid = sincos_positions(128, 16, 16, 16).view(16, 16, 128)
+grid = package.sincos_positions(128, 16, 16, 16).view(16, 16, 128)
 features = {f"feature {i}": grid[..., i] for i in (0, 6, 32, 64, 70)}
 maps(features, "column", "row", "Five of 128 numbers on a 16 x 16 grid. 0 and 6 are sines of the "
      "column, 32 is a cosine of it, 64 and 70 are sines of the row.", "value")  # fmt: skip
@@ -308,13 +308,13 @@ images({name: pipeline.decode(z) for name, z in pictures.items()}, "Each patch i
 
 # %%
 numbers = torch.arange(64.0).view(1, 64, 1)
-print("positions used by 3 x 6 patches:", centre_crop(numbers, 3, 6).view(3, 6).int().tolist())
-for_square = centre_crop(pipeline.mmdit.pos_embed, 4, 4).view(4, 4, 128)
-for_wide = centre_crop(pipeline.mmdit.pos_embed, 4, 8).view(4, 8, 128)
+print("positions used by 3 x 6:", package.centre_crop(numbers, 3, 6).view(3, 6).int().tolist())
+for_square = package.centre_crop(pipeline.mmdit.pos_embed, 4, 4).view(4, 4, 128)
+for_wide = package.centre_crop(pipeline.mmdit.pos_embed, 4, 8).view(4, 8, 128)
 torch.testing.assert_close(for_wide[:, 2:6], for_square)
 
 stretched, rows = copy.deepcopy(pipeline.mmdit), {}
-stretched.pos_embed.copy_(sincos_positions(128, 8, 8, 4))  # 0, 0.5, 1, ... 3.5
+stretched.pos_embed.copy_(package.sincos_positions(128, 8, 8, 4))  # 0, 0.5, 1, ... 3.5
 for name, model in {"cropped": pipeline.mmdit, "stretched": stretched}.items():
     for h, w in ((8, 16), (16, 16)):
         drawn = draw(model, prompts[1:9], (h, w))

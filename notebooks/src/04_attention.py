@@ -13,9 +13,10 @@ import math
 import torch
 from lab import finish, images, lines, maps, panels, pick, trained
 
+from nanosd3 import layers
 from nanosd3.exercises import check, show
 from nanosd3.flow import flow_loss, interpolate
-from nanosd3.layers import attention, modulate, timestep_embedding
+from nanosd3.layers import attention, timestep_embedding
 from nanosd3.mmdit import Attention, MMDiT, join_streams
 from nanosd3.samplers import euler, guided
 
@@ -81,8 +82,8 @@ def block_inputs(*arguments):
 def joint(block, x, y, c):
     """Queries, keys and values of both streams, text first; and the output of block.attend."""
     x_on, y_on = block.x_block.modulation(c)[0], block.context_block.modulation(c)[0]
-    image = block.x_block.attn.project(modulate(x, x_on.shift, x_on.scale))
-    text = block.context_block.attn.project(modulate(y, y_on.shift, y_on.scale))
+    image = block.x_block.attn.project(layers.modulate(x, x_on.shift, x_on.scale))
+    text = block.context_block.attn.project(layers.modulate(y, y_on.shift, y_on.scale))
     for_image, for_text = block.attend(x, y, x_on, y_on)
     return join_streams(text, image), torch.cat([for_text, for_image], dim=1)
 
@@ -214,7 +215,7 @@ def modulate_here(x, shift, scale):
 x, shift, scale = (torch.randn(size, generator=g) for size in ((2, 3, 8), (2, 8), (2, 8)))
 ours = modulate_here(x, shift, scale)
 torch.testing.assert_close(ours[0], modulate_slowly(x[0], shift[0], scale[0]), atol=1e-5, rtol=1e-4)
-torch.testing.assert_close(ours, modulate(x, shift, scale), atol=1e-5, rtol=1e-4)
+torch.testing.assert_close(ours, layers.modulate(x, shift, scale), atol=1e-5, rtol=1e-4)
 
 # %% [markdown]
 # ## Words against words

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from lab import CACHE, begin_job, images, lines, maps, pick, trained
 
-from nanosd3.data.buckets import bucket_sizes, nearest
+from nanosd3.data import buckets
 from nanosd3.data.mnist import to_uint8
 from nanosd3.errors import rng
 from nanosd3.exercises import check, show
@@ -24,7 +24,8 @@ from nanosd3.storage.run import Run
 from nanosd3.text import drop_encoders
 from nanosd3.training.ema import make_ema, update_ema
 from nanosd3.training.loop import StepRNG, fit
-from nanosd3.training.optimizer import decay_groups, learning_rate
+from nanosd3.training.optimizer import decay_groups
+from nanosd3.training.optimizer import learning_rate as rate_at
 
 # %% [markdown]
 # ## 1. Data: images, and captions that describe them
@@ -58,7 +59,7 @@ print(*(source.texts[i] for i in index), sep="\n")
 # it is cropped to the nearest of the sizes below?
 
 # %%
-sizes = bucket_sizes(1024, 64, 2048)
+sizes = buckets.bucket_sizes(1024, 64, 2048)
 print(", ".join(f"{h}x{w}" for h, w in sizes))
 tokens = [h * w // 16**2 for h, w in sizes]
 assert 0.97 * 64**2 < min(tokens) and max(tokens) < 1.03 * 64**2
@@ -70,7 +71,7 @@ def lost(height, width, shape):  # share lost when an image is scaled and croppe
     return 1 - min(factor, 1 / factor)
 
 
-bucketed = [lost(*nearest(sizes, int(1e6 * shape), 10**6), shape) for shape in shapes]
+bucketed = [lost(*buckets.nearest(sizes, int(1e6 * shape), 10**6), shape) for shape in shapes]
 curves = {"the central square": (shapes, [lost(1, 1, shape) for shape in shapes]),
           "the nearest of nine sizes": (shapes, bucketed)}  # fmt: skip
 caption = "For a 3:2 photograph the square loses a third, the nearest size a fortieth."
@@ -180,7 +181,7 @@ def train_by_hand(model, recipe, watch=lambda step, ema: None):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
+            group["lr"] = rate_at(step, recipe)
         x0, noise, t, conditioning = batch(StepRNG((0, "flow", step), range(recipe.batch)))
         loss = flow_loss(model(interpolate(x0, noise, t), t, *conditioning), x0, noise).mean()
         loss.backward()

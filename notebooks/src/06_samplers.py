@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from lab import finish, images, lines, panels, pick, trained
 
-from nanosd3 import flow
+from nanosd3 import flow, samplers
 from nanosd3.data.mnist import measure_strokes, to_model
 from nanosd3.exercises import check, show
-from nanosd3.samplers import SAMPLERS, dpmpp_2m, euler, guided, heun, inpainting
+from nanosd3.samplers import SAMPLERS, euler, guided, inpainting
 from nanosd3.training.metrics import frechet_distance
 
 lesson = trained()
@@ -71,7 +71,7 @@ def heun_slowly(velocity, z, ts):
 
 
 ours = heun_slowly(exact_velocity, start, ts)
-torch.testing.assert_close(ours, heun(exact_velocity, start, ts))
+torch.testing.assert_close(ours, samplers.heun(exact_velocity, start, ts))
 
 # %% [markdown]
 # **DPM++ 2M** evaluates the network once per step and keeps the previous result. It works on the
@@ -82,7 +82,7 @@ torch.testing.assert_close(ours, heun(exact_velocity, start, ts))
 
 # %%
 once = torch.tensor([1.0, 0.0], dtype=torch.float64)
-one_step = [sampler(exact_velocity, start, once) for sampler in (dpmpp_2m, euler)]
+one_step = [sampler(exact_velocity, start, once) for sampler in (samplers.dpmpp_2m, euler)]
 torch.testing.assert_close(*one_step)
 
 # %% [markdown]
@@ -131,7 +131,7 @@ text = pipeline.encode_text(digits[:10])
 nothing = pipeline.encode_text([""] * 10)
 velocity, noise = guided(pipeline.mmdit, text, nothing, 1.6), pipeline.noise(10, 1, (8, 8))
 with torch.no_grad():
-    reference = heun(velocity, noise, flow.schedule(pick(100, 10)))
+    reference = samplers.heun(velocity, noise, flow.schedule(pick(100, 10)))
 problem = (velocity, noise, reference, pick((2, 4, 8, 16, 32, 64), (2, 4)))
 curves = {name: error_curve(name, *problem, flow.schedule) for name in SAMPLERS}
 curves["dpmpp_2m, even times"] = error_curve("dpmpp_2m", *problem, even)
@@ -300,7 +300,7 @@ both = (pipeline.encode_text(prompt) for prompt in ("the digit 9", ""))
 nine = guided(pipeline.mmdit, *both, pipeline.config.sampling.guidance)
 with torch.no_grad():
     x0 = pipeline.encode(to_model(four, 28))
-    ours = heun(nine, flow.interpolate(x0, eps, ts[6]), ts[6:])  # strength 6 / 12
+    ours = samplers.heun(nine, flow.interpolate(x0, eps, ts[6]), ts[6:])  # strength 6 / 12
 package = pipeline("the digit 9", image=four, strength=0.5, noise=eps, output="latent")
 torch.testing.assert_close(ours, package, atol=1e-3, rtol=1e-3)
 rows = {}

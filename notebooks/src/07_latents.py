@@ -10,10 +10,11 @@ import torch
 from lab import images, lines, maps, pick, trained
 
 from nanosd3 import flow
+from nanosd3 import vae as autoencoder
 from nanosd3.data.mnist import to_model, to_uint8
 from nanosd3.exercises import check, show
 from nanosd3.samplers import heun
-from nanosd3.vae import AutoencoderKL, kl_divergence, sample_posterior
+from nanosd3.vae import AutoencoderKL
 
 lesson = trained()
 pipeline, vae = lesson.pipeline, lesson.pipeline.vae
@@ -117,9 +118,9 @@ def sample_slowly(mean, logvar, noise):
 noise = torch.randn(mean[:1].shape, generator=g)
 z = mean[:1] + (0.5 * logvar[:1]).exp() * noise
 torch.testing.assert_close(z, sample_slowly(mean[:1], logvar[:1], noise))
-torch.testing.assert_close(z, sample_posterior(mean[:1], logvar[:1], noise))
+torch.testing.assert_close(z, autoencoder.sample_posterior(mean[:1], logvar[:1], noise))
 m = mean[:1].clone().requires_grad_()
-sample_posterior(m, logvar[:1], noise).square().sum().backward()
+autoencoder.sample_posterior(m, logvar[:1], noise).square().sum().backward()
 torch.testing.assert_close(m.grad, 2 * z)
 
 # %% [markdown]
@@ -136,11 +137,11 @@ torch.testing.assert_close(m.grad, 2 * z)
 total = 0.0
 for a, b in zip(mean[0].flatten(), logvar[0].flatten(), strict=True):
     total += 0.5 * (a**2 + b.exp() - 1 - b)
-exact = kl_divergence(mean[:1], logvar[:1])
+exact = autoencoder.kl_divergence(mean[:1], logvar[:1])
 torch.testing.assert_close(exact, total[None], atol=1e-2, rtol=1e-4)
 
 draws = torch.randn(3000, *mean[0].shape, generator=g)
-z = sample_posterior(mean[0], logvar[0], draws)
+z = autoencoder.sample_posterior(mean[0], logvar[0], draws)
 log_ratio = 0.5 * (z.square() - draws.square() - logvar[0]).flatten(1).sum(1)
 count = torch.arange(1, 3001)
 running = log_ratio.cumsum(0) / count

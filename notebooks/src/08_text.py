@@ -12,10 +12,11 @@ from itertools import pairwise
 import torch
 from lab import cached, finish, images, lines, maps, panels, pick, trained
 
+from nanosd3 import text as conditioning
 from nanosd3.data.mnist import measure_strokes, to_model
 from nanosd3.exercises import check, show
 from nanosd3.t5 import distance_buckets
-from nanosd3.text import drop_encoders, join_context
+from nanosd3.text import join_context
 from nanosd3.tokenizers import BPE, Unigram
 from nanosd3.training.classifier import ConvNet
 from nanosd3.training.train_text import clip_loss, span_corruptions
@@ -288,7 +289,7 @@ left_out = {"all": (), "CLIPs only": ("t5",), "CLIP-L only": ("clip_g", "t5"),
 full, rows = pipeline.encode_text(prompts), {}
 for name, drop in left_out.items():
     keep = torch.tensor([[e not in drop for e in ("clip_l", "clip_g", "t5")]] * len(prompts))
-    expected = drop_encoders(*full, keep, pipeline.config.text)
+    expected = conditioning.drop_encoders(*full, keep, pipeline.config.text)
     torch.testing.assert_close(pipeline.encode_text(prompts, drop=drop), expected)
     drawn = pipeline(prompts, drop=drop, steps=6, seed=5)
     correct = [digit == i % 10 for i, digit in enumerate(lesson.classify(drawn))]

@@ -17,11 +17,10 @@ from lab import CACHE, images, lines, pick, trained
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanosd3 import components, weights
+from nanosd3 import components, layers, weights
 from nanosd3.config import CONFIGS, Recipe
 from nanosd3.errors import rng
 from nanosd3.exercises import check, show
-from nanosd3.layers import split_heads
 from nanosd3.measure import costs
 from nanosd3.official import checkpoint, export, key_names
 from nanosd3.storage.files import read_tensors
@@ -261,7 +260,7 @@ def split_slowly(x, parts):
 x = torch.randn(2, 5, 3 * 4 * 64, generator=rng("heads"))
 with_tensors = x.view(2, 5, 3, 4, 64).permute(2, 0, 3, 1, 4)
 torch.testing.assert_close(with_tensors, split_slowly(x, 3))
-torch.testing.assert_close(torch.stack(split_heads(x, 3)), with_tensors)
+torch.testing.assert_close(torch.stack(layers.split_heads(x, 3)), with_tensors)
 
 # %% [markdown]
 # Another implementation might read the rows as (heads, 3, 64). And diffusers' modules expect

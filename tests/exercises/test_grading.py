@@ -77,7 +77,11 @@ def replaced(name: str, body: str) -> str:
 def test_one_bad_answer_spoils_only_itself(verdicts, tmp_path, body, message):
     outside = tmp_path / "was-here"
     results = verdicts(replaced("velocity_target", body.replace("OUTSIDE", str(outside))))
-    assert results["velocity_target"].points == 0 and message in results["velocity_target"].message
+    verdict = results["velocity_target"]
+    assert verdict.points == 0 and message in verdict.message
+    refused = message in ("closed book", "not allowed")
+    late = message.endswith("was stopped")
+    assert verdict.status == ("refused" if refused else "timed out" if late else "wrong")
     assert results["interpolate"].points == results["shift"].points == 1
     assert not outside.exists()
 
@@ -95,6 +99,8 @@ def test_one_bad_answer_spoils_only_itself(verdicts, tmp_path, body, message):
 def test_a_file_that_cannot_be_run(verdicts, source, message):
     results = verdicts(source)
     assert all(v.points == 0 and message in v.message for v in results.values()), results
+    status = {"took more": "timed out", "closed bo": "refused"}.get(message[:9], "wrong")
+    assert {v.status for v in results.values()} == {status}
 
 
 CHEATS = [
@@ -234,8 +240,9 @@ def test_start_then_grade(tmp_path, capsys):
     file.write_text(RIGHT)
     assert __main__.main(["grade", str(file), "--only", "shift", "patchify"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("✓ shift") and lines[1].startswith("· patchify")
-    assert lines[2] == "score: 1 of 4"
+    assert lines[0].startswith("✓ shift") and lines[1] == "· not attempted: 1 (patchify)"
+    assert lines[2].endswith("were not asked for: interpolate, velocity_target")
+    assert lines[3] == "score: 1 of 4"
 
 
 def test_every_stub_is_valid_python():
@@ -255,10 +262,14 @@ def test_a_class_is_graded(tmp_path):
     table = tmp_path / "grades.csv"
     assert __main__.main(["grade-all", str(folder), "--csv", str(table), "--only", *NAMES]) == 0
     rows = list(csv.DictReader(table.open()))
-    assert [(row["file"], row["score"], row["out_of"]) for row in rows] == [
+    assert [(row["file"], row["score"], row["out_of"]) for row in rows[:3]] == [
         ("ada.py", "3", "3"), ("bob.py", "0", "3"), ("eve.py", "0", "3"),
     ]  # fmt: skip
     assert "line 1: invalid syntax" in rows[2]["error"] and rows[0]["shift"] == "1"
+    assert [row["shift"] for row in rows] == ["1", "wrong", "refused", *"11010"]
+    assert [row["file"] for row in rows[3:]] == [
+        f"(files: {s})" for s in ("right", "wrong", "timed out", "refused", "not attempted")
+    ]
 
 
 def test_bad_input(capsys, tmp_path):
@@ -274,5 +285,5 @@ def test_bad_input(capsys, tmp_path):
         "grade-all", tmp_path / "no", "--csv", tmp_path / "t.csv"
     )
     (tmp_path / "c.py").write_bytes(b"\xff\xfe")
-    assert "c.py: line 1: " in ask("grade", tmp_path / "c.py")
+    assert "c.py: is UTF-16 text; save it as UTF-8" in ask("grade", tmp_path / "c.py")
     assert "is a folder" in ask("grade-all", tmp_path, "--csv", tmp_path)

@@ -1,5 +1,6 @@
 """`pytest --student hw.py`: one test per exercise, and no other tests."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,9 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("here", [True, False], ids=["in the repository", "elsewhere"])
 def test_the_option(tmp_path, here):
     (tmp_path / "hw.py").write_text(ANSWERS)
-    option = ["--student", str(tmp_path / "hw.py")] if here else ["--student=hw.py"]
+    cells = [{"cell_type": "code", "source": ANSWERS}, {"cell_type": "code", "source": "1 / 0"}]
+    (tmp_path / "hw.ipynb").write_text(json.dumps({"cells": cells}))
+    option = ["--student", str(tmp_path / "hw.py")] if here else ["--student=hw.ipynb"]
     done = run(ROOT if here else tmp_path, *option)
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"1 failed, 1 passed, {len(EXERCISES) - 2} skipped" in done.stdout

@@ -79,6 +79,20 @@ def test_shape(notebook, source):
                 assert names == EXERCISES[node.name].names
 
 
+def test_stubs_overwrite_nothing(notebook):
+    """A cell above still works when it is run again after the exercises."""
+    bound: list[str] = []
+    for code in code_of(notebook)[1:]:
+        tree = ast.parse(code)
+        names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
+        names += [a.asname or a.name for n in ast.walk(tree)
+                  if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names]  # fmt: skip
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name in EXERCISES:
+                assert node.name not in bound, node.name
+        bound += names
+
+
 def test_ties_to_the_package(notebook):
     """The notebook's own code is compared with the package's functions."""
     assert re.search(r"assert_close|^assert ", "\n".join(code_of(notebook)), re.MULTILINE)

@@ -22,7 +22,7 @@ class Verdict:
     """The result of checking one answer."""
 
     name: str
-    status: str  # "right", "wrong" or "not attempted"
+    status: str  # "right", "wrong", "not attempted"; of whole files also "timed out", "refused"
     points: int
     out_of: int
     message: str

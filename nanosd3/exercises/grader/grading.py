@@ -9,18 +9,22 @@ reach, since the package may be neither imported nor read (closed book).
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from nanosd3.errors import InputError
 from nanosd3.exercises.grader.checker import Verdict, assess
 from nanosd3.exercises.grader.exercise import Exercise
+from nanosd3.exercises.grader.hand_ins import HandIn, read_hand_in
 from nanosd3.exercises.grader.sandbox import PACKAGE
 
 WORKER = Path(__file__).with_name("sandbox.py")
@@ -35,28 +39,55 @@ FILE_LIMIT = 300  # for one file, including restarts
 MEMORY_LIMIT = 8 * 2**30  # of address space; torch alone takes about four GiB
 RECORD_LIMIT = 2**26
 
+# What Python, torch and their libraries need to start, on any system. HOME and APPDATA lead to
+# packages installed for one user, which is where pip puts them when it may not write elsewhere.
+ENVIRONMENT = (
+    *("PATH", "LANG", "HOME", "SYSTEMROOT", "WINDIR", "APPDATA", "USERPROFILE", "USERNAME"),
+    *("PROCESSOR_ARCHITECTURE", "NUMBER_OF_PROCESSORS"),
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an exercise has no record."""
+
+    status: str  # of the verdict
+    reason: str
+
 
 def grade(file: Path, exercises: list[Exercise], open_book: bool = False) -> list[Verdict]:
-    """Grade a file: one verdict per exercise. Raises OSError if the file cannot be read."""
-    with tempfile.TemporaryDirectory(prefix="grading-") as name:
+    """Grade a file: one verdict per exercise. Raises InputError if the file cannot be read or
+    compiled, or if no process can be started for it."""
+    hand_in = read_hand_in(file, [e.name for e in exercises], open_book)
+    with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        shutil.copyfile(file, folder / "answer.py")
+        (folder / "answer.py").write_bytes(hand_in.source)
         cases = {
             e.name: {"cases": [c.arguments for c in e.drawn()], "differentiable": e.differentiable}
             for e in exercises
         }
-        failed: dict[str, str] = {}  # why, by exercise
+        failed = {name: Failure("refused", reason) for name, reason in hand_in.refused.items()}
         end = time.monotonic() + FILE_LIMIT
         while left := [e for e in exercises if not is_done(folder, e.name, failed)]:
             if time.monotonic() > end:
-                fail(left, f"the file as a whole took more than {FILE_LIMIT} s", failed)
+                reason = f"the file as a whole took more than {FILE_LIMIT} s"
+                fail(left, Failure("timed out", reason), failed)
                 break
             torch.save({e.name: cases[e.name] for e in left}, folder / "cases.pt")
             run_worker(folder, left, open_book, failed)
-        return [verdict_on(exercise, folder, failed) for exercise in exercises]
+        return [verdict_on(exercise, folder, failed, hand_in) for exercise in exercises]
 
 
-def is_done(folder: Path, name: str, failed: dict[str, str]) -> bool:
+def missing_limits() -> str:
+    """What this system cannot limit while an answer runs, in words; "" if nothing."""
+    try:
+        import resource  # noqa: F401
+    except ImportError:  # Windows
+        return "memory and the size of files"
+    return "memory" if sys.platform == "darwin" else ""
+
+
+def is_done(folder: Path, name: str, failed: dict[str, Failure]) -> bool:
     return name in failed or is_file(folder / f"{name}.pt")
 
 
@@ -65,7 +96,9 @@ def is_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def run_worker(folder: Path, left: list[Exercise], open_book: bool, failed: dict[str, str]) -> None:
+def run_worker(
+    folder: Path, left: list[Exercise], open_book: bool, failed: dict[str, Failure]
+) -> None:
     """Run the worker until all exercises are done, or until one times out or ends the process;
     that one gets its reason in `failed`."""
     for name in ("begun", "loaded", *(f"{e.name}.pt" for e in left)):
@@ -88,9 +121,14 @@ def run_worker(folder: Path, left: list[Exercise], open_book: bool, failed: dict
         return True
 
     try:
-        if not reached("begun", START_LIMIT) or not reached("loaded", LOAD_LIMIT):
-            reason = "running the file, before any exercise, " + why_stopped(process, LOAD_LIMIT)
-            fail(left, reason, failed)
+        if not reached("begun", START_LIMIT):
+            status = "still starting" if process.poll() is None else f"exit status {process.poll()}"
+            raise InputError(
+                f"the process that runs answers did not start within {START_LIMIT} s ({status}); "
+                "grade again when the machine is less busy"
+            )
+        if not reached("loaded", LOAD_LIMIT):
+            fail(left, why_stopped(process, LOAD_LIMIT, "running the file itself "), failed)
             return
         for exercise in left:
             if not reached(f"{exercise.name}.pt", EXERCISE_LIMIT):
@@ -100,8 +138,9 @@ def run_worker(folder: Path, left: list[Exercise], open_book: bool, failed: dict
     except subprocess.TimeoutExpired:  # everything is recorded; no need to wait longer
         pass
     finally:
-        with contextlib.suppress(OSError, AttributeError):  # and its children
-            os.killpg(process.pid, signal.SIGKILL)
+        if hasattr(os, "killpg"):  # and its children
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.wait()
 
@@ -109,10 +148,10 @@ def run_worker(folder: Path, left: list[Exercise], open_book: bool, failed: dict
 def start_worker(folder: Path, open_book: bool) -> subprocess.Popen:
     """Start sandbox.py in its own session, with a minimal environment."""
     book = "open" if open_book else "closed"
-    environment = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "SYSTEMROOT")}
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     environment |= {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     return subprocess.Popen(
-        [sys.executable, "-I", str(WORKER), str(folder), PACKAGE, book, str(MEMORY_LIMIT)],
+        [sys.executable, "-E", "-P", str(WORKER), str(folder), PACKAGE, book, str(MEMORY_LIMIT)],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -122,20 +161,22 @@ def start_worker(folder: Path, open_book: bool) -> subprocess.Popen:
     )
 
 
-def why_stopped(process: subprocess.Popen, seconds: int) -> str:
+def why_stopped(process: subprocess.Popen, seconds: int, what: str = "") -> Failure:
     if process.poll() is None:
-        return f"took more than {seconds} s and was stopped"
-    return "ended the program; an answer must return its result"
+        return Failure("timed out", f"{what}took more than {seconds} s and was stopped")
+    return Failure("wrong", f"{what}ended the program; an answer must return its result")
 
 
-def fail(exercises: list[Exercise], reason: str, failed: dict[str, str]) -> None:
+def fail(exercises: list[Exercise], failure: Failure, failed: dict[str, Failure]) -> None:
     """Mark exercises as failed."""
-    failed.update({exercise.name: reason for exercise in exercises})
+    failed.update({exercise.name: failure for exercise in exercises})
 
 
-def verdict_on(exercise: Exercise, folder: Path, failed: dict[str, str]) -> Verdict:
-    if exercise.name in failed:
-        return Verdict(exercise.name, "wrong", 0, exercise.points, failed[exercise.name])
+def verdict_on(
+    exercise: Exercise, folder: Path, failed: dict[str, Failure], hand_in: HandIn
+) -> Verdict:
+    if failure := failed.get(exercise.name):
+        return Verdict(exercise.name, failure.status, 0, exercise.points, failure.reason)
     try:
         path = folder / f"{exercise.name}.pt"
         if path.stat().st_size > RECORD_LIMIT:
@@ -144,4 +185,7 @@ def verdict_on(exercise: Exercise, folder: Path, failed: dict[str, str]) -> Verd
         recorded = torch.load(path, weights_only=True)
     except Exception:  # an answer may have overwritten its record with anything
         recorded = {}
-    return assess(exercise, recorded)
+    verdict = assess(exercise, recorded)
+    message = re.sub(r"\bline (\d+)(?=:)", lambda m: hand_in.place(int(m[1])), verdict.message)
+    refused = re.search(r"(raised|stopped early with) ForbiddenError", message)
+    return replace(verdict, message=message, status="refused" if refused else verdict.status)

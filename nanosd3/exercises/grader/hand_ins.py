@@ -1,0 +1,266 @@
+"""Hand-ins: files of answers, as Python (.py) or as Jupyter notebooks (.ipynb).
+
+A Python file is run as it is. Of a notebook only the answers are run, and what they need: the
+imports, functions and constants they use, wherever in the notebook these are. Everything else in
+it, such as training, plots and the notebook's own text, would take minutes and prove nothing.
+"""
+
+import ast
+import builtins
+import difflib
+import io
+import json
+import re
+import symtable
+import tokenize
+import warnings
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanosd3.errors import InputError
+from nanosd3.storage.user_files import decode_text, read_bytes
+
+SUFFIXES = (".py", ".ipynb")
+MARK = "# exercises: "  # the line of a file of stubs that names what it was made for
+PYTHON_MAGICS = ("%%time", "%%capture")  # first lines of cells that are still Python
+MOST_MAGICS = 100  # lines in a cell that are IPython's
+
+
+@dataclass(frozen=True)
+class HandIn:
+    """A file of answers, ready to run."""
+
+    source: bytes
+    exercises: tuple[str, ...] = ()  # names or topics that the file says it is for
+    answered: tuple[str, ...] = ()  # exercises to which it has more than a stub
+    refused: dict[str, str] = field(default_factory=dict)  # why an answer cannot be run
+    notes: tuple[str, ...] = ()  # what is not graded
+    places: tuple[str, ...] = ()  # where in the notebook each line of `source` is from
+
+    def place(self, line: int) -> str:
+        """A line of the source in words: "line 3", or where it is in the notebook."""
+        return self.places[line - 1] if 0 < line <= len(self.places) else f"line {line}"
+
+
+def read_hand_in(file: Path, names: Collection[str], open_book: bool = False) -> HandIn:
+    """Read a file of answers to the exercises `names`.
+
+    Raises InputError if it cannot be read or compiled.
+    """
+    content = read_bytes(file)
+    if file.suffix.lower() == ".ipynb":
+        return of_notebook(code_cells(file, content), names, open_book)
+    text, tree = compiled(file, content)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    mark = re.search(rf"^{MARK}(.+)$", text, re.MULTILINE)
+    return HandIn(
+        content,
+        exercises=tuple(mark[1].split()) if mark else (),
+        answered=in_order(names, [node.name for node in functions if not is_stub(node)]),
+        notes=near_misses(functions, names),
+    )
+
+
+def compiled(file: Path, content: bytes) -> tuple[str, ast.Module]:
+    """Text and syntax tree of a Python file, which may declare its encoding. Raises InputError if
+    it cannot be compiled."""
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+    except SyntaxError:
+        encoding = "utf-8"  # that it is invalid or unknown is said below
+    text = decode_text(content, file, encoding.removesuffix("-sig"))
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about the student's style
+            compile(content, str(file), "exec")
+            return text, ast.parse(content)
+    except SyntaxError as error:
+        line = f"line {error.lineno}: " if error.lineno else ""
+        raise InputError(f"{file}: {line}{error.msg}") from None
+    except (ValueError, MemoryError, RecursionError) as error:
+        reason = type(error).__name__
+        raise InputError(f"{file}: cannot be compiled ({reason}); simplify it") from None
+
+
+def in_order(names: Collection[str], found: Collection[str]) -> tuple[str, ...]:
+    """Those of `names` that are found, in the order of `names`."""
+    return tuple(name for name in names if name in found)
+
+
+def is_stub(node: ast.stmt) -> bool:
+    """Whether it is a function that is not written yet: a docstring, `...`, or an error."""
+    if not isinstance(node, ast.FunctionDef):
+        return False
+    last = node.body[-1]
+    empty = isinstance(last, ast.Pass) or isinstance(getattr(last, "value", None), ast.Constant)
+    unwritten = isinstance(last, ast.Raise) and "NotImplementedError" in ast.unparse(last)
+    return unwritten or (empty and not isinstance(last, ast.Return))
+
+
+def near_misses(functions: list[ast.FunctionDef], names: Collection[str]) -> tuple[str, ...]:
+    """A note on each function whose name is almost that of an exercise without an answer."""
+    written = [node.name for node in functions if not is_stub(node)]
+    missing = [name for name in names if name not in written]
+    notes = []
+    for name in written:
+        close = difflib.get_close_matches(name.lower(), missing, 1, 0.85)
+        if name not in names and close:
+            notes.append(f"{name} is not an exercise; rename it if it answers {close[0]}")
+    return tuple(notes)
+
+
+# --- notebooks ----------------------------------------------------------------------------------
+
+
+def code_cells(file: Path, content: bytes) -> list[str]:
+    """The text of a notebook's code cells. Raises InputError if it is not a notebook."""
+    try:
+        notebook = json.loads(decode_text(content, file))
+        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        return ["".join(cell["source"]).replace("\r\n", "\n") for cell in cells]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(
+            f"{file}: not a Jupyter notebook of format 4; open it in Jupyter and save it again"
+        ) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Statement:
+    """A top-level statement of a notebook that binds names: import, function, class, constant."""
+
+    node: ast.stmt
+    cell: int
+    line: int  # the first in its cell, counted from 1
+    text: list[str]  # its lines
+    binds: frozenset[str]
+    needs: frozenset[str]  # global names
+
+    @property
+    def modules(self) -> set[str]:
+        """The top-level modules that it imports."""
+        if isinstance(self.node, ast.ImportFrom):
+            return {(self.node.module or "").split(".")[0]}
+        if isinstance(self.node, ast.Import):
+            return {alias.name.split(".")[0] for alias in self.node.names}
+        return set()
+
+    def answers(self, names: Collection[str]) -> str | None:
+        """The exercise that it answers, if any: by a function, a class or a lambda."""
+        value = getattr(self.node, "value", None)
+        if isinstance(self.node, ast.FunctionDef | ast.ClassDef) or isinstance(value, ast.Lambda):
+            return next((name for name in self.binds if name in names), None)
+        return None
+
+
+def of_notebook(cells: list[str], names: Collection[str], open_book: bool) -> HandIn:
+    """The answers in a notebook, with what they need. Of two answers to an exercise the last
+    counts, as in the notebook itself."""
+    statements: list[Statement] = []
+    refused: dict[str, str] = {}
+    for number, cell in enumerate(cells, 1):
+        try:
+            statements += bindings(*parsed(cell), number)
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+            where = f"code cell {number}, line {getattr(error, 'lineno', None) or 1}"
+            reason = f"{where}: {getattr(error, 'msg', None) or type(error).__name__}"
+            refused |= dict.fromkeys(re.findall(r"^def (\w+)", cell, re.MULTILINE), reason)
+    given = [(answered, s) for s in statements if (answered := s.answers(names))]
+    answers = dict(given)  # the last ones
+    refused = {name: why for name, why in refused.items() if name in names and name not in answers}
+    taken = [s for s in statements if "__future__" in s.modules]
+    for name, answer in answers.items():
+        needed = with_needs(answer, statements)
+        if why := why_not_run(needed, open_book):
+            refused[name] = why
+        else:
+            taken += needed
+    taken.sort(key=lambda s: ("__future__" not in s.modules, s.cell, s.line))
+    lines = {(s.cell, s.line + i): text for s in taken for i, text in enumerate(s.text)}
+    used = len({s.cell for s in answers.values()})
+    notes = [f"{used} of {len(cells)} code cells define answers; the others are not run"]
+    twice = [name for name in answers if [n for n, _ in given].count(name) > 1]
+    notes += [f"{name} is defined more than once; the last one counts" for name in twice]
+    functions = [s.node for s in statements if isinstance(s.node, ast.FunctionDef)]
+    checked = re.findall(r"""^check\(["'](\w+)["']""", "\n".join(cells), re.MULTILINE)
+    written = [name for name, answer in answers.items() if not is_stub(answer.node)]
+    return HandIn(
+        "".join(f"{line}\n" for line in lines.values()).encode(errors="replace"),
+        exercises=in_order(names, {*checked, *answers, *refused}),
+        answered=in_order(names, {*written, *refused}),
+        refused=refused,
+        notes=(*notes, *near_misses(functions, names)),
+        places=tuple(f"code cell {cell}, line {line}" for cell, line in lines),
+    )
+
+
+def parsed(cell: str) -> tuple[ast.Module, list[str]]:
+    """A cell's syntax tree and lines, with IPython's own lines (%magic, !shell, help?) replaced by
+    `pass`. Raises SyntaxError if it is not Python."""
+    lines = cell.split("\n")
+    if lines[0].startswith("%%") and not lines[0].startswith(PYTHON_MAGICS):
+        return ast.parse(""), []  # another language
+    with warnings.catch_warnings(action="ignore"):
+        for _ in range(MOST_MAGICS):
+            try:
+                return ast.parse("\n".join(lines)), lines
+            except SyntaxError as error:
+                at = (error.lineno or 1) - 1
+                line, number = re.subn(r"^(\s*)([%!?].*|\S+\?)$", r"\1pass", lines[at])
+                if not number:
+                    raise
+                lines[at] = line
+    raise SyntaxError("too many lines that are not Python")
+
+
+def bindings(tree: ast.Module, lines: list[str], cell: int) -> Iterator[Statement]:
+    """The statements of a cell that an answer may need."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            binds = {node.name}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            binds = {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            stored = (n for n in ast.walk(node) if isinstance(n, ast.Name))
+            binds = {n.id for n in stored if isinstance(n.ctx, ast.Store)}
+        else:
+            continue
+        decorators = getattr(node, "decorator_list", [])
+        line = min([node.lineno, *(decorator.lineno for decorator in decorators)])
+        needs = global_names(symtable.symtable(ast.unparse(node), "cell", "exec"))
+        text = lines[line - 1 : node.end_lineno]
+        yield Statement(node, cell, line, text, frozenset(binds), frozenset(needs))
+
+
+def global_names(table: symtable.SymbolTable) -> set[str]:
+    """The global names that a piece of code reads."""
+    top = table.get_type() == "module"
+    found = {
+        s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())
+    }
+    return found.union(*map(global_names, table.get_children()))
+
+
+def with_needs(answer: Statement, statements: list[Statement]) -> list[Statement]:
+    """An answer and all statements that it needs: for each name the last that binds it before or
+    in the same cell, as when the notebook is run, or else the first after it."""
+    found = [answer]
+    for statement in found:  # grows
+        for name in sorted(statement.needs):
+            star = set() if hasattr(builtins, name) else {"*"}
+            bound = [s for s in statements if s.binds & {name, *star}]
+            before = [s for s in bound if s.cell <= statement.cell]
+            for provider in before[-1:] or bound[:1]:
+                if provider not in found:
+                    found.append(provider)
+    return found
+
+
+def why_not_run(closure: list[Statement], open_book: bool) -> str | None:
+    """Why an answer cannot be run outside its notebook; None if it can."""
+    for statement in closure:
+        names = ", ".join(sorted(statement.binds))
+        if "nanosd3" in statement.modules and not open_book:
+            return f"closed book: the answer uses {names}, imported from the package nanosd3"
+        if "lab" in statement.modules:
+            return f"the answer uses {names} from lab.py, which is not there in grading"
+    return None
