@@ -55,8 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
 def train(job: Job, plan: Plan, source: Digits) -> None:
     """The stages in order; finished ones are loaded."""
     images, folder = source.images, job.run.folder
+    first = f"the first {source.trained} of " if source.trained < images.found else ""
     print(
-        f"data: {len(images.train_images)} images from {images.source} (names: {images.why}); "
+        f"data: {first}{images.found} images from {images.source} (names: {images.why}); "
         f"{len(source.texts)} captions, such as {shown(source.texts[-1])}"
     )
     classifier = train_classifier(job, images)  # reads digits, for the metrics

@@ -1,6 +1,7 @@
 """Command lines: bad input gives one line and exit status 2, never a traceback."""
 
 import argparse
+import io
 import os
 import shlex
 import subprocess
@@ -23,6 +24,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{shortened(message, 500)} (see --help)")
 
 
+def unicode_text(text: str) -> str:
+    """Text from a UTF-8 terminal, whatever the locale is set to; an argparse `type`."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {text!r}") from None
+
+
 def positive(text: str) -> int:
     """Parse an integer of at least 1; an argparse `type`."""
     try:
@@ -38,6 +47,13 @@ def command_line(*words: object) -> str:
     """A command to copy into the shell, with the quotes that it needs."""
     texts = [str(word) for word in words]
     return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
+
+
+def print_any_text() -> None:
+    """Let stdout and stderr print characters that their encoding lacks, as escapes like \\u732b."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not None, as without a console on Windows
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_main(main: Callable[[], int | None]) -> int:
@@ -58,10 +74,12 @@ def status_of(main: Callable[[], int | None]) -> int:
     """Run a command line and return its exit status.
 
     Bad input and insufficient memory give one line and status 2; Ctrl-C gives 130, or the `status`
-    of the exception; none prints a traceback. Under torchrun only rank 0 prints to stdout.
+    of the exception; none prints a traceback, whatever characters the streams can encode. Under
+    torchrun only rank 0 prints to stdout.
     """
     if torchrun_number("RANK"):
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    print_any_text()
     try:
         return main() or 0
     except InputError as error:

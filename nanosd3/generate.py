@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanosd3.cli import Parser, positive, run_main
+from nanosd3.cli import Parser, positive, run_main, unicode_text
 from nanosd3.data.pictures import read_image, read_mask
 from nanosd3.errors import InputError, shown
 from nanosd3.machine.device import set_up
@@ -42,7 +42,8 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("python -m nanosd3.generate", "Images for prompts.")
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help='such as "a bold seven leaning right"')
+    text = 'such as "a bold seven leaning right"'
+    add("prompts", nargs="*", type=unicode_text, metavar="PROMPT", help=text)
     add(
         "--model",
         type=Path,
@@ -72,7 +73,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--guidance", type=float, help="guidance scale; up to 1: none (default: the model's)")
     add("--sampler", choices=tuple(SAMPLERS), help="ODE solver (default: the model's)")
     add("--shift", type=float, help="timestep shift towards noise (default: the model's)")
-    add("--negative", default="", help="what guidance moves away from (default: no text)")
+    text = "what guidance moves away from (default: no text)"
+    add("--negative", type=unicode_text, default="", help=text)
     add(
         "--skip-layers",
         type=whole_numbers,

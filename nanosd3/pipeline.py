@@ -88,11 +88,12 @@ class Pipeline:
     ) -> tuple[Tensor, Tensor]:
         """Context (B, M, Dc) and pooled (B, Dp); equal prompts are encoded once.
 
-        Raises InputError if a CLIP is absent and not dropped; an absent T5 is warned of.
+        Raises InputError if a CLIP is absent and not dropped; an absent T5 and prompts that are
+        cut are warned of.
         """
         prompts, drop = check_prompts(prompts), dropped_encoders(drop)
         length = check_t5_length(t5_length)
-        for message in self.text.absent(drop):
+        for message in [*self.text.absent(drop), *self.text.truncated(prompts, length, drop)]:
             warnings.warn(message, stacklevel=2)
         return rows_of(self.encode_each(list(dict.fromkeys(prompts)), drop, length), prompts)
 

@@ -13,10 +13,11 @@ fine-tune an official model.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nanosd3.cli import Parser, run_main
+from nanosd3.cli import Parser, run_main, unicode_text
 from nanosd3.data.image_folder import ImageFolder, read_folder
 from nanosd3.data.sources import Pictures
 from nanosd3.errors import shown
@@ -29,6 +30,7 @@ from nanosd3.training.train_flow import train_flow
 
 SAMPLED_CAPTIONS = 8  # to draw samples for, if there is no --prompt
 LISTED_FILES = 20  # skipped files listed by name, at most
+MUCH_CROPPED = 0.25  # share of an image
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -40,6 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--prompt",
         action="append",
         dest="prompts",
+        type=unicode_text,
         metavar="TEXT",
         help="prompt to draw samples for; repeat for more (default: some of the captions)",
     )
@@ -51,14 +54,34 @@ def print_summary(folder: ImageFolder, source: Pictures) -> None:
     for line in folder.skipped[:LISTED_FILES]:
         print(f"skipped: {line}", file=sys.stderr)
     if len(folder.skipped) > LISTED_FILES:
-        print(f"skipped: and {len(folder.skipped) - LISTED_FILES} more", file=sys.stderr)
+        more = f"and {len(folder.skipped) - LISTED_FILES} more, see log.jsonl of the run"
+        print(f"skipped: {more}", file=sys.stderr)
+    for note in notes_of(folder, source):
+        print(f"note: {note}", file=sys.stderr)
+    others = ""
+    if folder.others:
+        others = f", {folder.others.total()} other files ({', '.join(sorted(folder.others))})"
     print(
         f"data: {source.trained} images from {source.name}, {source.count - source.trained} more "
-        f"held out, {len(folder.skipped)} skipped; {len(source.texts)} captions, such as "
+        f"held out, {len(folder.skipped)} skipped{others}; {len(source.texts)} captions, such as "
         f"{shown(source.texts[0])}"
     )
     counts = ", ".join(f"{h}x{w}: {n}" for (h, w), n in source.buckets.counts().items())
     print(f"buckets (height x width): {counts}")
+
+
+def notes_of(folder: ImageFolder, source: Pictures) -> Iterator[str]:
+    """How many images are converted, and how many are cropped much."""
+    notes = Counter(note for picture in folder.pictures for note in picture.notes)
+    for note, count in notes.items():
+        yield f"{note}: {count} of {source.count} images"
+    cut = [(share, name) for name, share in source.cropped() if share > MUCH_CROPPED]
+    if cut:
+        share, name = max(cut)
+        yield (
+            f"cropped by more than {MUCH_CROPPED:.0%}: {len(cut)} of {source.count} images, most "
+            f"of all {name} ({share:.0%})"
+        )
 
 
 def spread(texts: Sequence[str], count: int) -> list[str]:

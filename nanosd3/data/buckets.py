@@ -60,6 +60,12 @@ def nearest(sizes: Sequence[Size], height: int, width: int) -> Size:
     return min(sizes, key=distance)
 
 
+def cropped_share(size: Size, height: int, width: int) -> float:
+    """The share of an image's area that is lost when it is scaled to cover `size` and cropped."""
+    tall, wide = size[0] * width, size[1] * height
+    return 1 - min(tall, wide) / max(tall, wide)
+
+
 class Buckets:
     """Images grouped by bucket, and batches drawn from one bucket each.
 

@@ -9,12 +9,14 @@ that begin with a dot are ignored.
 
 Every large collection has a few bad files, and none of them may stop a training run after a day.
 So each image is decoded once up front. Files that cannot be used are left out, but not silently:
-`skipped` names each of them with the reason.
+`skipped` names each of them with the reason, captions without an image too, and `others` counts the
+files that are neither.
 """
 
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +26,13 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from nanosd3.data.caption_files import METADATA, CaptionFiles, Metadata, TextFiles
+from nanosd3.data.formats import SUFFIXES, UNREAD_SUFFIXES
 from nanosd3.data.pictures import decode, read_bytes, to_channels
-from nanosd3.errors import InputError, shown
+from nanosd3.errors import InputError
 from nanosd3.storage.run import Contents
 
-METADATA = "metadata.jsonl"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")  # of captions
 PROGRESS_FROM = 300  # images; a progress bar is shown for at least so many, in a terminal
 ACCEPTED_LAYOUTS = (
     f"put an x.txt beside x.png, one caption a line, or a {METADATA} into the folder with "
@@ -47,6 +50,7 @@ class Picture:
     digest: str  # sha256 of the file's bytes
     size: tuple[int, int]  # height and width, upright
     captions: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # conversions made in decoding it
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class ImageFolder:
     root: Path
     pictures: tuple[Picture, ...]
     skipped: tuple[str, ...]
+    others: Counter[str]  # files that are neither images nor captions, by suffix
 
     @property
     def contents(self) -> Contents:
@@ -87,12 +92,17 @@ def read_folder(root: Path) -> ImageFolder:
     if not root.is_dir():
         problem = "is a file, expected a folder of images" if root.exists() else "no such folder"
         raise InputError(f"{root}: {problem}")
-    metadata = read_metadata(root) if (root / METADATA).exists() else None
-    paths = sorted({*find_pictures(root), *(metadata or ())}, key=Path.as_posix)
+    files = find_files(root)
+    metadata = Metadata(root, files) if (root / METADATA).exists() else None
+    captioned: CaptionFiles = metadata or TextFiles(root, files)
+    images = {path for path in files if path.suffix.lower() in SUFFIXES}
+    paths = sorted({*images, *(metadata.captions if metadata else ())}, key=Path.as_posix)
+    unread = [path for path in files if path.suffix.lower() in UNREAD_SUFFIXES]
     if not paths:
-        raise InputError(f"{root}: no images in it ({', '.join(SUFFIXES)})")
+        first = f"; {len(unread)} of other formats, such as {unread[0].name}" if unread else ""
+        raise InputError(f"{root}: no images in it ({', '.join(SUFFIXES)}){first}")
     skipped: list[str] = []
-    captions = read_each(paths, lambda path: captions_of(path, metadata), skipped)
+    captions = read_each(paths, captioned.of, skipped)
     if not captions:
         raise InputError(
             f"{root}: no captions for any of {len(paths)} images; {ACCEPTED_LAYOUTS} "
@@ -103,7 +113,12 @@ def read_folder(root: Path) -> ImageFolder:
     pictures = read_each(bar, lambda path: read_picture(path, captions[path]), skipped)
     if not pictures:
         raise InputError(f"{root}: none of {len(paths)} images can be used (first: {skipped[0]})")
-    return ImageFolder(root, tuple(pictures.values()), tuple(skipped))
+    known = {*paths, *captioned.named}
+    rest = [path for path in files if path not in known]
+    others = Counter(
+        read_each(rest, lambda path: kind_of_other(path, not metadata), skipped).values()
+    )
+    return ImageFolder(root, tuple(pictures.values()), tuple(skipped), others)
 
 
 def read_each(
@@ -119,8 +134,8 @@ def read_each(
     return results
 
 
-def find_pictures(root: Path) -> list[Path]:
-    """The files below `root` with an image's suffix. Raises InputError for unreadable folders."""
+def find_files(root: Path) -> list[Path]:
+    """The files below `root`, sorted. Raises InputError for folders that cannot be read."""
     paths: list[Path] = []
     visited: set[str] = set()
     errors: list[OSError] = []
@@ -130,67 +145,23 @@ def find_pictures(root: Path) -> list[Path]:
             continue
         visited.add(os.path.realpath(folder))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        images = (name for name in files if Path(name).suffix.lower() in SUFFIXES)
-        paths += [Path(folder, name) for name in images if not name.startswith(".")]
+        paths += [Path(folder, name) for name in files if not name.startswith(".")]
     for error in errors:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
-    return paths
+    return sorted(paths, key=Path.as_posix)
 
 
-# --- captions -----------------------------------------------------------------------------------
-
-
-def captions_of(path: Path, metadata: dict[Path, list[str]] | None) -> tuple[str, ...]:
-    """The captions of an image: from `read_metadata`, or without it from the .txt beside it."""
-    if metadata is None:
-        texts, reason = read_lines(path.with_suffix(".txt")), "no .txt beside it"
-    else:
-        texts, reason = metadata.get(path), f"no line of {METADATA} names it"
-    if texts is None:
-        raise InputError(f"{path}: no caption ({reason})")
-    captions = tuple(text.strip() for text in texts if text.strip())
-    if not captions:
-        raise InputError(f"{path}: its caption is empty")
-    return captions
-
-
-def read_lines(path: Path) -> list[str] | None:
-    """The lines of a text file, or None if there is no such file."""
-    try:
-        return read_bytes(path).decode("utf-8-sig").splitlines() if path.exists() else None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not valid UTF-8 (byte {error.start})") from None
-
-
-def read_metadata(root: Path) -> dict[Path, list[str]]:
-    """The captions of each file named in metadata.jsonl. Raises InputError for a bad line."""
-    path = root / METADATA
-    metadata: dict[Path, list[str]] = {}
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
-        if line.strip():
-            name, texts = read_line(line, f"{path}, line {number}")
-            metadata.setdefault(root / name, []).extend(texts)
-    return metadata
-
-
-def read_line(line: bytes, place: str) -> tuple[str, list[str]]:
-    """The file name and the captions in one line of metadata.jsonl."""
-    try:
-        entry = json.loads(line)
-        json.dumps(entry, ensure_ascii=False).encode()  # fails for lone surrogates, "\ud800"
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not valid JSON ({error})") from None
-    if not isinstance(entry, dict):
-        raise InputError(f"{place}: expected an object, got a {type(entry).__name__}")
-    name, text = entry.get("file_name"), entry.get("text")
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{place}: no file_name, or it is not a string")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"{place}: file_name {shown(name)} is outside the folder")
-    texts = text if isinstance(text, list) else [text]
-    if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{place}: no text, or it is neither a string nor a list of strings")
-    return name, texts
+def kind_of_other(path: Path, in_texts: bool) -> str:
+    """The suffix of a file that is neither an image nor a caption. Raises InputError if it may have
+    been meant to be one; `in_texts`, where .txt files hold the captions."""
+    suffix = path.suffix.lower()
+    if suffix in UNREAD_SUFFIXES:
+        raise InputError(f"{path}: {suffix} images are not read; save it as PNG or JPEG")
+    if path.stem.lower() == Path(METADATA).stem and suffix in TABLE_SUFFIXES:
+        raise InputError(f"{path}: is not read; only a {METADATA} in the folder itself is")
+    if in_texts and suffix == ".txt":
+        raise InputError(f"{path}: is the caption of no image")
+    return suffix or "no suffix"
 
 
 # --- images -------------------------------------------------------------------------------------
@@ -199,8 +170,9 @@ def read_line(line: bytes, place: str) -> tuple[str, list[str]]:
 def read_picture(path: Path, captions: tuple[str, ...]) -> Picture:
     """Decode an image file once. Raises InputError if it cannot be used."""
     content = read_bytes(path)
-    width, height = decode(content, path)[0].size
-    return Picture(path, hashlib.sha256(content).hexdigest(), (height, width), captions)
+    image, notes = decode(content, path)
+    digest = hashlib.sha256(content).hexdigest()
+    return Picture(path, digest, (image.height, image.width), captions, tuple(notes))
 
 
 def load_picture(picture: Picture, size: tuple[int, int], channels: int) -> np.ndarray:

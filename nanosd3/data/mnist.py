@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanosd3.data.class_names import DIGITS, Names, class_names
 from nanosd3.errors import InputError, shown
 from nanosd3.storage.files import unreadable
 
@@ -32,18 +33,6 @@ MD5 = {  # of the canonical files, which are in the package
     "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
-
-Names = tuple[tuple[str, ...], ...]  # for each class, its synonyms
-
-DIGITS: Names = tuple(
-    (word, str(i))
-    for i, word in enumerate("zero one two three four five six seven eight nine".split())
-)
-FASHION: Names = tuple(
-    (name,)
-    for name in "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot".split(",")
-)
-FASHION_FIRST_LABELS = [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]  # of its training set
 
 STROKE_WEIGHTS = ("thin", "", "bold")
 SLANTS = ("leaning left", "upright", "leaning right")
@@ -58,6 +47,7 @@ class ImageSet:
     test_images: Tensor
     test_labels: Tensor
     names: Names
+    found: int  # training images in the folder
     source: str  # the folder
     why: str  # where the class names come from
     fingerprint: str  # of all images, labels and names
@@ -168,23 +158,11 @@ def load_images(folder: str | Path | None = None) -> ImageSet:
         test_images=parts[2],
         test_labels=parts[3].long(),
         names=names,
+        found=len(labels),
         source=str(folder or "the package"),
         why=why,
         fingerprint=hashlib.md5(content).hexdigest(),
     )
-
-
-def class_names(folder: Path, labels: Tensor, packaged: bool) -> tuple[Names, str]:
-    """The names of each class, and where they come from."""
-    path = folder / "classes.txt"
-    if path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace").lower()
-        return tuple((line.strip(),) for line in text.split("\n") if line.strip()), "classes.txt"
-    if packaged:
-        return DIGITS, "digits"
-    if labels[:10].tolist() == FASHION_FIRST_LABELS or "fashion" in folder.resolve().name.lower():
-        return FASHION, "Fashion-MNIST's, recognised by its first labels or the folder's name"
-    return DIGITS, "digits; put a classes.txt into the folder for other names"
 
 
 def to_model(images: Tensor, size: int) -> Tensor:

@@ -18,14 +18,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
-from PIL.ImageFile import ImageFile
-from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from torch import Tensor
 
+from nanosd3.data.formats import formats_of, is_deep
 from nanosd3.errors import InputError
 from nanosd3.storage.user_files import read_bytes
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # not EPS, which would be executed
 ON_WHITE = "transparency placed on white"
 PLAIN_MODES = ("1", "L", "LA", "RGB", "RGBA", "RGBa")  # to RGB without touching the colours
 
@@ -45,7 +43,7 @@ def decode(content: bytes, path: Path) -> tuple[Image.Image, list[str]]:
 def open_image(content: bytes, path: Path) -> Image.Image:
     """Open an image file without decoding its pixels yet."""
     with parsing(path):
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+        return Image.open(io.BytesIO(content), formats=formats_of(path))
 
 
 @contextmanager
@@ -58,7 +56,7 @@ def parsing(name: object) -> Iterator[None]:
     except InputError:
         raise
     except UnidentifiedImageError:
-        formats = ", ".join(FORMATS)
+        formats = ", ".join(formats_of(name))
         raise InputError(f"{name}: is not an image of a known format ({formats})") from None
     except Exception as error:  # parsers fail in many ways on damaged files
         raise InputError(f"{name}: damaged or too large ({error})") from None
@@ -100,6 +98,8 @@ def to_rgb(image: Image.Image, name: object) -> tuple[Image.Image, list[str]]:
         # Asked before decoding, in which Pillow turns TIFF files and removes their tag.
         if image.getexif().get(Base.Orientation, 1) in range(2, 9):
             notes.append("rotated by its EXIF tag")
+        if image.format == "ICO" and len(image.info["sizes"]) > 1:
+            notes.append(f"the largest of {len(image.info['sizes'])} sizes taken")
         image = ImageOps.exif_transpose(image)
         if image.mode in ("P", "PA"):
             notes.append("converted from palette")
@@ -129,21 +129,6 @@ def check_kind(image: Image.Image, name: object) -> None:
         )
     if image.mode in ("LAB", "La"):
         raise InputError(f"{name}: has the colour mode {image.mode}; save it as RGB")
-
-
-def is_deep(image: Image.Image) -> bool:
-    """Whether an image has more than 8 bits a channel.
-
-    Pillow silently reduces 16-bit colours to 8 bits when it decodes them. Before that, only a
-    TIFF tag or the name of a PNG file's raw mode tells.
-    """
-    if image.mode.startswith(("I", "F")):
-        return True
-    if isinstance(image, TiffImageFile):
-        return max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8
-    if isinstance(image, ImageFile) and image.format == "PNG":
-        return any(";16" in str(tile[3]) for tile in image.tile)
-    return False
 
 
 def to_channels(image: Image.Image, channels: int) -> tuple[np.ndarray, list[str]]:

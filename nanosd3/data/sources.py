@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanosd3.config_types import Config
-from nanosd3.data.buckets import Buckets, bucket_sizes, nearest
+from nanosd3.data.buckets import Buckets, bucket_sizes, cropped_share, nearest
 from nanosd3.data.image_folder import ImageFolder, Picture, load_picture
 from nanosd3.data.mnist import (
     SIDE,
@@ -172,6 +172,13 @@ class Pictures:
             for picture in self.pictures
         ]
         self.texts = list(index_of)
+
+    def cropped(self) -> list[tuple[str, float]]:
+        """The name of each image, and the share of it that is cropped."""
+        return [
+            (picture.path.name, cropped_share(size, *picture.size))
+            for picture, size in zip(self.pictures, self.sizes, strict=True)
+        ]
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
         return self.buckets.draw(batch, generator)

@@ -110,6 +110,8 @@ def fill_cache(features: Features, prompts: list[str]) -> None:
     if not images_missing and not features.text_rows.missing(list(texts)):
         return
     pipeline = features.encoders.open()
+    if long := pipeline.text.truncated(source.texts):
+        print(f"text: {len(long)} of {len(source.texts)} captions are truncated; one is {long[0]}")
 
     def encode_images(numbers: dict[str, int], keys: list[str]) -> dict[str, Tensor]:
         index = torch.tensor([numbers[key] for key in keys])

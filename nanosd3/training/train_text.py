@@ -227,7 +227,7 @@ def train_text_encoders(job: Job) -> TextEncoders:
     """Train tokenizers and the three encoders, or load them; the encoders come back frozen.
 
     Raises InputError if the captions do not fit the config's vocabularies or token limits. (Longer
-    captions of pictures are truncated instead.)
+    captions of pictures are truncated, and counted, when they are encoded.)
     """
     config, captions = job.config, job.source.texts
     try:
@@ -241,14 +241,10 @@ def train_text_encoders(job: Job) -> TextEncoders:
     parts = LazyModules(dict(encoders.items()), job.device)
     widths = (config.mmdit.context_dim, config.mmdit.pooled_dim)
     text = TextEncoders(config.text, tokenizers, parts, *widths)
-    if long := text.truncated(captions):
-        if isinstance(job.source, Digits):
-            raise InputError(
-                f"{job.source.name}: class names too long for config {config.name}, shorten them: "
-                f"a caption is {long[0]}"
-            )
-        print(
-            f"text: {len(long)} of {len(captions)} captions are truncated; the first is {long[0]}"
+    if isinstance(job.source, Digits) and (long := text.truncated(captions)):
+        raise InputError(
+            f"{job.source.name}: class names too long for config {config.name}, shorten them: "
+            f"a caption is {long[0]}"
         )
     train_clip(job, text)
     train_t5(job, text)

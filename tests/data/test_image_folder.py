@@ -73,7 +73,8 @@ def test_text_files_beside_images(tmp_path):
         "deep/er/c.webp": ("a cat",),
     }
     assert list(captions(folder)) == sorted(captions(folder))
-    assert folder.root == tmp_path and folder.skipped == ()
+    assert folder.root == tmp_path
+    assert folder.skipped == (f"{tmp_path / 'README.txt'}: is the caption of no image",)
     for picture in folder.pictures:
         assert picture.size == (12, 20)
         assert picture.digest == hashlib.sha256(picture.path.read_bytes()).hexdigest()
@@ -213,7 +214,10 @@ def test_all_images_bad(tmp_path):
     [
         (b"{", "not valid JSON"),
         (b"a.png,a cat", "not valid JSON"),
-        (b'{"file_name": "a.png", "text": "\xff"}', "not valid JSON"),
+        (
+            b'{"file_name": "a.png", "text": "\xff"}',
+            "is not valid UTF-8 (byte 73); save it as UTF-8",
+        ),
         (rb'{"file_name": "a.png", "text": "\ud800"}', "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
         (b"1" * 10_000, "not valid JSON"),
@@ -344,7 +348,7 @@ UNCAPTIONED = {
     "void.png": (lambda p: p.with_suffix(".txt").write_text(""), "void.png: its caption is empty"),
     "latin.png": (
         lambda p: p.with_suffix(".txt").write_bytes("zwei Bären".encode("latin-1")),
-        "latin.txt: is not valid UTF-8 (byte 6)",
+        "latin.txt, line 1: is not valid UTF-8 (byte 6)",
     ),
     "folder.png": (
         lambda p: [p.with_suffix(".txt").unlink(), p.with_suffix(".txt").mkdir()],

@@ -7,10 +7,8 @@ import pytest
 import torch
 from support.idx import idx, write_set
 
+from nanosd3.data.class_names import DIGITS, FASHION, FASHION_FIRST_LABELS
 from nanosd3.data.mnist import (
-    DIGITS,
-    FASHION,
-    FASHION_FIRST_LABELS,
     MNIST_FOLDER,
     bins,
     describe,
