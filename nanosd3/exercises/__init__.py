@@ -9,22 +9,30 @@ cases with distinct sizes along all axes, and the wrong answers that students re
 with a hint. For the command line, see __main__.py.
 """
 
-import inspect
 from collections.abc import Callable
 
 from nanosd3.exercises import (
+    accumulation,
     attention,
     blocks,
     bucketing,
+    byte_pairs,
     clip,
     conditioning,
+    dropping,
+    editing,
+    final,
     guidance,
     joint_attention,
     latents,
     metrics,
+    multistep,
+    norms,
     patches,
+    positions,
     qk_norm,
     rectified_flow,
+    residual,
     scaling,
     schedule,
     solvers,
@@ -42,20 +50,29 @@ MODULES = (  # in learning order
     timesteps,
     schedule,
     patches,
+    positions,
+    norms,
     attention,
     qk_norm,
     joint_attention,
     conditioning,
     blocks,
+    final,
     solvers,
+    multistep,
     guidance,
+    editing,
     latents,
+    residual,
     scaling,
     tokenizers,
+    byte_pairs,
     unigram,
     clip,
     text,
+    dropping,
     training,
+    accumulation,
     bucketing,
     metrics,
 )
@@ -67,10 +84,7 @@ MARKS = {"right": "✓", "wrong": "✗", "not attempted": "·", "timed out": "�
 
 def task_of(exercise: Exercise) -> str:
     """Signature, task and specification as text."""
-    return (
-        f'{exercise.signature}\n    """{exercise.task}"""\n\n'
-        f"# The specification, in plain loops:\n{inspect.getsource(exercise.specification)}"
-    ).rstrip()
+    return f'{exercise.signature}\n    """{exercise.task}"""\n\n# {exercise.shown()}'
 
 
 def find(name: str) -> Exercise:

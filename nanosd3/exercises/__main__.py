@@ -9,7 +9,6 @@ Files of answers are .py files or notebooks (.ipynb); grade-all looks into subfo
 --only, grading asks for the exercises that the files name, or for all.
 """
 
-import inspect
 import json
 import sys
 import textwrap
@@ -55,11 +54,11 @@ def select(only: Sequence[str], origin: str = "--only") -> list[Exercise]:
 def stub(exercise: Exercise) -> str:
     """The function to fill in: signature, task, and the specification as a comment."""
     task = exercise.task.replace("\n", "\n    ")
-    specification = inspect.getsource(exercise.specification).rstrip().splitlines()
+    heading, *specification = exercise.shown().splitlines()
     lines = [
         exercise.signature,
         f'    """{task}\n    """',
-        f"    # Points: {exercise.points}. The specification, in plain loops:",
+        f"    # Points: {exercise.points}. {heading}",
         *(f"    # {line}".rstrip() for line in specification),
         '    raise NotImplementedError("your code here")',
     ]

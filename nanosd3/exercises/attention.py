@@ -1,84 +1,18 @@
-"""Exercises on attention: RMSNorm, heads, softmax."""
+"""Exercises on attention: heads, softmax."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from nanosd3 import layers
-from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
-
-
-def rms_cases(generator: torch.Generator) -> list[Case]:
-    cases = [
-        Case(f"shape {shape}", (3 * normal(generator, *shape) + 1, normal(generator, shape[-1])))
-        for shape in ((2, 3, 5, 8), (4, 6))
-    ]
-    small = torch.cat([1e-3 * normal(generator, 2, 8), torch.zeros(1, 8)])
-    return [*cases, Case("small numbers and zeros", (small, normal(generator, 8)))]
-
-
-def rms_spec(x: Tensor, weight: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    for row, result in zip(x.reshape(-1, len(weight)), out.view(-1, len(weight)), strict=True):
-        mean_square = sum(value**2 for value in row) / len(row)
-        for i in range(len(row)):
-            result[i] = row[i] / (mean_square + 1e-6) ** 0.5 * weight[i]
-    return out
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """`layers.RMSNorm` with this weight."""
-    return functional_call(layers.RMSNorm(len(weight)), {"weight": weight}, x)
-
-
-def layer_norm_instead(x: Tensor, weight: Tensor) -> Tensor:
-    return F.layer_norm(x, weight.shape, eps=1e-6) * weight
-
-
-def divided_by_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True) * weight
-
-
-def weight_plus_one(x: Tensor, weight: Tensor) -> Tensor:
-    return rms_norm(x, 1 + weight)
-
-
-def no_root(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6) * weight
-
-
-RMS_NORM = Exercise(
-    name="rms_norm",
-    topic="attention",
-    points=1,
-    difficulty=1,
-    signature="def rms_norm(x: Tensor, weight: Tensor) -> Tensor:",
-    task="Divide x (..., D) by the root of its mean square over the last axis\n"
-    "(plus 1e-6 under the root), then multiply by weight (D,).",
-    specification=rms_spec,
-    reference=rms_norm,
-    cases=rms_cases,
-    mutants=(
-        Mutant(layer_norm_instead, "The mean is not subtracted: that would be LayerNorm."),
-        Mutant(
-            divided_by_norm,
-            "The mean of the squares, not their sum: the two norms differ by sqrt(D).",
-        ),
-        Mutant(weight_plus_one, "Multiply by the weight itself; 1 + weight is another convention."),
-        Mutant(no_root, "Divide by the root of the mean square: the result has size about 1."),
-    ),
-    why="On queries and keys it bounds the attention logits.",
-    where="nanosd3/layers.py, RMSNorm",
-    names=("x", "weight"),
-)
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large, normal
 
 
 def heads_cases(generator: torch.Generator) -> list[Case]:
     return [
         Case(f"{parts} parts, {heads} heads", (normal(generator, B, L, parts * heads * 64), parts))
         for B, L, heads, parts in ((2, 5, 2, 3), (3, 4, 3, 2))
-    ]
+    ] + [large("38 heads", normal(generator, 1, 3, 3 * 38 * 64), 3)]
 
 
 def heads_spec(x: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -110,6 +44,18 @@ def tokens_not_moved(x: Tensor, parts: int) -> tuple[Tensor, ...]:
     return tuple(part.reshape(B, -1, L, 64) for part in x.chunk(parts, dim=2))
 
 
+def tokens_before_heads(x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    return tuple(part.unflatten(2, (-1, 64)) for part in x.chunk(parts, dim=2))
+
+
+def one_tensor(x: Tensor, parts: int) -> Tensor:
+    return torch.stack(layers.split_heads(x, parts))
+
+
+def parts_backwards(x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    return tuple(layers.split_heads(x, parts)[::-1])
+
+
 SPLIT_HEADS = Exercise(
     name="split_heads",
     topic="attention",
@@ -129,6 +75,9 @@ SPLIT_HEADS = Exercise(
         ),
         Mutant(heads_strided, "A head is 64 adjacent features, not every second or third one."),
         Mutant(tokens_not_moved, "A view cannot swap tokens and heads; a transpose can."),
+        Mutant(tokens_before_heads, "Heads come before tokens in the result: (B, heads, L, 64)."),
+        Mutant(one_tensor, "Return the parts as separate tensors: unbind the axis of the parts."),
+        Mutant(parts_backwards, "The first part is q, then k, then v."),
     ),
     why="Most checkpoints that 'load fine' but fail go wrong here: the shapes fit in any order.",
     where="nanosd3/layers.py, split_heads",
@@ -144,6 +93,7 @@ def attention_cases(generator: torch.Generator) -> list[Case]:
     return [
         case("as many queries as keys", 2, 3, 5, 5),
         case("fewer queries than keys", 1, 2, 3, 7),
+        Case("24 queries in 4 heads", case("", 1, 4, 24, 20).arguments, lines=200),
     ]
 
 
@@ -188,6 +138,27 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
+def divided_by_root_of_width(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return layers.attention(q / q.shape[1] ** 0.5, k, v)
+
+
+def divided_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return layers.attention(8 * q, k, v) / 8
+
+
+def softmax_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT / 8).softmax(dim=1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def without_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT / 8 @ v).transpose(1, 2).flatten(2)
+
+
+def heads_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 ATTENTION = Exercise(
     name="attention",
     topic="attention",
@@ -208,6 +179,19 @@ ATTENTION = Exercise(
         ),
         Mutant(softmax_over_queries, "Each query's weights over the keys should sum to 1."),
         Mutant(causal, "No mask: an image has no before and after."),
+        Mutant(
+            divided_by_root_of_width,
+            "Divide by the root of the width of one head, 64, not of all heads together.",
+        ),
+        Mutant(divided_after_softmax, "Divide the logits, before the softmax, not its result."),
+        Mutant(
+            softmax_over_heads, "The softmax runs over the keys, the last axis, not over the heads."
+        ),
+        Mutant(
+            without_softmax,
+            "The softmax is missing: weights over the keys are positive and sum to 1.",
+        ),
+        Mutant(heads_apart, "At the end the heads stand side by side: (B, L, heads * 64)."),
     ),
     why="The only place where tokens exchange information.",
     where="nanosd3/layers.py, attention",
@@ -215,4 +199,4 @@ ATTENTION = Exercise(
 )
 
 
-EXERCISES = (RMS_NORM, SPLIT_HEADS, ATTENTION)
+EXERCISES = (SPLIT_HEADS, ATTENTION)

@@ -1,4 +1,4 @@
-"""Exercises on the parts of a transformer: the gated MLP and the final layer."""
+"""An exercise on the gated MLP of a block."""
 
 import math
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from nanosd3 import layers, mmdit
-from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large, normal
 
 
 def mlp_cases(generator: torch.Generator) -> list[Case]:
@@ -22,7 +22,8 @@ def mlp_cases(generator: torch.Generator) -> list[Case]:
         ]
         return Case(f"(B, L, D) = ({B}, {L}, {D}){label}", (tokens, *conditioning, *weights))
 
-    return [case(2, 3, 4), case(1, 5, 6), case(1, 2, 8, 1e-3, ", small differences")]
+    cases = [case(2, 3, 4), case(1, 5, 6), case(1, 2, 8, 1e-3, ", small differences")]
+    return [*cases, large("4 times 16 tokens", *case(4, 16, 8).arguments)]
 
 
 def mlp_spec(
@@ -105,6 +106,63 @@ def relu_instead(
     return x + gate[:, None] * h
 
 
+def gate_before_mlp(x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, *mlp: Tensor) -> Tensor:
+    gated_scale = gate * (1 + scale) - 1
+    return gated_mlp(x, gate * shift, gated_scale, torch.ones_like(gate), *mlp)
+
+
+def bias_not_gated(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    gate: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+) -> Tensor:
+    h = gated_mlp(x, shift, scale, gate, w1, b1, w2, torch.zeros_like(b2))
+    return h + b2
+
+
+def shift_and_scale_exchanged(
+    x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, *mlp: Tensor
+) -> Tensor:
+    return gated_mlp(x, scale, shift, gate, *mlp)
+
+
+def scale_alone(x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, *mlp: Tensor) -> Tensor:
+    return gated_mlp(x, shift, scale - 1, gate, *mlp)
+
+
+def exact_gelu(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    gate: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+) -> Tensor:
+    h = F.gelu(layers.modulate(x, shift, scale) @ w1.T + b1) @ w2.T + b2
+    return x + gate[:, None] * h
+
+
+def no_activation(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    gate: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+) -> Tensor:
+    h = (layers.modulate(x, shift, scale) @ w1.T + b1) @ w2.T + b2
+    return x + gate[:, None] * h
+
+
 GATED_MLP = Exercise(
     name="gated_mlp",
     topic="blocks",
@@ -124,7 +182,17 @@ GATED_MLP = Exercise(
         Mutant(residual_from_modulated, "The branch is added to x itself, not to the modulated x."),
         Mutant(in_another_order, "The order is shift, scale, gate."),
         Mutant(relu_instead, "The activation is GELU."),
+        Mutant(gate_before_mlp, "The gate multiplies what comes out of the MLP, not what goes in."),
+        Mutant(
+            bias_not_gated,
+            "The gate multiplies the whole output of the MLP, its last bias included.",
+        ),
+        Mutant(shift_and_scale_exchanged, "Shift and scale are swapped."),
+        Mutant(scale_alone, "The factor is 1 + scale: a scale of 0 changes nothing."),
+        Mutant(exact_gelu, "That is the exact GELU; the task asks for its tanh approximation."),
+        Mutant(no_activation, "GELU between the two linear layers is missing."),
     ),
+    size_hint="shift, scale and gate are (B, D): give them an axis for the tokens, (B, 1, D).",
     why="Gates that start at 0 make a new block the identity, however deep the model.",
     where="nanosd3/mmdit.py, feed_forward (DiT, arXiv 2212.09748, section 3.2)",
     names=("x", "shift", "scale", "gate", "w1", "b1", "w2", "b2"),
@@ -132,87 +200,4 @@ GATED_MLP = Exercise(
 )
 
 
-def final_cases(generator: torch.Generator) -> list[Case]:
-    def case(B: int, L: int, D: int, features: int) -> Case:
-        x, c = 2 * normal(generator, B, L, D) + 1, normal(generator, B, D)
-        weights = (
-            normal(generator, 2 * D, D),
-            normal(generator, 2 * D),
-            normal(generator, features, D),
-            normal(generator, features),
-        )
-        return Case(f"{L} tokens of {D} to {features} features", (x, c, *weights))
-
-    return [case(2, 3, 4, 5), case(1, 5, 6, 8)]
-
-
-def final_spec(x: Tensor, c: Tensor, w_on: Tensor, b_on: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    B, L, D = x.shape
-    out = torch.empty(B, L, len(b), dtype=x.dtype)
-    for i in range(B):
-        modulation = w_on @ (c[i] / (1 + torch.exp(-c[i]))) + b_on  # SiLU, then linear
-        shift, scale = modulation[:D], modulation[D:]
-        for n in range(L):
-            mean = x[i, n].mean()
-            variance = ((x[i, n] - mean) ** 2).mean()
-            h = (x[i, n] - mean) / (variance + 1e-6) ** 0.5 * (1 + scale) + shift
-            out[i, n] = w @ h + b
-    return out
-
-
-def final_layer(x: Tensor, c: Tensor, w_on: Tensor, b_on: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """`mmdit.FinalLayer` with these weights."""
-    weights = {
-        "adaLN_modulation.1.weight": w_on,
-        "adaLN_modulation.1.bias": b_on,
-        "linear.weight": w,
-        "linear.bias": b,
-    }
-    return functional_call(mmdit.FinalLayer(x.shape[-1], len(b)), weights, (x, c))
-
-
-def scale_first(x: Tensor, c: Tensor, w_on: Tensor, b_on: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    halves = torch.cat(w_on.chunk(2)[::-1]), torch.cat(b_on.chunk(2)[::-1])
-    return final_layer(x, c, *halves, w, b)
-
-
-def without_silu(x: Tensor, c: Tensor, w_on: Tensor, b_on: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    shift, scale = (c @ w_on.T + b_on).chunk(2, dim=1)
-    return layers.modulate(x, shift, scale) @ w.T + b
-
-
-def scale_without_one(
-    x: Tensor, c: Tensor, w_on: Tensor, b_on: Tensor, w: Tensor, b: Tensor
-) -> Tensor:
-    shift, scale = (F.silu(c) @ w_on.T + b_on).chunk(2, dim=1)
-    return layers.modulate(x, shift, scale - 1) @ w.T + b
-
-
-FINAL_LAYER = Exercise(
-    name="final_layer",
-    topic="blocks",
-    points=2,
-    difficulty=2,
-    signature="def final_layer(x, c, w_on, b_on, w, b) -> Tensor:",
-    task="The last layer: conditioning c (B, D), through SiLU and a linear layer (w_on (2D, D),\n"
-    "b_on), gives shift, then scale; x (B, N, D), modulated by them, goes through a linear layer\n"
-    "(w (features, D), b): (B, N, features).",
-    specification=final_spec,
-    reference=final_layer,
-    cases=final_cases,
-    mutants=(
-        Mutant(
-            scale_first,
-            "The first half is the shift; diffusers' files have it the other way round.",
-        ),
-        Mutant(without_silu, "The conditioning goes through SiLU first."),
-        Mutant(scale_without_one, "A scale of 0 should change nothing; does yours count from 1?"),
-    ),
-    why="Its weights start at zero, so a new model predicts exactly 0.",
-    where="nanosd3/mmdit.py, FinalLayer",
-    names=("x", "c", "w_on", "b_on", "w", "b"),
-    tolerance=1e-4,
-)
-
-
-EXERCISES = (GATED_MLP, FINAL_LAYER)
+EXERCISES = (GATED_MLP,)

@@ -14,7 +14,7 @@ from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant
 
 def sizes_cases(generator: torch.Generator) -> list[Case]:
     return [
-        Case("1024 in steps of 64", (1024, 64, 2048, 2.0)),
+        Case("1024 in steps of 64", (1024, 64, 2048, 2.0), lines=900),
         Case("256 in steps of 32, at most 320", (256, 32, 320, 3.0)),
         Case("112 in steps of 16", (112, 16, 512, 2.5)),
         Case("ratio 1, only the square", (96, 16, 512, 1.0)),
@@ -77,6 +77,18 @@ def square_twice(side: int, multiple: int, most: int, ratio: float) -> list[Size
     return sorted([*sizes, (side, side)], key=lambda size: size[0] / size[1])
 
 
+def tallest_first(side: int, multiple: int, most: int, ratio: float) -> list[Size]:
+    return buckets.bucket_sizes(side, multiple, most, ratio)[::-1]
+
+
+def ratio_forgotten(side: int, multiple: int, most: int, ratio: float) -> list[Size]:
+    return buckets.bucket_sizes(side, multiple, most, float(side))
+
+
+def as_lists(side: int, multiple: int, most: int, ratio: float) -> list[list[int]]:
+    return [list(size) for size in buckets.bucket_sizes(side, multiple, most, ratio)]
+
+
 SIZES = Exercise(
     name="bucket_sizes",
     topic="training",
@@ -113,7 +125,11 @@ SIZES = Exercise(
             limit_forgotten, "`most` is not used: beyond it there are no positions for the patches."
         ),
         Mutant(square_twice, "A rotated square is the same square: list it once."),
+        Mutant(tallest_first, "From the widest to the tallest: height / width grows."),
+        Mutant(ratio_forgotten, "`ratio` is not used: very long shapes are left out."),
+        Mutant(as_lists, "Each size is a tuple (height, width)."),
     ),
+    slow_hint="Compute the longer side by a division instead of trying every multiple.",
     why="Equal areas mean equal numbers of tokens: each step costs the same, one shift fits all.",
     where="nanosd3/data/buckets.py, bucket_sizes (paper, section 5.3.2)",
     names=("side", "multiple", "most", "ratio"),
@@ -168,6 +184,10 @@ def next_taller(sizes: list[Size], height: int, width: int) -> Size:
     return min(taller or sizes, key=lambda size: size[0] / size[1])
 
 
+def squares_compared(sizes: list[Size], height: int, width: int) -> Size:
+    return min(sizes, key=lambda size: abs(size[0] * size[1] - height * width))
+
+
 NEAREST = Exercise(
     name="nearest_bucket",
     topic="training",
@@ -201,7 +221,11 @@ NEAREST = Exercise(
             "belong to one size.",
         ),
         Mutant(next_taller, "The next taller size is not always nearer than the next wider one."),
+        Mutant(squares_compared, "The image will be scaled: compare shapes, not areas."),
     ),
+    formulas="q = height / width of the image, r = height / width of a size\n"
+    "factor = r / q or q / r, whichever is at least 1\n"
+    "The result is the size with the smallest factor, of equals the first.",
     why="One over that factor is the share of the image that is kept: the nearest loses least.",
     where="nanosd3/data/buckets.py, nearest",
     names=("sizes", "height", "width"),

@@ -5,11 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanosd3 import clip
-from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large, normal
 from nanosd3.training import train_text
 
 
 def pool_cases(generator: torch.Generator) -> list[Case]:
+    long = torch.full((8, 77), 3)
+    long[torch.arange(8), 60 + torch.arange(8)] = 9
     return [
         Case(
             "padded with the end token",
@@ -23,6 +25,7 @@ def pool_cases(generator: torch.Generator) -> list[Case]:
             "padded with zeros",
             (normal(generator, 2, 5, 3), torch.tensor([[6, 1, 7, 0, 0], [6, 2, 3, 7, 0]]), 7),
         ),
+        large("8 texts of 77 tokens", normal(generator, 8, 77, 4), long, 9),
     ]
 
 
@@ -57,6 +60,28 @@ def before_the_end(states: Tensor, ids: Tensor, end: int) -> Tensor:
     return clip.pool_at_end(states.roll(1, dims=1), ids, end)
 
 
+def over_features(states: Tensor, ids: Tensor, end: int) -> Tensor:
+    return states.mean(2)
+
+
+def first_state(states: Tensor, ids: Tensor, end: int) -> Tensor:
+    return states[:, 0]
+
+
+def mean_up_to_end(states: Tensor, ids: Tensor, end: int) -> Tensor:
+    n = (ids == end).int().argmax(1)
+    kept = torch.arange(ids.shape[1], device=ids.device) <= n[:, None]
+    return (states * kept[:, :, None]).sum(1) / (n[:, None] + 1)
+
+
+def sum_at_ends(states: Tensor, ids: Tensor, end: int) -> Tensor:
+    return (states * (ids == end)[:, :, None]).sum(1)
+
+
+def axis_kept(states: Tensor, ids: Tensor, end: int) -> Tensor:
+    return clip.pool_at_end(states, ids, end)[:, None]
+
+
 POOL = Exercise(
     name="pool_at_end",
     topic="text",
@@ -77,6 +102,16 @@ POOL = Exercise(
         Mutant(
             before_the_end, "One position too early: the end token itself has read the whole text."
         ),
+        Mutant(
+            over_features,
+            "Choose along the axis of tokens, (B, L, D) -> (B, D), not along the features.",
+        ),
+        Mutant(first_state, "The first token has read nothing: attention is causal."),
+        Mutant(
+            mean_up_to_end, "Take the state at the end token alone, not a mean of those before it."
+        ),
+        Mutant(sum_at_ends, "There may be several end tokens: take the state at the first."),
+        Mutant(axis_kept, "The axis of tokens is gone in the result: (B, D)."),
     ),
     why="Attention is causal, so only that position has seen every word.",
     where="nanosd3/clip.py, pool_at_end",
@@ -91,7 +126,7 @@ def pairs_cases(generator: torch.Generator) -> list[Case]:
             (normal(generator, B, D), 2 * normal(generator, B, D), scale),
         )
         for B, D, scale in ((4, 6, 10.0), (3, 5, 2.0))
-    ]
+    ] + [large("16 pairs", normal(generator, 16, 8), normal(generator, 16, 8), 5.0)]
 
 
 def contrastive_spec(image: Tensor, text: Tensor, scale: float) -> Tensor:
@@ -135,6 +170,31 @@ def scale_divides(image: Tensor, text: Tensor, scale: float) -> Tensor:
     return contrastive_loss(image, text, 1 / scale)
 
 
+def scale_times_loss(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    return scale * contrastive_loss(image, text, 1.0)
+
+
+def softmax_twice(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
+    answer = torch.arange(len(image), device=image.device)
+    each = F.cross_entropy(logits.softmax(1), answer), F.cross_entropy(logits.T.softmax(1), answer)
+    return (each[0] + each[1]) / 2
+
+
+def summed_over_pairs(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    return len(image) * contrastive_loss(image, text, scale)
+
+
+def normed_over_batch(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    logits = scale * F.normalize(image, dim=0) @ F.normalize(text, dim=0).T
+    answer = torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(logits, answer) + F.cross_entropy(logits.T, answer)) / 2
+
+
+def loss_per_pair(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    return contrastive_loss(image, text, scale).expand(len(image))
+
+
 CONTRASTIVE = Exercise(
     name="contrastive_loss",
     topic="text",
@@ -157,7 +217,13 @@ CONTRASTIVE = Exercise(
             "The scale is not used: the softmax of cosines alone is never confident.",
         ),
         Mutant(scale_divides, "The scale multiplies; a temperature would divide."),
+        Mutant(scale_times_loss, "The scale multiplies the logits, not the loss."),
+        Mutant(softmax_twice, "cross_entropy takes logits: it contains the softmax already."),
+        Mutant(summed_over_pairs, "The mean over the pairs, not the sum."),
+        Mutant(normed_over_batch, "Each vector is divided by its own length, over its features."),
+        Mutant(loss_per_pair, "One number for the batch, of shape ()."),
     ),
+    size_hint="The length of each vector needs keepdim=True, or use F.normalize.",
     why="It taught CLIP what captions mean without a single label.",
     where="nanosd3/training/train_text.py, clip_loss (arXiv 2103.00020)",
     names=("image", "text", "scale"),

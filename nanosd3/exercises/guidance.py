@@ -1,10 +1,10 @@
-"""Exercises on steering a sample: guidance, image-to-image, inpainting."""
+"""An exercise on classifier-free guidance."""
 
 import torch
 from torch import Tensor
 
-from nanosd3 import flow, request, samplers
-from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
+from nanosd3 import samplers
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large, normal
 
 
 def guide(v_prompt: Tensor, v_negative: Tensor, scale: float) -> Tensor:
@@ -22,7 +22,7 @@ def guide_cases(generator: torch.Generator) -> list[Case]:
     return [
         Case(f"scale {s}", (normal(generator, 2, 3, 4, 5), normal(generator, 2, 3, 4, 5), s))
         for s in (4.5, 1.5, 1.0, 0.5, 0.0)
-    ]
+    ] + [large("8 latents", normal(generator, 8, 4, 4, 4), normal(generator, 8, 4, 4, 4), 3.0)]
 
 
 def guide_spec(v_prompt: Tensor, v_negative: Tensor, scale: float) -> Tensor:
@@ -48,6 +48,10 @@ def no_difference(v_prompt: Tensor, v_negative: Tensor, scale: float) -> Tensor:
     return v_negative + scale * v_prompt
 
 
+def scale_minus_one(v_prompt: Tensor, v_negative: Tensor, scale: float) -> Tensor:
+    return v_negative + (scale - 1) * (v_prompt - v_negative)
+
+
 GUIDANCE = Exercise(
     name="guide",
     topic="sampling",
@@ -68,6 +72,10 @@ GUIDANCE = Exercise(
         Mutant(away_from_prompt, "This leads away from the prompt."),
         Mutant(blended, "A blend stays between the two; guidance goes beyond."),
         Mutant(no_difference, "The scale multiplies the difference of the two."),
+        Mutant(
+            scale_minus_one,
+            "At scale 1 the prompt's velocity should come out, not the negative one.",
+        ),
     ),
     why="It trades variety for prompt adherence; both conventions for the scale are in print.",
     where="nanosd3/samplers.py, guided",
@@ -75,165 +83,4 @@ GUIDANCE = Exercise(
 )
 
 
-def start_cases(generator: torch.Generator) -> list[Case]:
-    return [
-        Case(
-            f"{steps} steps, shift {alpha}, strength {strength}",
-            (
-                normal(generator, 2, 3, 4),
-                normal(generator, 2, 3, 4),
-                flow.schedule(steps, alpha),
-                strength,
-            ),
-        )
-        for steps, alpha, strength in ((10, 3.0, 0.6), (8, 1.0, 0.3), (5, 3.0, 1.0), (7, 1.0, 0.6))
-    ]
-
-
-def start_spec(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    steps = len(ts) - 1
-    skipped = int(steps - steps * strength)  # steps at the noisy end
-    rest = ts[skipped:]
-    z = torch.empty(x0.shape, dtype=x0.dtype)
-    for i, (clean, n) in enumerate(zip(x0.flatten(), noise.flatten(), strict=True)):
-        z.view(-1)[i] = (1 - rest[0]) * clean + rest[0] * n
-    return z, rest
-
-
-def image_to_image(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """What the pipeline starts from when it is given an image."""
-    rest = ts[request.first_step(len(ts) - 1, strength) :]
-    return flow.interpolate(x0, noise, rest[0]), rest
-
-
-def strength_as_time(
-    x0: Tensor, noise: Tensor, ts: Tensor, strength: float
-) -> tuple[Tensor, Tensor]:
-    return flow.interpolate(x0, noise, torch.tensor(strength)), image_to_image(
-        x0, noise, ts, strength
-    )[1]
-
-
-def strength_skipped(
-    x0: Tensor, noise: Tensor, ts: Tensor, strength: float
-) -> tuple[Tensor, Tensor]:
-    rest = ts[int((len(ts) - 1) * strength) :]
-    return flow.interpolate(x0, noise, rest[0]), rest
-
-
-def noise_on_top(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    _, rest = image_to_image(x0, noise, ts, strength)
-    return x0 + rest[0] * noise, rest
-
-
-def rounded(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    rest = ts[round((len(ts) - 1) * (1 - strength)) :]
-    return flow.interpolate(x0, noise, rest[0]), rest
-
-
-def all_steps(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    return image_to_image(x0, noise, ts, strength)[0], ts
-
-
-IMAGE_TO_IMAGE = Exercise(
-    name="image_to_image",
-    topic="sampling",
-    points=2,
-    difficulty=2,
-    signature="def image_to_image(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) "
-    "-> tuple[Tensor, Tensor]:",
-    task="Start from an image: of the steps between the times ts, take only the share `strength`,\n"
-    "in (0, 1], at the end (the number of skipped steps is rounded down). Return the noisy\n"
-    "latents to start from, those of x0 at the first remaining time, and the remaining times.",
-    specification=start_spec,
-    reference=image_to_image,
-    cases=start_cases,
-    mutants=(
-        Mutant(
-            strength_as_time,
-            "The image must be as noisy as the first remaining time says; with a shift, "
-            "that is not the strength.",
-        ),
-        Mutant(
-            strength_skipped,
-            "Strength is the share of steps taken, not skipped: 1 makes everything new.",
-        ),
-        Mutant(noise_on_top, "At time t only the share 1 - t of the image is left."),
-        Mutant(rounded, "The number of skipped steps is rounded down, not to the nearest."),
-        Mutant(all_steps, "Return only the remaining times."),
-    ),
-    why="The layout is decided early: a late start keeps it.",
-    where="nanosd3/request.py, first_step, and nanosd3/pipeline.py",
-    names=("x0", "noise", "ts", "strength"),
-    differentiable=False,
-    other_devices=False,  # the length of a slice depends on a value
-)
-
-
-def repaint_cases(generator: torch.Generator) -> list[Case]:
-    def case(*shape: int) -> Case:
-        v, x0, noise = (normal(generator, *shape) for _ in range(3))
-        mask = (torch.rand(shape[-2:], generator=generator) < 0.5).float()
-        return Case(f"shape {shape}", (v, mask, x0, noise))
-
-    return [case(2, 3, 4, 5), case(1, 2, 6, 3)]
-
-
-def repaint_spec(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    out = torch.empty(v.shape, dtype=v.dtype)
-    H, W = v.shape[2:]
-    for i in range(H):
-        for j in range(W):
-            known = noise[:, :, i, j] - x0[:, :, i, j]  # along the straight line
-            out[:, :, i, j] = mask[i, j] * v[:, :, i, j] + (1 - mask[i, j]) * known
-    return out
-
-
-def repaint(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """The velocity of `samplers.inpainting` at one point."""
-    velocity = samplers.inpainting(lambda z, t: v, mask, x0, noise)
-    return velocity(v, torch.tensor(0.5))
-
-
-def mask_inverted(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    return repaint(v, 1 - mask, x0, noise)
-
-
-def held_still(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    return mask * v
-
-
-def wrong_way(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    return repaint(v, mask, noise, x0)
-
-
-def image_as_velocity(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    return mask * v + (1 - mask) * x0
-
-
-REPAINT = Exercise(
-    name="repaint",
-    topic="sampling",
-    points=2,
-    difficulty=2,
-    signature="def repaint(v: Tensor, mask: Tensor, x0: Tensor, noise: Tensor) -> Tensor:",
-    task="Repaint where mask (h, w) is 1: there the velocity is the network's, v (B, C, h, w).\n"
-    "Elsewhere the clean latents x0 are known, and so is the straight line to them from the noise\n"
-    "that sampling started with: return the velocity that follows it.",
-    specification=repaint_spec,
-    reference=repaint,
-    cases=repaint_cases,
-    mutants=(
-        Mutant(mask_inverted, "The network paints where the mask is 1."),
-        Mutant(held_still, "A velocity of 0 leaves the noise where it is."),
-        Mutant(wrong_way, "Velocities point from data to noise here, and so does the known one."),
-        Mutant(image_as_velocity, "x0 is where the line ends, not its direction."),
-    ),
-    why="The path to what is known is straight, so every solver follows it exactly.",
-    where="nanosd3/samplers.py, inpainting",
-    names=("v", "mask", "x0", "noise"),
-    constants=("mask",),
-)
-
-
-EXERCISES = (GUIDANCE, IMAGE_TO_IMAGE, REPAINT)
+EXERCISES = (GUIDANCE,)

@@ -10,12 +10,12 @@ from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
 
 
 def joint_cases(generator: torch.Generator) -> list[Case]:
-    def case(B: int, heads: int, M: int, N: int) -> Case:
+    def case(B: int, heads: int, M: int, N: int, lines: int | None = None) -> Case:
         text = [normal(generator, B, heads, M, 64) for _ in range(3)]
         image = [normal(generator, B, heads, N, 64) for _ in range(3)]
-        return Case(f"{M} text and {N} image tokens", (*text, *image))
+        return Case(f"{M} text and {N} image tokens", (*text, *image), lines)
 
-    return [case(2, 3, 4, 5), case(1, 2, 6, 3)]
+    return [case(2, 3, 4, 5), case(1, 2, 6, 3), case(1, 2, 8, 16, lines=200)]
 
 
 def joint_spec(
@@ -82,6 +82,23 @@ def text_sees_no_image(*parts: Tensor) -> tuple[Tensor, Tensor]:
     return joint_attention(*parts)[0], layers.attention(*parts[:3])
 
 
+def image_sees_no_text(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    return layers.attention(*parts[3:]), joint_attention(*parts)[1]
+
+
+def not_split(*parts: Tensor) -> Tensor:
+    image, text = joint_attention(*parts)
+    return torch.cat([text, image], dim=1)
+
+
+def values_in_another_order(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v, q_image, k_image, v_image = parts
+    queries = torch.cat([q, q_image], 2)
+    keys, values = torch.cat([k, k_image], 2), torch.cat([v_image, v], 2)
+    joint = layers.attention(queries, keys, values)
+    return joint[:, q.shape[2] :], joint[:, : q.shape[2]]
+
+
 JOINT = Exercise(
     name="joint_attention",
     topic="attention",
@@ -103,6 +120,11 @@ JOINT = Exercise(
         Mutant(outputs_exchanged, "The result for the image is returned first."),
         Mutant(split_at_wrong_end, "Which tokens came first when you joined them? Split there."),
         Mutant(text_sees_no_image, "The text is updated too: it attends to the image."),
+        Mutant(
+            image_sees_no_text, "The image attends to the text too: that is how words reach it."
+        ),
+        Mutant(not_split, "Split the result again: two tensors, the image's first."),
+        Mutant(values_in_another_order, "Keys and values must be joined in the same order."),
     ),
     why="This is the whole difference between MMDiT and DiT.",
     where="nanosd3/mmdit.py, JointBlock.attend (paper, figure 2)",
@@ -111,12 +133,12 @@ JOINT = Exercise(
 
 
 def last_cases(generator: torch.Generator) -> list[Case]:
-    def case(B: int, heads: int, M: int, N: int) -> Case:
+    def case(B: int, heads: int, M: int, N: int, lines: int | None = None) -> Case:
         text = [normal(generator, B, heads, M, 64) for _ in range(2)]
         image = [normal(generator, B, heads, N, 64) for _ in range(3)]
-        return Case(f"{M} text and {N} image tokens", (*text, *image))
+        return Case(f"{M} text and {N} image tokens", (*text, *image), lines)
 
-    return [case(2, 3, 4, 5), case(1, 2, 6, 3)]
+    return [case(2, 3, 4, 5), case(1, 2, 6, 3), case(1, 2, 8, 16, lines=200)]
 
 
 def last_spec(
@@ -162,6 +184,10 @@ def keys_and_values_apart(*parts: Tensor) -> Tensor:
     return layers.attention(q, torch.cat([k_text, k], 2), torch.cat([v, v_text], 2))
 
 
+def streams_added(*parts: Tensor) -> Tensor:
+    return image_alone(*parts) + text_alone(*parts)
+
+
 LAST_JOINT = Exercise(
     name="last_joint_attention",
     topic="attention",
@@ -179,6 +205,7 @@ LAST_JOINT = Exercise(
         Mutant(text_alone, "The image attends to itself as well as to the text."),
         Mutant(keys_as_queries, "The text has no queries: only image tokens have an output here."),
         Mutant(keys_and_values_apart, "Keys and values must be joined in the same order."),
+        Mutant(streams_added, "One softmax runs over both: two attentions do not add up to it."),
     ),
     why="Official files still hold the unused query weights, which loaders stumble over.",
     where="nanosd3/mmdit.py, JointBlock.attend",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large, normal
 from nanosd3.training import metrics
 
 
@@ -20,6 +20,7 @@ def feature_cases(generator: torch.Generator) -> list[Case]:
         Case("fewer samples than features", (normal(generator, 4, 8), normal(generator, 5, 8))),
         Case("large mean", (normal(generator, 9, 3) + 1000, normal(generator, 8, 3) + 1000)),
         Case("different mean only", (same, same + 2)),
+        large("300 samples", *case("", 300, 250, 4).arguments),
     ]
 
 
@@ -68,6 +69,27 @@ def no_cross_term(a: Tensor, b: Tensor) -> float:
     return means_only(a, b) + float(torch.cov(a.T).trace() + torch.cov(b.T).trace())
 
 
+def root_of_trace(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    A, B = torch.cov(a.T), torch.cov(b.T)
+    return means_only(a, b) + float(A.trace() + B.trace() - 2 * (A @ B).trace().sqrt())
+
+
+def root_of_each_entry(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    A, B = torch.cov(a.T), torch.cov(b.T)
+    cross = (A @ B).diagonal().clamp(min=0).sqrt().sum()
+    return means_only(a, b) + float(A.trace() + B.trace() - 2 * cross)
+
+
+def cross_term_once(a: Tensor, b: Tensor) -> float:
+    return (metrics.frechet_distance(a, b) + no_cross_term(a, b)) / 2
+
+
+def distance_not_squared(a: Tensor, b: Tensor) -> float:
+    return metrics.frechet_distance(a, b) - means_only(a, b) + means_only(a, b) ** 0.5
+
+
 FRECHET = Exercise(
     name="frechet_distance",
     topic="training",
@@ -77,7 +99,8 @@ FRECHET = Exercise(
     task="The Frechet distance of two sets of features (n, F) and (m, F), each taken as a\n"
     "Gaussian: |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B their covariances\n"
     "(divided by n - 1 and m - 1), in float64. The trace of a matrix square root is the sum of\n"
-    "the square roots of the eigenvalues.",
+    "the square roots of the eigenvalues; what is negative or imaginary in these is rounding, so\n"
+    "take it as 0.",
     specification=frechet_spec,
     reference=metrics.frechet_distance,
     cases=feature_cases,
@@ -91,6 +114,16 @@ FRECHET = Exercise(
         Mutant(divided_by_n, "The covariances are divided by n - 1 and m - 1."),
         Mutant(its_root, "The distance is given squared; take no root at the end."),
         Mutant(no_cross_term, "The distance of two equal sets should be 0: what is subtracted?"),
+        Mutant(
+            root_of_trace,
+            "The trace of the root, not the root of the trace: roots of the eigenvalues, summed.",
+        ),
+        Mutant(
+            root_of_each_entry,
+            "The root of a matrix is not that of its entries: use the eigenvalues.",
+        ),
+        Mutant(cross_term_once, "The cross term counts twice."),
+        Mutant(distance_not_squared, "The distance of the means is squared."),
     ),
     why="With the features of an Inception network it is the FID that papers report.",
     where="nanosd3/training/metrics.py, frechet_distance",

@@ -4,17 +4,20 @@ import torch
 from torch import Tensor
 
 from nanosd3 import layers
-from nanosd3.exercises.attention import rms_norm, rms_spec
 from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
+from nanosd3.exercises.norms import rms_norm, rms_spec
 
 
 def qk_cases(generator: torch.Generator) -> list[Case]:
-    def case(B: int, heads: int, L: int, size: float = 3.0, label: str = "") -> Case:
+    def case(
+        B: int, heads: int, L: int, size: float = 3.0, label: str = "", lines: int | None = None
+    ) -> Case:
         q, k, v = (size * normal(generator, B, heads, L, 64) for _ in range(3))
         weights = [1 + 0.3 * normal(generator, 64) for _ in range(2)]
-        return Case(f"{heads} heads, {L} tokens{label}", (q, k, v / size, *weights))
+        return Case(f"{heads} heads, {L} tokens{label}", (q, k, v / size, *weights), lines)
 
-    return [case(2, 3, 5), case(1, 2, 4), case(1, 1, 3, 1e-3, " of small numbers")]
+    small = case(1, 1, 3, 1e-3, " of small numbers")
+    return [case(2, 3, 5, lines=200), case(1, 2, 4), small]
 
 
 def qk_spec(q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor) -> Tensor:
@@ -71,6 +74,40 @@ def not_divided_after_norm(
     return qk_norm_attention(q, k, v, 8 * weight_q, weight_k)
 
 
+def values_for_keys(q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor) -> Tensor:
+    return layers.attention(rms_norm(q, weight_q), k, rms_norm(v, weight_k))
+
+
+def one_weight_for_both(
+    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor
+) -> Tensor:
+    return qk_norm_attention(q, k, v, weight_q, weight_q)
+
+
+def weights_forgotten(
+    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor
+) -> Tensor:
+    ones = torch.ones_like(weight_q)
+    return qk_norm_attention(q, k, v, ones, ones)
+
+
+def normed_after_softmax(
+    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor
+) -> Tensor:
+    weights = (q @ k.mT / 8).softmax(-1)
+    weights = weights / (weights.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def result_normed(q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor) -> Tensor:
+    mixed = layers.attention(q, k, v).unflatten(2, (-1, 64))
+    return rms_norm(mixed, weight_q).flatten(2)
+
+
+def unit_length(q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor) -> Tensor:
+    return qk_norm_attention(q, k, v, weight_q / 8, weight_k / 8)
+
+
 QK_NORM = Exercise(
     name="qk_norm_attention",
     topic="attention",
@@ -93,6 +130,17 @@ QK_NORM = Exercise(
         Mutant(values_normed_too, "Values are not normalised: only what enters the softmax is."),
         Mutant(normed_over_heads, "Each head is normalised on its own, over its own 64 features."),
         Mutant(not_divided_after_norm, "The logits are still divided by 8 after the norm."),
+        Mutant(values_for_keys, "Queries and keys are normalised, not values."),
+        Mutant(one_weight_for_both, "Queries and keys each have a weight of their own."),
+        Mutant(weights_forgotten, "The weights are not used."),
+        Mutant(
+            normed_after_softmax, "Normalise queries and keys, before the softmax, not its weights."
+        ),
+        Mutant(result_normed, "Normalise queries and keys, before the softmax, not the result."),
+        Mutant(
+            unit_length,
+            "Divide by the root of the *mean* square: a vector of 64 then has length 8, not 1.",
+        ),
     ),
     why="Without it logits grow in long bfloat16 runs until every softmax picks a single token.",
     where="nanosd3/mmdit.py, Attention.project (paper, section 5.3.2)",

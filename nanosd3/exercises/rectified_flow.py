@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanosd3 import flow
-from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large, normal
 
 
 def line_cases(generator: torch.Generator) -> list[Case]:
@@ -17,7 +17,8 @@ def line_cases(generator: torch.Generator) -> list[Case]:
     single = Case(
         "one time for all", (normal(generator, 3, 2), normal(generator, 3, 2), torch.tensor(0.3))
     )
-    return [case("images (2, 3, 4, 5)", 2, 3, 4, 5), case("points (7, 2)", 7, 2), single]
+    points = large("256 points", *case("", 256, 2).arguments)
+    return [case("images (2, 3, 4, 5)", 2, 3, 4, 5), case("points (7, 2)", 7, 2), single, points]
 
 
 def interpolate_spec(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -46,6 +47,24 @@ def noise_added(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return x0 + t * noise
 
 
+def root_weights(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    t = t.view(-1, *[1] * (x0.ndim - 1)) if t.ndim else t
+    return (1 - t).sqrt() * x0 + t.sqrt() * noise
+
+
+def mean_time_for_all(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    return flow.interpolate(x0, noise, t.mean())
+
+
+def noise_twice(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    return flow.interpolate(x0, 2 * noise, t)
+
+
+def for_images_only(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    t = t.view(-1, 1, 1, 1)
+    return (1 - t) * x0 + t * noise
+
+
 INTERPOLATE = Exercise(
     name="interpolate",
     topic="flow",
@@ -65,7 +84,15 @@ INTERPOLATE = Exercise(
         ),
         Mutant(first_time_for_all, "Every sample has its own time; do you use only one?"),
         Mutant(noise_added, "At t = 1 none of the data should be left."),
+        Mutant(root_weights, "The weights are 1 - t and t themselves, not their square roots."),
+        Mutant(mean_time_for_all, "Every sample has its own time; yours all have the mean."),
+        Mutant(noise_twice, "The noise is added twice: its weight is t."),
+        Mutant(
+            for_images_only,
+            "(B, 1, 1, 1) fits images only: give t as many trailing axes as x0 has.",
+        ),
     ),
+    size_hint="t is (B,), x0 is (B, ...): give t trailing axes, as many as x0 has after the first.",
     why="Straight paths are why a few solver steps suffice.",
     where="nanosd3/flow.py, interpolate",
     names=("x0", "noise", "t"),
@@ -76,7 +103,7 @@ def pair_cases(generator: torch.Generator) -> list[Case]:
     return [
         Case(f"shape {shape}", (normal(generator, *shape), normal(generator, *shape)))
         for shape in ((2, 3, 4, 5), (7, 2))
-    ]
+    ] + [large("8 latents", normal(generator, 8, 4, 4, 4), normal(generator, 8, 4, 4, 4))]
 
 
 def velocity_spec(x0: Tensor, noise: Tensor) -> Tensor:
@@ -99,6 +126,10 @@ def the_sum(x0: Tensor, noise: Tensor) -> Tensor:
     return noise + x0
 
 
+def the_data(x0: Tensor, noise: Tensor) -> Tensor:
+    return x0 + 0 * noise
+
+
 VELOCITY = Exercise(
     name="velocity_target",
     topic="flow",
@@ -114,6 +145,7 @@ VELOCITY = Exercise(
         Mutant(from_noise_to_data, "t grows towards noise here; which way does yours point?"),
         Mutant(the_noise, "That is what DDPM predicts; the slope of a line depends on both ends."),
         Mutant(the_sum, "The slope is the difference of the ends."),
+        Mutant(the_data, "That is the clean image; the slope of a line depends on both ends."),
     ),
     why="Sign errors here are the most common of all: half of the papers run time the other way.",
     where="nanosd3/flow.py, velocity_target",
@@ -125,7 +157,7 @@ def loss_cases(generator: torch.Generator) -> list[Case]:
     return [
         Case(f"shape {shape}", tuple(normal(generator, *shape) for _ in range(3)))
         for shape in ((2, 3, 4, 5), (7, 2))
-    ]
+    ] + [large("8 latents", *(normal(generator, 8, 4, 4, 4) for _ in range(3)))]
 
 
 def loss_spec(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
@@ -154,6 +186,22 @@ def wrong_sign(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     return flow.flow_loss(velocity, noise, x0)
 
 
+def batch_mean(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    return flow.flow_loss(velocity, x0, noise).mean()
+
+
+def mean_over_samples(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    return (velocity - (noise - x0)).square().mean(0)
+
+
+def its_square_root(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    return flow.flow_loss(velocity, x0, noise).sqrt()
+
+
+def noise_as_target(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    return flow.flow_loss(velocity, 0 * x0, noise)
+
+
 LOSS = Exercise(
     name="flow_loss",
     topic="flow",
@@ -172,6 +220,12 @@ LOSS = Exercise(
             absolute, "Squared errors, not absolute ones: the best prediction should be the mean."
         ),
         Mutant(wrong_sign, "The target is the velocity towards noise; is its sign right?"),
+        Mutant(
+            batch_mean, "Each sample has its own loss, (B,): do not average over the first axis."
+        ),
+        Mutant(mean_over_samples, "Average over all axes except the first, not over the samples."),
+        Mutant(its_square_root, "The mean of the squares is the loss; take no root."),
+        Mutant(noise_as_target, "The target is noise - x0, not the noise alone."),
     ),
     why="A loss per sample shows at which t the model is weak.",
     where="nanosd3/flow.py, flow_loss",

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from nanosd3 import vae
-from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large, normal
 
 
 def scaling_cases(generator: torch.Generator) -> list[Case]:
     return [
         Case(f"shift {shift}, scale {scale}", (normal(generator, 2, 3, 4, 5), shift, scale))
         for shift, scale in ((0.0609, 1.5305), (-0.4, 0.18215))
-    ]
+    ] + [large("8 latents", normal(generator, 8, 4, 4, 4), 0.2, 0.7)]
 
 
 def stand_in(shift: float, scale: float) -> vae.AutoencoderKL:
@@ -50,6 +50,18 @@ def divided_by_scale(z: Tensor, shift: float, scale: float) -> Tensor:
     return (z - shift) / scale
 
 
+def shift_added(z: Tensor, shift: float, scale: float) -> Tensor:
+    return (z + shift) * scale
+
+
+def normalised_twice(z: Tensor, shift: float, scale: float) -> Tensor:
+    return normalise(normalise(z, shift, scale), shift, scale)
+
+
+def the_way_back(z: Tensor, shift: float, scale: float) -> Tensor:
+    return denormalise(z, shift, scale)
+
+
 NORMALISE = Exercise(
     name="normalise",
     topic="latents",
@@ -69,6 +81,9 @@ NORMALISE = Exercise(
             "scripts shipped without it.",
         ),
         Mutant(divided_by_scale, "scale is one over the standard deviation, so it multiplies."),
+        Mutant(shift_added, "shift is the mean: subtract it."),
+        Mutant(normalised_twice, "Shift and scale are applied twice."),
+        Mutant(the_way_back, "That is the way back, to what the decoder expects."),
     ),
     why="The noise has standard deviation 1: latents of another size drown in it, or drown it.",
     where="nanosd3/vae.py, AutoencoderKL.normalise",
@@ -99,6 +114,14 @@ def applied_again(x0: Tensor, shift: float, scale: float) -> Tensor:
     return (x0 - shift) * scale
 
 
+def denormalised_twice(x0: Tensor, shift: float, scale: float) -> Tensor:
+    return denormalise(denormalise(x0, shift, scale), shift, scale)
+
+
+def shift_subtracted(x0: Tensor, shift: float, scale: float) -> Tensor:
+    return x0 / scale - shift
+
+
 DENORMALISE = Exercise(
     name="denormalise",
     topic="latents",
@@ -115,6 +138,8 @@ DENORMALISE = Exercise(
         Mutant(only_divided, "The shift is not undone."),
         Mutant(multiplied, "The scale was multiplied; undo that."),
         Mutant(applied_again, "That normalises a second time; the decoder needs the inverse."),
+        Mutant(denormalised_twice, "Shift and scale are undone twice."),
+        Mutant(shift_subtracted, "The mean was subtracted; undo that."),
     ),
     why="A forgotten shift makes every image slightly wrong, and nobody notices for months.",
     where="nanosd3/vae.py, AutoencoderKL.denormalise",

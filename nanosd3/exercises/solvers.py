@@ -52,6 +52,27 @@ def euler_even_steps(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
     return z
 
 
+def euler_at_once(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
+    return z - velocity(z, ts[0])
+
+
+def euler_from_the_start(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
+    start = z
+    for t, t_next in pairwise(ts):
+        z = z + (t_next - t) * velocity(start, t)
+    return z
+
+
+def euler_times_backwards(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
+    return samplers.euler(velocity, z, ts.flip(0))
+
+
+def euler_whole_time(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
+    for t in ts[:-1]:
+        z = z - t * velocity(z, t)
+    return z
+
+
 EULER = Exercise(
     name="euler",
     topic="solvers",
@@ -68,7 +89,17 @@ EULER = Exercise(
         Mutant(euler_at_the_end, "Evaluate the velocity at the start of the step, not at its end."),
         Mutant(euler_too_short, "The last step, to t = 0, is missing."),
         Mutant(euler_even_steps, "Steps differ in length: ts says where each one ends."),
+        Mutant(
+            euler_at_once,
+            "That is a single step: paths bend, so ask for the velocity again at every time.",
+        ),
+        Mutant(euler_from_the_start, "Ask for the velocity where z is now, not where it began."),
+        Mutant(euler_times_backwards, "ts falls from 1 to 0 already; do not reverse it."),
+        Mutant(euler_whole_time, "A step goes from t to the next time, not all the way to 0."),
     ),
+    formulas="for i = 0, 1, ..., n - 1, where ts holds n + 1 times:\n"
+    "    z[i+1] = z[i] + (ts[i+1] - ts[i]) velocity(z[i], ts[i])\n"
+    "The time difference is negative. z[0] is z; z[n] is the result.",
     why="Doubling the steps halves its error; straight paths would need only one.",
     where="nanosd3/samplers.py, euler",
     differentiable=False,
@@ -117,6 +148,54 @@ def only_euler(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
     return samplers.euler(velocity, z, ts)
 
 
+def heun_by(
+    second: Callable[[Velocity, Tensor, Tensor, Tensor, Tensor], Tensor],
+    velocity: Velocity,
+    z: Tensor,
+    ts: Tensor,
+) -> Tensor:
+    """Steps whose last is Euler's; the others follow second(velocity, z, v, t, t_next)."""
+    for i, (t, t_next) in enumerate(pairwise(ts)):
+        v = velocity(z, t)
+        z = z + (t_next - t) * (second(velocity, z, v, t, t_next) if i < len(ts) - 2 else v)
+    return z
+
+
+def positions_averaged(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
+    def second(f: Velocity, z: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        return v + f(z + (t_next - t) * v, t_next) / 2  # the mean of one step and of two
+
+    return heun_by(second, velocity, z, ts)
+
+
+def slope_of_mean_position(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
+    def second(f: Velocity, z: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        return (v + f(z + (t_next - t) * v / 2, t_next)) / 2
+
+    return heun_by(second, velocity, z, ts)
+
+
+def second_slope_at_t_i(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
+    def second(f: Velocity, z: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        return (v + f(z + (t_next - t) * v, t)) / 2
+
+    return heun_by(second, velocity, z, ts)
+
+
+def slopes_added(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
+    def second(f: Velocity, z: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        return v + f(z + (t_next - t) * v, t_next)
+
+    return heun_by(second, velocity, z, ts)
+
+
+def second_slope_only(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
+    def second(f: Velocity, z: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        return f(z + (t_next - t) * v, t_next)
+
+    return heun_by(second, velocity, z, ts)
+
+
 HEUN = Exercise(
     name="heun",
     topic="solvers",
@@ -133,90 +212,28 @@ HEUN = Exercise(
         Mutant(midpoint, "That is the midpoint method; Heun takes the mean over both ends."),
         Mutant(heun_from_here, "Evaluate the second velocity where Euler's step ends."),
         Mutant(only_euler, "You use one velocity per step; Heun uses two."),
+        Mutant(
+            positions_averaged,
+            "Average the two velocities and take one step from z; do not average positions.",
+        ),
+        Mutant(
+            slope_of_mean_position,
+            "Take the second velocity at the end of Euler's step, not halfway.",
+        ),
+        Mutant(second_slope_at_t_i, "The second velocity belongs to the next time, ts[i+1]."),
+        Mutant(slopes_added, "The mean of the two velocities, not their sum."),
+        Mutant(second_slope_only, "The mean of both velocities, not the second alone."),
     ),
+    formulas="for i = 0, 1, ..., n - 1, where ts holds n + 1 times:\n"
+    "    h  = ts[i+1] - ts[i]\n"
+    "    v  = velocity(z[i], ts[i])\n"
+    "    v' = velocity(z[i] + h v, ts[i+1])\n"
+    "    z[i+1] = z[i] + h (v + v') / 2, in the last step z[i] + h v\n"
+    "z[0] is z; z[n] is the result.",
     why="Twice the calls, and a quarter of the error at half the step size.",
     where="nanosd3/samplers.py, heun",
     differentiable=False,
     names=("velocity", "z", "ts"),
 )
 
-
-def dpmpp_spec(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
-    before: tuple[Tensor, Tensor] | None = None  # x0 and h of the previous step
-    for i in range(len(ts) - 1):
-        t, t_next = ts[i], ts[i + 1]
-        x0 = z - t * velocity(z, t)  # the clean image the velocity points to
-        guess = x0
-        if t_next > 0:
-            h = torch.log(t / t_next)
-            if before is not None:
-                x0_before, h_before = before
-                k = h / (2 * h_before)
-                guess = (1 + k) * x0 - k * x0_before  # extrapolate the line through both
-            before = x0, h
-        z = t_next / t * z + (1 - t_next / t) * guess
-    return z
-
-
-def without_half(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
-    return two_step(velocity, z, ts, lambda h, h_before: h / h_before)
-
-
-def upside_down(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
-    return two_step(velocity, z, ts, lambda h, h_before: h_before / (2 * h))
-
-
-def equal_steps(velocity: Velocity, z: Tensor, ts: Tensor) -> Tensor:
-    return two_step(velocity, z, ts, lambda h, h_before: 0.5)
-
-
-def two_step(
-    velocity: Velocity,
-    z: Tensor,
-    ts: Tensor,
-    weight: Callable[[Tensor, Tensor], Tensor | float],
-) -> Tensor:
-    """DPM++ 2M with another rule k = weight(h, h_before)."""
-    before: tuple[Tensor, Tensor] | None = None
-    for t, t_next in pairwise(ts):
-        x0 = guess = z - t * velocity(z, t)
-        if t_next > 0:
-            h = torch.log(t / t_next)
-            if before is not None:
-                x0_before, h_before = before
-                k = weight(h, h_before)
-                guess = (1 + k) * x0 - k * x0_before
-            before = x0, h
-        z = t_next / t * z + (1 - t_next / t) * guess
-    return z
-
-
-DPMPP = Exercise(
-    name="dpmpp_2m",
-    topic="solvers",
-    points=4,
-    difficulty=3,
-    signature="def dpmpp_2m(velocity: Callable, z: Tensor, ts: Tensor) -> Tensor:",
-    task="DPM-Solver++ (2M), which remembers one step. At each step x0 = z - t v,\n"
-    "h = log(t / t_next), k = h / (2 h_before), guess = (1 + k) x0 - k x0_before; then\n"
-    "z = r z + (1 - r) guess, r = t_next / t. The first step and the one to t = 0 take guess = x0.",
-    specification=dpmpp_spec,
-    reference=samplers.dpmpp_2m,
-    cases=solver_cases,
-    mutants=(
-        Mutant(without_half, "k is half the ratio of the two steps."),
-        Mutant(upside_down, "k grows with this step and shrinks with the previous one."),
-        Mutant(equal_steps, "Steps differ in length: k depends on both."),
-        Mutant(
-            only_euler,
-            "Without memory this is exactly Euler's method; use the previous estimate too.",
-        ),
-    ),
-    why="Second order at one call per step: the default of SD3.5.",
-    where="nanosd3/samplers.py, dpmpp_2m",
-    differentiable=False,
-    other_devices=False,  # tests whether t_next is 0
-    names=("velocity", "z", "ts"),
-)
-
-EXERCISES = (EULER, HEUN, DPMPP)
+EXERCISES = (EULER, HEUN)

@@ -1,33 +1,31 @@
-"""Exercises on text: relative positions in T5, joining three encoders, dropping some."""
-
-from types import SimpleNamespace
-from typing import cast
+"""Exercises on text: relative positions in T5, joining three encoders."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanosd3 import t5, text
-from nanosd3.config import TextConfig
-from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large, normal
 
 
 def bucket_cases(generator: torch.Generator) -> list[Case]:
-    return [Case(f"{length} tokens", (length,)) for length in (5, 20, 140)]
+    return [*(Case(f"{n} tokens", (n,)) for n in (5, 20)), large("140 tokens", 140)]
 
 
 def buckets_spec(length: int) -> Tensor:
     """16 buckets for keys before or at the query, 16 for keys after it."""
     starts = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91)
-    table = torch.zeros(length, length, dtype=torch.long)
+    table = []
     for query in range(length):
+        row = []
         for key in range(length):
+            bucket = 16 if key > query else 0
             for start in starts:
                 if abs(key - query) >= start:
-                    table[query, key] += 1
-            if key > query:
-                table[query, key] += 16
-    return table
+                    bucket += 1
+            row.append(bucket)
+        table.append(row)
+    return torch.tensor(table)
 
 
 def buckets_transposed(length: int) -> Tensor:
@@ -42,6 +40,17 @@ def not_logarithmic(length: int) -> Tensor:
     i = torch.arange(length)
     distance = i[None, :] - i[:, None]
     return distance.abs().clamp(max=15) + 16 * (distance > 0)
+
+
+def own_place_counts_as_after(length: int) -> Tensor:
+    return t5.distance_buckets(length) + 16 * torch.eye(length, dtype=torch.long)
+
+
+def one_further(length: int) -> Tensor:
+    table = t5.distance_buckets(length + 1)
+    i = torch.arange(length)
+    distance = (i[None, :] - i[:, None]).abs()
+    return table[torch.clamp(distance - 1, min=0), 0] + 16 * (i[None, :] > i[:, None])
 
 
 BUCKETS = Exercise(
@@ -63,6 +72,11 @@ BUCKETS = Exercise(
             not_logarithmic,
             "From 8 on a bucket covers many distances, more the further away it is.",
         ),
+        Mutant(
+            own_place_counts_as_after,
+            "A token does not come after itself: at distance 0 nothing is added.",
+        ),
+        Mutant(one_further, "A bucket includes the distance that it begins at: >=, not >."),
     ),
     why="Nearby words are told apart one by one, distant ones only roughly.",
     where="nanosd3/t5.py, distance_buckets",
@@ -81,7 +95,8 @@ def context_cases(generator: torch.Generator) -> list[Case]:
         )
         return Case(f"{Lc} and {Lt} tokens", states)
 
-    return [case(2, 3, 4, 5, 6, 12), case(1, 4, 2, 3, 2, 5)]
+    many = large("77 and 77 tokens", *case(2, 77, 2, 3, 77, 6).arguments)
+    return [case(2, 3, 4, 5, 6, 12), case(1, 4, 2, 3, 2, 5), many]
 
 
 def context_spec(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
@@ -115,6 +130,16 @@ def encoders_as_tokens(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
     return torch.cat([*wide, t5], dim=1)
 
 
+def padded_with_ones(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
+    both = torch.cat([clip_l, clip_g], dim=2)
+    return torch.cat([F.pad(both, (0, t5.shape[2] - both.shape[2]), value=1.0), t5], dim=1)
+
+
+def t5_cut(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
+    both = torch.cat([clip_l, clip_g], dim=2)
+    return torch.cat([both, t5[:, :, : both.shape[2]]], dim=1)
+
+
 CONTEXT = Exercise(
     name="join_context",
     topic="text",
@@ -136,108 +161,14 @@ CONTEXT = Exercise(
             "The CLIPs describe the same tokens: their features stand side by side, not "
             "their tokens one after the other.",
         ),
+        Mutant(padded_with_ones, "The CLIPs are padded with zeros."),
+        Mutant(t5_cut, "Widen the CLIPs to T5's width; T5 is not cut."),
     ),
+    exact_zeros=True,
+    size_hint="The CLIPs are narrower than T5: pad their features with zeros to its width.",
     why="Dropping an encoder then only means setting its part to zero.",
     where="nanosd3/text.py, join_context (paper, section 4)",
     names=("clip_l", "clip_g", "t5"),
 )
 
-
-def drop_cases(generator: torch.Generator) -> list[Case]:
-    def case(B: int, widths: tuple[int, int, int], lengths: tuple[int, int], keep: list) -> Case:
-        dl, dg, Dc = widths
-        context, pooled = normal(generator, B, sum(lengths), Dc), normal(generator, B, dl + dg)
-        label = f"{B} samples, {lengths[0]} and {lengths[1]} tokens"
-        return Case(label, (context, pooled, torch.tensor(keep), dl, lengths[0]))
-
-    T, N = True, False
-    return [
-        case(4, (2, 3, 7), (3, 4), [[T, N, T], [N, T, T], [T, T, N], [N, N, N]]),
-        case(3, (3, 2, 5), (2, 3), [[T, T, T], [N, T, N], [T, N, N]]),
-    ]
-
-
-def drop_spec(
-    context: Tensor, pooled: Tensor, keep: Tensor, dl: int, length: int
-) -> tuple[Tensor, Tensor]:
-    context, pooled = context.clone(), pooled.clone()
-    for b in range(len(keep)):
-        keep_l, keep_g, keep_t5 = keep[b].tolist()
-        if not keep_l:
-            context[b, :length, :dl] = 0
-            pooled[b, :dl] = 0
-        if not keep_g:
-            context[b, :length, dl:] = 0
-            pooled[b, dl:] = 0
-        if not keep_t5:
-            context[b, length:] = 0
-    return context, pooled
-
-
-def drop_encoders(
-    context: Tensor, pooled: Tensor, keep: Tensor, dl: int, length: int
-) -> tuple[Tensor, Tensor]:
-    """`text.drop_encoders` with a config of these sizes."""
-    sizes = SimpleNamespace(
-        clip_l=SimpleNamespace(width=dl, length=length),
-        clip_g=SimpleNamespace(width=pooled.shape[1] - dl),
-    )
-    return text.drop_encoders(context, pooled, keep, cast(TextConfig, sizes))
-
-
-def pooled_kept(
-    context: Tensor, pooled: Tensor, keep: Tensor, *sizes: int
-) -> tuple[Tensor, Tensor]:
-    return drop_encoders(context, pooled, keep, *sizes)[0], pooled
-
-
-def keep_means_drop(
-    context: Tensor, pooled: Tensor, keep: Tensor, *sizes: int
-) -> tuple[Tensor, Tensor]:
-    return drop_encoders(context, pooled, ~keep, *sizes)
-
-
-def all_or_none(
-    context: Tensor, pooled: Tensor, keep: Tensor, *sizes: int
-) -> tuple[Tensor, Tensor]:
-    return drop_encoders(context, pooled, keep.all(1, keepdim=True).expand(-1, 3), *sizes)
-
-
-def first_decides(
-    context: Tensor, pooled: Tensor, keep: Tensor, *sizes: int
-) -> tuple[Tensor, Tensor]:
-    return drop_encoders(context, pooled, keep[:1].expand_as(keep), *sizes)
-
-
-def clips_exchanged(
-    context: Tensor, pooled: Tensor, keep: Tensor, *sizes: int
-) -> tuple[Tensor, Tensor]:
-    return drop_encoders(context, pooled, keep[:, [1, 0, 2]], *sizes)
-
-
-DROP = Exercise(
-    name="drop_encoders",
-    topic="text",
-    points=3,
-    difficulty=2,
-    signature="def drop_encoders(context, pooled, keep, dl, length) -> tuple[Tensor, Tensor]:",
-    task="Drop encoders: keep (B, 3), bool, says for each sample which of CLIP-L, CLIP-G and T5\n"
-    "to keep; the others are set to zero. In context (B, M, Dc) the first `length` tokens are the\n"
-    "CLIPs' (features below dl are L's, the others G's), the rest T5's; in pooled (B, dl + dg)\n"
-    "the first dl features are L's, the others G's. Return both.",
-    specification=drop_spec,
-    reference=drop_encoders,
-    cases=drop_cases,
-    mutants=(
-        Mutant(pooled_kept, "A dropped CLIP is zero in the pooled vector too."),
-        Mutant(keep_means_drop, "True means keep."),
-        Mutant(all_or_none, "Each encoder is dropped independently."),
-        Mutant(first_decides, "Each sample of the batch has its own row in keep."),
-        Mutant(clips_exchanged, "keep lists CLIP-L first, then CLIP-G."),
-    ),
-    why="Dropping encoders in training makes guidance possible, and running without T5.",
-    where="nanosd3/text.py, drop_encoders (paper, appendix B.3)",
-    names=("context", "pooled", "keep", "dl", "length"),
-)
-
-EXERCISES = (BUCKETS, CONTEXT, DROP)
+EXERCISES = (BUCKETS, CONTEXT)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanosd3 import flow
-from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large
 
 
 def uniform_numbers(generator: torch.Generator, count: int) -> Tensor:
@@ -16,7 +16,9 @@ def uniform_numbers(generator: torch.Generator, count: int) -> Tensor:
 
 def logit_normal_cases(generator: torch.Generator) -> list[Case]:
     u = torch.cat([uniform_numbers(generator, 7), torch.tensor([0.001, 0.998])])
-    return [Case(f"mean {m}, std {s}", (u, m, s)) for m, s in ((0.0, 1.0), (0.8, 1.0), (-0.5, 0.6))]
+    pairs = ((0.0, 1.0), (0.8, 1.0), (-0.5, 0.6))
+    many = large("1000 numbers", uniform_numbers(generator, 1000), 0.2, 0.9)
+    return [*(Case(f"mean {m}, std {s}", (u, m, s)) for m, s in pairs), many]
 
 
 def logit_normal_spec(u: Tensor, mean: float, std: float) -> Tensor:
@@ -52,6 +54,18 @@ def normal_density(u: Tensor, mean: float, std: float) -> Tensor:
     return torch.sigmoid((u - mean) / std)
 
 
+def uniform_for_normal(u: Tensor, mean: float, std: float) -> Tensor:
+    return torch.sigmoid(mean + std * u)
+
+
+def normal_for_sigmoid(u: Tensor, mean: float, std: float) -> Tensor:
+    return torch.special.ndtr(mean + std * torch.special.ndtri(u))
+
+
+def mean_times_std(u: Tensor, mean: float, std: float) -> Tensor:
+    return torch.sigmoid((mean + torch.special.ndtri(u)) * std)
+
+
 LOGIT_NORMAL = Exercise(
     name="logit_normal",
     topic="flow",
@@ -71,6 +85,12 @@ LOGIT_NORMAL = Exercise(
         Mutant(mirrored, "A positive mean should favour noise, t near 1."),
         Mutant(no_sigmoid, "A normal variable can take any value; what squeezes it into (0, 1)?"),
         Mutant(normal_density, "u is uniform; turn it into a normal variable first."),
+        Mutant(uniform_for_normal, "u is uniform; ndtri turns it into a normal variable."),
+        Mutant(
+            normal_for_sigmoid,
+            "The last step is a sigmoid: the normal distribution function undoes ndtri.",
+        ),
+        Mutant(mean_times_std, "Scale by std first, then add the mean."),
     ),
     why="SD3's choice: the middle of the path decides what the image shows, so train there most.",
     where="nanosd3/flow.py, logit_normal (paper, eq. 19)",
@@ -81,7 +101,8 @@ LOGIT_NORMAL = Exercise(
 
 
 def mode_cases(generator: torch.Generator) -> list[Case]:
-    return [Case(f"scale {s}", (uniform_numbers(generator, 9), s)) for s in (1.29, -0.5, 0.4)]
+    cases = [Case(f"scale {s}", (uniform_numbers(generator, 9), s)) for s in (1.29, -0.5, 0.4)]
+    return [*cases, large("1000 numbers", uniform_numbers(generator, 1000), 0.8)]
 
 
 def mode_spec(u: Tensor, scale: float) -> Tensor:
@@ -103,6 +124,18 @@ def whole_pi(u: Tensor, scale: float) -> Tensor:
     return 1 - u - scale * (torch.cos(math.pi * u) ** 2 - 1 + u)
 
 
+def mode_of_one_minus_u(u: Tensor, scale: float) -> Tensor:
+    return flow.mode(1 - u, scale)
+
+
+def sine_for_cosine(u: Tensor, scale: float) -> Tensor:
+    return 1 - u - scale * (torch.sin(math.pi / 2 * u) ** 2 - 1 + u)
+
+
+def scale_on_all(u: Tensor, scale: float) -> Tensor:
+    return 1 - scale * flow.mode(u, 1.0)
+
+
 MODE = Exercise(
     name="mode",
     topic="flow",
@@ -118,6 +151,9 @@ MODE = Exercise(
         Mutant(plus_scale, "A positive scale should concentrate t in the middle; is a sign wrong?"),
         Mutant(no_square, "The cosine is squared."),
         Mutant(whole_pi, "A quarter turn, pi / 2, as u goes from 0 to 1."),
+        Mutant(mode_of_one_minus_u, "That is the mode of 1 - u: at u = 0 the result is 1."),
+        Mutant(sine_for_cosine, "The cosine, not the sine: at u = 0 the bracket is 0."),
+        Mutant(scale_on_all, "Only the bracket is multiplied by the scale."),
     ),
     why="Unlike the logit-normal, it never neglects the ends.",
     where="nanosd3/flow.py, mode (paper, eq. 20)",
@@ -126,7 +162,8 @@ MODE = Exercise(
 
 
 def cosmap_cases(generator: torch.Generator) -> list[Case]:
-    return [Case(f"{n} numbers", (uniform_numbers(generator, n),)) for n in (9, 4)]
+    cases = [Case(f"{n} numbers", (uniform_numbers(generator, n),)) for n in (9, 4)]
+    return [*cases, large("1000 numbers", uniform_numbers(generator, 1000))]
 
 
 def cosmap_spec(u: Tensor) -> Tensor:
@@ -145,6 +182,14 @@ def cosmap_whole_pi(u: Tensor) -> Tensor:
 
 def cosine_itself(u: Tensor) -> Tensor:
     return 1 - torch.cos(math.pi / 2 * u)
+
+
+def cosmap_without_pi(u: Tensor) -> Tensor:
+    return 1 - 1 / (torch.tan(u) + 1)
+
+
+def one_minus_forgotten(u: Tensor) -> Tensor:
+    return torch.tan(math.pi / 2 * u)
 
 
 COSMAP = Exercise(
@@ -168,6 +213,11 @@ COSMAP = Exercise(
             cosine_itself,
             "The line's noise levels differ from the cosine path's: what is kept is the "
             "ratio of noise to data, tan(pi u / 2).",
+        ),
+        Mutant(cosmap_without_pi, "The angle is pi u / 2: at u = 1 it is a quarter turn."),
+        Mutant(
+            one_minus_forgotten,
+            "The tangent is noise over data; turn that ratio into a time in (0, 1).",
         ),
     ),
     why="Matching the log-SNR carries a density that worked for another path over to this one.",

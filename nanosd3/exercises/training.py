@@ -1,13 +1,12 @@
-"""Exercises on the training loop: learning rate, EMA, gradient accumulation."""
+"""Exercises on the training loop: learning rate, EMA."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
-from nanosd3 import flow
 from nanosd3.config_types import Recipe
-from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large, normal
 from nanosd3.training import ema, optimizer
 
 # --- learning rate ------------------------------------------------------------------------------
@@ -57,6 +56,28 @@ def straight_down(step: int, steps: int, warmup: int, lr: float) -> float:
     return lr * (1 - 0.99 * (step - warmup) / (steps - warmup))
 
 
+def whole_cosine(step: int, steps: int, warmup: int, lr: float) -> float:
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / (steps - warmup)
+    return lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(2 * math.pi * done)))
+
+
+def quarter_cosine(step: int, steps: int, warmup: int, lr: float) -> float:
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr * (0.01 + 0.99 * math.cos(math.pi / 2 * (step - warmup) / (steps - warmup)))
+
+
+def floor_added(step: int, steps: int, warmup: int, lr: float) -> float:
+    rate = ends_at_zero(step, steps, warmup, lr)
+    return rate if step < warmup else rate + 0.01 * lr
+
+
+def warmup_forgotten(step: int, steps: int, warmup: int, lr: float) -> float:
+    return learning_rate(max(step, warmup), steps, warmup, lr)
+
+
 RATE = Exercise(
     name="learning_rate",
     topic="training",
@@ -76,7 +97,16 @@ RATE = Exercise(
         Mutant(ends_at_zero, "It falls to a hundredth of lr, not to 0."),
         Mutant(warmup_not_taken_off, "The cosine begins where the warm-up ends."),
         Mutant(straight_down, "Half a cosine, not a straight line."),
+        Mutant(
+            whole_cosine, "Half a cosine, pi, from the top to the bottom; yours comes up again."
+        ),
+        Mutant(quarter_cosine, "Half a cosine, flat at both ends; yours is a quarter."),
+        Mutant(floor_added, "It starts at lr: the cosine falls by 99 hundredths of lr."),
+        Mutant(warmup_forgotten, "The first `warmup` steps rise linearly."),
     ),
+    formulas="For step < warmup:  rate = lr (step + 1) / warmup\n"
+    "After it:           rate = lr (0.01 + 0.99 (1 + cos(pi d)) / 2)\n"
+    "                    d = (step - warmup) / (steps - warmup)",
     why="AdamW's averages are unreliable in the first steps; small updates do no harm.",
     where="nanosd3/training/optimizer.py, learning_rate",
     names=("step", "steps", "warmup", "lr"),
@@ -92,7 +122,7 @@ def ema_cases(generator: torch.Generator) -> list[Case]:
     return [
         Case(f"step {step}", (normal(generator, 3, 4), normal(generator, 3, 4), step, 0.99))
         for step in (0, 50, 5000)
-    ]
+    ] + [large("512 weights", normal(generator, 16, 32), normal(generator, 16, 32), 70, 0.9)]
 
 
 def ema_spec(average: Tensor, weights: Tensor, step: int, decay: float) -> Tensor:
@@ -128,6 +158,15 @@ def plain_mean(average: Tensor, weights: Tensor, step: int, decay: float) -> Ten
     return average + (weights - average) / (step + 1)
 
 
+def decay_grows_from_zero(average: Tensor, weights: Tensor, step: int, decay: float) -> Tensor:
+    d = decay * (1 + step) / (10 + step)
+    return d * average + (1 - d) * weights
+
+
+def not_an_average(average: Tensor, weights: Tensor, step: int, decay: float) -> Tensor:
+    return min(decay, (1 + step) / (10 + step)) * average + weights
+
+
 EMA = Exercise(
     name="ema_update",
     topic="training",
@@ -148,6 +187,8 @@ EMA = Exercise(
         Mutant(ema_exchanged, "Most of the result is the old average, not the new weights."),
         Mutant(larger_decay, "The smaller of the two: the average's memory grows up to decay."),
         Mutant(plain_mean, "A moving average forgets; yours remembers every step equally."),
+        Mutant(decay_grows_from_zero, "The smaller of the two numbers, not their product."),
+        Mutant(not_an_average, "The new weights count by 1 - d: both shares add up to 1."),
     ),
     why="Samples from the averaged weights are better than those from any single step's.",
     where="nanosd3/training/ema.py, update_ema",
@@ -155,91 +196,4 @@ EMA = Exercise(
     differentiable=False,
 )
 
-# --- gradients ----------------------------------------------------------------------------------
-
-
-def gradient_cases(generator: torch.Generator) -> list[Case]:
-    return [
-        Case(
-            f"{count} samples, {size} at once",
-            (
-                normal(generator, D, D),
-                *(normal(generator, count, D) for _ in range(2)),
-                torch.rand(count, generator=generator),
-                size,
-            ),
-        )
-        for count, D, size in ((7, 3, 3), (8, 4, 2), (5, 2, 5))
-    ]
-
-
-def gradient_spec(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
-    total = torch.zeros_like(weight)
-    for b in range(len(x0)):  # by hand: d/dW of the mean of (z W - target)^2
-        z = (1 - t[b]) * x0[b] + t[b] * noise[b]
-        difference = z @ weight - (noise[b] - x0[b])
-        total = total + 2 * z[:, None] * difference[None, :] / len(z)
-    return total / len(x0)  # the mean over all samples, however they are split
-
-
-def accumulate_gradient(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
-    """The whole batch at once: what any way of splitting it must give."""
-    return gradient_of(weight, x0, noise, t)
-
-
-def gradient_of(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    weight = weight.detach().requires_grad_()
-    loss = flow.flow_loss(flow.interpolate(x0, noise, t) @ weight, x0, noise).mean()
-    return torch.autograd.grad(loss, weight)[0]
-
-
-def microbatch_gradients(weight: Tensor, size: int, *batch: Tensor) -> list[Tensor]:
-    microbatches = zip(*(x.split(size) for x in batch), strict=True)
-    return [gradient_of(weight, *microbatch) for microbatch in microbatches]
-
-
-def mean_of_means(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
-    return torch.stack(microbatch_gradients(weight, size, x0, noise, t)).mean(0)
-
-
-def sum_of_means(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
-    return torch.stack(microbatch_gradients(weight, size, x0, noise, t)).sum(0)
-
-
-def last_only(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
-    return microbatch_gradients(weight, size, x0, noise, t)[-1]
-
-
-def rest_dropped(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
-    n = len(x0) // size * size
-    return gradient_of(weight, x0[:n], noise[:n], t[:n])
-
-
-ACCUMULATE = Exercise(
-    name="accumulate_gradient",
-    topic="training",
-    points=3,
-    difficulty=3,
-    signature="def accumulate_gradient(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, "
-    "size: int) -> Tensor:",
-    task="The gradient (D, D), with respect to weight, of the mean flow loss of a batch, x0 and\n"
-    "noise (B, D) and t (B,), for the network velocity = z @ weight. Process at most `size`\n"
-    "samples at once, since more do not fit in memory; the last microbatch may be smaller.",
-    specification=gradient_spec,
-    reference=accumulate_gradient,
-    cases=gradient_cases,
-    mutants=(
-        Mutant(mean_of_means, "Microbatches may differ in size: each counts by its size."),
-        Mutant(sum_of_means, "A sum of means grows with the number of microbatches."),
-        Mutant(
-            last_only, "The gradients of earlier microbatches are lost; are they zeroed too soon?"
-        ),
-        Mutant(rest_dropped, "The smaller microbatch at the end belongs to the batch too."),
-    ),
-    why="Accumulation may change memory and time, never the result.",
-    where="nanosd3/flow.py, flow_loss (one loss per sample makes accumulation exact)",
-    names=("weight", "x0", "noise", "t", "size"),
-    differentiable=False,
-)
-
-EXERCISES = (RATE, EMA, ACCUMULATE)
+EXERCISES = (RATE, EMA)

@@ -1,10 +1,14 @@
 """Exercises on unigram tokenizers: the most probable split of a word."""
 
+import math
+from collections.abc import Callable
+
 import torch
 
-from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant
+from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large
 from nanosd3.tokenizers import CONTROLS, Unigram
 
+RARE = {"a": -75.0, "b": -75.0, "c": -30.0, "ab": -130.0, "bc": -160.0, "abc": -175.0}
 LETTERS = dict.fromkeys("unhapyblet", -6.0)
 
 
@@ -20,6 +24,7 @@ def split_cases(generator: torch.Generator) -> list[Case]:
         ),
         Case("letters only", ("hub", LETTERS | {"hubble": -1.0})),
         Case("one long piece", ("abc", {"a": -1.0, "b": -1.0, "c": -1.0, "abc": -2.0})),
+        large("a long word of rare pieces", "abc" * 6, RARE, lines=1500),
     ]
 
 
@@ -70,6 +75,34 @@ def backwards(word: str, scores: dict[str, float]) -> list[str]:
     return best_split(word, scores)[::-1]
 
 
+def viterbi(
+    word: str, scores: dict[str, float], start: float, join: Callable[[float, float], float]
+) -> list[str]:
+    """The best split by another measure, `start` for nothing, join(best, score) for one more."""
+    best: list[tuple[float, list[str]]] = [(start, [])]
+    for j in range(1, len(word) + 1):
+        starts = [i for i in range(j) if word[i:j] in scores]
+        ends = [(join(best[i][0], scores[word[i:j]]), [*best[i][1], word[i:j]]) for i in starts]
+        best.append(max(ends, key=lambda end: end[0]))
+    return best[-1][1]
+
+
+def by_products(word: str, scores: dict[str, float]) -> list[str]:
+    return viterbi(word, scores, 1.0, lambda best, score: best * math.exp(score))
+
+
+def by_last_piece(word: str, scores: dict[str, float]) -> list[str]:
+    return viterbi(word, scores, 0.0, lambda best, score: score)
+
+
+def smallest_sum(word: str, scores: dict[str, float]) -> list[str]:
+    return best_split(word, {piece: -score for piece, score in scores.items()})
+
+
+def every_letter(word: str, scores: dict[str, float]) -> list[str]:
+    return list(word)
+
+
 SPLIT = Exercise(
     name="best_split",
     topic="tokenizers",
@@ -88,7 +121,17 @@ SPLIT = Exercise(
         Mutant(best_first, "The best piece here may force bad ones later; compare whole splits."),
         Mutant(fewest_pieces, "Fewer pieces are often better, but the sum of the scores decides."),
         Mutant(backwards, "You walked back from the end: now reverse the pieces."),
+        Mutant(
+            by_products,
+            "Products of probabilities underflow to 0: add their logarithms, the scores.",
+        ),
+        Mutant(by_last_piece, "Add the best sum up to the piece's start to its score."),
+        Mutant(
+            smallest_sum, "Scores are logarithms of probabilities: the largest sum is the best."
+        ),
+        Mutant(every_letter, "Longer pieces count too: which split has the largest sum?"),
     ),
+    slow_hint="Each letter doubles the number of splits: store the best one up to each position.",
     why="2^(n-1) splits, searched in n^2 steps: each best split contains a best split.",
     where="nanosd3/tokenizers.py, Unigram",
     names=("word", "scores"),

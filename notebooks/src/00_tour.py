@@ -189,7 +189,7 @@ with torch.no_grad():
     right, wrong = (vae.decode(x)[0, 0] for x in (vae.denormalise(latents), latents))
 images(
     {"right": right[None], "forgotten": wrong[None]},
-    f"With and without latents / {vae.config.scale:.3f} + {vae.config.shift:.3f}.",
+    f"With and without undoing the scale {vae.config.scale:.3f} and shift {vae.config.shift:.3f}.",
     cell=1.5,
 )
 

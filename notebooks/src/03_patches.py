@@ -74,20 +74,12 @@ images(rows, "Tokens 4 to 11 of a seven, each drawn as 7 x 7 pixels.")
 # %% [markdown]
 # A reshape never moves a number in memory, and there the rows of the *image* lie one after the
 # other: 49 consecutive numbers are almost two rows of pixels. To cut patches, first split both axes
-# in two, then bring the two halves that count patches to the front, and only then merge axes:
-
+# in two, then bring the two halves that count patches to the front, and only then merge axes. That
+# is the first exercise; here is the package's, against the loops:
 
 # %%
-def patchify_here(x, patch):
-    B, C, H, W = x.shape
-    x = x.reshape(B, C, H // patch, patch, W // patch, patch)
-    x = x.permute(0, 2, 4, 3, 5, 1)  # (B, H/p, W/p, p, p, C)
-    return x.reshape(B, -1, patch * patch * C)
-
-
 x = torch.randn(2, 3, 4, 6, generator=g)  # all sizes different
-torch.testing.assert_close(patchify_here(x, 2)[0], patchify_slowly(x[0], 2))
-torch.testing.assert_close(patchify_here(x, 2), package.patchify(x, 2))
+torch.testing.assert_close(package.patchify(x, 2)[0], patchify_slowly(x[0], 2))
 torch.testing.assert_close(package.unpatchify(package.patchify(x, 2), 2, 4, 6), x)
 
 # %% [markdown]
@@ -105,16 +97,11 @@ torch.testing.assert_close(package.unpatchify(package.patchify(x, 2), 2, 4, 6), 
 # nanosd3 keeps one order for both directions and permutes the *weight* of the convolution. The last
 # assertion shows that its patch embedding is that convolution.
 
-
 # %%
-def channels_first(tokens, patch, height, width):
-    B, _, features = tokens.shape
-    x = tokens.reshape(B, height // patch, width // patch, features // patch**2, patch, patch)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, -1, height, width)
-
-
 three = digits[1:4, 0][None]  # (1, 3, 28, 28)
-wrong = channels_first(package.patchify(three, 2), 2, 28, 28)
+tokens = package.patchify(three, 2)  # (1, 196, 12)
+channels_first = tokens.unflatten(2, (3, 4)).mT.flatten(2)  # read as (channel, row and column)
+wrong = package.unpatchify(channels_first, 2, 28, 28)
 images({"right": three[0], "channels first": wrong[0]}, "The channels are interleaved "
        "in a pattern of 2 x 2 pixels.", cell=1.1)  # fmt: skip
 
@@ -131,14 +118,9 @@ torch.testing.assert_close(embed(z), convolved.flatten(2).mT, atol=1e-5, rtol=1e
 
 
 # %%
-def exchanged(tokens, patch, height, width):
-    B, _, features = tokens.shape
-    x = tokens.reshape(B, width // patch, height // patch, patch, patch, features // patch**2)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, width, height)
-
-
 def misplaced(x):
-    return exchanged(package.patchify(x, 2), 2, *x.shape[2:])[0]
+    height, width = x.shape[2:]
+    return package.unpatchify(package.patchify(x, 2), 2, width, height)[0]
 
 
 wide = torch.cat([*digits[:2]], dim=2)[None]  # (1, 1, 28, 56)
@@ -244,19 +226,9 @@ def positions_slowly(width, grid, sample, span):
     return torch.tensor([table])  # (1, grid*grid, width)
 
 
-def positions_here(width, grid, sample, span):
-    coordinate = (torch.arange(grid, dtype=torch.float64) - (grid - sample) / 2) * span / sample
-    k = torch.arange(width // 4, dtype=torch.float64)
-    angles = coordinate[:, None] * 10000 ** (-k / (width // 4))
-    code = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
-    both = torch.cat(torch.broadcast_tensors(code[None], code[:, None]), dim=2)
-    return both.float().reshape(1, grid * grid, width)
-
-
 # %%
 for sizes in ((24, 6, 4, 4), (16, 5, 5, 10)):
-    torch.testing.assert_close(positions_here(*sizes), positions_slowly(*sizes))
-    torch.testing.assert_close(positions_here(*sizes), package.sincos_positions(*sizes))
+    torch.testing.assert_close(package.sincos_positions(*sizes), positions_slowly(*sizes))
 torch.testing.assert_close(pipeline.mmdit.pos_embed, package.sincos_positions(128, 8, 4, 4))
 
 grid = package.sincos_positions(128, 16, 16, 16).view(16, 16, 128)

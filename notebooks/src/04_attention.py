@@ -34,8 +34,8 @@ images(rows, "Down a column the noise is the same. All differences come from the
 #
 # Each token asks all tokens a question (its **query**). Each of them offers a **key**, which says
 # what it has, and a **value**, the content itself. The better query and key match, the more of the
-# value is taken. First one head in plain loops, for vectors of 64 numbers, and then all heads and
-# samples at once:
+# value is taken. One head in plain loops, for vectors of 64 numbers; the package's `attention`
+# takes all heads and samples at once:
 
 
 # %%
@@ -48,15 +48,9 @@ def attention_slowly(queries, keys, values):
     return torch.stack(out)
 
 
-def attention_here(q, k, v):
-    weights = (q @ k.mT / 8).softmax(dim=-1)  # (B, heads, L, S)
-    return (weights @ v).transpose(1, 2).flatten(2)  # heads concatenated: (B, L, heads * 64)
-
-
 q, k, v = torch.randn(3, 1, 2, 5, 64, generator=g)  # two heads, five tokens
 second = attention_slowly(q[0, 1], k[0, 1], v[0, 1])
-torch.testing.assert_close(attention_here(q, k, v)[0, :, 64:], second, atol=1e-5, rtol=1e-4)
-torch.testing.assert_close(attention_here(q, k, v), attention(q, k, v), atol=1e-5, rtol=1e-4)
+torch.testing.assert_close(attention(q, k, v)[0, :, 64:], second, atol=1e-5, rtol=1e-4)
 
 # %% [markdown]
 # ## Two streams, one attention
@@ -105,7 +99,7 @@ def at(t):
 
 for block, inputs in block_inputs(*at(0.9), *text):
     (q, k, v), attended = joint(block, *inputs)
-    torch.testing.assert_close(attention_here(q, k, v), attended, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(attention(q, k, v), attended, atol=1e-4, rtol=1e-4)
     image_only = attention(q[:, :, -16:], k[:, :, 17:], v[:, :, 17:])  # image attends to image
     change = (image_only - attended[:, -16:]).norm() / attended[:, -16:].norm()
     print(f"{q.shape[2]} queries, {k.shape[2]} keys; image without text: off by {change:.0%}")
@@ -206,16 +200,9 @@ def modulate_slowly(x, shift, scale):
     return torch.tensor(rows)
 
 
-def modulate_here(x, shift, scale):
-    x = x - x.mean(-1, keepdim=True)
-    x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    return x * (1 + scale[:, None]) + shift[:, None]  # (B, D) -> (B, 1, D)
-
-
 x, shift, scale = (torch.randn(size, generator=g) for size in ((2, 3, 8), (2, 8), (2, 8)))
-ours = modulate_here(x, shift, scale)
-torch.testing.assert_close(ours[0], modulate_slowly(x[0], shift[0], scale[0]), atol=1e-5, rtol=1e-4)
-torch.testing.assert_close(ours, layers.modulate(x, shift, scale), atol=1e-5, rtol=1e-4)
+ours = modulate_slowly(x[0], shift[0], scale[0])
+torch.testing.assert_close(ours, layers.modulate(x, shift, scale)[0], atol=1e-5, rtol=1e-4)
 
 # %% [markdown]
 # ## Words against words

@@ -219,9 +219,9 @@ lines({name: (early, runs[k]["log"][early, 0]) for name, k in kinds.items()}, "s
 # %%
 compare({"right": good, "wrong sign": draw(lambda *x: -big(*x))}, "4: Away from the data.")
 latents = pipeline(prompts, output="latent")
-wrong = {"forgotten": latents, "SD3's numbers": latents / 1.5305 + 0.0609,
-         "SD 1's number": latents / 0.18215}  # fmt: skip
-decoded = {name: pipeline.decode(vae.normalise(z)) for name, z in wrong.items()}  # decodes z
+wrong = {"forgotten": (0, 1), "SD3's numbers": (0.0609, 1.5305), "SD 1's number": (0, 0.18215)}
+vaes = {k: type(vae)(replace(vae.config, shift=a, scale=b)) for k, (a, b) in wrong.items()}
+decoded = {k: pipeline.decode(vae.normalise(v.denormalise(latents))) for k, v in vaes.items()}
 compare({"right": pipeline.decode(latents)} | decoded, "5: What the decoder makes of each.")
 
 # %% [markdown]

@@ -1,15 +1,22 @@
 """The notebooks match their sources, are of readable size, and run with nothing solved."""
 
 import ast
+import copy
+import math
 import re
 import sys
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
+from statistics import NormalDist
 
 import nbclient
 import nbformat
 import pytest
+import torch
 
 from nanosd3.exercises import EXERCISES
+from nanosd3.exercises.grader.checker import close, judge, result_of
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "notebooks"
@@ -98,6 +105,31 @@ def test_ties_to_the_package(notebook):
     assert re.search(r"assert_close|^assert ", "\n".join(code_of(notebook)), re.MULTILINE)
 
 
+def functions_of(source: Path) -> list[ast.FunctionDef]:
+    tree = ast.parse(source.read_text())
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def test_no_notebook_prints_an_answer():
+    """No function that a notebook defines solves an exercise that a notebook sets."""
+    used = {name for s in SOURCES for name in re.findall(r'^check\("(\w+)"', s.read_text(), re.M)}
+    case_of = {name: EXERCISES[name].drawn()[1] for name in used}
+    expected = {name: result_of(EXERCISES[name].reference, case) for name, case in case_of.items()}
+    compared = 0
+    for node in (node for source in SOURCES for node in functions_of(source)):
+        names = {"math": math, "torch": torch, "F": torch.nn.functional, "pairwise": pairwise,
+                 "NormalDist": NormalDist, "Counter": Counter}  # fmt: skip
+        node.decorator_list, node.args.defaults = [], []
+        exec(compile(ast.Module([node], []), "notebook", "exec"), names)
+        function, count = names[node.name], len(node.args.args)
+        for name, case in case_of.items():
+            if count == len(case.arguments) and not isinstance(node.body[0], ast.Raise):
+                compared += 1
+                if close(result_of(function, case), expected[name], EXERCISES[name].tolerance):
+                    assert judge(EXERCISES[name], function).status != "right", node.name
+    assert compared > 300
+
+
 def test_flow_needs_no_package():
     text = next(s for s in SOURCES if s.stem.startswith("01")).read_text()
     before = text[: text.index("## Exercises")]
@@ -118,7 +150,9 @@ def test_teachers_page(capsys):
         for name in re.findall(r'^check\("(\w+)"', s.read_text(), re.M)
     }
     for e in EXERCISES.values():
-        assert f"| `{e.name}` | {e.topic} | {e.points} | {place.get(e.name, '')} |" in page
+        mistakes = ", ".join(mutant.name.replace("_", " ") for mutant in e.mutants)
+        start = re.escape(f"| `{e.name}` | {e.topic} | {e.points} | {place.get(e.name, '')} |")
+        assert re.search(f"^{start} .* \\| {mistakes} \\|$", page, re.MULTILINE), e.name
     assert f"{sum(e.points for e in EXERCISES.values())} in all" in page
     assert all(f"]({name}.ipynb) |" in page for name in NAMES)
     exec(page.split("```python\n")[1].split("```")[0], {})
@@ -133,8 +167,22 @@ def test_the_tests_named_in_the_gallery_exist():
         assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.M)
 
 
+WITH_REFERENCE = """
+from nanosd3.exercises import EXERCISES
+from nanosd3.exercises.grader import sandbox
+sandbox.devices_of = lambda *_: ["meta"]  # the same in every notebook, and slow to import
+check("{name}", EXERCISES["{name}"].reference)
+"""
+
+
 def test_runs(notebook, source, monkeypatch, notebook_cache):
-    """Runs from top to bottom in a fresh kernel, in fast mode."""
+    """Runs from top to bottom in a fresh kernel, in fast mode. In every exercise's own cell the
+    stub is not attempted, and the reference gets its tick."""
+    notebook, checks = copy.deepcopy(notebook), {}
+    for cell in notebook.cells:
+        if match := re.search(r'^check\("(\w+)", \w+\)$', cell.source, re.MULTILINE):
+            checks[match[1]] = EXERCISES[match[1]]
+            cell.source += WITH_REFERENCE.format(name=match[1])
     monkeypatch.setenv("NANOSD3_FAST", "1")
     monkeypatch.setenv("NANOSD3_CACHE", str(notebook_cache))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -145,9 +193,10 @@ def test_runs(notebook, source, monkeypatch, notebook_cache):
     printed = "\n".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )
-    checks = re.findall(r'^check\("(\w+)"', source.read_text(), re.MULTILINE)
-    for name in checks:
-        assert f"· {name} (0/{EXERCISES[name].points}): not attempted yet" in printed
+    assert list(checks) == re.findall(r'^check\("(\w+)"', source.read_text(), re.MULTILINE)
+    for name, exercise in checks.items():
+        assert f"· {name} (0/{exercise.points}): not attempted yet" in printed
+        assert f"✓ {name} ({exercise.points}/{exercise.points}): {exercise.why}" in printed
     for match in re.finditer(r'^show\("(\w+)"\)$', source.read_text(), re.MULTILINE):
         assert EXERCISES[match[1]].signature in printed
 

@@ -3,7 +3,8 @@
 Modules, each of which imports only from those above it:
     exercise        an exercise, its test cases and common wrong answers
     sandbox         runs answers in a restricted process and records the results
-    checker         compares recorded results with the reference and says what is wrong
+    comparison      compares results and says in what way they differ
+    checker         judges recorded results and says what is wrong
     hand_ins        reads files of answers, Python and notebooks
     grading         grades whole files
     gradebook       the grades of a class

@@ -2,9 +2,9 @@
 
 The checks, in the order in which a student wants to hear of them: not attempted; an exception,
 with the student's own line; type; shape; values, with the hint of the first mutant that gives the
-same results, else the cases that are right; the gradient; inputs modified in place; a second call
-or non-contiguous inputs giving another result; dtype and device not kept. A right answer is told
-why it matters and where it is in the package.
+same results, else in what way they differ; loops over elements; the gradient; inputs modified in
+place; a second call or non-contiguous inputs giving another result; dtype and device not kept. A
+right answer is told why it matters and where it is in the package.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanosd3.exercises.grader.comparison import REFUSED, close, describe, difference, kind_of
 from nanosd3.exercises.grader.exercise import Case, Exercise
-from nanosd3.exercises.grader.sandbox import copies, flat, gradients, record, storable
+from nanosd3.exercises.grader.sandbox import (
+    LINES,
+    Field,
+    attempt,
+    copies,
+    default_settings,
+    flat,
+    gradients,
+    record,
+    record_values,
+    storable,
+)
+
+Result = tuple[Case, object, object]  # of a call: its case, what it gave, what was expected
 
 
 @dataclass(frozen=True)
@@ -36,22 +50,30 @@ class NotAttempted(Exception):
     """The answer is still a stub."""
 
 
+@default_settings()
 def judge(exercise: Exercise, answer: Callable) -> Verdict:
-    """Check one answer in this process."""
+    """Check one answer in this process: its values, and if they are right, everything else."""
     cases = [case.arguments for case in exercise.drawn()]
-    return assess(exercise, record(answer, cases, exercise.differentiable))
+    values = record_values(answer, cases)
+    verdict = assess(exercise, values, values_only=True)
+    if verdict.status != "right":
+        return verdict
+    return assess(exercise, record(answer, cases, exercise.differentiable, values))
 
 
-def assess(exercise: Exercise, recorded: dict) -> Verdict:
+@default_settings()
+def assess(exercise: Exercise, recorded: dict, values_only: bool = False) -> Verdict:
     """The verdict on a record made by `record`. Never raises, whatever the record holds."""
     status, points = "wrong", 0
     try:
         cases = exercise.drawn()
         check_values(exercise, cases, recorded["values"])
-        check_gradient(exercise, cases[0], recorded["gradients"])
-        check_inputs_unmodified(exercise, cases, recorded["after"])
-        check_other_calls(exercise, cases, recorded)
-        check_dtype_and_device(exercise, cases[0], recorded)
+        check_effort(exercise, cases, recorded["values"])
+        if not values_only:
+            check_gradient(exercise, cases[0], recorded["gradients"])
+            check_inputs_unmodified(exercise, cases, recorded["after"])
+            check_other_calls(exercise, cases, recorded)
+            check_dtype_and_device(exercise, cases[0], recorded)
         status, points = "right", exercise.points
         message = f"{exercise.why} In the package: {exercise.where}."
     except NotAttempted:
@@ -63,35 +85,45 @@ def assess(exercise: Exercise, recorded: dict) -> Verdict:
     return Verdict(exercise.name, status, points, exercise.points, message)
 
 
-def value_of(entry: dict, case: Case) -> object:
-    """The value of a call. Raises NotAttempted for a stub, Wrong if there is no value."""
+def result_of(function: Callable, case: Case) -> object:
+    """The result of a call, or REFUSED."""
+    try:
+        return function(*copies(case.arguments))
+    except Exception:
+        return REFUSED
+
+
+def value_of(exercise: Exercise, entry: dict, case: Case, expected: object) -> object:
+    """The value of a call, or REFUSED. Raises NotAttempted for a stub, Wrong if there is no value
+    although there should be one."""
     if entry["kind"] == "not attempted":
         raise NotAttempted
     if entry["kind"] == "broken":
         raise Wrong(f"not defined: the file stopped early with {entry['text']}")
     if entry["kind"] == "raised":
-        raise Wrong(f"raised {entry['text']} (input: {case.label})")
+        if expected is REFUSED:
+            return REFUSED
+        sizes = "size of tensor" in entry["text"] or "expanded size" in entry["text"]
+        hint = f" {exercise.size_hint}" if sizes else ""
+        raise Wrong(f"raised {entry['text']} (input: {case.label}){hint}")
     if entry["value"] is None:
         raise Wrong(f"returned None; is a return missing? (input: {case.label})")
     return entry["value"]
 
 
-def describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, dict):
-        return f"an object of type {value.get('type')}"
-    if isinstance(value, tuple | list) and any(isinstance(x, Tensor) for x in value):
-        return f"a {type(value).__name__} of {len(value)} ({', '.join(map(describe, value))})"
-    return f"{type(value).__name__} {value!r:.60}"
-
-
 def check_form(got: object, expected: object, case: Case) -> None:
     """Check type and shape."""
-    a, b = flat(got), flat(expected)
     place = f"(input: {case.label})"
-    counted = len(a) != len(b) and any(isinstance(y, Tensor) for y in b)
-    if isinstance(got, tuple | list) != isinstance(expected, tuple | list) or counted:
+    if got is REFUSED:
+        return
+    if expected is REFUSED:
+        raise Wrong(f"returned {describe(got)} where it should raise an error {place}")
+    a, b = flat(got), flat(expected)
+    tensors = any(isinstance(y, Tensor) for y in b)
+    same_type = isinstance(got, tuple | list) == isinstance(expected, tuple | list)
+    if not tensors:  # a tuple of symbols is a key of a dictionary, a list is not
+        same_type = isinstance(got, tuple) == isinstance(expected, tuple) and same_type
+    if not same_type or (tensors and len(a) != len(b)):
         raise Wrong(f"returned {describe(got)}, expected {describe(expected)} {place}")
     for n, (x, y) in enumerate(zip(a, b, strict=False)):  # lists of symbols may differ in length
         which = f" of result {n + 1}" if len(b) > 1 else ""
@@ -101,54 +133,59 @@ def check_form(got: object, expected: object, case: Case) -> None:
             raise Wrong(f"shape{which}: got {tuple(x.shape)}, expected {tuple(y.shape)} {place}")
 
 
-def kind_of(value: object) -> str:
-    """The type name; int and float both count as "number"."""
-    return "number" if isinstance(value, int | float) else type(value).__name__
-
-
-def close(got: object, expected: object, tolerance: float) -> bool:
-    """Whether two results agree; NaNs are equal, since a mutant may produce them."""
-    if len(flat(got)) != len(flat(expected)):
-        return False
-    for x, y in zip(flat(got), flat(expected), strict=True):
-        if isinstance(y, Tensor):
-            if not isinstance(x, Tensor) or x.shape != y.shape:
-                return False
-            a, b = x.double(), y.double()
-            if not torch.allclose(a, b, atol=tolerance, rtol=tolerance, equal_nan=True):
-                return False
-        elif isinstance(y, float) and kind_of(x) == "number":
-            both_nan = x != x and y != y
-            if not (both_nan or abs(x - y) <= tolerance * max(1, abs(y))):
-                return False
-        elif x != y:
-            return False
-    return True
-
-
 def check_values(exercise: Exercise, cases: list[Case], entries: list[dict]) -> None:
     """Compare the values of all cases with the reference."""
     results = []
     for case, entry in zip(cases, entries, strict=False):
-        got, expected = value_of(entry, case), exercise.reference(*copies(case.arguments))
-        results.append((case, got, expected))
-    if len(results) != len(cases):
-        raise ValueError("the record holds too few calls")
+        expected = result_of(exercise.reference, case)
+        results.append((case, value_of(exercise, entry, case, expected), expected))
+    check_results(exercise, [result for result in results if result[2] is not REFUSED])
+    check_results(exercise, [result for result in results if result[2] is REFUSED])
+
+
+def check_results(exercise: Exercise, results: list[Result]) -> None:
+    """Compare results with those expected: form, then values, then dtype."""
     for case, got, expected in results:
         try:
             check_form(got, expected, case)
         except Wrong as error:
             raise Wrong(f"{error} {hint_of(exercise, results)}".strip()) from None
     right: list[str] = []  # labels of cases
-    wrong: list[str] = []
+    wrong = []
     for case, got, expected in results:
-        (right if close(got, expected, exercise.tolerance) else wrong).append(case.label)
+        if close(got, expected, exercise.tolerance, exercise.exact_zeros):
+            right.append(case.label)
+        else:
+            wrong.append((case, got, expected))
     if wrong:
-        place = f"right for: {'; '.join(right)}. Wrong for: {'; '.join(wrong)}." if right else ""
-        hint = hint_of(exercise, results) or ("" if right else "Compare with the specification.")
+        labels = "; ".join(case.label for case, _, _ in wrong)
+        place = f"right for: {'; '.join(right)}. Wrong for: {labels}." if right else ""
+        hint = hint_of(exercise, results) or difference(
+            wrong[0][0].label, [pair for _, *pair in wrong], exercise.tolerance
+        )
         raise Wrong(f"values: {place} {hint}".replace("  ", " ").strip())
     for case, got, expected in results:
         check_dtype(got, expected, f"for these inputs ({case.label})")
+
+
+def check_effort(exercise: Exercise, cases: list[Case], entries: list[dict]) -> None:
+    """Check that the answer does not loop over elements, nor call the network too often."""
+    for case, entry in zip(cases, entries, strict=False):
+        if (limit := case.lines or LINES) < entry["lines"]:
+            raise Wrong(
+                f"speed: the values are right, but for {case.label} more than {limit} lines of "
+                f"Python are run. {exercise.slow_hint}"
+            )
+        arguments = copies(case.arguments)
+        attempt(exercise.reference, *arguments)
+        calls = sum(a.calls for a in arguments if isinstance(a, Field))
+        if entry["calls"] > calls:
+            raise Wrong(
+                f"speed: the values are right, but for {case.label} velocity is called "
+                f"{entry['calls']} times instead of {calls}; each call runs the whole network"
+            )
+    if len(entries) != len(cases):
+        raise ValueError("the record holds too few calls")
 
 
 def check_dtype(got: object, expected: object, when: str) -> None:
@@ -157,15 +194,13 @@ def check_dtype(got: object, expected: object, when: str) -> None:
             raise Wrong(f"dtype: {when} the result should be {y.dtype}, got {x.dtype}")
 
 
-def hint_of(exercise: Exercise, results: list[tuple[Case, object, object]]) -> str:
+def hint_of(exercise: Exercise, results: list[Result]) -> str:
     """The hint of the first mutant with the same results on all cases; "" if there is none."""
     for mutant in exercise.mutants:
-        try:
-            outputs = [mutant.answer(*copies(case.arguments)) for case, _, _ in results]
-        except Exception:  # a mutant may fail on some cases
-            continue
-        pairs = zip(results, outputs, strict=True)
-        if all(close(got, output, exercise.tolerance) for (_, got, _), output in pairs):
+        if all(
+            close(got, result_of(mutant.answer, case), exercise.tolerance)
+            for case, got, _ in results
+        ):
             return mutant.hint
     return ""
 
@@ -223,9 +258,9 @@ def check_other_calls(exercise: Exercise, cases: list[Case], recorded: dict) -> 
     """Check that a second call and transposed inputs give the same results."""
     for kind, message in OTHER_CALLS.items():
         for case, entry in zip(cases, recorded[kind], strict=True):
-            expected = exercise.reference(*copies(case.arguments))
-            right = entry["kind"] == "value"
-            if not right or not close(entry["value"], expected, exercise.tolerance):
+            expected = result_of(exercise.reference, case)
+            got = entry["value"] if entry["kind"] == "value" else REFUSED
+            if not close(got, expected, exercise.tolerance):
                 reason = f" ({entry['text']})" if entry["kind"] == "raised" else ""
                 raise Wrong(message + reason)
 
@@ -233,7 +268,7 @@ def check_other_calls(exercise: Exercise, cases: list[Case], recorded: dict) -> 
 def check_dtype_and_device(exercise: Exercise, case: Case, recorded: dict) -> None:
     """Check that results keep float64 and the device of the inputs."""
     expected = exercise.reference(*copies(case.arguments, torch.float64))
-    got = value_of(recorded["double"], case)
+    got = value_of(exercise, recorded["double"], case, expected)
     check_form(got, expected, case)
     check_dtype(got, expected, "for float64 inputs")
     if not exercise.other_devices:

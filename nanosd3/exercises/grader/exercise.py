@@ -6,9 +6,13 @@ give, with a one-sentence hint that does not give the answer away. It serves twi
 checker (every mutant must fail), and an answer with the same results gets its hint.
 
 Test cases have distinct sizes along all axes, because square inputs hide swapped axes. Each has a
-label, so that the checker can say for which inputs an answer is right.
+label, so that the checker can say for which inputs an answer is right. One of them is of realistic
+size and limits the lines of Python that an answer may run, so that the specification itself does
+not pass. Where a loop is the answer, as in a solver, students see formulas instead. A case for
+which the reference raises an error asks for an error, of whatever type.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +26,12 @@ class Case:
 
     label: str
     arguments: tuple
+    lines: int | None = None  # of Python that an answer may run
+
+
+def large(label: str, *arguments: object, lines: int = 200) -> Case:
+    """A case of realistic size, at which loops over elements are too slow."""
+    return Case(label, arguments, lines)
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,17 @@ class Exercise:
     differentiable: bool = True
     other_devices: bool = True  # checked on the meta device too
     constants: tuple[str, ...] = ()  # float arguments whose gradients are not checked
+    formulas: str = ""  # shown instead of the specification where a loop is the answer
+    exact_zeros: bool = False  # where 0 is expected, nothing else is close enough
+    size_hint: str = "Print both shapes: they are aligned at the last axis; add axes where needed."
+    slow_hint: str = "Replace the loop by operations on whole tensors."
+
+    def shown(self) -> str:
+        """The specification as students see it, below a heading."""
+        if self.formulas:
+            return f"The specification, in words and formulas:\n{self.formulas}"
+        source = inspect.getsource(self.specification).rstrip()
+        return f"The specification, in plain loops:\n{source}"
 
     def drawn(self) -> list[Case]:
         """The test cases, the same on every call."""

@@ -4,8 +4,7 @@
 gradients, the inputs after the call, and the results of a second call, with transposed inputs, in
 float64 and on the meta device. checker.py judges from that record alone. Student code can
 therefore run in a separate process, whose main program is this file (it imports nothing from the
-package): whatever an answer patches there, in torch or in this file, changes only the values it
-claims to return.
+package): whatever an answer patches there changes only the values it claims to return.
 
 As a program, the file first restricts its own process: limits on memory and file size, and an
 audit hook, which cannot be removed, that refuses network access, subprocesses, the package
@@ -17,23 +16,45 @@ import contextlib
 import copy
 import numbers
 import os
-import site
 import sys
 import sysconfig
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 PACKAGE = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 2))
-FIELD = "@velocity"  # stands for `field` in the arguments of a case, which must be plain data
+SITE = os.path.dirname(os.path.dirname(torch.__file__))  # may be the user's own
+LIBRARIES = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), SITE, "<frozen")
+LINES = 20_000  # of Python that an answer may run in one call, if a case does not say less
+FIELD = "@velocity"  # stands for a `Field` in the arguments of a case, which must be plain data
 
 
-def field(z: Tensor, t: Tensor) -> Tensor:
+class Field:
     """A velocity that depends on position and time, for the exercises on solvers."""
-    return torch.sin(3 * z + 2 * t) - 0.5 * z * t
+
+    calls = 0
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.sin(3 * z + 2 * t) - 0.5 * z * t
+
+
+@contextlib.contextmanager
+def default_settings() -> Iterator[None]:
+    """Gradients on, float32, on the CPU, no autocast, whatever the caller has set."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device().type
+    on_cpu = contextlib.nullcontext() if device == "cpu" else torch.device("cpu")
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            with on_cpu:
+                yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def copies(arguments: tuple, dtype: torch.dtype | None = None, transposed: bool = False) -> list:
@@ -42,7 +63,7 @@ def copies(arguments: tuple, dtype: torch.dtype | None = None, transposed: bool 
 
     def copied(a: object) -> object:
         if not isinstance(a, Tensor):
-            return field if isinstance(a, str) and a == FIELD else copy.deepcopy(a)
+            return Field() if isinstance(a, str) and a == FIELD else copy.deepcopy(a)
         a = a.clone() if dtype is None or not a.is_floating_point() else a.to(dtype, copy=True)
         return a.mT.contiguous().mT if transposed and a.ndim > 1 else a
 
@@ -78,12 +99,34 @@ def outcome(answer: Callable, arguments: list) -> dict:
         if (value is None or value is ...) and is_stub(answer):
             return {"kind": "not attempted"}
         return {"kind": "value", "value": storable(value)}
-    except NotImplementedError as error:
-        if not str(error) or "your code" in str(error).lower():
+    except (Exception, SystemExit) as error:
+        text = str(error).lower()
+        if isinstance(error, NotImplementedError) and (not text or "your code" in text):
             return {"kind": "not attempted"}
         return {"kind": "raised", "text": describe_error(error)}
-    except (Exception, SystemExit) as error:
-        return {"kind": "raised", "text": describe_error(error)}
+
+
+def counted(answer: Callable, arguments: list) -> dict:
+    """`outcome`, with counts: lines of Python outside of libraries, calls of the velocity."""
+    lines = 0
+
+    def count(frame: types.FrameType, event: str, _: object) -> Callable | None:
+        nonlocal lines
+        if event == "call" and frame.f_code.co_filename.startswith(LIBRARIES):
+            return None
+        lines += event == "line"
+        if lines > LINES:  # enough
+            sys.settrace(None)
+        return count
+
+    before = sys.gettrace()  # a debugger's
+    sys.settrace(count)
+    try:
+        result = outcome(answer, arguments)
+    finally:
+        sys.settrace(before)
+    calls = sum(a.calls for a in arguments if isinstance(a, Field))
+    return result | {"lines": lines, "calls": calls}
 
 
 def is_stub(answer: Callable) -> bool:
@@ -94,25 +137,15 @@ def is_stub(answer: Callable) -> bool:
 
 def describe_error(error: BaseException) -> str:
     """The error and the student's own line: the last one that is not inside a library."""
-    libraries = (
-        *(PACKAGE, site.getusersitepackages()),
-        *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")),
-    )
-    own_frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((*libraries, "<frozen"))
-    ]
-    place = ""
-    if own_frames and own_frames[-1].lineno:
-        place = f' in line {own_frames[-1].lineno}: "{own_frames[-1].line}"'
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((PACKAGE, *LIBRARIES))]
+    place = f' in line {own[-1].lineno}: "{own[-1].line}"' if own and own[-1].lineno else ""
     return f"{type(error).__name__}{place}: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:
-    """An error message fit for a terminal: one line of limited length, printable characters."""
-    line = (str(error).splitlines() or [""])[0][:300]
-    return "".join(c if c.isprintable() else "?" for c in line)
+    """The first line of an error message, of limited length, with printable characters only."""
+    return "".join(c if c.isprintable() else "?" for c in str(error).partition("\n")[0][:300])
 
 
 def flat(value: object) -> list:
@@ -123,13 +156,10 @@ def flat(value: object) -> list:
 def gradients(answer: Callable, arguments: tuple) -> list[Tensor | None]:
     """Gradients of the sum of squares of the result for each float input, in float64."""
     inputs = copies(arguments, torch.float64)
-    leaves = [a for a in inputs if isinstance(a, Tensor) and a.is_floating_point()]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    total = torch.zeros((), dtype=torch.float64)
-    for x in flat(answer(*inputs)):
-        if isinstance(x, Tensor):
-            total = total + x.square().sum()
+    floats = [a for a in inputs if isinstance(a, Tensor) and a.is_floating_point()]
+    leaves = [a.requires_grad_() for a in floats]
+    results = [x for x in flat(answer(*inputs)) if isinstance(x, Tensor)]
+    total = sum((x.square().sum() for x in results), torch.zeros((), dtype=torch.float64))
     return list(torch.autograd.grad(total, leaves, allow_unused=True))
 
 
@@ -137,7 +167,7 @@ def attempt(function: Callable, *arguments: object) -> object:
     """The result, or {"error": the first line of the message}."""
     try:
         return function(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return {"error": first_line(error) or type(error).__name__}
 
 
@@ -147,22 +177,26 @@ def devices_of(answer: Callable, arguments: tuple) -> list[str]:
     return [x.device.type for x in flat(answer(*inputs)) if isinstance(x, Tensor)]
 
 
-def record(answer: Callable, cases: list[tuple], differentiable: bool) -> dict:
-    """Everything the checker needs to know about an answer."""
-    values = []
+@default_settings()
+def record_values(answer: Callable, cases: list[tuple]) -> dict:
+    """The outcomes of the calls, up to one that shows a stub or takes far too long."""
+    values: list[dict] = []
     for arguments in cases:
-        values.append(outcome(answer, copies(arguments)))
-        if values[-1]["kind"] != "value":
-            return {"values": values}
-    again, after = [], []
-    for arguments in cases:  # a second call, keeping the inputs as the answer leaves them
-        inputs = copies(arguments)
-        again.append(outcome(answer, inputs))
-        after.append([None if callable(a) else storable(a) for a in inputs])
-    return {
-        "values": values,
-        "again": again,
-        "after": after,
+        values.append(counted(answer, copies(arguments)))
+        if values[-1]["kind"] == "not attempted" or values[-1]["lines"] > LINES:
+            break
+    return {"values": values}
+
+
+@default_settings()
+def record(answer: Callable, cases: list[tuple], differentiable: bool, values: dict) -> dict:
+    """Everything the checker needs to know about an answer, given its `record_values`."""
+    if len(values["values"]) < len(cases):
+        return values
+    inputs = [copies(arguments) for arguments in cases]
+    return values | {
+        "again": [outcome(answer, arguments) for arguments in inputs],  # modified, perhaps
+        "after": [[None if callable(a) else storable(a) for a in i] for i in inputs],
         "transposed": [outcome(answer, copies(a, transposed=True)) for a in cases],
         "gradients": attempt(gradients, answer, cases[0]) if differentiable else None,
         "double": outcome(answer, copies(cases[0], torch.float64)),
@@ -171,7 +205,6 @@ def record(answer: Callable, cases: list[tuple], differentiable: bool) -> dict:
 
 
 # --- main program -------------------------------------------------------------------------------
-
 FORBIDDEN = tuple(
     "socket. subprocess. os.system os.exec os.fork os.posix_spawn os.spawn os.kill os.remove "
     "os.rmdir os.chmod os.chown os.link os.symlink os.truncate os.utime os.mkdir shutil. ctypes. "
@@ -225,25 +258,18 @@ def restrict_process(folder: str, package: str, open_book: bool, memory: int) ->
     sys.addaudithook(hook)
 
 
-def report_progress(folder: str, name: str) -> None:
-    """Tell the grader how far this process has come, by creating a file."""
-    with open(os.path.join(folder, name), "w"):
-        pass
-
-
 def main() -> None:
     """sandbox.py FOLDER PACKAGE open|closed MEMORY: record FOLDER/answer.py on FOLDER/cases.pt."""
     folder, package, book, memory = sys.argv[1:5]
     torch.set_num_threads(1)
     cases = torch.load(os.path.join(folder, "cases.pt"), weights_only=True)
     path = os.path.join(folder, "answer.py")
-    with open(path, "rb") as file:
-        source = file.read()  # bytes: Python detects the encoding
+    source = Path(path).read_bytes()  # bytes: Python detects the encoding
     if book == "open":
         sys.path.insert(0, os.path.dirname(package))
     2.0 * torch.ones(1, device="meta")  # triggers imports that are forbidden from here on
     restrict_process(folder, package, book == "open", int(memory))
-    report_progress(folder, "begun")
+    Path(folder, "begun").write_bytes(b"")  # tells the grader how far this process has come
     module = sys.modules["answer"] = types.ModuleType("answer")
     module.__file__ = path
     missing = {"values": [{"kind": "not attempted"}]}
@@ -251,13 +277,14 @@ def main() -> None:
         exec(compile(source, path, "exec"), module.__dict__)
     except BaseException as error:  # answers defined before it still count
         missing = {"values": [{"kind": "broken", "text": describe_error(error)}]}
-    report_progress(folder, "loaded")
+    Path(folder, "loaded").write_bytes(b"")
     for name, entry in cases.items():
         target = os.path.join(folder, f"{name}.pt")
         answer, result = getattr(module, name, None), missing
         imported = str(getattr(answer, "__module__", "")).startswith("torch")
         if callable(answer) and not imported:
-            result = record(answer, entry["cases"], entry["differentiable"])
+            values = record_values(answer, entry["cases"])
+            result = record(answer, entry["cases"], entry["differentiable"], values)
         try:
             torch.save(result, target + ".part")
         except Exception as error:
