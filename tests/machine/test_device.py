@@ -66,8 +66,8 @@ def test_a_quota_limits_the_cores(monkeypatch):
         assert cores() == expected
 
 
-TORCHRUN = dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "0")
-TORCHRUN["WORLD_SIZE"] = "4"
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4",
+            "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # fmt: skip
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def threads(monkeypatch):
     chosen: list[int] = []
     monkeypatch.setattr(device, "cores", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    for name in ("OMP_NUM_THREADS", "NANOSD3_THREADS", "LOCAL_WORLD_SIZE"):
+    for name in ("OMP_NUM_THREADS", "NANOSD3_THREADS", *TORCHRUN):
         monkeypatch.delenv(name, raising=False)
     return chosen
 
@@ -90,15 +90,15 @@ def threads(monkeypatch):
         ({"OMP_NUM_THREADS": "2,1"}, None, 2),
         ({"OMP_NUM_THREADS": ""}, None, 8),
         ({"OMP_NUM_THREADS": "2"}, 3, 3),
-        ({"LOCAL_WORLD_SIZE": "4"}, None, 2),
-        ({"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}, None, 2),  # set by torchrun
-        ({"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "3"}, None, 3),
+        (TORCHRUN, None, 2),
+        (TORCHRUN | {"OMP_NUM_THREADS": "1"}, None, 2),  # set by torchrun
+        (TORCHRUN | {"OMP_NUM_THREADS": "3"}, None, 3),
+        ({"LOCAL_WORLD_SIZE": "4"}, None, 8),  # left over: torchrun sets all its variables
+        ({"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}, None, 1),
         ({"LOCAL_WORLD_SIZE": "", "OMP_NUM_THREADS": "1"}, None, 1),
     ],
 )
 def test_number_of_threads(threads, monkeypatch, environment, option, expected, capsys):
-    if environment.get("LOCAL_WORLD_SIZE"):
-        environment = TORCHRUN | environment
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     set_up(option)
