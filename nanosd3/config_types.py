@@ -153,11 +153,11 @@ def config_from_dict(content: object, path: Path) -> Config:
             value = {n: x for n, x in given.items() if x is not dataclasses.MISSING} | value
             for wrong in sorted(set(fields) ^ set(value)):
                 state = "is missing" if wrong in fields else "is unknown"
-                raise InputError(f"{path}: {name}.{wrong} {state}")
+                raise InputError(f"{path}: {name}.{ascii(wrong)[1:-1][:60]} {state}")
             return kind(**{f: build(t, value[f], f"{name}.{f}") for f, t in fields.items()})
         if typing.get_origin(kind) is tuple:
             kind, value = tuple, tuple(value) if isinstance(value, list) else value
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**53:
             value = float(value)
         if type(value) is not kind:
             raise InputError(

@@ -5,7 +5,6 @@ that differs otherwise, in case or by a backslash, is not taken for the same but
 """
 
 import io
-import json
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Protocol
 
 from nanosd3.data.formats import UNREAD_SUFFIXES
 from nanosd3.errors import InputError, shown
+from nanosd3.storage.files import parse_json
 from nanosd3.storage.user_files import read_text
 
 METADATA = "metadata.jsonl"
@@ -114,11 +114,7 @@ class Metadata:
 
 def parse_line(line: str, place: str) -> tuple[str, list[str]]:
     """The file name and the captions in one line of metadata.jsonl."""
-    try:
-        entry = json.loads(line)
-        json.dumps(entry, ensure_ascii=False).encode()  # fails for lone surrogates, "\ud800"
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not valid JSON ({error})") from None
+    entry = parse_json(line, place)
     if not isinstance(entry, dict):
         raise InputError(f"{place}: expected an object, got a {type(entry).__name__}")
     name, text = entry.get("file_name"), entry.get("text")

@@ -6,18 +6,13 @@ and the config is derived from their shapes.
 Whether every tensor is there is checked in missing_keys.py.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
-
-import torch
 
 from nanosd3.components import COMPONENTS
-from nanosd3.config_types import Config, config_from_dict
-from nanosd3.errors import InputError, path_of, shown
-from nanosd3.layers import HEAD_DIM
+from nanosd3.config_types import Config
+from nanosd3.errors import InputError, path_of
 from nanosd3.official import own_runs
 from nanosd3.official.detect import config_of, file_of, refuse_scaled
 from nanosd3.official.find_parts import (
@@ -27,6 +22,7 @@ from nanosd3.official.find_parts import (
     outline,
     refuse_unclear_encoders,
 )
+from nanosd3.official.folder_settings import with_folder_settings
 from nanosd3.official.key_names import T5_EMBEDDING, T5_SHARED
 from nanosd3.official.tensor_files import read_file_metadata
 from nanosd3.official.tensors import State, fingerprint
@@ -78,10 +74,11 @@ def open_checkpoint(
         raise InputError(f"{path}: is not a training run; omit --weights")
     if path.is_dir():
         parts = open_diffusers(path, replacements)
-        metadata = read_json(path / METADATA_FILE) if (path / METADATA_FILE).exists() else None
+        index = path / METADATA_FILE
+        metadata: object = read_json(index) if index.exists() else None
     else:
         parts, unassigned = open_single(path)
-        metadata = parse_metadata(read_file_metadata(path).get(METADATA_KEY), path)
+        metadata = own_runs.parse_metadata(read_file_metadata(path).get(METADATA_KEY), path)
     for name, file in replacements.items():
         parts[name] = open_component(name, file)
     for name, title in (("mmdit", "transformer"), ("vae", "autoencoder (name its file: --vae)")):
@@ -95,12 +92,13 @@ def open_checkpoint(
     if "t5" in parts:
         parts["t5"] = with_t5_embedding(parts["t5"])
     if metadata is not None:
-        config, tokenizers = config_from_metadata(metadata, path)
+        config, tokenizers = own_runs.config_from_metadata(metadata, path)
         detected_by = "exported by nanosd3"
         absent = [name for name in COMPONENTS if name not in parts]
         if absent and tokenizers.words:
             raise InputError(f"{path}: holds no {', '.join(absent)}, required by its transformer")
     else:
+        own_runs.refuse_own(parts, path)
         config, detected_by = config_of(parts, path)
         if path.is_dir():
             config = with_folder_settings(config, path, parts)
@@ -120,7 +118,7 @@ def open_run(folder: Path, weights: Path | None = None) -> Checkpoint:
     if weights:
         raise InputError(f"{folder}: has trained its own encoders; omit --weights")
     parts = {"mmdit": mmdit, **own_runs.open_run_encoders(run, config)}
-    tokenizers = own_runs.read_tokenizers(folder / "tokenizers.json")
+    tokenizers = own_runs.read_tokenizers(folder / "tokenizers.json", config)
     return Checkpoint(folder, config, parts, tokenizers, "a training run", [])
 
 
@@ -161,74 +159,3 @@ def with_t5_embedding(state: State) -> State:
     if T5_EMBEDDING not in state and T5_SHARED in state:
         return state | {T5_EMBEDDING: state[T5_SHARED]}
     return state
-
-
-Number = TypeVar("Number", int, float)
-
-
-def read_setting(file: Path, key: str, default: Number) -> Number:
-    """A positive number in a JSON file, of the default's type; the default if it is not there."""
-    value = read_json(file).get(key, default) if file.is_file() else default
-    kind = type(default)
-    if type(value) not in (int, kind) or not value > 0:
-        raise InputError(f"{file}: {key} should be a number above 0, got {shown(value)}")
-    return kind(value)
-
-
-def with_folder_settings(config: Config, folder: Path, parts: dict[str, State]) -> Config:
-    """The config with a diffusers folder's own settings in place of the released models'.
-
-    SD3 uses CLIP-L's pooled vector unprojected. Single files may still hold OpenAI's matrix, which
-    is ignored; diffusers always multiplies by the folder's matrix, which is normally the identity.
-    Raises InputError for settings that our models do not have.
-    """
-    transformer, vae = folder / "transformer/config.json", folder / "vae/config.json"
-    heads = read_setting(transformer, "attention_head_dim", HEAD_DIM)
-    if heads != HEAD_DIM:
-        raise InputError(f"{transformer}: attention_head_dim is {heads}, expected {HEAD_DIM}")
-    groups = read_setting(vae, "norm_num_groups", config.vae.norm_groups)
-    if any(width % groups for width in config.vae.channels):
-        widths = config.vae.channels
-        raise InputError(f"{vae}: norm_num_groups {groups} does not divide the widths {widths}")
-    projection = False
-    if "text_projection.weight" in parts.get("clip_l", {}):
-        matrix = parts["clip_l"]["text_projection.weight"].read().float()
-        projection = matrix.shape[0] != matrix.shape[1] or not matrix.equal(torch.eye(len(matrix)))
-    scheduler = folder / "scheduler/scheduler_config.json"
-    return replace(
-        config,
-        text=replace(config.text, clip_l=replace(config.text.clip_l, projection=projection)),
-        vae=replace(
-            config.vae,
-            norm_groups=groups,
-            shift=read_setting(vae, "shift_factor", config.vae.shift),
-            scale=read_setting(vae, "scaling_factor", config.vae.scale),
-        ),
-        sampling=replace(
-            config.sampling, shift=read_setting(scheduler, "shift", config.sampling.shift)
-        ),
-    )
-
-
-def parse_metadata(text: str | None, path: Path) -> dict | None:
-    """The metadata that `export` writes into a single file's header."""
-    if text is None:
-        return None
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: its nanosd3 metadata is damaged ({error})") from None
-
-
-def config_from_metadata(content: dict, path: Path) -> tuple[Config, Tokenizers]:
-    """The config and tokenizers that `export` wrote with a model."""
-    try:
-        config = config_from_dict(content["config"], path)
-        tokenizers = content["tokenizers"]
-        if tokenizers is None:
-            return config, Tokenizers.official()
-        return config, Tokenizers.from_json(tokenizers)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: its nanosd3 metadata is damaged ({error})") from None

@@ -2,9 +2,12 @@
 
 Official files carry no config to rely on, but shapes tell almost everything: the width of the
 patch embedding is 64 times the depth, the position grid is a square, and QK-norm or dual attention
-is there if its weights are. What shapes do not tell is taken from the released models: heads of
-64, norms over 32 groups, the latents' shift and scale, activations and sampling. SD3.5 Large and
+is there if any of its weights is. What shapes do not tell is taken from the released models: heads
+of 64, norms over 32 groups, the latents' shift and scale, activations and sampling. SD3.5 Large and
 Large Turbo have the same shapes and are told apart by the path.
+
+A component as wide as a released one is that one: its depth is not read from the tensors found, so
+that those which lack are noticed (missing_keys.py) and not taken for a smaller model.
 """
 
 import re
@@ -30,9 +33,16 @@ from nanosd3.official.tensors import State
 
 CLIP_HEAD_DIM = 64  # both CLIPs' heads, like the transformer's, are 64 wide
 
-FOREIGN = (  # pattern in a key name, model that has such keys
+RELEASED = ("sd3-medium", "sd3.5-medium", "sd3.5-large")  # of different shapes
+LARGEST_DEPTH = max(config.mmdit.depth for config in CONFIGS.values())
+
+FOREIGN = (  # pattern in a key name, model that has such keys; the first that fits
     (r"(^|\.)(control_model|controlnet_\w+|zero_convs)\.", "a ControlNet, not a model by itself"),
     (r"(^|\.)ip_adapter\.", "an IP-Adapter, not a model by itself"),
+    (r"(^|\.)(double_layers|joint_transformer_blocks)\.", "AuraFlow, not Stable Diffusion 3"),
+    (r"(^|\.)transformer_blocks\.\d+\.img_mod\.", "Qwen-Image, not Stable Diffusion 3"),
+    (r"(^|\.)distilled_guidance_layer\.", "Chroma, not Stable Diffusion 3"),
+    (r"\.(individual_)?token_refiner\.", "HunyuanVideo, not Stable Diffusion 3"),
     (r"(^|\.)(double|single)(_transformer)?_blocks\.", "FLUX, not Stable Diffusion 3"),
     (r"(^|\.)(label_emb|conditioner|add_embedding)\.", "SDXL, not Stable Diffusion 3"),
     (r"(^|\.)input_blocks\.", "Stable Diffusion 1 or 2, not 3"),
@@ -96,14 +106,38 @@ def mmdit_config(state: State) -> MMDiTConfig:
     depth, positions = width // HEAD_DIM, shape("pos_embed", 3)[1]
     if isqrt(positions) ** 2 != positions:
         raise InputError(f"{file_of(state)}: {positions} positions are not a square grid")
-    dual = tuple(i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in state)
-    qk_norm = "joint_blocks.0.context_block.attn.ln_k.weight" in state
-    return replace(
-        official_mmdit(depth, qk_norm, isqrt(positions), dual),
+    if depth > max(LARGEST_DEPTH, blocks := count(state, "joint_blocks")):
+        raise InputError(
+            f"{file_of(state)}: the transformer is {width} wide, so {depth} blocks deep, but holds "
+            f"{blocks}; the largest released one has {LARGEST_DEPTH}"
+        )
+    dual = tuple(i for i in range(depth) if has_dual_attention(state, i, width))
+    found = replace(
+        official_mmdit(depth, any(".ln_" in name for name in state), isqrt(positions), dual),
         latent_channels=channels,
         patch_size=patch,
         context_dim=shape("context_embedder.weight", 2)[1],
         pooled_dim=shape("y_embedder.mlp.0.weight", 2)[1],
+    )
+    return next((c for name in RELEASED if alike(c := CONFIGS[name].mmdit, found)), found)
+
+
+def has_dual_attention(state: State, block: int, width: int) -> bool:
+    """Whether anything tells that a block has a second attention: a weight of it, or a modulation
+    for it."""
+    stream = f"joint_blocks.{block}.x_block."
+    modulation = state.get(f"{stream}adaLN_modulation.1.weight")
+    if modulation is not None and modulation.shape[:1] == (9 * width,):
+        return True
+    return any(name.startswith(f"{stream}attn2.") for name in state)
+
+
+def alike(released: MMDiTConfig, found: MMDiTConfig) -> bool:
+    """Whether a transformer is a released one, or nearly: of its sizes, and with QK-norm or without
+    as it is. The position grid and single blocks may differ, and are then said to."""
+    norms = found.qk_norm or bool(found.dual_attention)
+    return released == replace(
+        found, grid=released.grid, qk_norm=norms, dual_attention=released.dual_attention
     )
 
 
@@ -121,20 +155,27 @@ def vae_config(state: State) -> VAEConfig:
             f"{file_of(state)}: the autoencoder has quant_conv layers around its latents; SD3's "
             "has none"
         )
-    widths = tuple(
-        shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(count(state, "down"))
-    )
+    innermost = shape("decoder.conv_in.weight")[0]
+    outermost, image_channels = shape("encoder.conv_in.weight")[:2]
+    if (outermost, innermost) == (OFFICIAL_VAE.channels[0], OFFICIAL_VAE.channels[-1]):
+        return replace(OFFICIAL_VAE, latent_channels=channels)
+    levels = max(count(state, "down"), count(state, "up"))
+    widths = tuple(shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels))
     if any(width % OFFICIAL_VAE.norm_groups for width in widths):
         raise InputError(
             f"{file_of(state)}: the autoencoder's widths are {widths}, expected multiples of "
             f"{OFFICIAL_VAE.norm_groups}"
         )
-    first_level = {n: t for n, t in state.items() if n.startswith("encoder.down.0.")}
+    numbered = {  # the blocks of each level, of which the decoder has one more
+        level: count({n: t for n, t in state.items() if n.startswith(level)}, "block")
+        for i in range(levels)
+        for level in (f"encoder.down.{i}.", f"decoder.up.{i}.")
+    }
     return replace(
         OFFICIAL_VAE,
-        image_channels=shape("encoder.conv_in.weight")[1],
+        image_channels=image_channels,
         channels=widths,
-        blocks=count(first_level, "block"),
+        blocks=max(n - level.startswith("decoder") for level, n in numbered.items()),
         latent_channels=channels,
     )
 
@@ -150,6 +191,8 @@ def clip_config(state: State, reference: CLIPConfig) -> CLIPConfig:
             f"{file_of(state)}: a CLIP with {vocab} tokens, length {length}, width {width}; "
             f"expected {expected[0]}, {expected[1]}, a multiple of {CLIP_HEAD_DIM}"
         )
+    if width == reference.width:
+        return reference
     heads = width // CLIP_HEAD_DIM
     return replace(reference, width=width, layers=count(state, "layers"), heads=heads)
 
@@ -159,19 +202,23 @@ def t5_config(state: State) -> T5Config:
     shape = partial(find_shape, state, ndim=2, component="T5")
     attention = "encoder.block.0.layer.0.SelfAttention"
     vocab, width = shape("encoder.embed_tokens.weight")
-    if vocab < OFFICIAL_TEXT.t5.vocab - 28:  # 32,100 pieces, padded to 32,128
-        raise InputError(
-            f"{file_of(state)}: a T5 with {vocab} tokens, expected {OFFICIAL_TEXT.t5.vocab}"
-        )
+    official = OFFICIAL_TEXT.t5
+    if not official.vocab - 28 <= vocab <= official.vocab:  # 32,100 pieces, padded to 32,128
+        raise InputError(f"{file_of(state)}: a T5 with {vocab} tokens, expected {official.vocab}")
+    if width == official.width:
+        return replace(official, vocab=vocab)
     heads = shape(f"{attention}.relative_attention_bias.weight")[1]
+    inner = shape(f"{attention}.q.weight")[0]
+    if inner % heads:
+        raise InputError(f"{file_of(state)}: a T5 with {heads} heads, but queries of {inner}")
     return T5Config(
         width,
         layers=count(state, "block"),
         heads=heads,
-        head_dim=shape(f"{attention}.q.weight")[0] // heads,
+        head_dim=inner // heads,
         hidden=shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
         vocab=vocab,
-        length=OFFICIAL_TEXT.t5.length,
+        length=official.length,
     )
 
 
@@ -231,6 +278,11 @@ def config_of(parts: dict[str, State], path: Path) -> tuple[Config, str]:
         if got != expected:
             file = file_of(parts.get(component) or parts["mmdit"])
             raise InputError(f"{file}: {quantity}: {got}, but the transformer takes {expected}")
+    if min(text.clip_l.width, text.clip_g.width) < 1 or pooled > text.t5.width:
+        raise InputError(
+            f"{path}: CLIPs {text.clip_l.width} and {text.clip_g.width} wide do not fit, side by "
+            f"side, into the {text.t5.width} of T5"
+        )
     name, sampling, detected_by = known_as(mmdit, path)
     size = CONFIGS[name].image_size if name in CONFIGS else 1024
     return Config(name, size, 0, mmdit, vae, text, sampling, training=None), detected_by

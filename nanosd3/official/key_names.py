@@ -130,9 +130,11 @@ def match(pattern: str, name: str) -> list[str] | None:
 
 
 def count(state: State, field: str) -> int:
-    """The length of a module list: one more than the largest number after `field` in the keys."""
-    numbers = [int(n) for name in state for n in re.findall(rf"(?:^|\.){field}\.(\d+)\.", name)]
-    return max(numbers, default=-1) + 1
+    """The length of a module list: how many different numbers follow `field` in the keys.
+
+    Not the largest of them: a single key with a number of a million would make a million layers.
+    """
+    return len({n for name in state for n in re.findall(rf"(?:^|\.){field}\.(\d+)\.", name)})
 
 
 def convert(

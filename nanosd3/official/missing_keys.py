@@ -1,18 +1,29 @@
 """Compare a checkpoint with what the model needs: missing, unexpected and misshapen tensors.
 
 Loading is strict: every tensor must be there, in the right shape, in floating point. Unexpected
-tensors are reported and ignored, except a few that official files are known to hold. No weights
-are read: shapes are compared with those of modules on the meta device.
+tensors are reported and ignored, except a few that official files are known to hold; but where they
+belong to the network itself, such as a block beyond its depth, the model is another one and is
+refused. No weights are read: shapes are compared with those of modules on the meta device.
 """
 
+import re
 from dataclasses import dataclass
 
 from nanosd3.components import COMPONENTS, shapes
+from nanosd3.config import CONFIGS
 from nanosd3.config_types import Config
 from nanosd3.errors import InputError
 from nanosd3.official.checkpoint import Checkpoint
 from nanosd3.official.key_names import is_known_extra
 from nanosd3.official.tensors import State
+
+NETWORK = {  # keys of a network's own layers, and of such as another version of it has
+    "mmdit": r"joint_blocks\.|context_processor\.|register(_tokens)?$",
+    "vae": r"(encoder|decoder)\.(down|up|mid)\.",
+    "clip_l": r"text_model\.encoder\.",
+    "clip_g": r"text_model\.encoder\.",
+    "t5": r"encoder\.block\.",
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,7 @@ class Comparison:
     missing: list[str]
     misshapen: list[str]  # of the wrong shape, or not floating point
     unexpected: list[str]
+    beyond: list[str]  # the unexpected ones that belong to the network itself
 
 
 def check_part(config: Config, name: str, state: State) -> Comparison:
@@ -43,25 +55,28 @@ def check_part(config: Config, name: str, state: State) -> Comparison:
         for tensor in present.values()
         if not tensor.dtype.is_floating_point
     ]
+    unexpected = {
+        key: tensor.name
+        for key, tensor in state.items()
+        if key not in needed and key != ignored and not is_known_extra(key)
+    }
     return Comparison(
         matching=sum(tensor.shape == needed[key] for key, tensor in present.items()),
         nbytes=sum(tensor.nbytes for tensor in present.values()),
         dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in present.values()}),
         missing=[key for key in needed if key not in state],
         misshapen=wrong_shape + wrong_dtype,
-        unexpected=[
-            tensor.name
-            for key, tensor in state.items()
-            if key not in needed and key != ignored and not is_known_extra(key)
-        ],
+        unexpected=list(unexpected.values()),
+        beyond=[tensor for key, tensor in unexpected.items() if re.match(NETWORK[name], key)],
     )
 
 
 def report(checkpoint: Checkpoint) -> str:
     """A table of the checkpoint's components, and a list of the tensors that do not match."""
     sampling, t5 = checkpoint.config.sampling, checkpoint.config.text.t5
+    nearly = "nearly " if checkpoint.config.name in CONFIGS and problems_of(checkpoint) else ""
     lines = [
-        f"{checkpoint.path}: {checkpoint.config.name} ({checkpoint.detected_by})",
+        f"{checkpoint.path}: {nearly}{checkpoint.config.name} ({checkpoint.detected_by})",
         f"sampled with {sampling.steps} steps of {sampling.sampler}, guidance "
         f"{sampling.guidance:g}, shift {sampling.shift:g}; T5 length {t5.length}",
         f"{'component':9}{'tensors':>9}{'MB':>10}  {'dtype':18}{'missing':>8}{'misshapen':>11}"
@@ -83,16 +98,26 @@ def report(checkpoint: Checkpoint) -> str:
     return "\n".join(lines + details)
 
 
-def check(checkpoint: Checkpoint) -> None:
-    """Raise InputError listing the tensors that are missing or misshapen."""
+def problems_of(checkpoint: Checkpoint) -> list[str]:
+    """What a checkpoint lacks to be its model, and what makes it another one."""
     problems = []
     for name, state in checkpoint.parts.items():
         comparison = check_part(checkpoint.config, name, state)
         problems += [f"{name} lacks {key}" for key in comparison.missing]
         problems += [f"{name} {entry}" for entry in comparison.misshapen]
-    if problems:
+        problems += [f"{name} of this size has no {key}" for key in comparison.beyond]
+    return problems
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Raise InputError listing the tensors that are missing, misshapen or of another model."""
+    if problems := problems_of(checkpoint):
+        kinds = "missing or misshapen"
+        if any(" has no " in problem for problem in problems):
+            kinds = "missing, misshapen or unknown"
+        nearly = f"nearly {name}, but " if (name := checkpoint.config.name) in CONFIGS else ""
         more = f" ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise InputError(
-            f"{checkpoint.path}: {len(problems)} tensors missing or misshapen: "
+            f"{checkpoint.path}: {nearly}{len(problems)} tensors {kinds}: "
             f"{'; '.join(problems[:20])}{more}"
         )

@@ -1,29 +1,26 @@
-"""A training run of this project: its config, tokenizers and weights."""
+"""A training run of this project: its config, tokenizers and weights; what it exports with them."""
 
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
 from nanosd3.cli import command_line
 from nanosd3.components import on_meta
-from nanosd3.config_types import Config, config_from_dict
+from nanosd3.config import CONFIGS
+from nanosd3.config_types import Config
 from nanosd3.errors import InputError
 from nanosd3.mmdit import MMDiT
+from nanosd3.official.limits import check_fields, limited_config, limited_tokenizers
 from nanosd3.official.tensor_files import open_weights
 from nanosd3.official.tensors import State, in_memory
 from nanosd3.storage import training_state
-from nanosd3.storage.files import check_state, read_json
+from nanosd3.storage.files import check_state, parse_json, read_json
 from nanosd3.storage.run import WEIGHTS, Run
 from nanosd3.text import ENCODERS, Tokenizers
 
 
-def read_tokenizers(path: Path) -> Tokenizers:
-    """Read tokenizers.json. Raises InputError if it is damaged."""
-    try:
-        return Tokenizers.from_json(read_json(path))
-    except (KeyError, ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+def read_tokenizers(path: Path, config: Config) -> Tokenizers:
+    """Read tokenizers.json. Raises InputError if it is damaged, or does not fit the config."""
+    return limited_tokenizers(read_json(path), config, path)
 
 
 def finished_config(run: Run, allow_unfinished_flow: bool = False) -> Config:
@@ -31,7 +28,8 @@ def finished_config(run: Run, allow_unfinished_flow: bool = False) -> Config:
 
     Raises InputError if a stage is not finished; `allow_unfinished_flow` exempts the last one.
     """
-    config = config_from_dict(run.identity["config"], run.folder / "run.json")
+    index = run.folder / "run.json"
+    config = limited_config(run.identity["config"], index)
     own = () if WEIGHTS in run.identity else ("autoencoder", "clip", "t5")
     for stage in own if allow_unfinished_flow else (*own, "flow"):
         if stage not in run.stages:
@@ -42,11 +40,13 @@ def finished_config(run: Run, allow_unfinished_flow: bool = False) -> Config:
             )
     if not own:
         return config
-    try:
-        measured = run.stages["autoencoder"]
-        vae = replace(config.vae, shift=measured["shift"], scale=measured["scale"])
-    except (KeyError, TypeError):
-        raise InputError(f"{run.folder / 'run.json'}: damaged: no shift and scale") from None
+    measured = run.stages["autoencoder"]
+    measured = measured if isinstance(measured, dict) else {}
+    shift, scale = measured.get("shift"), measured.get("scale")
+    if not (isinstance(shift, float) and isinstance(scale, float)):
+        raise InputError(f"{index}: damaged: no shift and scale")
+    vae = replace(config.vae, shift=shift, scale=scale)
+    check_fields(vae, "stages.autoencoder", index)
     return replace(config, vae=vae)
 
 
@@ -78,7 +78,7 @@ def open_run_weights(path: Path, config: Config, prefixes: dict[str, str]) -> St
 
     Raises InputError naming the first tensor that is missing, unexpected or misshapen.
     """
-    state = open_weights(path)
+    state = open_weights(path, pickles=False)
     expected = {
         prefix + key: tensor
         for name, prefix in prefixes.items()
@@ -99,3 +99,35 @@ def base_places(run: Run) -> list[Path]:
     stored = run.identity[WEIGHTS]
     name = PureWindowsPath(stored).name if "\\" in stored else Path(stored).name
     return list(dict.fromkeys([Path(stored), run.folder.parent / name, run.folder / name]))
+
+
+def parse_metadata(text: str | None, path: Path) -> object:
+    """The metadata that `export` writes into a single file's header; None if there is none."""
+    return None if text is None else parse_json(text, f"{path}: its nanosd3 metadata is damaged")
+
+
+def config_from_metadata(content: object, path: Path) -> tuple[Config, Tokenizers]:
+    """The config and tokenizers that `export` wrote with a model."""
+    if not isinstance(content, dict) or "config" not in content:
+        raise InputError(f"{path}: its nanosd3 metadata is damaged (no config)")
+    config = limited_config(content["config"], path)
+    if "tokenizers" not in content:
+        raise InputError(f"{path}: its nanosd3 metadata is damaged (no tokenizers)")
+    if content["tokenizers"] is None:
+        return config, Tokenizers.official()
+    return config, limited_tokenizers(content["tokenizers"], config, path)
+
+
+def refuse_own(parts: dict[str, State], path: Path) -> None:
+    """Raise InputError if the text encoders have the vocabulary of a model trained here: another
+    program has saved it, and left out what shapes do not tell."""
+    clip = parts.get("clip_l") or parts.get("clip_g") or {}
+    tables = (f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "position"))
+    found = tuple(clip[name].shape[0] for name in tables if name in clip and clip[name].shape)
+    for config in CONFIGS.values():
+        if config.training and found == (config.text.clip_l.vocab, config.text.clip_l.length):
+            raise InputError(
+                f"{path}: has the vocabulary of a model trained with nanosd3, but its config and "
+                "tokenizers are missing: copy nanosd3.json from the folder that nanosd3 exported, "
+                "or use the file it exported"
+            )

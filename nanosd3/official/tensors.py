@@ -6,6 +6,7 @@ network is ever in memory twice.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, index: int, chunks: int) -> "StoredTensor":
         """One of `chunks` equal slices of the first dimension."""

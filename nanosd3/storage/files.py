@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from nanosd3.errors import InputError
 
+JSON_DEPTH = 32  # levels; what this program and others write has four or five
+
 
 class Unreadable(InputError):
     """A file without permission to read it: nothing is known about its content."""
@@ -118,14 +120,40 @@ def write_json(path: Path, content: dict) -> None:
     write_file(path, (text + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises InputError naming the file."""
+def read_regular(path: Path) -> bytes:
+    """The content of a regular file. Raises InputError, Unreadable without permission."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # reading a pipe or device might never end
+            raise InputError(f"{path}: is not a file")
+        return path.read_bytes()
     except OSError as error:
         raise unreadable(path, error) from None
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def parse_json(text: str | bytes, place: str | Path) -> object:
+    """The content of JSON text from anywhere, no deeper than JSON_DEPTH and printable as UTF-8.
+
+    Raises InputError beginning with `place`, its file or line.
+    """
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        content = json.loads(text)
+        if r"\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()  # fails for half a surrogate pair
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not valid JSON ({error})") from None
+    level = [content]
+    for _ in range(JSON_DEPTH):
+        level = [x for x in level if isinstance(x, dict | list)]
+        level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
+    if level:
+        raise InputError(f"{place}: not valid JSON (more than {JSON_DEPTH} levels deep)")
+    return content
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises InputError naming the file."""
+    content = parse_json(read_regular(path), f"{path}: cannot be read")
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object")
     return content
@@ -170,9 +198,7 @@ def sort_metadata(path: Path) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file. Raises InputError naming the file."""
     try:
-        return load_safetensors(path.read_bytes())
-    except OSError as error:
-        raise unreadable(path, error) from None
+        return load_safetensors(read_regular(path))
     except SafetensorError as error:
         raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
 

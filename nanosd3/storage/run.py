@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import TypedDict
 
 from nanosd3.errors import InputError, listed
-from nanosd3.storage.files import read_json, remove, write_file, write_json
+from nanosd3.storage.files import (
+    parse_json,
+    read_json,
+    read_regular,
+    remove,
+    write_file,
+    write_json,
+)
 
 WEIGHT_FILES = ("judge", "autoencoder", "clip", "t5", "text", "flow")
 RUN_FILES = (  # everything a run writes, except run.json and cache/, whose entries name their data
@@ -189,13 +196,14 @@ class Run:
     def read_log(self, stage: str | None = None) -> list[dict]:
         """All entries of log.jsonl, or the training steps of one stage, without skipped ones.
 
-        A line truncated by a crash is ignored.
+        A line truncated by a crash is ignored, and so is any other that `log` did not write.
         """
         path = self.folder / "log.jsonl"
-        entries = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):
-                entries.append(json.loads(line))
+        entries: list[dict] = []
+        for line in read_regular(path).splitlines() if path.exists() else ():
+            with contextlib.suppress(InputError):
+                entry = parse_json(line, path)
+                entries += [entry] if isinstance(entry, dict) and "stage" in entry else []
         return [e for e in entries if stage is None or (e["stage"] == stage and "loss" in e)]
 
     def rewind_log(self, stage: str, step: int) -> None:

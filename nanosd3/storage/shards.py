@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TypedDict, TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from nanosd3.errors import InputError
 from nanosd3.storage.files import read_json, sha256, write_file, write_json
+from nanosd3.storage.mapped import places
 
 
 class Entry(TypedDict):
@@ -111,14 +111,11 @@ class Shards:
     def open(self, name: str) -> dict[str, Tensor]:
         """The memory-mapped tensors of a shard, which stay open."""
         if name not in self.opened:
-            path = self.folder / name
             try:
-                with safe_open(path, framework="pt") as file:
-                    self.opened[name] = {key: file.get_tensor(key) for key in file.keys()}
-            except (OSError, SafetensorError) as error:
-                raise InputError(
-                    f"{path}: cannot be read ({error}); rerun the command to recompute its rows"
-                ) from None
+                found = places(self.folder / name)
+                self.opened[name] = {key: place.read() for key, place in found.items()}
+            except InputError as error:
+                raise InputError(f"{error}; rerun the command to recompute its rows") from None
         return self.opened[name]
 
 

@@ -6,7 +6,6 @@ utilisation counts the FLOPs of the formula (costs.py) without recomputation.
 """
 
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from nanosd3.measure.meters import training_step
 from nanosd3.measure.random_models import random_inputs, text_tokens
 from nanosd3.measure.training_memory import memory
 from nanosd3.mmdit import MMDiT
+from nanosd3.storage.files import read_json
 from nanosd3.training.ema import make_ema, update_ema
 
 LARGEST_BATCH = 64
@@ -191,7 +191,7 @@ def train_mnist(setting: Setting, precision: str, folder: Path) -> Iterator[Row]
     took = time.perf_counter() - begin
     if done.returncode:
         raise RuntimeError(f"train_mnist.py failed with exit status {done.returncode}")
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "metrics.json")
     for stage, results in metrics["stages"].items():
         yield Row(f"{precision}: {stage}", results["seconds"], "s")
     accuracy, distance = metrics["prompt_accuracy"], metrics["frechet_ratio_to_real"]

@@ -1,0 +1,144 @@
+"""PyTorch checkpoints (.ckpt, .pt, .bin), opened without loading them.
+
+Two layouts are known: a zip archive with a file for each storage (since PyTorch 1.6), and a few
+pickles in a row with the storages behind them. The pickles are followed, not run (pickles.py).
+"""
+
+import contextlib
+import io
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, TypeGuard
+
+from torch import Tensor
+
+from nanosd3.errors import InputError
+from nanosd3.official.pickles import Call, NotData, PickledTensor, Storage, follow
+from nanosd3.official.tensors import StoredTensor
+from nanosd3.storage.mapped import Place
+
+LARGEST_PICKLE = 2**24  # bytes; that of the largest released model has a thirtieth of it
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+OTHER_TENSORS = {
+    "_rebuild_sparse_tensor": "sparse",
+    "_rebuild_nested_tensor": "nested",
+    "_rebuild_qtensor": "quantised",
+    "_rebuild_meta_tensor_no_storage": "without numbers (on the meta device)",
+}
+
+
+@dataclass
+class Archive:
+    """A checkpoint: its content, where PickledTensor stands for tensors and Call for all else that
+    is no plain data, and the places of its storages in the file: first byte and bytes."""
+
+    path: Path
+    content: object = None
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def stored(self, name: str, tensor: PickledTensor | Call) -> StoredTensor:
+        """A tensor, to be read on demand. Raises InputError if it is not dense, or not all of its
+        numbers are there."""
+        if isinstance(tensor, Call):
+            kind = OTHER_TENSORS[tensor.function]
+            raise InputError(f"{self.path}: tensor {name!a} is {kind}; expected a dense one")
+        shape, stride, offset, dtype = tensor.shape, tensor.stride, tensor.offset, tensor.dtype
+        plain = all(type(n) is int and 0 <= n < 2**62 for n in (offset, *shape, *stride))
+        if not plain or len(shape) != len(stride) or len(shape) > 8:
+            raise InputError(f"{self.path}: tensor {name!a} has an impossible shape or stride")
+        last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        used = 0 if 0 in shape else last + 1
+        start, size = self.places.get(tensor.storage.key, (0, 0))
+        if max(used * dtype.itemsize, tensor.storage.nbytes) > size:
+            raise InputError(
+                f"{self.path}: tensor {name!a} is cut short (its storage has {size} bytes)"
+            )
+        place = Place(self.path, start, (used,), dtype)
+
+        def read() -> Tensor:
+            return place.read().as_strided(shape, stride, offset if used else 0)
+
+        return StoredTensor(name, self.path, shape, dtype, read)
+
+
+def is_other_tensor(value: object) -> TypeGuard[Call]:
+    """Whether this is a tensor that is not dense."""
+    return isinstance(value, Call) and value.function in OTHER_TENSORS
+
+
+def read_archive(path: Path) -> Archive:
+    """Open a checkpoint. Raises InputError if it is damaged or holds more than data."""
+    try:
+        with open(path, "rb") as file:
+            return (read_zip if file.read(2) == b"PK" else read_legacy)(path, file)
+    except InputError:
+        raise
+    except NotData as error:
+        raise InputError(
+            f"{path}: holds pickled Python objects, which could run code ({str(error)[:80]!a}); "
+            "use a .safetensors file, or re-save the tensors alone if you trust it"
+        ) from None
+    except Exception as error:  # a damaged file can raise anything in the parsers
+        reason = (str(error).splitlines() or [""])[0][:100] or type(error).__name__
+        raise InputError(f"{path}: damaged or not a checkpoint ({reason})") from None
+
+
+def read_zip(path: Path, file: BinaryIO) -> Archive:
+    """A zip archive: NAME/data.pkl and storages NAME/data/KEY, uncompressed."""
+    archive = Archive(path)
+    with zipfile.ZipFile(file) as members:
+        entries = {entry.filename: entry for entry in members.infolist()}
+        index = next(name for name in entries if name.endswith("/data.pkl"))
+        for entry in entries.values():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                raise InputError(f"{path}: is compressed, as PyTorch never does; use another file")
+        if entries[index].file_size > LARGEST_PICKLE:
+            raise InputError(f"{path}: {too_large(entries[index].file_size)}")
+        folder = index.removesuffix("data.pkl")
+        order = folder + "byteorder"
+        if order in entries and members.read(order) != b"little":
+            raise InputError(f"{path}: holds big-endian numbers; expected little-endian ones")
+        archive.content = follow(io.BytesIO(members.read(index)))
+    for name, entry in entries.items():
+        if name.startswith(folder + "data/"):
+            file.seek(entry.header_offset + 26)  # lengths of the name and of an extra field
+            lengths = file.read(4)
+            skip = (
+                30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+            )
+            place = (entry.header_offset + skip, entry.file_size)
+            archive.places[name.removeprefix(folder + "data/")] = place
+    return archive
+
+
+def read_legacy(path: Path, file: BinaryIO) -> Archive:
+    """Pickles of a magic number, a version, the system, the content and the storages' keys, then
+    the storages, each behind its number of elements."""
+    file.seek(0)
+    head = io.BytesIO(file.read(LARGEST_PICKLE))
+    archive = Archive(path)
+    storages: dict[str, Storage] = {}
+    with contextlib.suppress(NotData):  # any other pickle
+        archive.content = (follow(head), follow(head))
+    if archive.content != (LEGACY_MAGIC, 1001):
+        raise ValueError("no magic number")
+    system = follow(head)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise InputError(f"{path}: holds big-endian numbers; expected little-endian ones")
+    archive.content = follow(head, storages)
+    keys = follow(head)
+    assert isinstance(keys, list)
+    start, end = head.tell(), file.seek(0, io.SEEK_END)
+    for key in keys:
+        file.seek(start)
+        count = int.from_bytes(file.read(8), "little")
+        size = count * storages[key].dtype.itemsize
+        start += 8
+        archive.places[key] = (start, min(size, end - start))
+        start += size
+    return archive
+
+
+def too_large(size: int) -> str:
+    return f"its table of tensors has {size / 1e6:.0f} MB, more than any model's"

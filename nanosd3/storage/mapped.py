@@ -1,0 +1,113 @@
+"""Safetensors files of any size: opened by their header, tensors mapped one by one.
+
+A mapping that its owner may write to counts as memory, though nothing has been read: as a whole, a
+checkpoint of 28 GB could not be opened on a machine of 24. So opening reads names, shapes and
+places only, and a tensor that is read maps the part of the file around it, of which pages are
+loaded as they are used.
+"""
+
+import math
+import mmap
+import os
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanosd3.errors import InputError
+from nanosd3.storage.files import parse_json, unreadable
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+PART = 2**30  # bytes mapped together, so that a thousand tensors do not hold a thousand files open
+_parts: weakref.WeakValueDictionary[tuple, mmap.mmap] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the numbers of a tensor are in a file."""
+
+    file: Path
+    start: int  # bytes
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> Tensor:
+        """The tensor, memory-mapped; writing to it leaves the file as it is.
+
+        Raises InputError if the file has become shorter or cannot be mapped.
+        """
+        size = math.prod(self.shape) * self.dtype.itemsize
+        if not size:
+            return torch.empty(self.shape, dtype=self.dtype)
+        part, offset = self.part(size)
+        numbers = torch.frombuffer(part, dtype=torch.uint8, count=size, offset=offset)
+        if self.start % self.dtype.itemsize:  # allowed in files, not in memory
+            numbers = numbers.clone()
+        return numbers.view(self.dtype).view(self.shape)
+
+    def part(self, size: int) -> tuple[mmap.mmap, int]:
+        """The mapped part of the file that holds `size` bytes from `start`, and where they begin
+        in it."""
+        begin = self.start // PART * PART
+        try:
+            with open(self.file, "rb") as file:
+                status = os.fstat(file.fileno())
+                end = min(math.ceil((self.start + size) / PART) * PART, status.st_size)
+                if end < self.start + size:
+                    raise InputError(f"{self.file}: has become shorter since it was opened")
+                key = (status.st_dev, status.st_ino, status.st_mtime_ns, begin, end)
+                if (part := _parts.get(key)) is None:
+                    length, access = end - begin, mmap.ACCESS_COPY
+                    part = mmap.mmap(file.fileno(), length, access=access, offset=begin)
+                    _parts[key] = part
+        except (OSError, MemoryError, OverflowError) as error:
+            raise InputError(f"{self.file}: {cannot_map(error)}") from None
+        return part, self.start - begin
+
+
+def cannot_map(error: BaseException) -> str:
+    """Why a file could not be mapped, in words."""
+    reason = getattr(error, "strerror", None) or error
+    return f"cannot be mapped into memory ({reason}); see `ulimit -v` and the memory left"
+
+
+def places(path: Path) -> dict[str, Place]:
+    """The tensors of a safetensors file, by name. Raises InputError if it is not one."""
+    try:
+        with safe_open(path, framework="np") as file:  # checks the header; maps to read only
+            del file
+        with open(path, "rb") as content:
+            header = content.read(int.from_bytes(content.read(8), "little"))
+            begin = content.tell()
+    except MemoryError as error:
+        raise InputError(f"{path}: {cannot_map(error)}") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
+    entries = parse_json(header, path)
+    assert isinstance(entries, dict)  # the library has checked it
+    found = {}
+    for key, entry in entries.items():
+        if key == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise InputError(f"{path}: tensor {key!a} has unsupported dtype {entry['dtype']}")
+        start, dtype = begin + entry["data_offsets"][0], DTYPES[entry["dtype"]]
+        found[key] = Place(path, start, tuple(entry["shape"]), dtype)
+    return found
