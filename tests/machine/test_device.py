@@ -1,6 +1,9 @@
 """Cores, threads and memory of this machine."""
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ def test_cores_and_memory():
     assert cores() >= 1 and memory_found()[0] > 0
 
 
+ROOT = Path(__file__).parents[2]
 GROUPS = {  # files, the process's line, cores, GB
     "version 2, a container": (
         {"cpu.max": "250000 100000\n", "memory.max": "3000000000\n"}, "0::/", 2.5, 3),
@@ -118,3 +122,21 @@ def test_a_number_of_threads_that_is_none(threads, monkeypatch, value):
     with pytest.raises(InputError, match=f"OMP_NUM_THREADS={value}: expected a number of threads"):
         set_up()
     assert not threads
+
+
+@pytest.mark.parametrize(
+    ("before", "environment", "expected"),
+    [
+        ("", {}, "10000"),
+        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("", {"OMP_WAIT_POLICY": "ACTIVE"}, None),
+        ("sys.modules['torch'] = None; ", {}, None),  # too late
+    ],
+)
+def test_waiting_threads_sleep(before, environment, expected):
+    """OpenMP is told before it is loaded, unless the user has told it something else."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = f"import os, sys; {before}import nanosd3; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True,
+                          text=True, cwd=ROOT, check=True)  # fmt: skip
+    assert done.stdout.strip() == str(expected)
