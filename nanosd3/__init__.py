@@ -18,7 +18,8 @@ Layout: modules and folders import only from rows above their own. Inside a fold
 that of its own docstring.
     errors
     config_types
-    config   flow   samplers   patchify   layers   tokenizers   lazy_modules
+    config   flow   samplers   patchify   layers   unigram_training
+    tokenizers   lazy_modules
     mmdit   vae   clip   t5
     components   text
     machine/

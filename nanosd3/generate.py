@@ -67,12 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "a model trained here, else image.png)",
     )
     add("--count", type=positive, help="images a prompt (default: 8 of a run, else 1)")
-    add("--height", type=positive, help="pixels (default: the model's)")
-    add("--width", type=positive, help="pixels (default: the model's)")
-    add("--steps", type=positive, help="solver steps (default: the model's)")
-    add("--guidance", type=float, help="guidance scale; up to 1: none (default: the model's)")
-    add("--sampler", choices=tuple(SAMPLERS), help="ODE solver (default: the model's)")
-    add("--shift", type=float, help="timestep shift towards noise (default: the model's)")
+    add_sampling(parser)
     text = "what guidance moves away from (default: no text)"
     add("--negative", type=unicode_text, default="", help=text)
     add(
@@ -101,6 +96,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--threads", type=positive, help="CPU threads (default: all usable cores)")
     return parser.parse_args(arguments)
+
+
+def add_sampling(parser: Parser) -> None:
+    """Add the options whose default is the model's."""
+    add = parser.add_argument
+    add("--height", type=positive, help="pixels (default: the model's)")
+    add("--width", type=positive, help="pixels (default: the model's)")
+    add("--steps", type=positive, help="solver steps (default: the model's)")
+    add("--guidance", type=float, help="guidance scale; up to 1: none (default: the model's)")
+    add("--sampler", choices=tuple(SAMPLERS), help="ODE solver (default: the model's)")
+    add("--shift", type=float, help="timestep shift towards noise (default: the model's)")
 
 
 def check_arguments(args: argparse.Namespace) -> None:

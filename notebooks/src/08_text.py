@@ -369,6 +369,6 @@ check("drop_encoders", drop_encoders)
 #
 # ## What was left out
 #
-# How the unigram vocabulary is learned (`tokenizers.train_unigram`), and what makes real encoders
+# How the unigram vocabulary is learned (`unigram_training.py`), and what makes real encoders
 # good: data. How SD3 combines its encoders is in section 4 of the paper, arXiv 2403.03206; that any
 # of them may be dropped is discussed in section 5.3.3, the dropout rate in appendix B.3.

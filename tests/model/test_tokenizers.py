@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanosd3.config import CONFIGS
-from nanosd3.data.mnist import DIGITS, FASHION, make_captions
+from nanosd3.data.class_names import DIGITS, FASHION
+from nanosd3.data.mnist import make_captions
 from nanosd3.tokenizers import (
     ASSETS,
     BPE,

@@ -96,16 +96,8 @@ def both_pipelines(
     }
 
     def generate() -> Tensor:
-        inner = side - 2 * border
-        images = pipeline(
-            PROMPT,
-            steps=steps,
-            guidance=5.0,
-            sampler="euler",
-            noise=noise,
-            height=inner,
-            width=inner,
-        )
+        size: dict[str, Any] = {"height": side - 2 * border, "width": side - 2 * border}
+        images = pipeline(PROMPT, steps=steps, guidance=5.0, sampler="euler", noise=noise, **size)
         return torch.as_tensor(images[0] / 255.0)
 
     def reference_generate() -> Tensor:
