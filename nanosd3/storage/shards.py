@@ -111,11 +111,15 @@ class Shards:
     def open(self, name: str) -> dict[str, Tensor]:
         """The memory-mapped tensors of a shard, which stay open."""
         if name not in self.opened:
+            path = self.folder / name
             try:
-                found = places(self.folder / name)
+                found = places(path)
                 self.opened[name] = {key: place.read() for key, place in found.items()}
             except InputError as error:
-                raise InputError(f"{error}; rerun the command to recompute its rows") from None
+                reason = str(error).removeprefix(f"{path}: ")
+                raise InputError(
+                    f"{path}: cannot be read ({reason}); rerun the command to recompute its rows"
+                ) from None
         return self.opened[name]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from nanosd3.config import CONFIGS
 from nanosd3.data.mnist import read_idx
 from nanosd3.errors import InputError
 from nanosd3.official.checkpoint import open_checkpoint
@@ -68,7 +69,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
         files.read_json,
         open_weights,
         open_shards,
-        read_tokenizers,
+        lambda path: read_tokenizers(path, CONFIGS["tiny"]),
         lambda path: read_idx(path, 3),
     ):
         with pytest.raises(InputError) as refusal:
@@ -87,14 +88,14 @@ def test_a_state_that_may_not_be_read_is_not_skipped(tmp_path, monkeypatch):
     for step in (2, 4):
         training_state.save_state(tmp_path, "x", step, TENSORS)
     newest = training_state.saved(tmp_path)[0] / "state.json"
-    read_text = Path.read_text
+    read_bytes = Path.read_bytes
 
     def locked(self, *arguments, **named):
         if self == newest:
             raise PermissionError(13, "Permission denied", str(self))
-        return read_text(self, *arguments, **named)
+        return read_bytes(self, *arguments, **named)
 
-    monkeypatch.setattr(Path, "read_text", locked)
+    monkeypatch.setattr(Path, "read_bytes", locked)
     with pytest.raises(InputError) as refusal:
         training_state.load_state(tmp_path, "x", dict(TENSORS))
     assert str(refusal.value) == f"{newest}: cannot be read (Permission denied)"
