@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import nbformat
 import pytest
+import torch
 from support import without_posix
 
 import train_mnist
@@ -104,8 +106,10 @@ def test_a_notebook_cell(hidden_posix, monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "notebooks")
     names: dict = {}
     lines = ("from lab import begin_job, pick, trained", "from nanosd3.exercises import check")
-    for cell in (cells[0], *lines, exercise):
-        exec(compile(parsed(cell)[0], "cell", "exec"), names)
+    with matplotlib.rc_context():  # notebooks have a style of their own
+        for cell in (cells[0], *lines, exercise):
+            exec(compile(parsed(cell)[0], "cell", "exec"), names)
+    torch.set_num_threads(1)
     assert capsys.readouterr().out.endswith("· shift (0/1): not attempted yet\n")
 
 
