@@ -35,7 +35,7 @@ def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance (B, groups) in float64 of a channels-last x (B, C, H, W)."""
     B, C, H, W = x.shape
     rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, HW, C), a view
-    size = max(1, SQUARES_PER_SUM // (B * C))
+    size = max(256, SQUARES_PER_SUM // (B * C))
 
     def group_mean(each: Tensor) -> Tensor:
         return each.double().unflatten(1, (groups, -1)).mean(2)
@@ -64,8 +64,10 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         usual = x.device.type != "cpu" or x.dtype == torch.float64 or x.dim() != 4
         if usual or x.is_contiguous():
             return super().forward(x)
-        if torch.is_grad_enabled() or x.dtype != torch.float32:
-            # Two copies; the faster backward pass of the usual layout makes up for them.
+        small = x.numel() <= SQUARES_PER_SUM
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or small:
+            # Two copies. The faster backward pass of the usual layout makes up for them, and for a
+            # small image they are cheaper than many small operations.
             out = super().forward(x.contiguous())
             return out.contiguous(memory_format=torch.channels_last)
         mean, variance = group_moments(x, self.num_groups)

@@ -303,7 +303,8 @@ CHANNELS_LAST = [
     # group_moments
     ("group_mean(rows[:, :size].mean(1)).to(x.dtype)",
      "0 * group_mean(rows[:, :size].mean(1)).to(x.dtype)", "the squared mean cancels"),
-    ("size = max(1, SQUARES_PER_SUM // (B * C))", "size = H * W", "all squares in one float32 sum"),
+    ("size = max(256, SQUARES_PER_SUM // (B * C))", "size = H * W",
+     "all squares in one float32 sum"),
     ("square - offset.square()", "square", "the variance around a guess"),
     ("return center + offset", "return center.double()", "the mean of the first rows"),
     ("first = first + distance.sum(1)", "first = distance.sum(1)", "the mean of the last rows"),
