@@ -24,34 +24,23 @@ from nanosd3.training import ema, loop
 ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(steps=8, batch=4, lr=1e-2, warmup=2, weight_decay=0.0)
 CHILD = """
-import os, signal, sys
+import sys
 import torch
 import train_mnist
 from nanosd3 import cli
 from nanosd3.machine import device
 from nanosd3.training import loop
+from support.killer import counted, events
 torch.set_num_threads(1)
 device.cores = lambda: 1
 loop.SAVE_EVERY = 2
-left = int(sys.argv[2])
-
-def counted(function):
-    def call(*arguments, **named):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **named)
-    return call
-
 def rng(*name):  # count steps, but not the rows of their noise
     return (step if len(name) == 3 else original)(*name)
 
 original, step = loop.rng, counted(loop.rng)
 loop.rng = rng
-os.fsync, os.replace, os.unlink = map(counted, (os.fsync, os.replace, os.unlink))
 code = cli.run_main(lambda: train_mnist.main(["--config", "tiny", "--out", sys.argv[1]]))
-print("events", int(sys.argv[2]) - left)
+print("events", events())
 sys.exit(code)
 """
 
@@ -59,7 +48,11 @@ sys.exit(code)
 def train_until(folder: Path, event: int) -> subprocess.CompletedProcess:
     """Train in a process that kills itself at the event of this number: the start of a step, or
     just before a file is flushed, renamed or deleted."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", CHILD, str(folder), str(event)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 

@@ -108,26 +108,16 @@ def test_interrupted(one_saved, monkeypatch, kind, files):
 # --- killed -------------------------------------------------------------------------------------
 
 CHILD = """
-import os, signal, sys
+import os, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 from nanosd3.storage import training_state
+from support.killer import counted, events
 from support.tensors import draw
-left = int(sys.argv[2])
 
-def counted(function):
-    def call(*arguments, **named):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **named)
-    return call
-
-os.fsync, os.replace, os.unlink = map(counted, (os.fsync, os.replace, os.unlink))
 os.rmdir, os.mkdir = map(counted, (os.rmdir, os.mkdir))
 training_state.save_state(Path(sys.argv[1]), "x", 6, draw(6))
-print(int(sys.argv[2]) - left)
+print(events())
 """
 
 
