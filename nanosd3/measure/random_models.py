@@ -18,12 +18,19 @@ Forward = Callable[[], Tensor]
 
 
 def random_model(config: Config, part: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A part, accelerated, with random weights scaled so that activations keep their size."""
-    module = accelerate(on_meta(config, part)).to_empty(device=device).to(dtype)
+    """A part, accelerated, with random weights scaled so that activations keep their size.
+
+    T5 does not divide its logits by sqrt(head_dim), so its queries are drawn that much smaller:
+    otherwise its attention is a hard maximum, which bfloat16 decides differently.
+    """
+    module = accelerate(on_meta(config, part)).to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, tensor in module.state_dict().items():
         if tensor.ndim > 1:
-            tensor.normal_(std=tensor[0].numel() ** -0.5, generator=generator)
+            std = tensor[0].numel() ** -0.5
+            if part == "t5" and name.endswith(".q.weight"):
+                std *= config.text.t5.head_dim**-0.5
+            tensor.normal_(std=std, generator=generator)
         else:
             tensor.fill_(1.0 if name.endswith("weight") else 0.01)
     return module.requires_grad_(False).eval()

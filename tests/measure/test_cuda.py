@@ -1,9 +1,11 @@
 """`bench cuda` on a machine without a GPU: every check at toy size, the budget, refused options."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ import torch
 
 import nanosd3
 from nanosd3 import bench
+from nanosd3.config import CONFIGS
 from nanosd3.errors import InputError
-from nanosd3.measure.cuda import command, correct, worker
-from nanosd3.measure.cuda.result import Check, Row, Setting, at_least, at_most
+from nanosd3.measure.cuda import command, correct, sampling, worker
+from nanosd3.measure.cuda.result import Check, Row, Setting, at_least, at_most, relative_error
+from nanosd3.measure.random_models import random_inputs, random_model
 
 CPU = torch.device("cpu")
 SMALL = ["cuda", "--device", "cpu", "--config", "tiny", "--threads", "1"]
@@ -68,11 +72,65 @@ def test_budget_stops_a_check(tmp_path, capsys):
     """A stopped check is reported, the rest is skipped, and the results file is complete."""
     out = tmp_path / "cuda.json"
     options = ["--out", str(out), "--budget", "6", "--only", "main-job", "picture"]
-    assert bench.main([*SMALL, *options]) == 1
+    assert bench.main([*SMALL, *options]) == 0
     job, picture = json.loads(out.read_text())["checks"]
-    assert (job["state"], job["reason"]) == ("failed", "stopped after 6 s")
+    assert (job["state"], job["reason"]) == ("skipped", "stopped after 6 s: budget used up")
     assert (picture["state"], picture["reason"]) == ("skipped", "budget used up")
-    assert "| main-job | failed: stopped after 6 s | | |" in capsys.readouterr().out
+    assert "| main-job | skipped: stopped after 6 s: budget used up | | |" in capsys.readouterr().out
+
+
+def exits(setting):
+    """A check that kills its process."""
+    os._exit(7)
+
+
+def test_a_check_that_kills_its_process_failed_whatever_the_budget(tmp_path):
+    """Only running out of time is excused by the budget."""
+    check = Check("exits", exits, 1000)
+    setting = Setting(CPU, tmp_path, "tiny")
+    (result,) = command.run([check], setting, 60, tmp_path / "cuda.json", 1)
+    assert result["state"] == "failed"
+    assert result["reason"] == "the worker process exited with status 7"
+
+
+def test_step_timer_counts_the_images_of_a_step(monkeypatch):
+    """Five images, computed two at a time: steps across two parts and of the last part, which is
+    smaller, are not timed."""
+    clock = iter([0, 1, 3, 5, 100, 101, 103, 105, 200, 200.1, 200.2, 200.3])
+    monkeypatch.setattr(sampling.time, "perf_counter", lambda: next(clock))
+    timer = sampling.StepTimer(Setting(CPU, None, "tiny"))
+    for images in (2, 2, 1):
+        for step in range(4):
+            timer(step, torch.zeros(()), torch.zeros(images, 1), torch.zeros(()))
+    assert timer.images == 2
+    assert timer.step_seconds() == 2
+
+
+def test_random_t5_is_well_conditioned():
+    """Queries are small enough for T5, which does not divide its logits by sqrt(head_dim):
+    rounding to bfloat16 changes little at realistic widths."""
+    t5 = replace(CONFIGS["tiny"].text.t5, width=768, heads=12, head_dim=64, hidden=1024, layers=4)
+    config = replace(CONFIGS["tiny"], text=replace(CONFIGS["tiny"].text, t5=t5))
+    model = random_model(config, "t5", CPU, torch.float32)
+    inputs = random_inputs(config, "t5", 32, 2, torch.zeros(()))
+    exact = correct.output(model, "t5", inputs, CPU, torch.float32)
+    rounded = correct.output(model, "t5", inputs, CPU, torch.bfloat16)
+    assert relative_error(rounded, exact) < 0.03
+
+
+def test_random_models_are_never_larger_than_their_type(monkeypatch):
+    """Weights are created in the type asked for, not converted afterwards: at 8B parameters the
+    float32 copy would be the peak of the whole measurement."""
+    made = []
+    to_empty = torch.nn.Module.to_empty
+
+    def watched(module, **options):
+        made.extend(p.dtype for p in module.parameters())
+        return to_empty(module, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", watched)
+    random_model(CONFIGS["tiny"], "mmdit", CPU, torch.bfloat16)
+    assert set(made) == {torch.bfloat16}
 
 
 def test_outcomes():

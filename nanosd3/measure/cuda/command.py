@@ -118,9 +118,12 @@ def run(
                         result["state"], result["reason"] = "failed", "not finished"
                     else:
                         result["state"], result["reason"] = message
+                        if worker.busy and left < check.seconds:  # not the check's fault
+                            result["state"] = "skipped"
+                            result["reason"] += ": budget used up"
                     result["seconds"] = round(time.monotonic() - start, 1)
                     write_json(out, json_safe(content))
-                if result["state"] == "failed":
+                if result["state"] == "failed" or worker.busy:
                     worker.close()
                     worker = None
             write_json(out, json_safe(content))

@@ -48,19 +48,29 @@ def staged(setting: Setting, config: Config) -> Pipeline:
 
 
 class StepTimer:
-    """A sampler callback that records when each step begins."""
+    """A sampler callback that records when each step begins, and how many images it is for: the
+    pipeline computes a large batch in parts."""
 
     def __init__(self, setting: Setting):
         self.setting = setting
-        self.times: list[float] = []
+        self.steps: list[tuple[int, int, float]] = []  # number, images, time
 
     def __call__(self, step: int, t: Tensor, z: Tensor, x0: Tensor) -> None:
         self.setting.synchronize()
-        self.times.append(time.perf_counter())
+        self.steps.append((step, len(z), time.perf_counter()))
+
+    @property
+    def images(self) -> int:
+        """Images computed at once."""
+        return self.steps[0][1]
 
     def step_seconds(self) -> float:
-        """The median time of a step, without the first."""
-        steps = [b - a for a, b in pairwise(self.times)]
+        """The median time of a step of `images` images, without the first."""
+        steps = [
+            b[2] - a[2]
+            for a, b in pairwise(self.steps)
+            if b[0] == a[0] + 1 and a[1] == self.images
+        ]
         return statistics.median(steps[1:] or steps)
 
 
@@ -102,8 +112,10 @@ def image(
     yield Row(f"{label}: the whole call, including random initialisation", whole, "s")
     step = timer.step_seconds()
     tokens = setting.patches(config, 1024)
-    flops = forward_flops(config.mmdit, 2 * batch, tokens, tokens, text_tokens(config))
+    images = timer.images
+    flops = forward_flops(config.mmdit, 2 * images, tokens, tokens, text_tokens(config))
     speed = multiplication_speed(setting.device, BF16)
+    label += f", {images} at once" * (images < batch)
     yield Row(f"{label}: a step with guidance", 1e3 * step, "ms")
     yield Row("matrix product, bfloat16", speed / 1e12, "TFLOP/s")
     share = flops / step / speed
@@ -113,7 +125,7 @@ def image(
     if batch == 1 and not compiled:
         yield from other_parts(setting, pipeline, config, label, steps * step)
     else:
-        yield Row(f"{label}: sampling per image", steps * step / batch, "s")
+        yield Row(f"{label}: sampling per image", steps * step / images, "s")
 
 
 def other_parts(

@@ -215,8 +215,8 @@ def main_job_float32(setting: Setting) -> Iterator[Row]:
 
 TRAINING = (
     Check("steps", steps, 90),
-    Check("main-job", main_job, 150),
+    Check("main-job", main_job, 240),
     Check("compiled-steps", compiled_steps, 120),
     Check("sharded", sharded, 60),
-    Check("main-job-float32", main_job_float32, 150),
+    Check("main-job-float32", main_job_float32, 240),
 )

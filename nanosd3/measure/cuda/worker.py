@@ -103,6 +103,7 @@ class Worker:
                 yield content
             yield "failed", f"stopped after {seconds:.0f} s"
         except (EOFError, OSError):
+            self.busy = False
             self.process.join(5)
             yield "failed", f"the worker process exited with status {self.process.exitcode}"
 
