@@ -119,10 +119,10 @@ def test_sizes():
         content = path.read_text(encoding="utf-8").splitlines()
         assert all(len(line) <= 100 for line in content), path
         if path.is_relative_to(PACKAGE):
-            assert len(content) <= 400, path
+            assert len(content) <= 300, path
             for node in ast.walk(ast.parse("\n".join(content))):
                 if isinstance(node, ast.FunctionDef):
-                    assert node.end_lineno - node.lineno < 70, f"{path}: {node.name}"
+                    assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
 
 
 @pytest.mark.parametrize("name", ORDERED)

@@ -76,7 +76,8 @@ def test_budget_stops_a_check(tmp_path, capsys):
     job, picture = json.loads(out.read_text())["checks"]
     assert (job["state"], job["reason"]) == ("skipped", "stopped after 6 s: budget used up")
     assert (picture["state"], picture["reason"]) == ("skipped", "budget used up")
-    assert "| main-job | skipped: stopped after 6 s: budget used up | | |" in capsys.readouterr().out
+    line = "| main-job | skipped: stopped after 6 s: budget used up | | |"
+    assert line in capsys.readouterr().out
 
 
 def exits(setting):
