@@ -17,7 +17,8 @@ Time, used everywhere
 Layout: modules and folders import only from rows above their own. Inside a folder the order is
 that of its own docstring.
     errors
-    config_types
+    arguments
+    random_streams   config_types
     config   flow   samplers   patchify   layers   unigram_training
     tokenizers   lazy_modules
     mmdit   vae   clip   t5

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from nanosd3.arguments import path_of
 from nanosd3.config_types import Config
 from nanosd3.data.mnist import to_uint8
-from nanosd3.errors import InputError, path_of, shown
+from nanosd3.errors import InputError, shown
 from nanosd3.flow import interpolate
 from nanosd3.lazy_modules import LazyModules
 from nanosd3.machine.accelerate import accelerate

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanosd3.arguments import real_number, several, whole_number
 from nanosd3.config_types import Config, Sampling
 from nanosd3.data.pictures import to_latent_mask, to_pixels
-from nanosd3.errors import InputError, real_number, rng, several, shown, whole_number
+from nanosd3.errors import InputError, shown
 from nanosd3.flow import schedule
+from nanosd3.random_streams import rng
 from nanosd3.samplers import SAMPLERS, Callback, SkipLayerGuidance
 from nanosd3.text import check_prompts, check_t5_length, dropped_encoders
 

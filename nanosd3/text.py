@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanosd3.arguments import several, whole_number
 from nanosd3.clip import CLIPText
 from nanosd3.config_types import CLIPConfig, TextConfig
-from nanosd3.errors import InputError, listed, several, shown, whole_number
+from nanosd3.errors import InputError, listed, shown
 from nanosd3.lazy_modules import LazyModules
 from nanosd3.t5 import T5Encoder
 from nanosd3.tokenizers import BPE, PAD, Unigram, pad_or_truncate

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from nanosd3.arguments import path_of
 from nanosd3.cli import Parser, run_main
-from nanosd3.errors import InputError, path_of
+from nanosd3.errors import InputError
 from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.official.export import LAYOUTS, export
 from nanosd3.official.missing_keys import check, report

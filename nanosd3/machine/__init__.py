@@ -5,6 +5,6 @@ Modules, each of which imports only from those above it:
     signals       Ctrl-C and SIGTERM
     matmul        matrix products through the faster library
     channels_last  the autoencoder in the layout that is faster for convolutions
-    accelerate    faster drop-in layers that save less for the backward pass
-    distributed   process group, DDP, FSDP2, mixed precision, activation checkpointing
+    accelerate    faster drop-in layers that save less; checkpointing and torch.compile
+    distributed   process group, DDP, FSDP2, mixed precision
 """

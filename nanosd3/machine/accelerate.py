@@ -9,10 +9,11 @@ place, by subclasses that compute the same function (up to the last bits of floa
     Encoder, Decoder, GroupNorm, Up    the autoencoder in channels-last memory (channels_last)
 
 Importing the model gives the plain one; training, the pipeline and the benchmarks accelerate the
-models they build. State dictionaries do not change.
+models they build. State dictionaries do not change. Whole blocks are checkpointed
+(`checkpoint_blocks`) and compiled (`compile_blocks`) on request.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
+from torch.utils.checkpoint import checkpoint
 
 from nanosd3.layers import MLP, modulate
 from nanosd3.machine.channels_last import (
@@ -50,6 +52,19 @@ def accelerate(model: nn.Module, keep_activations: bool = False) -> nn.Module:
         if isinstance(module, Encoder | Decoder):
             convert_conv2d_weight_memory_format(module, torch.channels_last)
     return model
+
+
+def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Save only the inputs of blocks for the backward pass and recompute the rest, block by
+    block."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Compile blocks in place with torch.compile, each by itself: equal blocks share the code."""
+    for block in blocks:
+        block.compile(backend=backend)
 
 
 class FastLinear(nn.Linear):

@@ -20,7 +20,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +30,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from nanosd3.errors import InputError
+from nanosd3.machine.accelerate import checkpoint_blocks, compile_blocks
 from nanosd3.machine.device import torchrun_number
 
 MODES = ("ddp", "fsdp")
@@ -167,11 +166,10 @@ class ParallelModel(nn.Module):
     ):
         super().__init__()
         self.module, self.group, self.compute = module, group, compute
-        for block in blocks:
-            if compute.checkpointing:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            if compute.compiled:
-                block.compile()
+        if compute.checkpointing:
+            checkpoint_blocks(blocks)
+        if compute.compiled:
+            compile_blocks(blocks)
         self.network = module  # what forward calls: the module itself, or DDP around it
         if group.mode == "fsdp":
             self.shard(blocks)

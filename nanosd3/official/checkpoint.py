@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nanosd3.arguments import path_of
 from nanosd3.components import COMPONENTS
 from nanosd3.config_types import Config
-from nanosd3.errors import InputError, path_of
+from nanosd3.errors import InputError
 from nanosd3.official import own_runs
 from nanosd3.official.detect import config_of, file_of, refuse_scaled
 from nanosd3.official.find_parts import (

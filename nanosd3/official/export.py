@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from nanosd3.arguments import path_of
 from nanosd3.components import shapes
 from nanosd3.config_types import CLIPConfig, Config
-from nanosd3.errors import InputError, path_of, shown
+from nanosd3.errors import InputError, shown
 from nanosd3.layers import HEAD_DIM
 from nanosd3.official.checkpoint import METADATA_FILE, METADATA_KEY, Checkpoint
 from nanosd3.official.detect import config_of

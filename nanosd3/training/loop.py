@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanosd3.config_types import Recipe
-from nanosd3.errors import rng
 from nanosd3.machine.distributed import ParallelModel, gather_full
 from nanosd3.machine.signals import Interrupted, interruptible
+from nanosd3.random_streams import rng
 from nanosd3.storage import training_state
 from nanosd3.storage.run import Run
 from nanosd3.training.ema import update_ema
@@ -42,8 +42,9 @@ SAVE_EVERY = 500  # steps between saved states, the most a crash can lose (Ctrl-
 class StepRNG:
     """The random numbers of one training step, for some rows of its batch (a microbatch).
 
-    All streams are named after the step (`errors.rng`), so a row gets the same numbers whichever
-    rank computes it, in whatever microbatch, before or after a resume. There are two kinds of draw:
+    All streams are named after the step (random_streams.py), so a row gets the same numbers
+    whichever rank computes it, in whatever microbatch, before or after a resume. There are two
+    kinds of draw:
 
         cheap, a few numbers a row (indices, timesteps, dropout): draw them for the whole batch
             from `generator()`, then keep this microbatch's rows with `take`

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from nanosd3.data.mnist import DIGITS, SIDE, bins, measure_strokes, to_model, to_uint8
 from nanosd3.data.sources import Digits
-from nanosd3.errors import rng, shortened
+from nanosd3.errors import shortened
 from nanosd3.machine.device import peak_memory
 from nanosd3.machine.distributed import ParallelModel
 from nanosd3.pipeline import Pipeline
+from nanosd3.random_streams import rng
 from nanosd3.samplers import Callback
 from nanosd3.storage.files import write_file, write_json
 from nanosd3.training import figures

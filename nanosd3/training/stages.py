@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from nanosd3.config_types import Config, Training
 from nanosd3.data.sources import Source
-from nanosd3.errors import rng
 from nanosd3.machine.accelerate import accelerate
 from nanosd3.machine.distributed import SINGLE_PROCESS, Compute, ProcessGroup
+from nanosd3.random_streams import rng
 from nanosd3.storage import training_state
 from nanosd3.storage.files import load_weights, save_weights
 from nanosd3.storage.run import Run

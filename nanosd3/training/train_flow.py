@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosd3.config_types import Config
-from nanosd3.errors import rng
 from nanosd3.flow import flow_loss, interpolate, logit_normal, shift, stratified
 from nanosd3.machine.distributed import ParallelModel, gather_full
 from nanosd3.mmdit import MMDiT
 from nanosd3.official.tensors import State
+from nanosd3.random_streams import rng
 from nanosd3.storage.files import load_weights, save_tensors
 from nanosd3.text import drop_encoders
 from nanosd3.training.cached_features import Features

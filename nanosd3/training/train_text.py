@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from nanosd3.data.mnist import plain_captions, to_model
 from nanosd3.data.sources import Digits
-from nanosd3.errors import InputError, rng
+from nanosd3.errors import InputError
 from nanosd3.lazy_modules import LazyModules
+from nanosd3.random_streams import rng
 from nanosd3.storage.files import save_weights, write_json
 from nanosd3.t5 import T5Encoder
 from nanosd3.text import TextEncoders, Tokenizers, make_encoders

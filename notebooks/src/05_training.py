@@ -16,7 +16,7 @@ from lab import CACHE, begin_job, images, lines, maps, pick, trained
 
 from nanosd3.data import buckets
 from nanosd3.data.mnist import to_uint8
-from nanosd3.errors import rng
+from nanosd3.random_streams import rng
 from nanosd3.exercises import check, show
 from nanosd3.flow import flow_loss, interpolate, logit_normal, stratified
 from nanosd3.mmdit import MMDiT

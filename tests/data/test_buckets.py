@@ -8,7 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nanosd3.data.buckets import Buckets, bucket_sizes, nearest
-from nanosd3.errors import InputError, rng
+from nanosd3.errors import InputError
+from nanosd3.random_streams import rng
 
 SIDES = st.integers(1, 1500)
 

@@ -4,16 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanosd3.errors import (
-    InputError,
-    listed,
-    real_number,
-    rng,
-    several,
-    shortened,
-    shown,
-    whole_number,
-)
+from nanosd3.arguments import real_number, several, whole_number
+from nanosd3.errors import InputError, listed, shortened, shown
+from nanosd3.random_streams import rng
 
 ONES = (
     1,

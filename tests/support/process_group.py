@@ -18,8 +18,8 @@ import torch
 from nanosd3.cli import run_main
 from nanosd3.config import CONFIGS, Recipe
 from nanosd3.data.buckets import Buckets
-from nanosd3.errors import rng
 from nanosd3.machine.distributed import Compute, ProcessGroup, process_group
+from nanosd3.random_streams import rng
 from nanosd3.storage.run import Run
 from nanosd3.training import loop, stages, train_flow
 

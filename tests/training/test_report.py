@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanosd3.errors import rng
+from nanosd3.random_streams import rng
 from nanosd3.training.report import attribute_accuracy, balanced, to_digits
 
 

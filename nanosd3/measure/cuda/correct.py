@@ -20,7 +20,6 @@ from torch import Tensor
 from nanosd3.components import COMPONENTS
 from nanosd3.config import CONFIGS
 from nanosd3.config_types import Config, Recipe
-from nanosd3.errors import rng
 from nanosd3.flow import flow_loss, interpolate
 from nanosd3.lazy_modules import LazyModules
 from nanosd3.machine.distributed import CPU, Compute, ParallelModel, ProcessGroup
@@ -35,6 +34,7 @@ from nanosd3.measure.random_models import (
 )
 from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
+from nanosd3.random_streams import rng
 from nanosd3.samplers import SAMPLERS
 from nanosd3.storage.run import Run
 from nanosd3.text import Tokenizers

@@ -10,6 +10,7 @@ from torch import nn
 
 from nanosd3.config import CONFIGS
 from nanosd3.config_types import Config
+from nanosd3.machine.accelerate import compile_blocks
 from nanosd3.measure.random_models import patches_per_side, random_model
 
 CheckState = Literal["passed", "missed", "wrong", "skipped", "failed"]  # of a check that has ended
@@ -97,8 +98,7 @@ class Setting:
         """Compile blocks in place; the name of the backend. On a CPU this traces without generating
         code, which would take minutes and is not what is checked there."""
         backend = "inductor" if self.device.type == "cuda" else "aot_eager"
-        for block in blocks:
-            block.compile(backend=backend)
+        compile_blocks(blocks, backend)
         return backend
 
 

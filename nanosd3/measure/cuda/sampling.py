@@ -67,9 +67,7 @@ class StepTimer:
     def step_seconds(self) -> float:
         """The median time of a step of `images` images, without the first."""
         steps = [
-            b[2] - a[2]
-            for a, b in pairwise(self.steps)
-            if b[0] == a[0] + 1 and a[1] == self.images
+            b[2] - a[2] for a, b in pairwise(self.steps) if b[0] == a[0] + 1 and a[1] == self.images
         ]
         return statistics.median(steps[1:] or steps)
 

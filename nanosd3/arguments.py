@@ -1,0 +1,60 @@
+"""Arguments of the Python interface, validated.
+
+A number is its value, not how it is written: 1, np.int64(1) and torch.tensor(1) are one seed, and
+what is no whole number is none ("1", 1.0, True).
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from nanosd3.errors import InputError, shown
+
+LARGEST = 14_000  # bits of a whole number; Python does not write out integers much longer
+
+
+def scalar(value: object) -> object:
+    """The Python number in a NumPy number or in an array or tensor (); anything else as it is."""
+    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+        with contextlib.suppress(RuntimeError):  # a tensor on the meta device holds none
+            return value.item()
+    return value
+
+
+def whole_number(name: str, value: object) -> int:
+    """The value as an int. Raises InputError if it is not a whole number."""
+    number = scalar(value)
+    if isinstance(number, int) and not isinstance(number, bool):
+        if number.bit_length() <= LARGEST:
+            return int(number)
+    raise InputError(f"{name} must be a whole number, got {shown(value)}")
+
+
+def real_number(name: str, value: object) -> float:
+    """The value as a float. Raises InputError if it is not a number."""
+    number = scalar(value)
+    if isinstance(number, int | float) and not isinstance(number, bool):
+        with contextlib.suppress(OverflowError):
+            return float(number)
+    raise InputError(f"{name} must be a number, got {shown(value)}")
+
+
+def path_of(name: str, value: object) -> Path:
+    """The value as a path. Raises InputError if it is none."""
+    if isinstance(value, str | os.PathLike):
+        return Path(value)
+    raise InputError(f"{name} must be a path, got {shown(value)}")
+
+
+def several(name: str, values: object, what: str) -> list:
+    """A list of the values, of which one text is one. Raises InputError for what is no list."""
+    if isinstance(values, str):
+        return [values]
+    values = scalar(values)  # which can be iterated over in name only
+    if not isinstance(values, Iterable) or isinstance(values, bytes | Mapping):
+        raise InputError(f"{name} must be {what}, got {shown(values)}")
+    return list(values)
