@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanosd3.cli import run_main
+from nanosd3.cli import Parser, run_main
 from nanosd3.config_types import MMDiTConfig
 from nanosd3.data.mnist import load_images
 from nanosd3.mmdit import MMDiT
@@ -91,7 +91,6 @@ def train(steps: int, device: torch.device) -> tuple[nn.Module, nn.Module]:
     images = load_images()
     pixels = F.pad(images.train_images[:, None] / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
     pixels = F.avg_pool2d(pixels, 2).to(device)  # (60000, 1, 16, 16) in [-1, 1]
-
     grid = SIDE // PATCH
     config = MMDiTConfig(
         depth=2,  # sets the width, 64 a layer
@@ -145,4 +144,5 @@ def main(steps: int = 1700) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    parser = Parser("python -m nanosd3.minimal", "Learn to draw digits in two minutes.")
+    sys.exit(run_main(lambda: main(**vars(parser.parse_args()))))

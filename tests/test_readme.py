@@ -8,6 +8,7 @@ import pytest
 from support import tree
 
 import nanosd3
+from nanosd3.components import on_meta
 from nanosd3.config import CONFIGS
 from nanosd3.exercises import EXERCISES
 
@@ -117,6 +118,20 @@ def test_pictures_are_small():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_are_listed(name):
     assert f"`{name}`" in README or f"`{name.removeprefix('sd3')}`" in README
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), re.findall(r"^\| `([\w.-]+)` \|.*\| ([\d,]{7,}) \|$", README, re.MULTILINE)
+)
+def test_parameter_counts(name, count):
+    """The table of configs states the transformer's exact number of parameters."""
+    built = on_meta(CONFIGS[name], "mmdit")
+    assert f"{sum(p.numel() for p in built.parameters()):,}" == count
+
+
+def test_every_config_but_the_study_states_its_count():
+    stated = re.findall(r"^\| `([\w.-]+)` \|.*\| [\d,]{7,} \|$", README, re.MULTILINE)
+    assert set(stated) == {name for name in CONFIGS if not name.startswith("sd3-d")}
 
 
 def test_counts():

@@ -19,6 +19,8 @@ from nanosd3.machine.accelerate import (
     RecomputingMLP,
     RecomputingStream,
     accelerate,
+    checkpoint_blocks,
+    compile_blocks,
     recomputed,
 )
 from nanosd3.mmdit import Attention, MMDiT, Modulation, Stream
@@ -176,3 +178,36 @@ def test_transforms_and_compilers_work(monkeypatch):
     torch.testing.assert_close(
         torch.compile(mlp, backend="eager", fullgraph=True)(x), mlp(x), atol=1e-5, rtol=1e-5
     )
+
+
+def test_checkpointed_blocks_are_computed_again_in_the_backward_pass():
+    blocks = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    x, calls = draw(4, 8), []
+    blocks(x).square().sum().backward()
+    expected = [p.grad.clone() for p in blocks.parameters()]
+    blocks.zero_grad()
+    for block in blocks:
+        block.forward = lambda x, forward=block.forward: (calls.append(forward), forward(x))[1]
+    checkpoint_blocks(blocks)
+    output = blocks(x)
+    before = len(calls)
+    output.square().sum().backward()
+    assert len(calls) == before + 3  # each block once more
+    for p, grad in zip(blocks.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own
+def test_compiled_blocks_go_through_the_backend_one_by_one():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    blocks = torch.nn.Sequential(layers.RMSNorm(8), layers.MLP(8))
+    x = draw(4, 8)
+    expected = blocks(x)
+    compile_blocks(blocks, backend)
+    assert torch.equal(blocks(x), expected)
+    assert len(graphs) == 2

@@ -1,5 +1,6 @@
 """The model on one page: its lines against the package's, a short run, and (slow) a full one."""
 
+import os
 import random
 import subprocess
 import sys
@@ -168,3 +169,17 @@ def test_full_run(tmp_path):
     with torch.no_grad():
         read = trained_judge()(thumbnails(digits)).argmax(1)
     assert (read == torch.arange(10).repeat_interleave(10)).sum() >= 90
+
+
+@pytest.mark.parametrize(("option", "status"), [("--help", 0), ("--steps=3", 2)])
+def test_it_has_no_options(tmp_path, option, status):
+    """Help and unknown options do not start two minutes of training."""
+    command = [sys.executable, "-m", "nanosd3.minimal", option]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status
+    assert ("usage" in done.stdout) == (status == 0)
+    assert done.stderr == "" or done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -251,6 +251,9 @@ MMDIT = [
 ]  # fmt: skip
 
 ACCELERATE = [
+    ("block.forward = partial(checkpoint, block.forward, use_reentrant=False)",
+     "block.forward = partial(block.forward)", "checkpointed blocks save everything"),
+    ("block.compile(backend=backend)", "block.compile()", "every backend is the default one"),
     ("return linear(x, self.weight, self.bias)", "return linear(x, self.weight)",
      "fast linear layers without bias"),
     ("type(module), type(module))", "type(module), FastLinear)", "everything becomes a linear"),
