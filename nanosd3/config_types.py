@@ -94,7 +94,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training stage: AdamW, linear warm-up, then decay."""
+    """One training stage: linear warm-up, then decay."""
 
     steps: int
     batch: int
@@ -102,6 +102,7 @@ class Recipe:
     warmup: int
     weight_decay: float
     decay: str = "cosine"  # to a hundredth, or "constant"
+    optimizer: str = "adamw"  # or "muon", for the transformer
 
 
 @dataclass(frozen=True)

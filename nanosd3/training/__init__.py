@@ -4,12 +4,14 @@ Modules, each of which imports only from those above it:
     figures             image grids, plots, animations
     metrics             Frechet distance
     ema                 moving average of the weights
-    optimizer           AdamW and the learning rate schedule
+    muon                the optimizer of the transformer's matrices
+    optimizer           which optimizer trains what, and the learning rate schedule
     not_finite          where in a step the first non-finite number arises
     loop                the training loop that all stages share
     throughput          training speed and memory, speed.jsonl
     stages              what a stage needs; train it once, then load it
     classifier          classifies images, for the metrics
+    evaluation          prompted samples scored: accuracy, Frechet distance, the frontier
     train_autoencoder   the autoencoder
     train_text          the text encoders: two CLIPs and a T5
     cached_features     latents and text features, encoded once and kept on disk

@@ -1,9 +1,9 @@
 """The training loop shared by all stages.
 
 A stage brings a module and a function that returns the losses of some rows of a step's batch.
-`fit` does the rest: AdamW, warm-up and decay of the learning rate, gradients accumulated over
-microbatches and averaged over ranks, clipping, EMA, the log, a progress bar, checkpoints. Ctrl-C
-and SIGTERM stop it after the current step, with a checkpoint saved.
+`fit` does the rest: the optimizers, warm-up and decay of the learning rate, gradients accumulated
+over microbatches and averaged over ranks, clipping, EMA, the log, a progress bar, checkpoints.
+Ctrl-C and SIGTERM stop it after the current step, with a checkpoint saved.
 
 Resuming is exact because no hidden state is carried from step to step. Everything random in a step
 (which images, noise, timesteps) comes from generators named after the step, and everything else
@@ -33,7 +33,7 @@ from nanosd3.storage import training_state
 from nanosd3.storage.run import Run
 from nanosd3.training.ema import update_ema
 from nanosd3.training.not_finite import PATIENCE, first_not_finite, not_finite_error
-from nanosd3.training.optimizer import CLIP_NORM, learning_rate, make_optimizer
+from nanosd3.training.optimizer import CLIP_NORM, learning_rate, make_optimizers
 
 SAVE_EVERY = 500  # steps between saved states, the most a crash can lose (Ctrl-C loses nothing)
 
@@ -79,13 +79,14 @@ def progress(steps: range, label: str, total: int, shown: bool = True) -> tqdm:
 
 
 def state_tensors(
-    module: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
+    module: nn.Module, optimizers: list[torch.optim.Optimizer], ema: nn.Module | None
 ) -> dict[str, Tensor]:
     """Every tensor that training changes, by name: the content of a checkpoint."""
     tensors = {}
+    moments = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     for name, parameter in module.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach()
-        for key, moment in optimizer.state.get(parameter, {}).items():
+        for key, moment in moments.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = moment
     for name, parameter in ema.named_parameters() if ema else ():
         tensors[f"{training_state.AVERAGE}{name}"] = parameter.detach()
@@ -128,21 +129,23 @@ def fit(
     not fit the module or the loss stays non-finite.
     """
     parallel = parallel or ParallelModel(module)
-    group, optimizer = parallel.group, make_optimizer(module, recipe)
-    tensors = state_tensors(module, optimizer, ema)
-    trained = [p for param_group in optimizer.param_groups for p in param_group["params"]]
+    group, optimizers = parallel.group, make_optimizers(module, recipe)
+    tensors = state_tensors(module, optimizers, ema)
+    param_groups = [g for optimizer in optimizers for g in optimizer.param_groups]
+    trained = [p for param_group in param_groups for p in param_group["params"]]
     start, skipped = restore(run, stage, tensors, parallel)
     with interruptible() as stopped:
         bar = progress(range(start, recipe.steps), stage, recipe.steps, group.is_main)
         for step in bar:
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = learning_rate(step, recipe)
+            for param_group in param_groups:
+                param_group["lr"] = param_group["lr_scale"] * learning_rate(step, recipe)
             name = (seed, stage, step)
             loss, extra = gradients(parallel, loss_of, name, recipe.batch)
             norm = float(gather_full(nn.utils.clip_grad_norm_(trained, CLIP_NORM)))
             if math.isfinite(norm + loss):
                 skipped, entry = 0, {"loss": loss, "grad_norm": norm, **extra}
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 if ema:
                     update_ema(ema, module, step, ema_decay)
             else:
@@ -152,7 +155,7 @@ def fit(
             if skipped == PATIENCE:
                 rerun = partial(loss_of, StepRNG(name, group.microbatches(recipe.batch)[0]))
                 raise not_finite_error(stage, step, first_not_finite(module, rerun))
-            optimizer.zero_grad()
+            module.zero_grad()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if watch:
                 watch(step)

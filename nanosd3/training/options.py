@@ -28,7 +28,7 @@ from nanosd3.official.missing_keys import check, check_part
 from nanosd3.official.tensors import State, fingerprint
 from nanosd3.storage.run import WEIGHTS, Run
 from nanosd3.text import ENCODERS
-from nanosd3.training.optimizer import DECAYS
+from nanosd3.training.optimizer import DECAYS, OPTIMIZERS
 from nanosd3.training.stages import Job, training_of
 
 
@@ -60,6 +60,11 @@ def add_options(parser: Parser, config: str) -> None:
     add("--batch", type=positive, help="images per step, over all processes")
     add("--lr", type=float, help="peak learning rate")
     add("--decay", choices=DECAYS, help="learning rate schedule after warm-up")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="muon trains the matrices of the joint blocks, and AdamW the rest at half the rate",
+    )
 
     add = parser.add_argument_group("performance").add_argument
     add("--threads", type=positive, help="CPU threads (default: the usable cores, at most 8)")
@@ -149,9 +154,9 @@ def with_parts_of(config: Config, frozen: Checkpoint) -> Config:
 
 
 def with_recipe(config: Config, args: argparse.Namespace) -> Config:
-    """The config with the options' steps, batch, learning rate and decay for the transformer."""
+    """The config with the options' changes to the recipe for the transformer."""
     training = training_of(config)
-    options = {key: getattr(args, key) for key in ("steps", "batch", "lr", "decay")}
+    options = {key: getattr(args, key) for key in ("steps", "batch", "lr", "decay", "optimizer")}
     changes = {key: value for key, value in options.items() if value is not None}
     recipe = replace(training.flow, **changes)
     if not 0 < recipe.lr < float("inf"):

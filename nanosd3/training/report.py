@@ -18,20 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanosd3.data.mnist import DIGITS, SIDE, bins, measure_strokes, to_model, to_uint8
+from nanosd3.data.mnist import DIGITS, SIDE, bins, measure_strokes
 from nanosd3.data.sources import Digits
 from nanosd3.errors import shortened
 from nanosd3.machine.device import peak_memory
 from nanosd3.machine.distributed import ParallelModel
 from nanosd3.pipeline import Pipeline
-from nanosd3.random_streams import rng
 from nanosd3.samplers import Callback
 from nanosd3.storage.files import write_file, write_json
 from nanosd3.training import figures
 from nanosd3.training.cached_features import Features
-from nanosd3.training.classifier import CLASSIFIER_SIZE, ConvNet, thumbnails
-from nanosd3.training.metrics import frechet_distance
-from nanosd3.training.stages import Job, in_chunks
+from nanosd3.training.classifier import ConvNet
+from nanosd3.training.evaluation import Scorer, draw_prompts, to_digits
+from nanosd3.training.stages import Job
 from nanosd3.training.train_flow import every_so_often
 
 RECONSTRUCTION_BATCH = 50
@@ -121,23 +120,6 @@ def previews(
 # --- metrics --------------------------------------------------------------------------------------
 
 
-def to_digits(images: Tensor) -> Tensor:
-    """Convert samples uint8 (B, H, W) or (B, H, W, 3) of any size to digits uint8 (B, 28, 28)."""
-    if images.shape[1:] == (SIDE, SIDE):
-        return images
-    x = images.float() if images.ndim == 3 else images.float().mean(3)
-    edge = (CLASSIFIER_SIZE - SIDE) // 2
-    x = to_uint8(thumbnails(x[:, None] / 127.5 - 1))
-    return x[:, edge:-edge, edge:-edge]
-
-
-def balanced(labels: Tensor, classes: int, count: int, generator: torch.Generator) -> Tensor:
-    """Random indices of about `count` items, the same number from each class."""
-    order = torch.randperm(len(labels), generator=generator)
-    each = [order[labels[order] == label] for label in range(classes)]
-    return torch.cat([ids[: max(2, count // classes)] for ids in each])
-
-
 def attribute_accuracy(
     prompts: list[str], words: dict[str, int], measured: Tensor, values: Tensor
 ) -> dict:
@@ -167,42 +149,28 @@ def mean_or_none(values: Tensor) -> float | None:
 @torch.no_grad()
 def evaluate(job: Job, source: Digits, classifier: ConvNet, pipeline: Pipeline) -> dict:
     """The metrics of samples (see the module's docstring), for metrics.json."""
-    images, described = source.images, source.described
-    classes = len(images.names)
-
-    def features(x: Tensor) -> Tensor:
-        def of_chunk(chunk: Tensor) -> Tensor:
-            return classifier.features(to_model(chunk, CLASSIFIER_SIZE).to(job.device)).cpu()
-
-        return in_chunks(of_chunk, x)
-
-    generator = rng(job.seed, "evaluate")
-    chosen = balanced(images.train_labels, classes, job.training.evaluate, generator)
-    labels = images.train_labels[chosen]
-    u = torch.rand(len(chosen), generator=generator)
-    prompts = [source.texts[i] for i in source.captions(chosen, u).tolist()]
+    described, draw = source.described, draw_prompts(source, job.training.evaluate, job.seed)
+    scorer = Scorer(source, classifier, job.device)
 
     begin = time.perf_counter()
-    samples = to_digits(torch.from_numpy(sample_images(pipeline, prompts, job.seed)))
+    samples = to_digits(torch.from_numpy(sample_images(pipeline, draw.prompts, job.seed)))
     seconds = time.perf_counter() - begin
-    test, sampled = features(images.test_images), features(samples)
-    predicted = in_chunks(classifier.head, sampled.to(job.device)).argmax(1).cpu()
+    score = scorer.score(samples, draw)
     weight, slant = measure_strokes(samples)
-    weight_third = bins(weight, labels, described.weight_limits)
-    slant_third = bins(slant, labels, described.slant_limits)
-    floor = frechet_distance(features(images.train_images[chosen]), test)
-    distance = frechet_distance(sampled, test)
-    reconstructed = features(reconstructions(source, chosen, pipeline))
+    weight_third = bins(weight, draw.labels, described.weight_limits)
+    slant_third = bins(slant, draw.labels, described.slant_limits)
     return {
-        "samples": len(chosen),
-        "prompt_accuracy": (predicted == labels).float().mean().item(),
-        "frechet_distance": distance,
-        "frechet_floor_real": floor,
-        "frechet_floor_reconstructions": frechet_distance(reconstructed, test),
-        "frechet_ratio_to_real": distance / floor,
-        "weight": attribute_accuracy(prompts, WEIGHT_WORDS, weight_third, weight),
-        "slant": attribute_accuracy(prompts, SLANT_WORDS, slant_third, slant),
-        "images_per_second": len(chosen) / seconds,
+        "samples": len(draw.prompts),
+        "prompt_accuracy": score.accuracy,
+        "frechet_distance": score.distance,
+        "frechet_floor_real": score.floor,
+        "frechet_floor_reconstructions": scorer.distance(
+            reconstructions(source, draw.chosen, pipeline)
+        ),
+        "frechet_ratio_to_real": score.distance / score.floor,
+        "weight": attribute_accuracy(draw.prompts, WEIGHT_WORDS, weight_third, weight),
+        "slant": attribute_accuracy(draw.prompts, SLANT_WORDS, slant_third, slant),
+        "images_per_second": len(draw.prompts) / seconds,
     }
 
 

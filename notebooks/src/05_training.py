@@ -16,10 +16,10 @@ from lab import CACHE, begin_job, images, lines, maps, pick, trained
 
 from nanosd3.data import buckets
 from nanosd3.data.mnist import to_uint8
-from nanosd3.random_streams import rng
 from nanosd3.exercises import check, show
 from nanosd3.flow import flow_loss, interpolate, logit_normal, stratified
 from nanosd3.mmdit import MMDiT
+from nanosd3.random_streams import rng
 from nanosd3.storage.run import Run
 from nanosd3.text import drop_encoders
 from nanosd3.training.ema import make_ema, update_ema
@@ -177,7 +177,8 @@ assert float(velocity.detach().abs().max()) == 0
 # %%
 def train_by_hand(model, recipe, watch=lambda step, ema: None):
     ema, losses = make_ema(model), []
-    groups = decay_groups(model, recipe.weight_decay)  # matrices decay, biases and norms do not
+    # Matrices decay, biases and norms do not.
+    groups = decay_groups(model.parameters(), recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
     for step in range(recipe.steps):
         for group in optimizer.param_groups:

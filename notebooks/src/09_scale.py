@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanosd3 import components, layers, weights
 from nanosd3.config import CONFIGS, Recipe
-from nanosd3.random_streams import rng
 from nanosd3.exercises import check, show
 from nanosd3.measure import costs
 from nanosd3.official import checkpoint, export, key_names
+from nanosd3.random_streams import rng
 from nanosd3.storage.files import read_tensors
 from nanosd3.training.train_flow import train_flow
 

@@ -21,12 +21,12 @@ from lab import cached, images, lines, maps, pick, trained
 
 from nanosd3.config import Recipe
 from nanosd3.data.mnist import to_model
-from nanosd3.random_streams import rng
 from nanosd3.exercises import check, show
 from nanosd3.flow import flow_loss, interpolate, logit_normal, schedule, shift, stratified
 from nanosd3.layers import modulate, timestep_embedding
 from nanosd3.mmdit import MMDiT
 from nanosd3.patchify import centre_crop, patchify, unpatchify
+from nanosd3.random_streams import rng
 from nanosd3.samplers import guided, heun
 from nanosd3.text import drop_encoders
 from nanosd3.training import metrics

@@ -335,8 +335,8 @@ def flow_state() -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint of the flow stage."""
     config = CONFIGS["tiny"]
     model = MMDiT(config.mmdit)
-    adamw = optimizer.make_optimizer(model, config.training.flow)
-    return loop.state_tensors(model, adamw, ema.make_ema(model))
+    optimizers = optimizer.make_optimizers(model, config.training.flow)
+    return loop.state_tensors(model, optimizers, ema.make_ema(model))
 
 
 def resume_error(capsys, run) -> str:

@@ -38,6 +38,6 @@ def test_ema_warms_up():
 def test_weight_decay_is_for_matrices():
     module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     module[0].bias.requires_grad_(False)
-    matrices, vectors = decay_groups(module, 0.1)
+    matrices, vectors = decay_groups(module.parameters(), 0.1)
     assert [p.ndim for p in matrices["params"]] == [2] and matrices["weight_decay"] == 0.1
     assert [p.ndim for p in vectors["params"]] == [1, 1] and vectors["weight_decay"] == 0

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nanosd3.random_streams import rng
-from nanosd3.training.report import attribute_accuracy, balanced, to_digits
+from nanosd3.training.evaluation import balanced, to_digits
+from nanosd3.training.report import attribute_accuracy
 
 
 def test_large_and_coloured_samples_become_digits():

@@ -1,0 +1,156 @@
+"""How good are prompted samples? Do they show what was asked for, and do they look real?
+
+A classifier of real images answers both. Accuracy is the share of samples that it reads as the
+prompt asks. The Frechet distance compares the distribution of its features with that of the test
+images; the same distance of as many training images, the floor, is what real images would get.
+
+Guidance trades one for the other: more of it makes prompts clearer and samples alike. So a single
+pair of numbers says little about a model; the frontier, both along the guidance scale, says more.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanosd3.data.mnist import SIDE, to_model, to_uint8
+from nanosd3.data.sources import Digits
+from nanosd3.pipeline import Pipeline
+from nanosd3.random_streams import rng
+from nanosd3.training.classifier import CLASSIFIER_SIZE, ConvNet, thumbnails
+from nanosd3.training.metrics import frechet_distance
+from nanosd3.training.stages import in_chunks
+
+
+def to_digits(images: Tensor) -> Tensor:
+    """Convert samples uint8 (B, H, W) or (B, H, W, 3) of any size to digits uint8 (B, 28, 28)."""
+    if images.shape[1:] == (SIDE, SIDE):
+        return images
+    x = images.float() if images.ndim == 3 else images.float().mean(3)
+    edge = (CLASSIFIER_SIZE - SIDE) // 2
+    x = to_uint8(thumbnails(x[:, None] / 127.5 - 1))
+    return x[:, edge:-edge, edge:-edge]
+
+
+def balanced(labels: Tensor, classes: int, count: int, generator: torch.Generator) -> Tensor:
+    """Random indices of about `count` items, the same number from each class."""
+    order = torch.randperm(len(labels), generator=generator)
+    each = [order[labels[order] == label] for label in range(classes)]
+    return torch.cat([ids[: max(2, count // classes)] for ids in each])
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Training images drawn at random, equally many of each class, and a caption of each."""
+
+    chosen: Tensor  # their indices
+    labels: Tensor
+    prompts: list[str]
+
+
+def draw_prompts(source: Digits, count: int, seed: int) -> Draw:
+    """About `count` prompts for samples, drawn anew for every seed."""
+    images, generator = source.images, rng(seed, "evaluate")
+    chosen = balanced(images.train_labels, len(images.names), count, generator)
+    u = torch.rand(len(chosen), generator=generator)
+    prompts = [source.texts[i] for i in source.captions(chosen, u).tolist()]
+    return Draw(chosen, images.train_labels[chosen], prompts)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the classifier says of samples."""
+
+    accuracy: float
+    distance: float  # Frechet, to the test images
+    floor: float  # the same for real images, as many
+
+
+class Scorer:
+    """A classifier with the features of the test images."""
+
+    def __init__(self, source: Digits, classifier: ConvNet, device: torch.device):
+        self.source, self.classifier, self.device = source, classifier, device
+        self.test = self.features(source.images.test_images)
+
+    @torch.no_grad()
+    def features(self, digits: Tensor) -> Tensor:
+        """Features (B, F) of digits uint8 (B, 28, 28)."""
+
+        def of_chunk(chunk: Tensor) -> Tensor:
+            x = to_model(chunk, CLASSIFIER_SIZE).to(self.device)
+            return self.classifier.features(x).cpu()
+
+        return in_chunks(of_chunk, digits)
+
+    def distance(self, digits: Tensor) -> float:
+        """The Frechet distance of digits to the test images."""
+        return frechet_distance(self.features(digits), self.test)
+
+    @torch.no_grad()
+    def score(self, digits: Tensor, draw: Draw) -> Score:
+        """Score a sample of each prompt of a draw, uint8 (B, 28, 28)."""
+        features = self.features(digits)
+        head: Callable[[Tensor], Tensor] = self.classifier.head
+        predicted = in_chunks(head, features.to(self.device)).argmax(1).cpu()
+        accuracy = (predicted == draw.labels).float().mean().item()
+        floor = self.distance(self.source.images.train_images[draw.chosen])
+        return Score(accuracy, frechet_distance(features, self.test), floor)
+
+
+# --- the frontier ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """Scores at one guidance scale, each draw's and their mean."""
+
+    guidance: float
+    accuracies: list[float]
+    ratios: list[float]  # Frechet distance relative to the floor
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.accuracies) / len(self.accuracies)
+
+    @property
+    def ratio(self) -> float:
+        return sum(self.ratios) / len(self.ratios)
+
+
+def frontier(
+    scorer: Scorer,
+    pipeline: Pipeline,
+    guidances: Iterable[float],
+    count: int = 1000,
+    seeds: Iterable[int] = (1, 2, 3),
+) -> list[Point]:
+    """Scores along the guidance scale; every seed is another draw of prompts and noise, the same
+    at every scale."""
+    draws = {seed: draw_prompts(scorer.source, count, seed) for seed in seeds}
+    points = []
+    for guidance in guidances:
+        scores = []
+        for seed, draw in draws.items():
+            samples = np.asarray(pipeline(draw.prompts, seed=seed, guidance=guidance))
+            scores.append(scorer.score(to_digits(torch.from_numpy(samples)), draw))
+        accuracies = [score.accuracy for score in scores]
+        ratios = [score.distance / score.floor for score in scores]
+        points.append(Point(guidance, accuracies, ratios))
+    return points
+
+
+def at_accuracy(points: list[Point], accuracy: float) -> tuple[float, float] | None:
+    """Guidance and distance, relative to the floor, where the frontier first reaches an accuracy;
+    between two scales both are interpolated. None if it is out of the measured range."""
+    for a, b in pairwise(points):
+        if a.accuracy < accuracy <= b.accuracy:
+            share = (accuracy - a.accuracy) / (b.accuracy - a.accuracy)
+            return (
+                a.guidance + share * (b.guidance - a.guidance),
+                a.ratio + share * (b.ratio - a.ratio),
+            )
+    return None

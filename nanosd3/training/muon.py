@@ -1,0 +1,71 @@
+"""Muon: steps of equal length in all directions of a weight matrix.
+
+The gradient of a matrix is dominated by few directions: its largest singular values are a hundred
+times its typical ones, and a step along it changes little else. Muon (Jordan 2024) takes the
+momentum, U S V^T by its singular values, and steps along U V^T. AdamW does something like it number
+by number, blind to the fact that the numbers form a map.
+
+No decomposition is needed. The odd polynomial  a X + b (X X^T) X + c (X X^T)^2 X  leaves U and V as
+they are and maps each singular value s to  a s + b s^3 + c s^5;  a few rounds of it (Newton-Schulz)
+take all of (0, 1] near 1. Matrices of one shape are computed together.
+
+Two details matter here. A fused layer is several matrices, one above the other (queries, keys and
+values; shifts, scales and gates), which have nothing to do with each other: each is made orthogonal
+by itself. And a step is as long as AdamW's, 0.2 lr a number (root mean square), whatever the
+shape, so that both use rates of the same size (arXiv 2502.16982).
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nanosd3.machine.distributed import gather_full
+
+MOMENTUM = 0.95
+STEP = 0.2  # root mean square of a step, relative to the rate
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c: steep at 0, and near 1 only to 30%
+ROUNDS = 5
+
+
+def orthogonalised(x: Tensor, rounds: int = ROUNDS) -> Tensor:
+    """The matrices x (n, rows, columns), rows <= columns, with all singular values near 1."""
+    a, b, c = COEFFICIENTS
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values in [0, 1]
+    for _ in range(rounds):
+        gram = x @ x.mT  # (n, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum, for parameters (rows, columns) only.
+
+    Each parameter of a group is `parts` matrices of equal size, one above the other. Parameters may
+    be sharded; every process then makes the gathered matrices orthogonal.
+    """
+
+    def __init__(self, groups: list[dict], lr: float):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "parts": 1})
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the parameters that have a gradient."""
+        updates, alike = [], {}  # type: ignore[var-annotated]
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - MOMENTUM)
+                update = gather_full(p.grad.lerp(momentum, MOMENTUM))  # Nesterov: a step ahead
+                updates.append((p, update, group))
+                for part in update.chunk(group["parts"]):
+                    wide = part if part.shape[0] <= part.shape[1] else part.mT
+                    alike.setdefault(wide.shape, []).append(wide)
+        for matrices in alike.values():
+            torch._foreach_copy_(matrices, list(orthogonalised(torch.stack(matrices)).unbind()))
+        for p, update, group in updates:
+            longer = max(update.shape[0] // group["parts"], update.shape[1])
+            if isinstance(p, DTensor):
+                update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update, alpha=-group["lr"] * STEP * longer**0.5)
