@@ -36,13 +36,12 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
 
 def matrices_of(module: nn.Module) -> dict[nn.Parameter, int]:
-    """What Muon trains: the weight matrices of the joint blocks, each with the number of matrices
-    fused in it. Raises InputError if there are none."""
+    """What Muon trains: the weight matrices that tokens are multiplied by in the joint blocks, each
+    with the number of matrices fused in it. Raises InputError if there are none."""
     found = {}
     for name, p in module.named_parameters():
-        if "joint_blocks." in name and p.ndim == 2 and p.requires_grad:
-            fused = name.endswith(("qkv.weight", "adaLN_modulation.1.weight"))
-            found[p] = p.shape[0] // p.shape[1] if fused else 1
+        if "joint_blocks." in name and p.ndim == 2 and p.requires_grad and "adaLN" not in name:
+            found[p] = 3 if name.endswith("qkv.weight") else 1
     if not found:
         raise InputError("optimizer muon is for the transformer; use adamw")
     return found

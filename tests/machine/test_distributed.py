@@ -22,6 +22,7 @@ from nanosd3.machine.distributed import (
     ProcessGroup,
     process_group,
 )
+from nanosd3.machine.signals import Interrupted
 from nanosd3.mmdit import MMDiT
 from nanosd3.storage import training_state
 from nanosd3.storage.files import read_tensors
@@ -34,6 +35,10 @@ WAYS = [
     {"name": f"{mode}{accumulate}", "mode": mode, "accumulate": accumulate}
     for mode in ("ddp", "fsdp")
     for accumulate in (1, 2)
+]
+MUON = [
+    {"name": "muon-ddp", "mode": "ddp", "optimizer": "muon"},
+    {"name": "muon-fsdp", "mode": "fsdp", "optimizer": "muon"},
 ]
 
 
@@ -106,12 +111,12 @@ def trained_by(processes: int, folder: Path, ways: list[dict] = WAYS) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    return trained_by(2, tmp_path_factory.mktemp("two"))
+    return trained_by(2, tmp_path_factory.mktemp("two"), [*WAYS, *MUON])
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> Path:
-    return trained_by(4, tmp_path_factory.mktemp("four"))
+    return trained_by(4, tmp_path_factory.mktemp("four"), [*WAYS, *MUON])
 
 
 def test_synthetic_data_exercises_everything(alone):
@@ -128,6 +133,30 @@ def test_synthetic_data_exercises_everything(alone):
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way["name"])
 def test_many_processes_train_what_one_trains(alone, request, processes, way):
     assert_same_run(request.getfixturevalue(processes) / way["name"], alone)
+
+
+@pytest.fixture(scope="module")
+def muon_alone(tmp_path_factory, monkeypatch_module) -> Path:
+    """The same training with Muon, in a single process."""
+    folder = tmp_path_factory.mktemp("muon")
+    child.train(folder, SINGLE_PROCESS, "run", optimizer="muon")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("processes", ["two", "four"])
+@pytest.mark.parametrize("way", MUON, ids=lambda way: way["name"])
+def test_muon_sees_whole_matrices_however_they_are_sharded(muon_alone, request, processes, way):
+    """The halves or quarters of a matrix, each made orthogonal by itself, would be another step."""
+    assert_same_run(request.getfixturevalue(processes) / way["name"], muon_alone)
+
+
+def test_muon_is_another_training_and_resumes_to_the_same_bytes(alone, muon_alone, tmp_path):
+    assert losses(muon_alone) != losses(alone)
+    with pytest.raises(Interrupted):
+        child.train(tmp_path, SINGLE_PROCESS, "run", 3, "SIGTERM", optimizer="muon")
+    child.train(tmp_path, SINGLE_PROCESS, "run", optimizer="muon")
+    for file in ("flow.safetensors", "log.jsonl"):
+        assert (tmp_path / "run" / file).read_bytes() == (muon_alone / file).read_bytes(), file
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,10 @@ def train(
     name: str,
     stop_at: int = -1,
     stop_by: str = "",
+    optimizer: str = "adamw",
     **compute: Any,
 ) -> None:
-    """Run the flow stage in FOLDER/name, with these fields of Compute.
+    """Run the flow stage in FOLDER/name, with this optimizer and these fields of Compute.
 
     After step `stop_at` the last process sends itself the signal `stop_by`.
     """
@@ -81,7 +82,9 @@ def train(
     group.barrier()
     data = SyntheticData()
     run = Run.read(folder / name)
-    task = stages.Job(run, CONFIG, data, group.device, 0, group, Compute(**compute))
+    training = replace(CONFIG.training, flow=replace(FLOW, optimizer=optimizer))
+    config = replace(CONFIG, training=training)
+    task = stages.Job(run, config, data, group.device, 0, group, Compute(**compute))
 
     def watch(step, average):
         if step == stop_at and group.rank == group.size - 1:
