@@ -13,8 +13,8 @@ from typing import BinaryIO, TypeGuard
 
 from torch import Tensor
 
-from nanosd3.errors import InputError
-from nanosd3.official.pickles import Call, NotData, PickledTensor, Storage, follow
+from nanosd3.errors import InputError, shortened
+from nanosd3.official.pickles import DENSE, Call, NotData, PickledTensor, Storage, follow
 from nanosd3.official.tensors import StoredTensor
 from nanosd3.storage.mapped import Place
 
@@ -25,6 +25,7 @@ OTHER_TENSORS = {
     "_rebuild_nested_tensor": "nested",
     "_rebuild_qtensor": "quantised",
     "_rebuild_meta_tensor_no_storage": "without numbers (on the meta device)",
+    **dict.fromkeys(DENSE, "conjugated or negated by a flag"),
 }
 
 
@@ -45,7 +46,7 @@ class Archive:
             raise InputError(f"{self.path}: tensor {name!a} is {kind}; expected a dense one")
         shape, stride, offset, dtype = tensor.shape, tensor.stride, tensor.offset, tensor.dtype
         plain = all(type(n) is int and 0 <= n < 2**62 for n in (offset, *shape, *stride))
-        if not plain or len(shape) != len(stride) or len(shape) > 8:
+        if not plain or len(shape) != len(stride) or len(shape) > 64:
             raise InputError(f"{self.path}: tensor {name!a} has an impossible shape or stride")
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         used = 0 if 0 in shape else last + 1
@@ -80,7 +81,7 @@ def read_archive(path: Path) -> Archive:
             "use a .safetensors file, or re-save the tensors alone if you trust it"
         ) from None
     except Exception as error:  # a damaged file can raise anything in the parsers
-        reason = (str(error).splitlines() or [""])[0][:100] or type(error).__name__
+        reason = shortened(str(error), 100) or type(error).__name__
         raise InputError(f"{path}: damaged or not a checkpoint ({reason})") from None
 
 
@@ -89,7 +90,9 @@ def read_zip(path: Path, file: BinaryIO) -> Archive:
     archive = Archive(path)
     with zipfile.ZipFile(file) as members:
         entries = {entry.filename: entry for entry in members.infolist()}
-        index = next(name for name in entries if name.endswith("/data.pkl"))
+        index = next((name for name in entries if name.endswith("/data.pkl")), None)
+        if index is None:
+            raise ValueError("a zip archive without a data.pkl")
         for entry in entries.values():
             if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
                 raise InputError(f"{path}: is compressed, as PyTorch never does; use another file")
@@ -100,14 +103,14 @@ def read_zip(path: Path, file: BinaryIO) -> Archive:
         if order in entries and members.read(order) != b"little":
             raise InputError(f"{path}: holds big-endian numbers; expected little-endian ones")
         archive.content = follow(io.BytesIO(members.read(index)))
+        end = file.seek(0, io.SEEK_END)
     for name, entry in entries.items():
         if name.startswith(folder + "data/"):
             file.seek(entry.header_offset + 26)  # lengths of the name and of an extra field
             lengths = file.read(4)
-            skip = (
-                30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-            )
-            place = (entry.header_offset + skip, entry.file_size)
+            start = entry.header_offset + 30
+            start += int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+            place = (start, min(entry.file_size, end - start))
             archive.places[name.removeprefix(folder + "data/")] = place
     return archive
 
@@ -128,7 +131,8 @@ def read_legacy(path: Path, file: BinaryIO) -> Archive:
         raise InputError(f"{path}: holds big-endian numbers; expected little-endian ones")
     archive.content = follow(head, storages)
     keys = follow(head)
-    assert isinstance(keys, list)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError("no list of its storages")
     start, end = head.tell(), file.seek(0, io.SEEK_END)
     for key in keys:
         file.seek(start)

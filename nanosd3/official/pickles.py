@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 MOST_STEPS = 2_000_000  # of the stack machine; the largest released model takes a tenth
+LONGEST_NAME = 200  # characters of a module and a function; a name may be referred to many times
 
 STORAGES = {  # by the name of their class
     "DoubleStorage": torch.float64,
@@ -75,7 +76,7 @@ class PickledTensor:
 
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-VALUES = ("INT", "LONG", "FLOAT", "UNICODE", "STRING", "BYTES", "BYTEARRAY8")  # with prefixes
+VALUES = ("INT", "LONG", "FLOAT", "UNICODE", "STRING", "BYTES", "BYTEARRAY")  # with prefixes
 MARK = object()
 
 
@@ -95,7 +96,10 @@ def follow(source: io.BytesIO, storages: dict[str, Storage] | None = None) -> ob
         if name in CONSTANTS:
             stack.append(CONSTANTS[name])
         elif name.endswith(("PUT", "MEMOIZE")):
-            memo[len(memo) if name == "MEMOIZE" else value] = stack[-1]
+            place = len(memo) if name == "MEMOIZE" else int(value or 0)
+            if not 0 <= place <= MOST_STEPS:  # large numbers may all have the same hash
+                raise ValueError("an object of an impossible number")
+            memo[place] = stack[-1]
         elif name.endswith("GET"):
             stack.append(memo[value])
         elif name == "MARK":
@@ -170,43 +174,69 @@ def dictionary(items: Iterable) -> dict:
 
 def qualified(stack: list) -> str:
     """The name of a global whose module and name are on the stack."""
-    name = stack.pop()
-    return f"{stack.pop()}.{name}"
+    name, module = stack.pop(), stack.pop()
+    if not isinstance(module, str) or not isinstance(name, str):  # which may take forever to write
+        raise ValueError("a function whose name is no text")
+    return f"{module}.{name}"
 
 
 def known_name(qualified_name: str) -> Call:
     """A global of state dicts, as a call without arguments. Raises NotData for any other."""
     module, _, name = qualified_name.rpartition(".")
     known = module in MODULES or (module in ("builtins", "__builtin__") and name in BUILTINS)
-    if not known:
+    if not known or len(qualified_name) > LONGEST_NAME:
         raise NotData(qualified_name)
     return Call(name, ())
 
 
 def storage_of(reference: tuple) -> Storage:
     """The storage of a persistent id: ("storage", class, key, device, number of elements, ...)."""
-    kind, storage, key, _, count, *_ = reference
+    if type(reference) is not tuple or len(reference) not in (5, 6):  # a copy of more takes long
+        raise ValueError("a storage of unknown kind")
+    kind, storage, key, _, count, *part = reference
+    if type(count) is not int or not 0 <= count < 2**62:
+        raise ValueError("a storage of impossible size")
     dtype = STORAGES.get(storage.function)
-    if kind != "storage" or dtype is None or not isinstance(key, str) or type(count) is not int:
+    if kind != "storage" or dtype is None or not isinstance(key, str):
         raise NotData(f"a storage of class {storage.function}")
+    if part not in ([], [None]):  # as old versions of PyTorch wrote
+        raise NotData("a part of a storage")
     return Storage(key, dtype, count * dtype.itemsize)
 
 
 def noted(function: Call, arguments: tuple) -> object:
     """What a call would give: a tensor's description, a dictionary, else the call itself."""
+    if function.function == "_rebuild_from_type_v2":  # with attributes, as a buffer has
+        function, _, arguments, _ = arguments
     name = function.function
     if name in DENSE:
-        storage, offset, shape, stride = arguments[:4]
-        dtype = storage.dtype
-        if name == "_rebuild_tensor_v3":  # of a type that has no storage class of its own
-            dtype = getattr(torch, arguments[6].function)
-        if not isinstance(dtype, torch.dtype):
-            raise NotData("a tensor without a type")
-        return PickledTensor(storage, dtype, offset, tuple(shape), tuple(stride))
+        return dense_tensor(name, arguments)
     if name in PARAMETERS:
         return arguments[0]
+    if name == "OrderedDict" and arguments:  # as Python 2 writes it
+        made = dictionary(arguments[0])
+        arguments[0].clear()  # else one list could become any number of dictionaries
+        return made
     if name in DICTIONARIES:
-        return dictionary(arguments[-1] if arguments and name == "OrderedDict" else ())
-    if name == "Size":
-        return tuple(arguments[0])
+        return {}
+    if name == "Size" and type(arguments[0]) is tuple:
+        return arguments[0]
     return Call(name, arguments)
+
+
+def dense_tensor(name: str, arguments: tuple) -> PickledTensor | Call:
+    """The tensor that a function of DENSE would give. The call itself if its numbers are not those
+    of the storage, but their conjugates or negatives."""
+    storage, offset, shape, stride, *rest = arguments[:8]
+    # Anything but a tuple would have to be copied, as often as it is referred to.
+    if not isinstance(storage, Storage) or type(shape) is not tuple or type(stride) is not tuple:
+        raise ValueError("a tensor without a storage or a shape")
+    dtype: object = storage.dtype
+    flags = rest[2:]
+    if name == "_rebuild_tensor_v3":  # of a type that has no storage class of its own
+        dtype, flags = vars(torch).get(flags[0].function), flags[1:]
+    if not isinstance(dtype, torch.dtype):
+        raise NotData("a tensor without a type")
+    if any(flags):
+        return Call(name, arguments)
+    return PickledTensor(storage, dtype, offset, shape, stride)

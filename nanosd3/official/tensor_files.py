@@ -5,7 +5,7 @@ until `StoredTensor.read` maps them. The safetensors library checks that the hea
 file. The pickles of checkpoints are followed, not run (pickles.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -48,21 +48,26 @@ def open_weights(path: Path, pickles: bool = True) -> State:
         raise InputError(f"{path}: is a GGUF file, which is not supported; use .safetensors")
     # Pickles start with 0x80, but so may the header length at the start of a safetensors file.
     pickled = start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{"
-    state = open_pickle(path) if pickled and pickles else open_safetensors(path)
-    for name in state:  # which will be printed
+    return open_pickle(path) if pickled and pickles else open_safetensors(path)
+
+
+def check_names(names: Iterable[str], path: Path) -> None:
+    """Raise InputError unless the names, which will be printed, are plain."""
+    for name in names:
         if not name.isprintable() or len(name) > NAME_LENGTH:
             raise InputError(
                 f"{path}: a tensor has a name of {len(name)} characters, some perhaps invisible: "
                 f"{name[:60]!a}; expected a plain name"
             )
-    return state
 
 
 def open_safetensors(path: Path) -> State:
     """The tensors of a safetensors file, by name."""
+    found = places(path)
+    check_names(found, path)
     return {
         name: StoredTensor(name, path, place.shape, place.dtype, place.read)
-        for name, place in places(path).items()
+        for name, place in found.items()
     }
 
 
@@ -80,12 +85,14 @@ def open_pickle(path: Path) -> State:
     archive = read_archive(path)
     if not isinstance(archive.content, dict):
         kind = type(archive.content).__name__
+        kind = {"PickledTensor": "tensor", "Call": "Python object"}.get(kind, kind)
         raise InputError(f"{path}: holds a {kind}, not named tensors")
-    named = {name: archive.stored(name, value) for name, value in named_tensors(archive.content)}
-    if not named:
+    found = dict(named_tensors(archive.content))
+    check_names(found, path)
+    if not found:
         keys = ", ".join(shortened(str(key)) for key in list(archive.content)[:5]) or "nothing"
         raise InputError(f"{path}: holds no named tensors; found {keys}")
-    return named
+    return {name: archive.stored(name, value) for name, value in found.items()}
 
 
 def named_tensors(content: dict) -> Iterator[tuple[str, PickledTensor | Call]]:
@@ -97,6 +104,8 @@ def named_tensors(content: dict) -> Iterator[tuple[str, PickledTensor | Call]]:
             continue
         seen.add(id(part))
         for key, value in part.items():
+            if isinstance(key, str | bytes):
+                key = key[: NAME_LENGTH + 1]  # a long one could be repeated in any number of names
             if isinstance(value, PickledTensor) or is_other_tensor(value):
                 yield f"{prefix}{key}", value
             elif isinstance(value, dict):

@@ -1,8 +1,11 @@
 """No work in proportion to a stranger's number: one line for each, before anything is built."""
 
+import io
+import itertools
 import json
 import os
 import shutil
+import tracemalloc
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -361,10 +364,13 @@ def ckpt(tmp_path: Path, content: object, **storages: bytes) -> Path:
 
 
 def tensors_of_kinds() -> dict[str, torch.Tensor]:
+    numbers = torch.tensor([1j, 2j])
     return {
         "sparse": torch.eye(3).to_sparse(),
         "nested": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
         "meta": torch.empty(3, device="meta"),
+        "conjugated": numbers.conj(),
+        "negated": numbers.conj().imag,
     }
 
 
@@ -387,7 +393,12 @@ def test_tensors_that_are_not_dense(asked, tmp_path):
         ({"a": Rebuilt(Storage("0", 4), 0, (2**70,), (0,), False, None)}, "an impossible shape"),
         ({"a": Rebuilt(Storage("0", 4), 0, (2.0,), (1,), False, None)}, "an impossible shape"),
         ({"a": Rebuilt(Storage("0", 4), 0, (1,) * 99, (1,) * 99, False, None)}, "an impossible"),
+        ({"a": Rebuilt(Storage("0", 4), 0, [1], (1,), False, None)}, "a tensor without"),
+        ({"a": Rebuilt(Storage("0", 4), 0, "1", (1,), False, None)}, "a tensor without"),
+        ({"a": Rebuilt(dense(Storage("0", 4), 4), 0, (1,), (1,), False, 0)}, "a tensor without"),
+        ({"a": dense(Storage("0", 2**70), 4)}, "a storage of impossible size"),
         ([1, 2], "holds a list, not named tensors"),
+        (dense(Storage("0", 4), 4), "holds a tensor, not named tensors"),
         (b"\x80\x02}", "damaged or not a checkpoint"),
         (b"\x80\x02]" + b"(" * 3000, "more than 2,000 objects"),
         (b"\x80\x02" + b"}" * 2**25, "has 34 MB, more than any model's"),
@@ -398,6 +409,9 @@ def test_tensors_that_are_not_dense(asked, tmp_path):
         (b"\x80\x02cbuiltins\neval\n(X\x01\x00\x00\x001tR.", "holds pickled Python objects"),
         (b"\x80\x02cos\nsystem\n(X\x01\x00\x00\x001tR.", "holds pickled Python objects"),
         (b"\x80\x02}))\x85\x85\x85s.", "holds pickled Python objects"),
+        (b"\x80\x04)" + b"q\x00h\x00\x86" * 18 + b"N\x93.", "a function whose name is no text"),
+        (b"\x80\x04X\x05\0\0\0torchX\0\1\0\0" + b"x" * 256 + b"\x93.", "holds pickled Python"),
+        (b"\x80\x02}p%d\n." % (2**61 - 1), "an object of an impossible number"),
     ],
 )
 def test_pickles_that_ask_for_more_than_they_hold(asked, tmp_path, monkeypatch, content, message):
@@ -417,6 +431,61 @@ def test_pickles_that_inflate(asked, tmp_path):
     assert "holds no named tensors; found a" in asked(ckpt(tmp_path, three))
     wide = {"a": Rebuilt(Storage("0", 1), 0, (2**20, 2**20), (0, 0), False, None)}
     assert open_weights(ckpt(tmp_path, wide, **{"0": bytes(4)}))["a"].nbytes == 2**42
+
+
+def test_one_list_is_copied_once():
+    """To an OrderedDict, of which Python 2 writes the content as a list."""
+    pair = b"](X\x01\0\0\0aK\1\x86eq\1"
+    made = b"ccollections\nOrderedDict\nq\2h\1\x85Rh\2h\1\x85R"
+    program = io.BytesIO(b"\x80\x02" + pair + made + b"\x86.")
+    assert pickles.follow(program) == ({"a": 1}, {})
+
+
+def test_long_names_of_dictionaries_are_not_repeated(asked, tmp_path):
+    weight = dense(Storage("0", 4), 4)
+    content = {"k" * 10**6: dict.fromkeys(map(str, range(1000)), weight)}
+    tracemalloc.start()
+    assert "a tensor has a name of 503 characters" in asked(ckpt(tmp_path, content))
+    assert tracemalloc.get_traced_memory()[1] < 10**8
+    tracemalloc.stop()
+
+
+def test_the_type_of_a_tensor_is_no_module_to_import(asked, tmp_path, monkeypatch):
+    """PyTorch imports some of its modules when they are asked for by name."""
+    monkeypatch.setattr(torch, "__getattr__", lambda name: pytest.fail(f"asked for {name}"))
+    rebuild = torch._utils._rebuild_tensor_v3
+    arguments = (Storage("0", 4), 0, (4,), (1,), False, None, torch.float16)
+    program = checkpoints.pickled({"a": Rebuilt(*arguments, function=rebuild)})
+    assert b"ctorch\nfloat16\n" in program
+    for name in (b"_dynamo_of_another_day", b"\x1b[31mred"):
+        other = program.replace(b"ctorch\nfloat16\n", b"ctorch\n" + name + b"\n")
+        assert "a tensor without a type" in asked(ckpt(tmp_path, other))
+
+
+def test_a_part_of_a_storage_is_refused(asked, tmp_path):
+    """As old versions of PyTorch wrote; its first number is not the storage's."""
+    storage = Storage("0", 4)
+    storage.reference += (("1", 2, 2),)
+    path = ckpt(tmp_path, {"a": dense(storage, 2)}, **{"0": bytes(16)})
+    assert "a part of a storage" in asked(path)
+
+
+def test_a_zip_archive_of_wrong_sizes(asked, tmp_path):
+    """Of a storage beyond the end of the file; of no checkpoint at all."""
+    path = ckpt(tmp_path, {"a": dense(Storage("0", 2**14 + 4), 2**14 + 4)}, **{"0": bytes(16)})
+    content, size = path.read_bytes(), bytes([16, 0, 0, 0] * 2)  # once before it, once at the end
+    path.write_bytes(content.replace(size, bytes([16, 0, 1, 0] * 2)))
+    assert content.count(size) == 2 and "tensor 'a' is cut short" in asked(path)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a.txt", "x")
+    assert "a zip archive without a data.pkl" in asked(path)
+
+
+def test_keys_of_legacy_storages_are_text(asked, tmp_path):
+    """Others may take forever to hash or to write."""
+    for key in (2**40000, (), ((),)):
+        checkpoints.legacy_checkpoint(tmp_path / "m.ckpt", {}, key, 1)
+        assert "(no list of its storages)" in asked(tmp_path / "m.ckpt")
 
 
 def test_a_legacy_file_whose_storage_is_cut_short(asked, tmp_path):
@@ -441,10 +510,14 @@ def test_strides_offsets_and_types(tmp_path):
         "float8": base.to(torch.float8_e4m3fn),
         "bfloat16": base.bfloat16(),
         "flags": base > 3,
+        "buffer": torch.nn.Buffer(base[:2]),  # which has attributes of its own
+        "dimensions": base.view((1,) * 9 + (24,)),
     }
-    for zipped in (True, False):
-        torch.save({"state_dict": content, "step": 7, "type": torch.float16, "size": base.size()},
-                   tmp_path / "m.ckpt", _use_new_zipfile_serialization=zipped)  # fmt: skip
+    whole = {"state_dict": content, "step": 7, "type": torch.float16, "size": base.size(),
+             "bytes": b"1", "array": bytearray(b"2"), "set": {3}, "complex": 4j}  # fmt: skip
+    for zipped, protocol in itertools.product((True, False), (2, 3, 4, 5)):
+        torch.save(whole, tmp_path / "m.ckpt", pickle_protocol=protocol,
+                   _use_new_zipfile_serialization=zipped)  # fmt: skip
         state = open_weights(tmp_path / "m.ckpt")
         assert state.keys() == {f"state_dict.{name}" for name in content}
         for name, tensor in state.items():
