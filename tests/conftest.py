@@ -20,6 +20,7 @@ def one_thread():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanosd3.machine.device.cores", lambda: 1)
         patch.setattr("nanosd3.training.report.EXACT_STEPS", 20)
+        patch.setattr("nanosd3.training.report.SOLVER_EVALUATIONS", (5, 9))
         yield
 
 

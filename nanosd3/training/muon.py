@@ -10,8 +10,12 @@ they are and maps each singular value s to  a s + b s^3 + c s^5;  a few rounds o
 take all of (0, 1] near 1. Matrices of one shape are computed together.
 
 Two details matter here. A fused layer is several matrices, one above the other (queries, keys and
-values), which have nothing to do with each other: each is made orthogonal by itself. And a step is as long as AdamW's, 0.2 lr a number (root mean square), whatever the
-shape, so that both use rates of the same size (arXiv 2502.16982).
+values), which have nothing to do with each other: each is made orthogonal by itself. And a step is
+as long as AdamW's, 0.2 lr a number (root mean square) whatever the shape, so that both use rates of
+the same size (arXiv 2502.16982).
+
+torch.optim.Muon is the same but for three things: it knows no fused layers, takes the matrices one
+by one, and multiplies in bfloat16, which most CPUs emulate.
 """
 
 import torch

@@ -33,6 +33,7 @@ from nanosd3.training.evaluation import Scorer, draw_prompts, to_digits
 from nanosd3.training.stages import Job
 from nanosd3.training.train_flow import every_so_often
 
+PREVIEWS = 10  # a run
 RECONSTRUCTION_BATCH = 50
 TERMINAL_SAMPLES = 5
 EXACT_STEPS = 100  # of Heun, for the solution that solvers are compared with
@@ -107,7 +108,7 @@ def previews(
     job: Job, features: Features, prompts: list[str]
 ) -> Callable[[int, ParallelModel], None]:
     """A callback for `train_flow` that draws `prompts` at the evaluation interval."""
-    every = every_so_often(job.training.flow.steps)
+    every = every_so_often(job.training.flow.steps, PREVIEWS)
 
     def watch(step: int, average: ParallelModel) -> None:
         if (step + 1) % every == 0:

@@ -29,7 +29,8 @@ from nanosd3.training.loop import StepRNG, fit
 from nanosd3.training.stages import CHUNK, Job, build, finish, last_loss
 from nanosd3.training.throughput import Throughput
 
-VALIDATION_TIMES = 8  # equally spaced
+VALIDATION_TIMES = 8  # equally spaced t
+VALIDATIONS = 5  # a run
 Watch = Callable[[int, ParallelModel], None]
 Network = nn.Module | Callable[..., Tensor]
 
@@ -172,7 +173,7 @@ def fit_flow(
     """Train `network` and its `average` in place; log validation losses and throughput."""
     recipe = job.training.flow
     throughput = Throughput(job.run, job.config.mmdit, network)
-    interval = every_so_often(recipe.steps)
+    interval = every_so_often(recipe.steps, VALIDATIONS)
 
     def counted(z: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
         throughput.seen(z, context)
@@ -195,6 +196,6 @@ def fit_flow(
     fit(job.run, "flow", network.module, loss_of, recipe, job.seed, ema, decay, after, network)
 
 
-def every_so_often(steps: int) -> int:
-    """Evaluation interval in steps: ten times a run, and at least every 5,000 steps."""
-    return min(-(-steps // 10), 5000)
+def every_so_often(steps: int, times: int) -> int:
+    """An interval in steps: `times` times a run, and at least every 5,000 steps."""
+    return min(-(-steps // times), 5000)

@@ -257,9 +257,9 @@ lines(
 #
 # ## 6. The whole run
 #
-# The loss of a batch depends on the times that were drawn for it. So ten times in a run the package
-# evaluates **held-out** images, which are never trained on, at eight equally spaced times, always
-# with the same captions and noise. The log keeps these losses: `validation` for the weights
+# The loss of a batch depends on the times that were drawn for it. So the package evaluates, five
+# times in a run, **held-out** images, which are never trained on, at eight equally spaced times,
+# always with the same captions and noise. The log keeps these losses: `validation` for the weights
 # themselves, `validation_ema` for their average. (They are lower than in training, since here the
 # latents are the encoder's means, without its own noise, which no network can predict.)
 #

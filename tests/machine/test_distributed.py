@@ -129,7 +129,7 @@ def test_synthetic_data_exercises_everything(alone):
     assert sum(held_out[-8:]) < sum(held_out[:8])
 
 
-@pytest.mark.parametrize("processes", ["two", "four"])
+@pytest.mark.parametrize("processes", ["two", pytest.param("four", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way["name"])
 def test_many_processes_train_what_one_trains(alone, request, processes, way):
     assert_same_run(request.getfixturevalue(processes) / way["name"], alone)
@@ -143,7 +143,7 @@ def muon_alone(tmp_path_factory, monkeypatch_module) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("processes", ["two", "four"])
+@pytest.mark.parametrize("processes", ["two", pytest.param("four", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", MUON, ids=lambda way: way["name"])
 def test_muon_sees_whole_matrices_however_they_are_sharded(muon_alone, request, processes, way):
     """The halves or quarters of a matrix, each made orthogonal by itself, would be another step."""
@@ -223,6 +223,7 @@ def test_a_signal_to_one_stops_all_with_everything_saved(two, tmp_path):
         assert ours.read_bytes() == theirs.read_bytes(), file
 
 
+@pytest.mark.slow
 def test_saved_by_four_loaded_by_two_and_by_one(four, tmp_path):
     way = {"name": "fsdp1", "mode": "fsdp"}
     scenario = {**way, "stop_at": 4, "stop_by": "SIGKILL"}

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,19 +16,20 @@ import nanosd3
 from nanosd3 import bench
 from nanosd3.config import CONFIGS
 from nanosd3.errors import InputError
-from nanosd3.measure.cuda import command, correct, sampling, worker
+from nanosd3.measure.cuda import command, correct, sampling, training, worker
 from nanosd3.measure.cuda.result import Check, Row, Setting, at_least, at_most, relative_error
 from nanosd3.measure.random_models import random_inputs, random_model
 
 CPU = torch.device("cpu")
+ROOT = Path(nanosd3.__file__).parent.parent
 SMALL = ["cuda", "--device", "cpu", "--config", "tiny", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
 def results(tiny_run, tmp_path_factory):
-    """Results of all checks at toy size, but for the second precision of the main job."""
+    """Results of all checks at toy size, but for the main job, which is a run like `tiny_run`."""
     out = tmp_path_factory.mktemp("cuda") / "cuda.json"
-    names = [check.name for check in command.CHECKS if check.name != "main-job-float32"]
+    names = [check.name for check in command.CHECKS if not check.name.startswith("main-job")]
     options = ["--out", str(out), "--budget", "1000", "--run", str(tiny_run), "--only", *names]
     status = bench.main([*SMALL, *options])
     content = json.loads(out.read_text())
@@ -37,7 +39,7 @@ def results(tiny_run, tmp_path_factory):
 
 def test_every_check_passes(results):
     out, entries = results
-    assert len(entries) == len(command.CHECKS) - 1
+    assert len(entries) == len(command.CHECKS) - 2
     for name, entry in entries.items():
         assert entry["state"] == "passed", (name, entry["reason"], out.with_suffix(".log"))
         assert entry["rows"] and entry["seconds"] > 0
@@ -51,11 +53,39 @@ def test_correctness_has_limits_and_small_configs_have_no_goals(results):
     assert not any(row["goal"] for entry in entries.values() for row in entry["rows"])
 
 
+def test_main_job(tiny_run, tmp_path, monkeypatch):
+    """The command it starts, and the rows it reads from the run."""
+    started = []
+
+    def finished(command, env, check):
+        started.append((command, env))
+        shutil.copytree(tiny_run, tmp_path / "run")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(training.subprocess, "run", finished)
+    setting = Setting(CPU, tmp_path, "tiny")
+    rows = {row.what: row for row in training.train_mnist(setting, "bfloat16", tmp_path / "run")}
+    ((words, environment),) = started
+    assert words[:2] == [sys.executable, str(ROOT / "train_mnist.py")]
+    assert words[2:] == [*("--out", str(tmp_path / "run"), "--fresh", "--config", "tiny"),
+                         *("--threads", "1")]  # fmt: skip
+    assert environment["PYTHONPATH"] == str(ROOT) and environment["CUDA_VISIBLE_DEVICES"] == ""
+    metrics = json.loads((tiny_run / "metrics.json").read_text())
+    assert rows["float32: flow"].value == metrics["stages"]["flow"]["seconds"]
+    assert rows["float32: prompt accuracy"].value == metrics["prompt_accuracy"]
+    distance = rows["float32: Frechet distance, relative to real images"]
+    assert distance.value == metrics["frechet_ratio_to_real"]
+    monkeypatch.setattr(
+        training.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 3)
+    )
+    with pytest.raises(RuntimeError, match="failed with exit status 3"):
+        list(training.main_job(setting))
+
+
 def test_the_commit_is_recorded(results):
-    root = Path(nanosd3.__file__).parent.parent
-    git = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     content = json.loads(results[0].read_text())
-    if (root / ".git").exists() and shutil.which("git"):
+    if (ROOT / ".git").exists() and shutil.which("git"):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
         assert commit[:7] in content["commit"]
     else:

@@ -102,10 +102,11 @@ def test_padded():
 
 
 def test_every_so_often():
-    """Ten times, at every step of a very short run, and every 5000 in a long one."""
-    assert [every_so_often(steps) for steps in (1, 9, 10, 12, 3000, 10**6)] == [
+    """So many times, at every step of a very short run, and every 5000 in a long one."""
+    assert [every_so_often(steps, 10) for steps in (1, 9, 10, 12, 3000, 10**6)] == [
         1, 1, 1, 2, 300, 5000
     ]  # fmt: skip
+    assert [every_so_often(steps, 5) for steps in (1, 9, 3000)] == [1, 2, 600]
 
 
 def test_time_shift():
