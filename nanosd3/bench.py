@@ -5,11 +5,13 @@
     python -m nanosd3.bench memory --config sd3-medium       peak memory of a whole run
     python -m nanosd3.bench growth --out growth.png          training steps of many sizes
     python -m nanosd3.bench table --config sd3.5-large       predicted memory of a training step
+    python -m nanosd3.bench frontier runs/mnist              how good a trained model is
     python -m nanosd3.bench cuda                             everything, on a GPU
 
-Weights are random, which changes neither time nor memory. Text encoders have their full width but
-few layers (`forward --layers`), since all their layers cost the same. Memory is that of all tensors
-alive at the peak. How measurements are made is in measure/; here are the options and the printing.
+Weights are random, which changes neither time nor memory; only `frontier` is about a trained model.
+Text encoders have their full width but few layers (`forward --layers`), since all their layers cost
+the same. Memory is that of all tensors alive at the peak. How measurements are made is in measure/;
+here are the options and the printing.
 """
 
 import argparse
@@ -30,10 +32,13 @@ from nanosd3.measure.costs import parameters, training_flops
 from nanosd3.measure.cuda import command
 from nanosd3.measure.generate_memory import measure_run
 from nanosd3.measure.random_models import patches_per_side, text_tokens, with_depth, with_layers
+from nanosd3.pipeline import Pipeline
+from nanosd3.storage.run import Run
 from nanosd3.text import ENCODERS
-from nanosd3.training import figures
+from nanosd3.training import evaluation, figures
 from nanosd3.weights import PRECISIONS
 
+READ_AS_ASKED = 0.993  # what the classifier reads of real images, about
 NAMES = {
     "mmdit": "transformer",
     "vae": "VAE decode",
@@ -160,6 +165,37 @@ def bench_table(args: argparse.Namespace) -> None:
     print(f"{table}\n{'here':18}{gigabytes:10.2f} {source}")
 
 
+def bench_frontier(args: argparse.Namespace) -> None:
+    """Accuracy and Frechet distance of a finished run of train_mnist.py, along the guidance scale,
+    on draws of prompts and noise of its own: a table, and a plot of one against the other."""
+    run, out = Run.read(args.run), args.out or args.run / "frontier.png"
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise InputError(f"--out {out}: expected a .png file in an existing folder")
+    if any(not 0 <= guidance < float("inf") for guidance in args.guidance):
+        raise InputError("--guidance: expected numbers of at least 0")
+    device = set_up(args.threads)
+    scorer = evaluation.open_scorer(run, args.data, device)
+    pipeline = Pipeline.load(args.run, device)
+    seeds = range(1, args.draws + 1)
+    print("| guidance | accuracy | distance / floor | of each draw |\n| --- | --- | --- | --- |")
+    points = []
+    for guidance in sorted(set(args.guidance)):
+        (point,) = evaluation.frontier(scorer, pipeline, [guidance], args.count, seeds)
+        draws = zip(point.accuracies, point.ratios, strict=True)
+        each = "; ".join(f"{accuracy:.1%}, {ratio:.2f}" for accuracy, ratio in draws)
+        row = f"| {guidance:g} | {point.accuracy:.2%} | {point.ratio:.2f} | {each} |"
+        print(row, flush=True)
+        points.append(point)
+    rows = [(p.guidance, p.accuracy, p.ratio) for p in points]
+    figures.plot_frontier(rows, run.stages["judge"]["accuracy"], out)
+    if found := evaluation.at_accuracy(points, READ_AS_ASKED):
+        print(
+            f"{READ_AS_ASKED:.1%} are read as asked at guidance {found[0]:.2f}, where the "
+            f"distance is {found[1]:.2f} times that of real images"
+        )
+    print(out)
+
+
 # --- the command line ----------------------------------------------------------------------------
 
 COMMANDS = {
@@ -168,6 +204,7 @@ COMMANDS = {
     "memory": bench_memory,
     "growth": bench_growth,
     "table": bench_table,
+    "frontier": bench_frontier,
 }
 
 
@@ -213,7 +250,18 @@ def parsers() -> dict[str, Parser]:
         help=default,
     )
     add("table", "--checkpointing", action="store_true", help="recompute blocks in backward")
-    add("forward train growth", "--threads", type=positive, help="(default: all usable cores)")
+    add("frontier", "run", type=Path, help="folder of a finished run of train_mnist.py")
+    add("frontier", "--data", type=Path, help="the run's images (default: the packaged MNIST)")
+    add("frontier", "--guidance", type=float, nargs="+", default=(1.2, 1.4, 1.6, 1.8), help=default)
+    add("frontier", "--draws", type=positive, default=3, help=f"of prompts and noise {default}")
+    add("frontier", "--count", type=positive, default=1000, help=f"samples of a draw {default}")
+    add("frontier", "--out", type=Path, metavar="FILE.png", help="(default: in the run folder)")
+    add(
+        "forward train growth frontier",
+        "--threads",
+        type=positive,
+        help="(default: all usable cores)",
+    )
     made["growth"].set_defaults(batch=8)
     made["table"].set_defaults(batch=1)
     return made

@@ -11,18 +11,23 @@ pair of numbers says little about a model; the frontier, both along the guidance
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanosd3.data.mnist import SIDE, to_model, to_uint8
+from nanosd3.config_types import config_from_dict
+from nanosd3.data.mnist import SIDE, load_images, to_model, to_uint8
 from nanosd3.data.sources import Digits
+from nanosd3.errors import InputError
 from nanosd3.pipeline import Pipeline
 from nanosd3.random_streams import rng
+from nanosd3.storage.files import load_weights
+from nanosd3.storage.run import Run
 from nanosd3.training.classifier import CLASSIFIER_SIZE, ConvNet, thumbnails
 from nanosd3.training.metrics import frechet_distance
-from nanosd3.training.stages import in_chunks
+from nanosd3.training.stages import in_chunks, training_of
 
 
 def to_digits(images: Tensor) -> Tensor:
@@ -99,6 +104,23 @@ class Scorer:
         accuracy = (predicted == draw.labels).float().mean().item()
         floor = self.distance(self.source.images.train_images[draw.chosen])
         return Score(accuracy, frechet_distance(features, self.test), floor)
+
+
+def open_scorer(run: Run, data: Path | None, device: torch.device) -> Scorer:
+    """The classifier of a finished run of train_mnist.py, with the images it was trained on.
+
+    Raises InputError if the run is not one, is not finished, or has other data.
+    """
+    if "judge" not in run.stages or "samples" not in run.stages:
+        raise InputError(f"{run.folder}: expected a finished run of train_mnist.py")
+    config = config_from_dict(run.identity["config"], run.folder / "run.json")
+    training = training_of(config)
+    source = Digits(load_images(data).first(training.train_images, training.test_images), config)
+    if source.fingerprint != run.identity["data"]:
+        raise InputError(f"{run.folder}: trained on other images; name their folder with --data")
+    classifier = ConvNet(len(source.images.names))
+    load_weights(classifier, run.folder / "judge.safetensors")
+    return Scorer(source, classifier.requires_grad_(False).eval().to(device), device)
 
 
 # --- the frontier ---------------------------------------------------------------------------------

@@ -213,6 +213,29 @@ def plot_samplers(errors: dict[str, list[tuple[int, float]]], path: Path) -> Non
     save_plot(figure, path)
 
 
+def plot_frontier(points: list[tuple[float, float, float]], real: float, path: Path) -> None:
+    """Plot (guidance, accuracy, distance relative to the floor) as distance against accuracy;
+    `real` is the accuracy of the classifier on real images."""
+    figure, (axis,) = new_figure(5.5, 1)
+    _, accuracies, ratios = zip(*points, strict=True)
+    axis.plot([100 * a for a in accuracies], ratios, "k-o", markersize=5)
+    for guidance, accuracy, ratio in points:
+        place = 100 * accuracy, ratio
+        axis.annotate(
+            f"{guidance:g}", place, xytext=(-6, 5), textcoords="offset points", ha="right"
+        )
+    axis.axvline(100 * real, color="0.6", linestyle=":", label="real images, read correctly")
+    axis.axhline(1, color="0.6", linestyle="--", label="real images, distance")
+    axis.set_ylim(bottom=0)
+    axis.set(
+        xlabel="samples read as asked (%)",
+        ylabel="Frechet distance / that of real images",
+        title="Along the guidance scale",
+    )
+    axis.legend(loc="upper left")
+    save_plot(figure, path)
+
+
 # Points of a cost curve: size, seconds, gigabytes.
 Costs = list[tuple[int, float, float]]
 
