@@ -73,11 +73,11 @@ def study(depth: int) -> Config:
 MNIST_TRAINING = Training(
     train_images=60000,
     test_images=10000,
-    judge=Recipe(steps=800, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
-    autoencoder=Recipe(steps=450, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
-    clip=Recipe(steps=350, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
-    t5=Recipe(steps=300, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
-    flow=Recipe(steps=5200, batch=128, lr=1e-2, warmup=100, weight_decay=0.0),
+    judge=Recipe(steps=600, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
+    autoencoder=Recipe(steps=300, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
+    clip=Recipe(steps=300, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
+    t5=Recipe(steps=250, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
+    flow=Recipe(steps=2300, batch=128, lr=1e-2, warmup=100, weight_decay=0.0, optimizer="muon"),
     kl_weight=1e-2,
     time_mean=0.8,  # more towards noise than SD3's 0: there it is decided which digit it is
     time_std=1.0,

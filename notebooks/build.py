@@ -25,7 +25,8 @@ if "google.colab" in sys.modules and not os.path.exists("lab.py"):
     assert repository, "put the URL of the repository between the quotes above"
     !git clone --quiet --depth 1 {{repository}} nanosd3
     %cd nanosd3/notebooks
-sys.path[:0] = [os.path.abspath(".."), os.path.abspath(".")]"""
+sys.path[:0] = [os.path.abspath(".."), os.path.abspath(".")]
+import nanosd3  # before torch: on a busy machine, threads that wait then leave it their core"""
 FORMATTER_PRAGMA = re.compile(r"  # fmt: skip$", re.MULTILINE)  # clutter for a reader
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 

@@ -84,7 +84,7 @@ def lesson_config() -> Config:
     training = config.training
     assert isinstance(training, Training)  # None for models that are only sampled
     steps = pick(
-        {"judge": 400, "autoencoder": 300, "clip": 250, "t5": 200, "flow": 1800},
+        {"judge": 300, "autoencoder": 250, "clip": 200, "t5": 150, "flow": 900},
         {"judge": 20, "autoencoder": 15, "clip": 15, "t5": 15, "flow": 20},
     )
     recipes = {

@@ -114,24 +114,24 @@ lines({k: (range(width, steps + 1), y) for k, y in smooth.items()}, "step",
 # %%
 def restored(run, which="ema"):
     weights = {n.removeprefix(which + "."): w for n, w in run.items() if n.startswith(which)}
-    model = fresh(qk_norm=any("ln_q" in name for name in weights))
+    model = fresh(qk_norm=any("ln_q" in name for name in weights)).requires_grad_(False).eval()
     model.load_state_dict(weights)
-    return model.requires_grad_(False).eval()
+    return model
 
 
 @torch.no_grad()
 def draw(model, scale=2.0, text=None, steps=pick(10, 3), alpha=1.0):  # noqa: B008
     velocity = guided(model, text or conditioning, nothing, scale)
-    z = heun(velocity, pipeline.noise(len(digits), 0, (8, 8)), schedule(steps, alpha))
-    return pipeline.decode(z)
+    noise, times = pipeline.noise(len(digits), 0, (8, 8)), schedule(steps, alpha)
+    return pipeline.decode(heun(velocity, noise, times))
 
 
 # %%
 def compare(drawn, caption):
     rows = {}
     for name, x in drawn.items():
-        correct = sum(a == b for a, b in zip(lesson.classify(x), digits, strict=True))
-        rows[f"{name}: {correct / len(digits):.0%}"] = x[:10]
+        right = [a == b for a, b in zip(lesson.classify(x), digits, strict=True)]
+        rows[f"{name}: {sum(right) / len(digits):.0%}"] = x[:10]
     images(rows, f"{caption} Percentages: accuracy by the classifier.")
 
 
@@ -139,8 +139,7 @@ digits = [i % 10 for i in range(pick(100, 20))]
 prompts = [f"the digit {d}" for d in digits]
 conditioning = pipeline.encode_text(prompts)
 nothing = tuple(torch.zeros_like(x) for x in conditioning)
-right, big = restored(runs["A"]), pipeline.mmdit
-good = draw(big)
+right, big, good = restored(runs["A"]), pipeline.mmdit, draw(pipeline.mmdit)
 
 # %% [markdown]
 # At the end four of the broken runs cannot be told from the correct one, and F, also broken, has
