@@ -171,7 +171,9 @@ assert float(velocity.detach().abs().max()) == 0
 # Around the step there is what every training loop has: AdamW, a warm-up and a cosine schedule for
 # the learning rate, gradient clipping, and an **exponential moving average of the weights** (EMA),
 # which is what we sample from. The package's loop also has the log, a progress bar, checkpoints, a
-# clean stop at Ctrl-C, skipping of steps whose loss is not finite, and data parallelism.
+# clean stop at Ctrl-C, skipping of steps whose loss is not finite, and data parallelism. And it
+# trains most matrices of the digit model with Muon instead of AdamW, in half the steps
+# (`nanosd3/training/muon.py`).
 
 
 # %%
@@ -206,7 +208,7 @@ def loss_of(step_rng):
     return flow_loss(model(interpolate(x0, noise, t), t, *conditioning), x0, noise), {}
 
 
-short = replace(training.flow, steps=8, warmup=4, batch=16)
+short = replace(training.flow, steps=8, warmup=4, batch=16, optimizer="adamw")
 _, by_hand = train_by_hand(copy.deepcopy(model), short)
 run = Run.open(CACHE / "eight-steps", {"config": {"name": "eight"}}, fresh=True)
 fit(run, "flow", model, loss_of, short, seed=0, ema=make_ema(model), ema_decay=0.999)
