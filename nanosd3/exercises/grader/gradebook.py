@@ -42,8 +42,8 @@ def find_hand_ins(folder: Path, written: Path) -> tuple[list[Path], list[str]]:
     for place, folders, names in os.walk(folder, onerror=unreadable):
         here = Path(place)
         entered = [n for n in folders if not is_machinery(n) and not (here / n).is_symlink()]
-        left_out += [f"{(here / n).relative_to(folder).as_posix()}/" for n in folders
-                     if n not in entered]  # fmt: skip
+        skipped = [here / name for name in folders if name not in entered]
+        left_out += [f"{path.relative_to(folder).as_posix()}/" for path in skipped]
         folders[:] = entered
         for name in names:
             path = here / name
