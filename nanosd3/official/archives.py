@@ -13,7 +13,7 @@ from typing import BinaryIO, TypeGuard
 
 from torch import Tensor
 
-from nanosd3.errors import InputError, shortened
+from nanosd3.errors import InputError, shortened, shown
 from nanosd3.official.pickles import DENSE, Call, NotData, PickledTensor, Storage, follow
 from nanosd3.official.tensors import StoredTensor
 from nanosd3.storage.mapped import Place
@@ -43,17 +43,17 @@ class Archive:
         numbers are there."""
         if isinstance(tensor, Call):
             kind = OTHER_TENSORS[tensor.function]
-            raise InputError(f"{self.path}: tensor {name!a} is {kind}; expected a dense one")
+            raise InputError(f"{self.path}: tensor {shown(name)} is {kind}; expected a dense one")
         shape, stride, offset, dtype = tensor.shape, tensor.stride, tensor.offset, tensor.dtype
         plain = all(type(n) is int and 0 <= n < 2**62 for n in (offset, *shape, *stride))
         if not plain or len(shape) != len(stride) or len(shape) > 64:
-            raise InputError(f"{self.path}: tensor {name!a} has an impossible shape or stride")
+            raise InputError(f"{self.path}: tensor {shown(name)} has an impossible shape or stride")
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         used = 0 if 0 in shape else last + 1
         start, size = self.places.get(tensor.storage.key, (0, 0))
         if max(used * dtype.itemsize, tensor.storage.nbytes) > size:
             raise InputError(
-                f"{self.path}: tensor {name!a} is cut short (its storage has {size} bytes)"
+                f"{self.path}: tensor {shown(name)} is cut short (its storage has {size} bytes)"
             )
         place = Place(self.path, start, (used,), dtype)
 

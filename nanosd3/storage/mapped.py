@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, shortened, shown
 from nanosd3.storage.files import parse_json, unreadable
 
 DTYPES = {
@@ -99,7 +99,8 @@ def places(path: Path) -> dict[str, Place]:
     except OSError as error:
         raise unreadable(path, error) from None
     except SafetensorError as error:
-        raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
+        reason = shortened(str(error), 200)
+        raise InputError(f"{path}: damaged or not a safetensors file ({reason})") from None
     entries = parse_json(header, path)
     assert isinstance(entries, dict)  # the library has checked it
     found = {}
@@ -107,7 +108,7 @@ def places(path: Path) -> dict[str, Place]:
         if key == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise InputError(f"{path}: tensor {key!a} has unsupported dtype {entry['dtype']}")
+            raise InputError(f"{path}: tensor {shown(key)} has unsupported dtype {entry['dtype']}")
         start, dtype = begin + entry["data_offsets"][0], DTYPES[entry["dtype"]]
         found[key] = Place(path, start, tuple(entry["shape"]), dtype)
     return found

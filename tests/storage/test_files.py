@@ -1,5 +1,6 @@
 """Files: their modes, what may not be read, long names, what cannot be written."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -16,6 +17,7 @@ from nanosd3.official.export import LAYOUTS, export
 from nanosd3.official.own_runs import read_tokenizers
 from nanosd3.official.tensor_files import open_shards, open_weights
 from nanosd3.storage import files, training_state
+from nanosd3.storage.mapped import places
 from nanosd3.storage.run import Run
 from nanosd3.storage.shards import Shards
 
@@ -138,3 +140,13 @@ def test_a_disk_that_fills_up_while_weights_are_written(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"x: cannot be written \(I/O error: No space left"):
         files.save_tensors(TENSORS, tmp_path / "x")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+
+
+@pytest.mark.parametrize("dtype", ["C64", "Q" * 100_000])
+def test_messages_about_tensors_of_long_names_are_short(tmp_path, dtype):
+    path, name = tmp_path / "x.safetensors", "é" * 100_000
+    header = json.dumps({name: {"dtype": dtype, "shape": [1], "data_offsets": [0, 8]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(InputError) as error:
+        places(path)
+    assert len(str(error.value)) < 400 and str(error.value).isprintable()
