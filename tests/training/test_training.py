@@ -286,13 +286,14 @@ def test_bad_requests(tiny_run, folder, tmp_path, capsys):
 
 
 def test_every_option_of_training_reaches_the_run(tmp_path):
-    """Steps, batch, learning rate and decay are written to the run's config."""
+    """Steps, batch, learning rate, decay and optimizer are written to the run's config."""
     options = ["--steps", "5", "--batch", "6", "--lr", "0.002", "--decay", "constant"]
+    options += ["--optimizer", "muon"]
     out = tmp_path / "run"
     assert train_mnist.main(["--config", "tiny", "--out", str(out), *options]) == 0
     recipe = Run.read(out).identity["config"]["training"]["flow"]
-    stored = {key: recipe[key] for key in ("steps", "batch", "lr", "decay", "warmup")}
-    assert stored == {"steps": 5, "batch": 6, "lr": 0.002, "decay": "constant", "warmup": 1}
+    asked = {"steps": 5, "batch": 6, "lr": 0.002, "decay": "constant", "optimizer": "muon"}
+    assert {key: recipe[key] for key in (*asked, "warmup")} == asked | {"warmup": 1}
     assert len(Run.read(out).read_log("flow")) == 5
     constant = Recipe(100, 1, 0.1, 10, 0.0, "constant")
     assert [optimizer.learning_rate(s, constant) for s in (0, 9, 10, 99)] == [0.01, 0.1, 0.1, 0.1]
