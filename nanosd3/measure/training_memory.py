@@ -18,7 +18,7 @@ class Memory:
 
     parameters: int  # this process's float32 share, copies gathered or cast for use, positions
     gradients: int
-    optimizer: int  # AdamW's two moments
+    optimizer: int  # AdamW's two moments; Muon needs less
     average: int  # EMA
     activations: int
 
