@@ -57,9 +57,14 @@ class Muon(torch.optim.Optimizer):
         """Update the parameters that have a gradient."""
         updates, alike = [], {}  # type: ignore[var-annotated]
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - MOMENTUM)
-                update = gather_full(p.grad.lerp(momentum, MOMENTUM))  # Nesterov: a step ahead
+            trained = [p for p in group["params"] if p.grad is not None]
+            if not trained:
+                continue
+            gradients = [p.grad for p in trained]
+            moments = [self.state[p]["momentum_buffer"] for p in trained]
+            torch._foreach_lerp_(moments, gradients, 1 - MOMENTUM)
+            ahead = torch._foreach_lerp(gradients, moments, MOMENTUM)  # Nesterov
+            for p, update in zip(trained, map(gather_full, ahead), strict=True):
                 updates.append((p, update, group))
                 for part in update.chunk(group["parts"]):
                     wide = part if part.shape[0] <= part.shape[1] else part.mT

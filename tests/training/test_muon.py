@@ -91,7 +91,7 @@ def test_no_gradient_no_step():
     """Neither without a gradient nor with one of zeros, as the last block's unused queries have."""
     p, q = nn.Parameter(draw(8, 8)), nn.Parameter(draw(8, 8))
     before, p.grad = (p.detach().clone(), q.detach().clone()), torch.zeros(8, 8)
-    Muon([{"params": [p, q]}], lr=0.1).step()
+    Muon([{"params": [p, q]}, {"params": [nn.Parameter(draw(4, 4))]}], lr=0.1).step()
     assert torch.equal(p, before[0]) and torch.equal(q, before[1])
 
 
