@@ -23,6 +23,7 @@ LINES = 8  # of a caption, at most
 CELL = 56  # smaller images are enlarged to about this height, in pixels
 GAP = 4  # pixels between images
 COLUMNS = 16  # images in a row, at most
+INK, GREY, PALE = "black", "0.6", "0.8"  # of lines in plots
 SHADES = " .:-=+*#%@"  # characters from dark to light, on a dark terminal
 
 
@@ -139,7 +140,10 @@ def new_figure(width: float, columns: int, rows: int = 1) -> tuple["Figure", lis
 
     figure = Figure(figsize=(width, 3.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(np.ravel(figure.subplots(rows, columns)))
+    axes = list(np.ravel(figure.subplots(rows, columns)))
+    for axis in axes:
+        axis.set_prop_cycle(color=[INK])
+    return figure, axes
 
 
 def smooth(values: list[float], window: int) -> np.ndarray:
@@ -155,13 +159,13 @@ def plot_loss(log: list[dict], path: Path) -> None:
     figure, axes = new_figure(9, 2) if held_out else new_figure(5.5, 1)
     losses: list[float] = [entry["loss"] for entry in steps]
     window = max(1, len(losses) // 60)
-    axes[0].plot(losses, color="0.8", linewidth=0.6, label="one batch")
+    axes[0].plot(losses, color=PALE, linewidth=0.6, label="one batch")
     axes[0].plot(
-        np.arange(window - 1, len(losses)), smooth(losses, window), "k", label=f"mean of {window}"
+        np.arange(window - 1, len(losses)), smooth(losses, window), label=f"mean of {window}"
     )
     for key, style, label in (
-        ("validation", "k:o", "held out, mean latents, even t"),
-        ("validation_ema", "k--s", "the same, averaged weights"),
+        ("validation", ":o", "held out, mean latents, even t"),
+        ("validation_ema", "--s", "the same, averaged weights"),
     ):
         means = [float(np.mean(entry[key])) for entry in held_out]
         axes[0].plot([e["step"] for e in held_out], means, style, markersize=4, label=label)
@@ -179,7 +183,7 @@ def plot_loss(log: list[dict], path: Path) -> None:
 def plot_loss_by_time(held_out: list[dict], axis: "Axes") -> None:
     """Plot the validation loss of the EMA weights against t: early, halfway and at the end."""
     for style, entry in zip(
-        ("k:o", "k--s", "k-^"),
+        (":o", "--s", "-^"),
         [held_out[0], held_out[len(held_out) // 2], held_out[-1]],
         strict=True,
     ):
@@ -198,7 +202,7 @@ def plot_loss_by_time(held_out: list[dict], axis: "Axes") -> None:
 def plot_samplers(errors: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """Plot each sampler's error, (evaluations, distance from the exact solution) points."""
     figure, (axis,) = new_figure(5.5, 1)
-    styles = {"euler": "k-o", "heun": "k--s", "dpmpp_2m": "k:^"}
+    styles = {"euler": "-o", "heun": "--s", "dpmpp_2m": ":^"}
     for sampler, points in errors.items():
         axis.loglog(*zip(*points, strict=True), styles[sampler], markersize=5, label=sampler)
     ticks = [n for n, _ in errors["euler"]]
@@ -218,14 +222,14 @@ def plot_frontier(points: list[tuple[float, float, float]], real: float, path: P
     `real` is the accuracy of the classifier on real images."""
     figure, (axis,) = new_figure(5.5, 1)
     _, accuracies, ratios = zip(*points, strict=True)
-    axis.plot([100 * a for a in accuracies], ratios, "k-o", markersize=5)
+    axis.plot([100 * a for a in accuracies], ratios, "-o", markersize=5)
     for guidance, accuracy, ratio in points:
         place = 100 * accuracy, ratio
         axis.annotate(
             f"{guidance:g}", place, xytext=(-6, 5), textcoords="offset points", ha="right"
         )
-    axis.axvline(100 * real, color="0.6", linestyle=":", label="real images, read correctly")
-    axis.axhline(1, color="0.6", linestyle="--", label="real images, distance")
+    axis.axvline(100 * real, color=GREY, linestyle=":", label="real images, read correctly")
+    axis.axhline(1, color=GREY, linestyle="--", label="real images, distance")
     axis.set_ylim(bottom=0)
     axis.set(
         xlabel="samples read as asked (%)",
@@ -250,7 +254,7 @@ def plot_growth(columns: dict[str, tuple[Costs, Costs]], title: str, path: Path)
             axis = axes[j * len(columns) + i]
             for costs, style, label in ((formula, "-", "formula"), (measured, "o", "measured")):
                 sizes, *values = zip(*costs, strict=True)
-                colour = "0.6" if style == "-" else "black"
+                colour = GREY if style == "-" else INK
                 axis.plot(sizes, values[j], style, color=colour, linewidth=2, label=label)
             axis.set(xlabel=size, ylabel=cost)
             axis.set_xlim(left=0)
