@@ -73,7 +73,7 @@ def study(depth: int) -> Config:
 MNIST_TRAINING = Training(
     train_images=60000,
     test_images=10000,
-    judge=Recipe(steps=600, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
+    judge=Recipe(steps=800, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
     autoencoder=Recipe(steps=300, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
     clip=Recipe(steps=300, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
     t5=Recipe(steps=250, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),

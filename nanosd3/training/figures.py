@@ -230,6 +230,7 @@ def plot_frontier(points: list[tuple[float, float, float]], real: float, path: P
         )
     axis.axvline(100 * real, color=GREY, linestyle=":", label="real images, read correctly")
     axis.axhline(1, color=GREY, linestyle="--", label="real images, distance")
+    axis.margins(0.12)
     axis.set_ylim(bottom=0)
     axis.set(
         xlabel="samples read as asked (%)",
