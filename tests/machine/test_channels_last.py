@@ -1,6 +1,7 @@
 """The autoencoder in channels-last memory: the same numbers, as exact, in that layout."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from nanosd3.config import CONFIGS
 from nanosd3.machine import channels_last
 from nanosd3.machine.accelerate import accelerate
 from nanosd3.machine.channels_last import ChannelsLastGroupNorm, group_moments
-from nanosd3.vae import AutoencoderKL, norm
+from nanosd3.vae import AutoencoderKL, Up, norm
 
 LAST = torch.channels_last
 
@@ -65,6 +66,15 @@ def test_moments_of_groups_that_differ():
     torch.testing.assert_close(variance, groups.var(2, correction=0), rtol=1e-6, atol=0)
 
 
+def test_moments_of_a_large_image_keep_their_digits():
+    """A million squares in one float32 sum would lose four of them."""
+    x = draw(1, 4, 1024, 1024, mean=3)
+    mean, variance = group_moments(x, 2)
+    groups = x.double().reshape(1, 2, -1)
+    torch.testing.assert_close(mean, groups.mean(2), rtol=1e-7, atol=0)
+    torch.testing.assert_close(variance, groups.var(2, correction=0), rtol=3e-7, atol=0)
+
+
 def test_gradients_of_the_group_norm():
     plain, fast = norm_pair()
     x, g = draw(2, 32, 24, 16, mean=10).requires_grad_(), draw(2, 32, 24, 16)
@@ -78,7 +88,7 @@ def test_gradients_of_the_group_norm():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_types_keep_theirs(dtype):
     plain, fast = norm_pair()
-    x = draw(2, 32, 24, 16, mean=10).to(dtype)
+    x = draw(2, 32, 64, 32, mean=10).to(dtype)  # too large to be copied for its smallness
     with torch.no_grad():
         out = fast.to(dtype)(x)
         assert out.dtype == dtype and out.is_contiguous(memory_format=LAST)
@@ -98,18 +108,21 @@ def test_other_layouts_take_pytorchs_group_norm(monkeypatch):
 
 @torch.no_grad()
 def test_the_autoencoder_agrees_and_stays_in_that_layout():
+    """All convolutions read and write it, the first ones too."""
     torch.manual_seed(0)
-    plain = AutoencoderKL(CONFIGS["tiny"].vae)
+    config = replace(CONFIGS["tiny"].vae, image_channels=3)  # one channel has no layout
+    plain = AutoencoderKL(config)
     fast = accelerate(copy.deepcopy(plain))
     layouts = []
     for module in fast.modules():
         if isinstance(module, torch.nn.Conv2d):
             assert module.weight.is_contiguous(memory_format=LAST)
             module.register_forward_hook(
-                lambda _, x, y: layouts.append(y.is_contiguous(memory_format=LAST))
+                lambda _, x, y: layouts.extend(
+                    a.is_contiguous(memory_format=LAST) for a in (x[0], y)
+                )
             )
-    size = 8 * CONFIGS["tiny"].vae.factor
-    x = torch.rand(2, CONFIGS["tiny"].vae.image_channels, size, size) * 2 - 1
+    x = torch.rand(2, 3, 8 * config.factor, 8 * config.factor) * 2 - 1
     for a, b in zip(fast.encode(x), plain.encode(x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     z = plain.encode(x)[0]
@@ -120,3 +133,35 @@ def test_the_autoencoder_agrees_and_stays_in_that_layout():
 def test_the_plain_autoencoder_is_in_the_usual_layout():
     weight = on_meta(CONFIGS["tiny"], "vae").decoder.conv_in.weight
     assert weight.is_contiguous() and not weight.is_contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "device", "grad", "merged"),
+    [
+        (64, torch.float32, "cpu", False, True),
+        (64, torch.float64, "cpu", False, True),
+        (32, torch.float32, "cpu", False, False),
+        (64, torch.bfloat16, "cpu", False, False),
+        (64, torch.float32, "meta", False, False),
+        (64, torch.float32, "cpu", True, False),
+    ],
+)
+def test_taps_are_merged_where_it_is_faster(monkeypatch, channels, dtype, device, grad, merged):
+    """Without gradients, on a CPU, with enough channels, and not in bfloat16, whose sums of taps
+    would be rounded."""
+    calls = []
+
+    def listening(x, *weights, convolve=channels_last.convolve_repeated):
+        calls.append(x.shape)
+        return convolve(x, *weights)
+
+    monkeypatch.setattr(channels_last, "convolve_repeated", listening)
+    plain = Up(channels).to(device, dtype)
+    fast = accelerate(copy.deepcopy(plain))
+    x = draw(2, channels, 5, 4).to(device, dtype)
+    with torch.set_grad_enabled(grad):
+        out, expected = fast(x), plain(x)
+    assert len(calls) == merged and out.shape == expected.shape
+    if device == "cpu":
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        assert merged or torch.equal(out, expected)
