@@ -194,9 +194,10 @@ def test_bfloat16_is_close_and_weights_stay_float32(alone, tmp_path):
     assert not last.equal(last.bfloat16().float())  # not representable in bfloat16
 
 
-def test_killed_and_resumed_to_the_same_bytes(two, tmp_path):
+@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_killed_and_resumed_to_the_same_bytes(two, tmp_path, mode):
     """SIGKILL of one of two processes; two processes resume from the saved state, or one does."""
-    ways = [way for way in WAYS if way["accumulate"] == 1]
+    ways = [way for way in WAYS if way["accumulate"] == 1 and way["mode"] == mode]
     for way in ways:
         scenario = {**way, "stop_at": 3, "stop_by": "SIGKILL"}
         assert torchrun(2, tmp_path / "killed", [scenario]).returncode != 0
