@@ -166,8 +166,9 @@ def test_full_run(tmp_path):
     with Image.open(tmp_path / "minimal.png") as picture:
         grid = torch.from_numpy(np.array(picture)).float() / 127.5 - 1
     digits = grid.view(10, 64, 10, 64).transpose(1, 2).reshape(100, 1, 64, 64)
+    judge = trained_judge()
     with torch.no_grad():
-        read = trained_judge()(thumbnails(digits)).argmax(1)
+        read = judge(thumbnails(digits)).argmax(1)
     assert (read == torch.arange(10).repeat_interleave(10)).sum() >= 90
 
 
