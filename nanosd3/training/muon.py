@@ -1,9 +1,9 @@
 """Muon: steps of equal length in all directions of a weight matrix.
 
-The gradient of a matrix is dominated by few directions: its largest singular values are a hundred
-times its typical ones, and a step along it changes little else. Muon (Jordan 2024) takes the
-momentum, U S V^T by its singular values, and steps along U V^T. AdamW does something like it number
-by number, blind to the fact that the numbers form a map.
+The gradient of a matrix is dominated by few directions: its largest singular values are far above
+the rest, and a step along it changes little else. Muon (Jordan 2024) takes the momentum, U S V^T by
+its singular values, and steps along U V^T. AdamW does something like it number by number, blind to
+the fact that the numbers form a map.
 
 No decomposition is needed. The odd polynomial  a X + b (X X^T) X + c (X X^T)^2 X  leaves U and V as
 they are and maps each singular value s to  a s + b s^3 + c s^5;  a few rounds of it (Newton-Schulz)
@@ -57,13 +57,13 @@ class Muon(torch.optim.Optimizer):
         """Update the parameters that have a gradient."""
         updates, alike = [], {}  # type: ignore[var-annotated]
         for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            if not trained:
+            if not (trained := [p for p in group["params"] if p.grad is not None]):
                 continue
             gradients = [p.grad for p in trained]
             moments = [self.state[p]["momentum_buffer"] for p in trained]
             torch._foreach_lerp_(moments, gradients, 1 - MOMENTUM)
-            ahead = torch._foreach_lerp(gradients, moments, MOMENTUM)  # Nesterov
+            ahead = torch._foreach_mul(gradients, 1 - MOMENTUM)  # Nesterov: a step ahead
+            torch._foreach_add_(ahead, moments, alpha=MOMENTUM)
             for p, update in zip(trained, map(gather_full, ahead), strict=True):
                 updates.append((p, update, group))
                 for part in update.chunk(group["parts"]):
