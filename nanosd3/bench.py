@@ -130,11 +130,16 @@ def bench_memory(args: argparse.Namespace) -> None:
     )
 
 
+def check_picture(out: Path) -> None:
+    """Raises InputError if a plot cannot be written there."""
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise InputError(f"--out {out}: expected a .png file in an existing folder")
+
+
 def bench_growth(args: argparse.Namespace) -> None:
     """Time and memory of a training step against depth, image tokens and batch, measured and
     predicted."""
-    if args.out.suffix != ".png" or not args.out.parent.is_dir():
-        raise InputError(f"--out {args.out}: expected a .png file in an existing folder")
+    check_picture(args.out)
     config = CONFIGS[args.config]
     largest = growth.StepShape(args.depth, patches_per_side(config, args.size), args.batch)
     costs = growth.grow(config, largest, args.repeats, set_up(args.threads))
@@ -169,8 +174,7 @@ def bench_frontier(args: argparse.Namespace) -> None:
     """Accuracy and Frechet distance of a finished run of train_mnist.py, along the guidance scale,
     on draws of prompts and noise of its own: a table, and a plot of one against the other."""
     run, out = Run.read(args.run), args.out or args.run / "frontier.png"
-    if out.suffix != ".png" or not out.parent.is_dir():
-        raise InputError(f"--out {out}: expected a .png file in an existing folder")
+    check_picture(out)
     if any(not 0 <= guidance < float("inf") for guidance in args.guidance):
         raise InputError("--guidance: expected numbers of at least 0")
     device = set_up(args.threads)
@@ -179,11 +183,11 @@ def bench_frontier(args: argparse.Namespace) -> None:
     seeds = range(1, args.draws + 1)
     print("| guidance | accuracy | distance / floor | of each draw |\n| --- | --- | --- | --- |")
     points = []
-    for guidance in sorted(set(args.guidance)):
-        (point,) = evaluation.frontier(scorer, pipeline, [guidance], args.count, seeds)
+    guidances = sorted(set(args.guidance))
+    for point in evaluation.frontier(scorer, pipeline, guidances, args.count, seeds):
         draws = zip(point.accuracies, point.ratios, strict=True)
         each = "; ".join(f"{accuracy:.1%}, {ratio:.2f}" for accuracy, ratio in draws)
-        row = f"| {guidance:g} | {point.accuracy:.2%} | {point.ratio:.2f} | {each} |"
+        row = f"| {point.guidance:g} | {point.accuracy:.2%} | {point.ratio:.2f} | {each} |"
         print(row, flush=True)
         points.append(point)
     rows = [(p.guidance, p.accuracy, p.ratio) for p in points]

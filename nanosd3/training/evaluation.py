@@ -8,7 +8,7 @@ Guidance trades one for the other: more of it makes prompts clearer and samples 
 pair of numbers says little about a model; the frontier, both along the guidance scale, says more.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -65,15 +65,6 @@ def draw_prompts(source: Digits, count: int, seed: int) -> Draw:
     return Draw(chosen, images.train_labels[chosen], prompts)
 
 
-@dataclass(frozen=True)
-class Score:
-    """What the classifier says of samples."""
-
-    accuracy: float
-    distance: float  # Frechet, to the test images
-    floor: float  # the same for real images, as many
-
-
 class Scorer:
     """A classifier with the features of the test images."""
 
@@ -95,15 +86,18 @@ class Scorer:
         """The Frechet distance of digits to the test images."""
         return frechet_distance(self.features(digits), self.test)
 
+    def floor(self, draw: Draw) -> float:
+        """What real images get: the distance of a draw's training images to the test images."""
+        return self.distance(self.source.images.train_images[draw.chosen])
+
     @torch.no_grad()
-    def score(self, digits: Tensor, draw: Draw) -> Score:
-        """Score a sample of each prompt of a draw, uint8 (B, 28, 28)."""
+    def score(self, digits: Tensor, draw: Draw) -> tuple[float, float]:
+        """Accuracy and distance of a sample of each prompt of a draw, uint8 (B, 28, 28)."""
         features = self.features(digits)
         head: Callable[[Tensor], Tensor] = self.classifier.head
         predicted = in_chunks(head, features.to(self.device)).argmax(1).cpu()
         accuracy = (predicted == draw.labels).float().mean().item()
-        floor = self.distance(self.source.images.train_images[draw.chosen])
-        return Score(accuracy, frechet_distance(features, self.test), floor)
+        return accuracy, frechet_distance(features, self.test)
 
 
 def open_scorer(run: Run, data: Path | None, device: torch.device) -> Scorer:
@@ -149,20 +143,19 @@ def frontier(
     guidances: Iterable[float],
     count: int = 1000,
     seeds: Iterable[int] = (1, 2, 3),
-) -> list[Point]:
+) -> Iterator[Point]:
     """Scores along the guidance scale; every seed is another draw of prompts and noise, the same
     at every scale."""
     draws = {seed: draw_prompts(scorer.source, count, seed) for seed in seeds}
-    points = []
+    floors = {seed: scorer.floor(draw) for seed, draw in draws.items()}
     for guidance in guidances:
-        scores = []
+        point = Point(guidance, [], [])
         for seed, draw in draws.items():
             samples = np.asarray(pipeline(draw.prompts, seed=seed, guidance=guidance))
-            scores.append(scorer.score(to_digits(torch.from_numpy(samples)), draw))
-        accuracies = [score.accuracy for score in scores]
-        ratios = [score.distance / score.floor for score in scores]
-        points.append(Point(guidance, accuracies, ratios))
-    return points
+            accuracy, distance = scorer.score(to_digits(torch.from_numpy(samples)), draw)
+            point.accuracies.append(accuracy)
+            point.ratios.append(distance / floors[seed])
+        yield point
 
 
 def at_accuracy(points: list[Point], accuracy: float) -> tuple[float, float] | None:

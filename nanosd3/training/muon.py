@@ -30,11 +30,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c: steep at 0, and near 1 only
 ROUNDS = 5
 
 
-def orthogonalised(x: Tensor, rounds: int = ROUNDS) -> Tensor:
+def orthogonalised(x: Tensor) -> Tensor:
     """The matrices x (n, rows, columns), rows <= columns, with all singular values near 1."""
     a, b, c = COEFFICIENTS
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values in [0, 1]
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         gram = x @ x.mT  # (n, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x

@@ -156,19 +156,20 @@ def evaluate(job: Job, source: Digits, classifier: ConvNet, pipeline: Pipeline) 
     begin = time.perf_counter()
     samples = to_digits(torch.from_numpy(sample_images(pipeline, draw.prompts, job.seed)))
     seconds = time.perf_counter() - begin
-    score = scorer.score(samples, draw)
+    floor = scorer.floor(draw)
+    accuracy, distance = scorer.score(samples, draw)
     weight, slant = measure_strokes(samples)
     weight_third = bins(weight, draw.labels, described.weight_limits)
     slant_third = bins(slant, draw.labels, described.slant_limits)
     return {
         "samples": len(draw.prompts),
-        "prompt_accuracy": score.accuracy,
-        "frechet_distance": score.distance,
-        "frechet_floor_real": score.floor,
+        "prompt_accuracy": accuracy,
+        "frechet_distance": distance,
+        "frechet_floor_real": floor,
         "frechet_floor_reconstructions": scorer.distance(
             reconstructions(source, draw.chosen, pipeline)
         ),
-        "frechet_ratio_to_real": score.distance / score.floor,
+        "frechet_ratio_to_real": distance / floor,
         "weight": attribute_accuracy(draw.prompts, WEIGHT_WORDS, weight_third, weight),
         "slant": attribute_accuracy(draw.prompts, SLANT_WORDS, slant_third, slant),
         "images_per_second": len(draw.prompts) / seconds,

@@ -60,13 +60,13 @@ def test_real_images_score_as_real_images(scorer):
     images = scorer.source.images
     draw = draw_prompts(scorer.source, 40, 3)
     real = images.train_images[draw.chosen]
-    score = scorer.score(real, draw)
-    assert score.distance == score.floor
+    accuracy, distance = scorer.score(real, draw)
+    assert distance == scorer.floor(draw)
     features = scorer.features(real)
-    assert score.floor == frechet_distance(features, scorer.features(images.test_images))
+    assert distance == frechet_distance(features, scorer.features(images.test_images))
     assert scorer.distance(images.test_images) == pytest.approx(0, abs=1e-6)
     predicted = scorer.classifier.head(features).argmax(1)
-    assert score.accuracy == pytest.approx((predicted == draw.labels).float().mean().item())
+    assert accuracy == pytest.approx((predicted == draw.labels).float().mean().item())
 
 
 def test_every_guidance_scale_sees_the_same_prompts_and_noise(scorer):
@@ -76,7 +76,7 @@ def test_every_guidance_scale_sees_the_same_prompts_and_noise(scorer):
         calls.append((tuple(prompts), seed, guidance))
         return scorer.source.images.train_images[: len(prompts)].numpy()
 
-    measured = frontier(scorer, pipeline, (1.5, 2.0), count=20, seeds=(7, 8))
+    measured = list(frontier(scorer, pipeline, (1.5, 2.0), count=20, seeds=(7, 8)))
     assert [(seed, guidance) for _, seed, guidance in calls] == [
         (7, 1.5), (8, 1.5), (7, 2.0), (8, 2.0)
     ]  # fmt: skip
