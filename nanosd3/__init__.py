@@ -36,6 +36,8 @@ that of its own docstring.
     measure/cuda/
     generate   train   bench   minimal   pytest_plugin
     exercises/
+    related/
+    claims/
 
 Reading order: minimal (all of it on one page); flow, samplers, patchify, layers, mmdit (the
 transformer, how it learns and how it is sampled); vae, clip, t5, tokenizers, text; pipeline;
