@@ -20,7 +20,7 @@ that of its own docstring.
     arguments
     random_streams   config_types
     config   flow   samplers   patchify   layers   unigram_training
-    tokenizers   lazy_modules
+    tokenizers   lazy_modules   few_steps
     mmdit   vae   clip   t5
     components   text
     machine/

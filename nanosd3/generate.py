@@ -16,13 +16,13 @@ import numpy as np
 from nanosd3.cli import Parser, positive, run_main, unicode_text
 from nanosd3.data.pictures import read_image, read_mask
 from nanosd3.errors import InputError, shown
+from nanosd3.few_steps import ALL_SAMPLERS
 from nanosd3.machine.device import set_up
 from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.official.missing_keys import report
 from nanosd3.official.own_runs import uses_other_encoders
 from nanosd3.pipeline import Pipeline, open_pipeline
 from nanosd3.request import SKIP_RANGE, SKIP_SCALE, STRENGTH
-from nanosd3.samplers import SAMPLERS
 from nanosd3.storage.files import check_writable, write_file
 from nanosd3.text import ENCODERS
 from nanosd3.training import figures
@@ -105,7 +105,7 @@ def add_sampling(parser: Parser) -> None:
     add("--width", type=positive, help="pixels (default: the model's)")
     add("--steps", type=positive, help="solver steps (default: the model's)")
     add("--guidance", type=float, help="guidance scale; up to 1: none (default: the model's)")
-    add("--sampler", choices=tuple(SAMPLERS), help="ODE solver (default: the model's)")
+    add("--sampler", choices=tuple(ALL_SAMPLERS), help="solver (default: the model's)")
     add("--shift", type=float, help="timestep shift towards noise (default: the model's)")
 
 

@@ -28,6 +28,7 @@ from nanosd3.arguments import path_of
 from nanosd3.config_types import Config
 from nanosd3.data.mnist import to_uint8
 from nanosd3.errors import InputError, shown
+from nanosd3.few_steps import ALL_SAMPLERS, inpainting_afresh
 from nanosd3.flow import interpolate
 from nanosd3.lazy_modules import LazyModules
 from nanosd3.machine.accelerate import accelerate
@@ -36,7 +37,7 @@ from nanosd3.mmdit import MMDiT
 from nanosd3.official.checkpoint import Checkpoint, open_checkpoint
 from nanosd3.official.load_networks import open_networks
 from nanosd3.request import SKIP_SCALE, Request, make_request, seeded_noise
-from nanosd3.samplers import SAMPLERS, Callback, guided, inpainting
+from nanosd3.samplers import Callback, guided, inpainting
 from nanosd3.text import (
     TextEncoders,
     Tokenizers,
@@ -235,8 +236,12 @@ class Pipeline:
                 x0 = known[rows].to(eps)
                 z = interpolate(x0, eps, times[0])
                 if request.mask is not None:
-                    velocity = inpainting(velocity, request.mask.to(eps), x0, eps)
-            results.append(SAMPLERS[sampling.sampler](velocity, z, times, watch))
+                    mask = request.mask.to(eps)
+                    if sampling.sampler == "consistency":
+                        velocity = inpainting_afresh(velocity, mask, x0)
+                    else:
+                        velocity = inpainting(velocity, mask, x0, eps)
+            results.append(ALL_SAMPLERS[sampling.sampler](velocity, z, times, watch))
             bar.update()
         bar.close()
         return finite(torch.cat(results), "the latents")

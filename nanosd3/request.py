@@ -16,9 +16,10 @@ from nanosd3.arguments import real_number, several, whole_number
 from nanosd3.config_types import Config, Sampling
 from nanosd3.data.pictures import to_latent_mask, to_pixels
 from nanosd3.errors import InputError, shown
+from nanosd3.few_steps import ALL_SAMPLERS, even_schedule
 from nanosd3.flow import schedule
 from nanosd3.random_streams import rng
-from nanosd3.samplers import SAMPLERS, Callback, SkipLayerGuidance
+from nanosd3.samplers import Callback, SkipLayerGuidance
 from nanosd3.text import check_prompts, check_t5_length, dropped_encoders
 
 STRENGTH = 0.6  # default of image to image
@@ -128,8 +129,16 @@ def sampling_of(
         raise InputError(f"guidance must be a number from 0 up, got {scale}")
     if not 0 < alpha < float("inf"):
         raise InputError(f"shift must be a number above 0, got {alpha}")
-    if not isinstance(solver, str) or solver not in SAMPLERS:
-        raise InputError(f"no sampler {shown(solver)}; there are {', '.join(SAMPLERS)}")
+    if not isinstance(solver, str) or solver not in ALL_SAMPLERS:
+        raise InputError(f"no sampler {shown(solver)}; there are {', '.join(ALL_SAMPLERS)}")
+    distilled = usual.sampler == "consistency"
+    if distilled and scale > 1:
+        raise InputError(f"guidance {scale}: is built into this model already; leave it out")
+    if solver == "consistency" and not distilled:
+        raise InputError(
+            "sampler consistency is for consistency models, and this is none; "
+            "`python -m nanosd3.related consistency` makes one of a trained run"
+        )
     return Sampling(count, max(scale, 1.0), alpha, solver)
 
 
@@ -234,7 +243,8 @@ def times_from(sampling: Sampling, strength: float) -> Tensor:
     """
     if not 0 < strength <= 1:
         raise InputError(f"strength must be above 0 and at most 1, got {strength}")
-    times = schedule(sampling.steps, sampling.shift)
+    spaced = even_schedule if sampling.sampler == "consistency" else schedule
+    times = spaced(sampling.steps, sampling.shift)
     if not (times.diff() < 0).all():
         raise InputError(f"shift {sampling.shift} leaves no room between {sampling.steps} steps")
     start = first_step(sampling.steps, strength)

@@ -11,7 +11,7 @@ from pathlib import Path
 from nanosd3.clip import ACTIVATION_FUNCTIONS
 from nanosd3.config_types import CLIPConfig, Config, config_from_dict
 from nanosd3.errors import InputError, shown
-from nanosd3.samplers import SAMPLERS
+from nanosd3.few_steps import ALL_SAMPLERS
 from nanosd3.text import Tokenizers
 
 LIMITS = {  # smallest and largest value of a field, wherever it stands
@@ -74,7 +74,11 @@ def limited_config(content: object, path: Path) -> Config:
         (all(known(c) for c in clips), "text", f"knows {' and '.join(ACTIVATION_FUNCTIONS)} only"),
         (0 <= 2 * config.padding < config.image_size, "padding", "is not within the image"),
         (config.sampling.shift > 0, "sampling.shift", "should be above 0"),
-        (config.sampling.sampler in SAMPLERS, "sampling.sampler", f"is none of {list(SAMPLERS)}"),
+        (
+            config.sampling.sampler in ALL_SAMPLERS,
+            "sampling.sampler",
+            f"is none of {list(ALL_SAMPLERS)}",
+        ),
     ):
         if not fits:
             raise InputError(f"{path}: config.{field} {problem}")

@@ -33,10 +33,12 @@ def finished_config(run: Run, allow_unfinished_flow: bool = False) -> Config:
     own = () if WEIGHTS in run.identity else ("autoencoder", "clip", "t5")
     for stage in own if allow_unfinished_flow else (*own, "flow"):
         if stage not in run.stages:
-            options = ("--config", config.name, "--out", run.folder)
+            words: tuple = ("train_mnist.py", "--config", config.name)
+            if system := run.identity.get("system"):
+                words = ("-m", "nanosd3.related", system)
+            command = command_line("python", *words, "--out", run.folder)
             raise InputError(
-                f"{run.folder}: unfinished (no {stage} yet); rerun "
-                f"`{command_line('python', 'train_mnist.py', *options)} ...` to resume"
+                f"{run.folder}: unfinished (no {stage} yet); rerun `{command} ...` to resume"
             )
     if not own:
         return config

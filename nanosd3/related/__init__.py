@@ -5,4 +5,10 @@ here in minutes, in the latents of a finished main job. Nothing outside this fol
 except the experiments in claims/.
 
 Modules, each of which imports only from those above it:
+    finished_run        a finished run of the main job, to build on
+    yardsticks          how a neighbour compares with the main model
+    command             the command line that all have in common
+    consistency         consistency models: from anywhere on a path straight to its end
+    train_consistency   distil a run to one network evaluation an image, or train without a teacher
+    __main__            python -m nanosd3.related
 """

@@ -217,6 +217,7 @@ OTHER_DATA = "with data that are not these"
 FINGERPRINTS = {
     "data": OTHER_DATA,
     "encoders": "with encoders that are not those of --weights",
+    "finished": "made of a finished run that is not that of --run",
     "init": "with init from a transformer that is not that of --init",
 }
 

@@ -98,6 +98,19 @@ def grid(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
     return canvas
 
 
+def side_by_side(columns: list[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures beside each other, each under its title."""
+    size, top = 17, 30
+    width = sum(picture.width for _, picture in columns)
+    canvas = Image.new("RGB", (width, top + max(p.height for _, p in columns)), "white")
+    draw, left = ImageDraw.Draw(canvas), 0
+    for title, picture in columns:
+        draw.text((left + 10, 7), title, "black", font(size, title.isascii()))
+        canvas.paste(picture, (left, top))
+        left += picture.width
+    return canvas
+
+
 def png(picture: Image.Image) -> bytes:
     """The content of a PNG file."""
     buffer = io.BytesIO()

@@ -156,7 +156,9 @@ def with_parts_of(config: Config, frozen: Checkpoint) -> Config:
 def with_recipe(config: Config, args: argparse.Namespace) -> Config:
     """The config with the options' changes to the recipe for the transformer."""
     training = training_of(config)
-    options = {key: getattr(args, key) for key in ("steps", "batch", "lr", "decay", "optimizer")}
+    options = {
+        key: getattr(args, key, None) for key in ("steps", "batch", "lr", "decay", "optimizer")
+    }
     changes = {key: value for key, value in options.items() if value is not None}
     recipe = replace(training.flow, **changes)
     if not 0 < recipe.lr < float("inf"):

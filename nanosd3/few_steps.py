@@ -1,0 +1,56 @@
+"""Sampling in a few steps, for models that were distilled to it.
+
+A consistency model points from anywhere on a path straight at its end, so one step from noise is an
+image. More steps go back: fresh noise is added to the image, and the model points again. Nothing
+else of the pipeline changes: a consistency model is a velocity network, and its step is Euler's.
+"""
+
+import zlib
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from nanosd3.flow import shift
+from nanosd3.random_streams import rng
+from nanosd3.samplers import SAMPLERS, Callback, Velocity
+
+
+def even_schedule(steps: int, alpha: float = 1.0) -> Tensor:
+    """Times (steps + 1,) from 1 to 0 in equal steps, then shifted.
+
+    The official times (`flow.schedule`) begin their last step at 0.001, so that two of their steps
+    are hardly more than one; here each step counts.
+    """
+    return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).float()
+
+
+def consistency(
+    velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | None = None
+) -> Tensor:
+    """Jump to the clean image, add fresh noise, jump again. len(ts) - 1 evaluations.
+
+    Multistep consistency sampling (arXiv 2303.01469, algorithm 1). The fresh noise of an image is
+    a stream named after the noise that it starts from, so it depends on nothing else in the batch.
+    """
+    streams = [rng("fresh noise", zlib.crc32(row.float().cpu().numpy().tobytes())) for row in z]
+    for i, (t, t_next) in enumerate(pairwise(ts)):
+        x0 = z - t * velocity(z, t)
+        if callback:
+            callback(i, t, z, x0)
+        fresh = torch.stack([torch.randn(z.shape[1:], generator=stream) for stream in streams])
+        z = (1 - t_next) * x0 + t_next * fresh.to(z)
+    return z
+
+
+def inpainting_afresh(velocity: Velocity, mask: Tensor, x0: Tensor) -> Velocity:
+    """`samplers.inpainting` for `consistency`: with fresh noise in every step, the known image's
+    straight line begins anew, and its velocity is found from where z is now."""
+
+    def known_outside(z: Tensor, t: Tensor) -> Tensor:
+        return torch.lerp((z - x0) / t, velocity(z, t), mask)
+
+    return known_outside
+
+
+ALL_SAMPLERS = SAMPLERS | {"consistency": consistency}

@@ -1,0 +1,37 @@
+"""Train a neighbouring system on a finished run: `python -m nanosd3.related list`."""
+
+import sys
+
+from nanosd3.cli import run_main
+from nanosd3.errors import InputError, shown
+from nanosd3.related.command import System, run_system
+from nanosd3.related.train_consistency import Consistency
+
+SYSTEMS: dict[str, System] = {system.name: system for system in (Consistency(),)}
+
+
+def listing() -> str:
+    """A line for each system."""
+    width = max(map(len, SYSTEMS))
+    return "\n".join(f"{s.name:{width}}  {s.what} {s.paper}" for s in SYSTEMS.values())
+
+
+def system_of(name: str) -> System:
+    """Raises InputError for a name that is none of them."""
+    if name not in SYSTEMS:
+        raise InputError(f"no system {shown(name)}; there are {', '.join(SYSTEMS)}")
+    return SYSTEMS[name]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["list"]
+    if name in ("list", "-h", "--help"):
+        print(
+            f"python -m nanosd3.related NAME [options]; options of one: NAME --help\n\n{listing()}"
+        )
+        return 0
+    return run_system(system_of(name), rest)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,148 @@
+"""The command line of every neighbour: `python -m nanosd3.related NAME`.
+
+A neighbour describes itself as a `System`; the options, the run folder and the report that all
+have in common are here. Interrupted runs resume as the main job does.
+"""
+
+import argparse
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nanosd3.cli import Parser, positive
+from nanosd3.config_types import Config, Recipe
+from nanosd3.machine.device import peak_memory, set_up
+from nanosd3.machine.signals import obeying
+from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.yardsticks import in_words, pipeline_scores
+from nanosd3.storage.files import write_json
+from nanosd3.storage.run import Run
+from nanosd3.training.options import with_recipe
+from nanosd3.training.stages import Job, training_of
+
+SIZES = ("mnist", "tiny")  # of a neighbour's recipe
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a neighbour trains with."""
+
+    job: Job  # its own run, config and seed; the finished run's images and captions
+    finished: FinishedRun
+    args: argparse.Namespace
+
+
+class System(ABC):
+    """A neighbour, as its command sees it."""
+
+    name: str
+    what: str  # in a sentence
+    paper: str
+
+    @abstractmethod
+    def add_options(self, parser: Parser) -> None:
+        """Add the options that it alone has."""
+
+    @abstractmethod
+    def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
+        """The config of its run: that of the finished run, with a recipe and sampling of its own.
+
+        Raises InputError if the options or the finished run do not fit.
+        """
+
+    @abstractmethod
+    def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:
+        """What else makes its run what it is, by name."""
+
+    @abstractmethod
+    def train(self, study: Study) -> dict:
+        """Train, or load what is trained; write samples.png; return scores (yardsticks.py) and
+        `training_seconds`."""
+
+
+def parse(system: System, arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(f"python -m nanosd3.related {system.name}", f"{system.what} {system.paper}")
+    add = parser.add_argument
+    add(
+        "--run",
+        type=Path,
+        default=Path("runs/mnist"),
+        metavar="FOLDER",
+        help="finished run of train_mnist.py to build on (default: %(default)s)",
+    )
+    add("--out", type=Path, metavar="FOLDER", help=f"run folder (default: runs/{system.name})")
+    add("--data", type=Path, help="folder of the run's images (default: the packaged MNIST)")
+    add("--config", choices=SIZES, help="size of the recipe (default: that of the run)")
+    add("--fresh", action="store_true", help="delete the run in --out and start over")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    add("--threads", type=positive, help="CPU threads (default: the usable cores, at most 8)")
+    add = parser.add_argument_group("training (defaults: the recipe's)").add_argument
+    add("--steps", type=positive, help="training steps")
+    add("--batch", type=positive, help="images per step")
+    add("--lr", type=float, help="peak learning rate")
+    system.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def size_of(args: argparse.Namespace, finished: FinishedRun) -> str:
+    """The size of the recipe: as given, or that of the finished run."""
+    return args.config or ("tiny" if finished.config.name == "tiny" else "mnist")
+
+
+def with_flow_recipe(config: Config, recipe: Recipe, args: argparse.Namespace) -> Config:
+    """The config with a recipe for its network, changed by the options."""
+    training = replace(training_of(config), flow=recipe)
+    return with_recipe(replace(config, training=training), args)
+
+
+def run_system(system: System, arguments: list[str] | None) -> int:
+    """Train a neighbour on a finished run, and report how it compares."""
+    args = parse(system, arguments)
+    device = set_up(args.threads)
+    finished = open_finished_run(args.run, args.data, device)
+    config = system.config(args, finished)
+    identity = {
+        "config": asdict(config),
+        "system": system.name,
+        "finished": finished.fingerprint,
+        "data": finished.source.fingerprint,
+        "seed": args.seed,
+        **finished.encoders_identity,
+        **system.identity(args, finished),
+    }
+    folder = args.out or Path("runs") / system.name
+    with obeying():
+        run = Run.open(folder, identity, args.fresh, finished.source.contents)
+        with run.alone():
+            run = Run.read(folder)
+            if "samples" in run.stages:
+                pictures = folder / "samples.png"
+                print(f"{folder} is finished: see {pictures}, or start over with --fresh")
+                return 0
+            job = Job(run, config, finished.source, device, args.seed)
+            conclude(system, Study(job, finished, args))
+    return 0
+
+
+def conclude(system: System, study: Study) -> None:
+    """Train, write metrics.json, and compare with the finished run on the same draws."""
+    run, finished = study.job.run, study.finished
+    metrics = system.train(study)
+    count = training_of(finished.config).evaluate
+    main = pipeline_scores(finished, finished.pipeline, count, finished.config.sampling)
+    write_json(
+        run.folder / "metrics.json",
+        metrics
+        | {
+            "system": system.name,
+            "main_model": main,
+            "stages": run.stages,
+            "threads": torch.get_num_threads(),
+            "peak_memory_gb": peak_memory(study.job.device),
+        },
+    )
+    run.finish("samples", {})
+    print(f"{system.name}: {in_words(metrics)}; the main model: {in_words(main)}")
+    print(f"done: {run.folder / 'samples.png'} and metrics.json")

@@ -1,0 +1,203 @@
+"""Make a consistency model of a finished run: prompted digits by one network evaluation.
+
+The result is a run folder like any other: `generate --model runs/consistency` draws with it, one
+step by default. The text encoders and the autoencoder are the finished run's.
+
+`distillation` starts from the trained transformer, whose guided steps are the student's lesson;
+`training` starts from nothing and has no teacher.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from nanosd3.cli import Parser, positive
+from nanosd3.config_types import Config, Recipe, Sampling
+from nanosd3.errors import InputError
+from nanosd3.flow import interpolate
+from nanosd3.mmdit import MMDiT
+from nanosd3.related.command import Study, System, size_of, with_flow_recipe
+from nanosd3.related.consistency import (
+    clean_image,
+    doubling_count,
+    draw_levels,
+    even_levels,
+    huber_constant,
+    pseudo_huber,
+    teacher_step,
+)
+from nanosd3.related.finished_run import FinishedRun, repeated
+from nanosd3.related.yardsticks import draw_beside_main, pipeline_scores
+from nanosd3.samplers import guided
+from nanosd3.storage.files import load_weights, save_weights
+from nanosd3.training.cached_features import Features, get_features
+from nanosd3.training.ema import make_ema
+from nanosd3.training.loop import StepRNG, fit
+from nanosd3.training.report import shown_prompts
+from nanosd3.training.stages import Job, build, finish, last_loss, training_of
+
+METHODS = ("distillation", "training")
+RECIPES = {
+    ("distillation", "mnist"): Recipe(300, batch=64, lr=1e-3, warmup=20, weight_decay=0.0),
+    ("distillation", "tiny"): Recipe(4, batch=16, lr=1e-3, warmup=1, weight_decay=0.0),
+    ("training", "mnist"): Recipe(2000, batch=64, lr=8e-3, warmup=100, weight_decay=0.0),
+    ("training", "tiny"): Recipe(4, batch=16, lr=8e-3, warmup=1, weight_decay=0.0),
+}
+EMA_DECAY = {"distillation": 0.99, "training": 0.995}
+FIRST_LEVELS = 2  # without a teacher the levels double up to --levels, from these
+STEPS_SHOWN = (1, 2, 4)  # network evaluations an image
+
+
+def levels_of(args: argparse.Namespace) -> int:
+    return args.levels or (4 if args.method == "distillation" else 8)
+
+
+def guidance_of(args: argparse.Namespace, finished: FinishedRun) -> float:
+    return finished.config.sampling.guidance if args.guidance is None else args.guidance
+
+
+# --- a training step ------------------------------------------------------------------------------
+
+Text = tuple[Tensor, Tensor]  # context (B, M, Dc), pooled (B, Dp)
+Loss = Callable[[StepRNG], tuple[Tensor, dict]]
+
+
+def draw_batch(
+    job: Job, features: Features, levels: Tensor, step_rng: StepRNG
+) -> tuple[Tensor, Tensor, Text, Tensor, Tensor]:
+    """Latents x0 (B, C, h, w), noise like them, the text of their captions, of which no part is
+    dropped, and neighbouring levels t and s, each (B,)."""
+    generator, size = step_rng.generator(), job.training.flow.batch
+    images = step_rng.take(job.source.draw(size, generator))
+    captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
+    t, s = (step_rng.take(x).to(job.device) for x in draw_levels(levels, size, generator))
+    mean, std = features.latents(images)
+    noise, posterior = step_rng.noise((2, *mean.shape[1:])).unbind(1)
+    x0 = features.normalise(mean + std * posterior)
+    context, pooled = (x.to(job.device) for x in features.text(captions))
+    return x0.to(job.device), noise.to(job.device), (context, pooled), t, s
+
+
+def consistency_loss(
+    student: MMDiT, z_t: Tensor, t: Tensor, z_s: Tensor, s: Tensor, text: Text
+) -> Tensor:
+    """How far the student's answers at two points of a path are apart, (B,)."""
+    with torch.no_grad():
+        target = clean_image(student(z_s, s, *text), z_s, s)
+    answer = clean_image(student(z_t, t, *text), z_t, t)
+    return pseudo_huber(answer, target, huber_constant(z_t[0].numel()))
+
+
+def distillation_loss(study: Study, features: Features, student: MMDiT) -> Loss:
+    """Losses of pairs that the guided teacher makes, by one Heun step from t to s."""
+    job, teacher = study.job, study.finished.pipeline.mmdit
+    scale = guidance_of(study.args, study.finished)
+    levels = even_levels(levels_of(study.args))
+    no_context, no_pooled = (x.to(job.device) for x in features[""])
+
+    def network(z: Tensor, t: Tensor, *text: Tensor) -> Tensor:
+        return teacher(z, repeated(t, len(z)), *text)  # guidance doubles z, not t
+
+    def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+        x0, noise, text, t, s = draw_batch(job, features, levels, step_rng)
+        z_t = interpolate(x0, noise, t)
+        no_text = no_context.expand_as(text[0]), no_pooled.expand_as(text[1])
+        with torch.no_grad():
+            z_s = teacher_step(guided(network, text, no_text, scale), z_t, t, s)
+        return consistency_loss(student, z_t, t, z_s, s, text), {}
+
+    return loss_of
+
+
+def training_loss(study: Study, features: Features, student: MMDiT) -> Loss:
+    """Losses of pairs that are the same image with the same noise, at two levels."""
+    job, most = study.job, levels_of(study.args)
+    first = min(FIRST_LEVELS, most)
+
+    def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+        step = int(step_rng.name[-1])
+        count = doubling_count(step, job.training.flow.steps, first, most) - 1
+        x0, noise, text, t, s = draw_batch(job, features, even_levels(count), step_rng)
+        z_t, z_s = interpolate(x0, noise, t), interpolate(x0, noise, s)
+        return consistency_loss(student, z_t, t, z_s, s, text), {"levels": count}
+
+    return loss_of
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def student_of(study: Study, features: Features) -> MMDiT:
+    """The student, trained or loaded: the moving average of its weights."""
+    job, distilled = study.job, study.args.method == "distillation"
+    path = job.run.folder / "flow.safetensors"
+    student = build(job, "flow", lambda: MMDiT(job.config.mmdit)).to(job.device)
+    if "flow" not in job.run.stages:
+        begin = time.perf_counter()
+        if distilled:
+            student.load_state_dict(study.finished.pipeline.mmdit.state_dict())
+        ema = cast(MMDiT, make_ema(student))
+        loss_of = (distillation_loss if distilled else training_loss)(study, features, student)
+        recipe, decay = job.training.flow, job.training.ema_decay
+        fit(job.run, "flow", student, loss_of, recipe, job.seed, ema, decay)
+        save_weights(ema, path)
+        finish(job, "flow", {"loss": last_loss(job, "flow")}, begin)
+    load_weights(student, path)
+    return student.requires_grad_(False).eval()
+
+
+class Consistency(System):
+    name = "consistency"
+    what = "Consistency models: one network evaluation an image."
+    paper = "arXiv 2303.01469, 2310.14189"
+
+    def add_options(self, parser: Parser) -> None:
+        add = parser.add_argument
+        text = "what a pair of neighbouring points is made by (default: %(default)s)"
+        add("--method", choices=METHODS, default=METHODS[0], help=text)
+        text = "levels of noise at which it learns (default: 4, without a teacher 8)"
+        add("--levels", type=positive, help=text)
+        text = "guidance scale to build in (default: that of the finished run)"
+        add("--guidance", type=float, help=text)
+
+    def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
+        if finished.config.sampling.sampler == "consistency":
+            raise InputError(
+                f"{args.run}: is a consistency model already; name the run that it was made of"
+            )
+        if args.method == "training" and args.guidance is not None:
+            raise InputError("--guidance has no effect with --method training: it has no teacher")
+        if args.guidance is not None and not 1 <= args.guidance < float("inf"):
+            raise InputError(f"--guidance must be a number from 1 up, got {args.guidance}")
+        recipe = RECIPES[args.method, size_of(args, finished)]
+        config = with_flow_recipe(finished.config, recipe, args)
+        training = replace(training_of(config), ema_decay=EMA_DECAY[args.method])
+        sampling = Sampling(steps=1, guidance=1.0, shift=1.0, sampler="consistency")
+        return replace(config, training=training, sampling=sampling)
+
+    def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:
+        given: dict = {"method": args.method, "levels": levels_of(args)}
+        if args.method == "distillation":
+            given["guidance"] = guidance_of(args, finished)
+        return given
+
+    def train(self, study: Study) -> dict:
+        job, finished = study.job, study.finished
+        finished.hand_over(job)
+        encoders = finished.encoders(job.config)
+        features = get_features(job, encoders, shown_prompts(finished.source))
+        pipeline = features.pipeline(student_of(study, features), job.device)
+        by_evaluations = {}
+        for steps in STEPS_SHOWN:
+            sampling, count = replace(job.config.sampling, steps=steps), job.training.evaluate
+            by_evaluations[steps] = pipeline_scores(finished, pipeline, count, sampling)
+        draw_beside_main(finished, pipeline, job.run.folder / "samples.png")
+        features.forget()
+        seconds = job.run.stages["flow"]["seconds"]
+        scores = by_evaluations[1]
+        return scores | {"by_evaluations": by_evaluations, "training_seconds": seconds}

@@ -1,0 +1,247 @@
+"""The command of the neighbours, and the consistency model that it makes of a tiny run."""
+
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.commands import refused
+
+from nanosd3 import generate
+from nanosd3.cli import run_main
+from nanosd3.config_types import Sampling
+from nanosd3.errors import InputError
+from nanosd3.official.checkpoint import open_checkpoint
+from nanosd3.official.export import export
+from nanosd3.pipeline import Pipeline
+from nanosd3.related import __main__ as related
+from nanosd3.related import command as related_command
+from nanosd3.related import train_consistency
+from nanosd3.related.yardsticks import evaluations, in_words
+from nanosd3.storage.files import read_tensors
+from nanosd3.training import loop
+
+
+def command(*arguments: object) -> int:
+    return run_main(lambda: related.main([str(a) for a in arguments]))
+
+
+@pytest.fixture(scope="module")
+def turbo(tiny_run, tmp_path_factory):
+    """A tiny consistency model, interrupted after its second step and resumed."""
+    out = tmp_path_factory.mktemp("related") / "turbo"
+    with pytest.MonkeyPatch.context() as patch:
+        watched = loop.update_ema
+
+        def stop(ema, module, step, decay):
+            watched(ema, module, step, decay)
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        patch.setattr(loop, "update_ema", stop)
+        assert command("consistency", "--run", tiny_run, "--out", out) == 130
+    assert not (out / "flow.safetensors").exists() and list(out.glob("state-*"))
+    assert Pipeline.load(out)("3").shape == (1, 28, 28)  # the averages of the saved state
+    half = tmp_path_factory.mktemp("related") / "half"
+    shutil.copytree(out, half, ignore=shutil.ignore_patterns("state-*"))
+    with pytest.raises(InputError, match="rerun `python -m nanosd3[.]related consistency --out"):
+        Pipeline.load(half)
+    assert command("consistency", "--run", tiny_run, "--out", out) == 0
+    return out
+
+
+def test_resumed_byte_for_byte(turbo, tiny_run, tmp_path):
+    assert command("consistency", "--run", tiny_run, "--out", tmp_path / "b") == 0
+    whole = (tmp_path / "b" / "flow.safetensors").read_bytes()
+    assert whole == (turbo / "flow.safetensors").read_bytes()
+
+
+def test_what_a_run_leaves(turbo, tiny_run):
+    metrics = json.loads((turbo / "metrics.json").read_text())
+    assert metrics["system"] == "consistency" and metrics["evaluations"] == 1
+    assert set(metrics["by_evaluations"]) == {"1", "2", "4"}
+    assert metrics["main_model"]["evaluations"] == 8  # 4 Euler steps with guidance
+    for scores in (metrics, metrics["main_model"], *metrics["by_evaluations"].values()):
+        assert 0 <= scores["prompt_accuracy"] <= 1 and scores["frechet_ratio_to_real"] > 0
+        assert scores["frechet_floor_real"] > 0 and scores["frechet_floor_reconstructions"] > 0
+        assert len(scores["draws"]) == 2 and scores["images_per_second"] > 0
+    ratios = [d["frechet_ratio_to_real"] for d in metrics["draws"]]
+    assert metrics["frechet_ratio_to_real"] == pytest.approx(sum(ratios) / 2)
+    assert metrics["training_seconds"] > 0
+    picture = Image.open(turbo / "samples.png")
+    assert picture.width > 2 * picture.height / 2 and not (turbo / "cache").exists()
+    for name in ("autoencoder", "text", "judge"):
+        same = (turbo / f"{name}.safetensors", tiny_run / f"{name}.safetensors")
+        assert same[0].read_bytes() == same[1].read_bytes()
+
+
+def test_it_is_a_run_like_any_other(turbo, tmp_path, capsys):
+    """One Euler step from t = 1, by the usual pipeline, and decoded as usual."""
+    pipeline = Pipeline.load(turbo)
+    noise = pipeline.noise(2, 5, (8, 8))
+    context, pooled = pipeline.encode_text(["3", "7"])
+    with torch.no_grad():
+        x0 = noise - pipeline.mmdit(noise, torch.tensor(1.0), context, pooled)
+    latents = pipeline(["3", "7"], seed=5, output="latent")
+    torch.testing.assert_close(latents, x0, atol=1e-5, rtol=1e-5)
+    out = tmp_path / "digits.npy"
+    run = ["a three", "--run", str(turbo), "--out", str(out), "--count", "2"]
+    assert run_main(lambda: generate.main(run)) == 0
+    one = np.load(out)
+    assert run_main(lambda: generate.main([*run, "--steps", "2"])) == 0
+    assert one.shape == (2, 28, 28) and (np.load(out) != one).any()
+
+
+def test_guidance_is_built_in(turbo, tiny_run, tmp_path, capsys):
+    main = lambda a: generate.main(["3", "--out", str(tmp_path / "x.png"), *a])  # noqa: E731
+    line = refused(capsys, main, "--run", turbo, "--guidance", "2")
+    assert line == "error: guidance 2.0: is built into this model already; leave it out"
+    line = refused(capsys, main, "--run", tiny_run, "--sampler", "consistency")
+    assert "sampler consistency is for consistency models" in line
+    assert run_main(lambda: main(["--run", str(turbo), "--guidance", "1"])) == 0
+    assert run_main(lambda: main(["--run", str(turbo), "--sampler", "heun", "--steps", "3"])) == 0
+
+
+def test_known_pixels_are_kept_by_several_steps(turbo):
+    """Inpainting with fresh noise in every step: the known part ends where it was."""
+    pipeline = Pipeline.load(turbo)
+    image = np.zeros((28, 28), np.uint8)
+    image[8:20, 10:16] = 255
+    mask = np.zeros((28, 28), bool)
+    mask[14:] = True
+    pixels = torch.from_numpy(image)[None, None] / 127.5 - 1
+    with torch.no_grad():
+        known = pipeline.encode(pixels)
+    for steps in (1, 2, 5):
+        latents = pipeline("3", image=image, mask=mask, steps=steps, output="latent")
+        torch.testing.assert_close(latents[:, :, :4], known[:, :, :4], atol=1e-5, rtol=0)
+        assert (latents[:, :, 4:] - known[:, :, 4:]).abs().mean() > 0.05
+
+
+def test_every_option_counts(tiny_run, turbo, tmp_path, monkeypatch):
+    """Each option of the training gives other weights."""
+    scores = {"evaluations": 1, "prompt_accuracy": 0.0, "frechet_ratio_to_real": 0.0}
+    for module in (train_consistency, related_command):
+        monkeypatch.setattr(module, "pipeline_scores", lambda *_: scores)
+    monkeypatch.setattr(train_consistency, "draw_beside_main", lambda *_: None)
+    found = {"default": (turbo / "flow.safetensors").read_bytes()}
+    options = {"levels": 2, "guidance": 1, "method": "training", "seed": 1, "lr": 1e-4}
+    for name, value in (options | {"steps": 2, "batch": 8}).items():
+        out = tmp_path / name
+        assert command("consistency", "--run", tiny_run, "--out", out, f"--{name}", value) == 0
+        found[name] = (out / "flow.safetensors").read_bytes()
+    assert len(set(found.values())) == len(found)
+    more = tmp_path / "more"
+    words = ("--method", "training", "--levels", 2)
+    assert command("consistency", "--run", tiny_run, "--out", more, *words) == 0
+    assert (more / "flow.safetensors").read_bytes() not in found.values()
+
+
+def test_diffusers_draws_the_same_with_one_step(turbo, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path / "diffusers"
+    export(open_checkpoint(turbo), "diffusers", folder)
+    theirs = diffusers.SD3Transformer2DModel.from_pretrained(folder / "transformer")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    pipeline = Pipeline.load(turbo)
+    noise = pipeline.noise(2, 5, (8, 8))
+    context, pooled = pipeline.encode_text(["3", "7"])
+    scheduler.set_timesteps(1)
+    with torch.no_grad():
+        velocity = theirs(noise, context, pooled, scheduler.timesteps.expand(2)).sample
+        stepped = scheduler.step(velocity, scheduler.timesteps[0], noise).prev_sample
+    ours = pipeline(["3", "7"], seed=5, output="latent")
+    torch.testing.assert_close(stepped, ours, atol=1e-4, rtol=1e-4)
+
+
+def test_the_exported_file_is_a_consistency_model_too(turbo, tmp_path):
+    file = tmp_path / "turbo.safetensors"
+    export(open_checkpoint(turbo), "single", file)
+    again, before = Pipeline.load(file), Pipeline.load(turbo)
+    assert again.config.sampling == before.config.sampling == Sampling(1, 1.0, 1.0, "consistency")
+    assert (again("3", seed=1) == before("3", seed=1)).all()
+
+
+def test_refused(tiny_run, turbo, tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def line(*words):
+        return refused(capsys, related.main, *words)
+
+    assert "no system 'x'; there are " in line("x")
+    assert "no such run folder; `python train_mnist.py`" in line("consistency", "--run", out)
+    assert not out.exists()
+    common = ("consistency", "--run", tiny_run, "--out", out)
+    assert "--guidance must be a number from 1 up" in line(*common, "--guidance", "0.5")
+    assert "--guidance must be a number from 1 up" in line(*common, "--guidance", "nan")
+    words = ("--method", "training", "--guidance", "2")
+    assert "--guidance has no effect with --method training" in line(*common, *words)
+    assert "--lr must be a number above 0" in line(*common, "--lr", "nan")
+    assert "--levels" in line(*common, "--levels", "0")
+    assert not out.exists()
+    taken = line("consistency", "--run", turbo, "--out", out)
+    assert "is a consistency model already" in taken
+    assert "holds a run" in line("consistency", "--run", tiny_run, "--out", tiny_run)
+    assert "with levels 4, not 2" in line(
+        "consistency", "--run", tiny_run, "--out", turbo, "--levels", 2)  # fmt: skip
+
+
+def test_an_unfinished_run_is_no_teacher(tiny_run, tmp_path, capsys):
+    folder = tmp_path / "half"
+    shutil.copytree(tiny_run, folder)
+    content = json.loads((folder / "run.json").read_text())
+    del content["stages"]["flow"]
+    (folder / "run.json").write_text(json.dumps(content))
+    assert "unfinished (no flow yet)" in refused(
+        capsys, related.main, "consistency", "--run", folder, "--out", tmp_path / "x")  # fmt: skip
+
+
+def test_another_teacher_is_another_run(tiny_run, turbo, tmp_path, capsys):
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_run, folder)
+    tensors = read_tensors(folder / "flow.safetensors")
+    from safetensors.torch import save_file
+
+    tensors["final_layer.linear.bias"] += 1
+    save_file(tensors, folder / "flow.safetensors")
+    assert "made of a finished run that is not that of --run" in refused(
+        capsys, related.main, "consistency", "--run", folder, "--out", turbo)  # fmt: skip
+
+
+def test_finished_is_said(tiny_run, turbo, capsys):
+    assert command("consistency", "--run", tiny_run, "--out", turbo) == 0
+    assert "is finished: see" in capsys.readouterr().out
+
+
+def test_list_and_help(capsys):
+    assert command("list") == 0 and command() == 0 and command("--help") == 0
+    said = capsys.readouterr().out
+    assert said.count("consistency ") >= 3 and "arXiv 2303.01469" in said
+    with pytest.raises(SystemExit):
+        related.main(["consistency", "--help"])
+    assert "--levels" in capsys.readouterr().out
+
+
+def test_evaluations_are_counted():
+    assert evaluations(Sampling(12, 1.6, 1.0, "heun")) == 46
+    assert evaluations(Sampling(50, 1.0, 1.0, "euler")) == 50
+    assert evaluations(Sampling(2, 1.0, 1.0, "consistency")) == 2
+    scores = {"evaluations": 1, "prompt_accuracy": 0.5, "frechet_ratio_to_real": 2.0}
+    assert in_words(scores).startswith("1 network evaluation an image, 50.0% read as asked")
+
+
+def test_the_teacher_guides(tiny_run, monkeypatch):
+    """The pair's end is the guided teacher's Heun step, with the scale that was asked for."""
+    scales = []
+    original = train_consistency.guided
+    monkeypatch.setattr(
+        train_consistency, "guided", lambda *a: scales.append(a[3]) or original(*a))  # fmt: skip
+    out = tiny_run.parent / "guided"
+    words = ("--guidance", 3, "--steps", 1)
+    assert command("consistency", "--run", tiny_run, "--out", out, *words) == 0
+    assert scales == [3.0]
+    shutil.rmtree(out)
