@@ -48,7 +48,7 @@ def turbo(tiny_run, tmp_path_factory):
     assert Pipeline.load(out)("3").shape == (1, 28, 28)  # the averages of the saved state
     half = tmp_path_factory.mktemp("related") / "half"
     shutil.copytree(out, half, ignore=shutil.ignore_patterns("state-*"))
-    with pytest.raises(InputError, match="rerun `python -m nanosd3[.]related consistency --out"):
+    with pytest.raises(InputError, match=r"rerun `python -m nanosd3[.]related consistency --out"):
         Pipeline.load(half)
     assert command("consistency", "--run", tiny_run, "--out", out) == 0
     return out
