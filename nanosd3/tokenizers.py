@@ -186,6 +186,11 @@ CHARACTER_MAP = (
 MAPPED = re.compile("([" + "".join(map(re.escape, CHARACTER_MAP)) + "])")
 
 
+def t5_tokenizer() -> dict:
+    """The content of T5's published tokenizer.json."""
+    return json.loads(gzip.decompress((ASSETS / "t5_tokenizer.json.gz").read_bytes()))
+
+
 def normalise_t5(text: str) -> str:
     """T5's characters: NFKC with the exceptions above, runs of spaces collapsed."""
     parts = MAPPED.split(text)
@@ -209,8 +214,7 @@ class Unigram:
     @classmethod
     def official(cls) -> "Unigram":
         """The 32,000 pieces and 100 sentinels of T5 v1.1."""
-        content = json.loads(gzip.decompress((ASSETS / "t5_tokenizer.json.gz").read_bytes()))
-        return cls([(piece, score) for piece, score in content["model"]["vocab"]])
+        return cls([(piece, score) for piece, score in t5_tokenizer()["model"]["vocab"]])
 
     @classmethod
     def train(cls, corpus: Iterable[str], vocab: int, sentinels: int = 8) -> "Unigram":

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from nanosd3.data.caption_files import METADATA, CaptionFiles, Metadata, TextFiles
 from nanosd3.data.formats import SUFFIXES, UNREAD_SUFFIXES
-from nanosd3.data.pictures import decode, read_bytes, to_channels
+from nanosd3.data.pictures import decode, to_channels
 from nanosd3.errors import InputError
+from nanosd3.storage.files import read_regular
 from nanosd3.storage.run import Contents
 
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")  # of captions
@@ -169,7 +170,7 @@ def kind_of_other(path: Path, in_texts: bool) -> str:
 
 def read_picture(path: Path, captions: tuple[str, ...]) -> Picture:
     """Decode an image file once. Raises InputError if it cannot be used."""
-    content = read_bytes(path)
+    content = read_regular(path)
     image, notes = decode(content, path)
     digest = hashlib.sha256(content).hexdigest()
     return Picture(path, digest, (image.height, image.width), captions, tuple(notes))
@@ -181,7 +182,7 @@ def load_picture(picture: Picture, size: tuple[int, int], channels: int) -> np.n
     It is scaled (Lanczos) to just cover that size and then center-cropped. Raises InputError if
     the file has changed since the folder was read.
     """
-    content = read_bytes(picture.path)
+    content = read_regular(picture.path)
     if hashlib.sha256(content).hexdigest() != picture.digest:
         raise InputError(
             f"{picture.path}: has changed since its folder was read; rerun the command"

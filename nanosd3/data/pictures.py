@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanosd3.data.formats import formats_of, is_deep
 from nanosd3.errors import InputError
-from nanosd3.storage.user_files import read_bytes
+from nanosd3.storage.files import read_regular
 
 ON_WHITE = "transparency placed on white"
 PLAIN_MODES = ("1", "L", "LA", "RGB", "RGBA", "RGBa")  # to RGB without touching the colours
@@ -68,7 +68,7 @@ def read_image(path: Path, channels: int) -> tuple[np.ndarray, list[str]]:
     Also returns one line for each conversion made, such as "a.jpg: rotated by its EXIF tag".
     Raises InputError for files that cannot be used, as `decode` does.
     """
-    image, notes = decode(read_bytes(path), path)
+    image, notes = decode(read_regular(path), path)
     pixels, more = to_channels(image, channels)
     return pixels, [f"{path}: {note}" for note in notes + more]
 
@@ -78,7 +78,7 @@ def read_mask(path: Path) -> tuple[np.ndarray, list[str]]:
 
     Raises InputError for files that cannot be used, as `to_greys` does.
     """
-    greys, notes = to_greys(open_image(read_bytes(path), path), path)
+    greys, notes = to_greys(open_image(read_regular(path), path), path)
     return greys >= 128, [f"{path}: {note}" for note in notes]
 
 

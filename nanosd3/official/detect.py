@@ -36,6 +36,7 @@ CLIP_HEAD_DIM = 64  # both CLIPs' heads, like the transformer's, are 64 wide
 RELEASED = ("sd3-medium", "sd3.5-medium", "sd3.5-large")  # of different shapes
 LARGEST_DEPTH = max(config.mmdit.depth for config in CONFIGS.values())
 
+UNET = "a U-Net such as Stable Diffusion 1 or 2 have; Stable Diffusion 3 has none"
 FOREIGN = (  # pattern in a key name, model that has such keys; the first that fits
     (r"(^|\.)(control_model|controlnet_\w+|zero_convs)\.", "a ControlNet, not a model by itself"),
     (r"(^|\.)ip_adapter\.", "an IP-Adapter, not a model by itself"),
@@ -44,9 +45,19 @@ FOREIGN = (  # pattern in a key name, model that has such keys; the first that f
     (r"(^|\.)distilled_guidance_layer\.", "Chroma, not Stable Diffusion 3"),
     (r"\.(individual_)?token_refiner\.", "HunyuanVideo, not Stable Diffusion 3"),
     (r"(^|\.)(double|single)(_transformer)?_blocks\.", "FLUX, not Stable Diffusion 3"),
-    (r"(^|\.)(label_emb|conditioner|add_embedding)\.", "SDXL, not Stable Diffusion 3"),
-    (r"(^|\.)input_blocks\.", "Stable Diffusion 1 or 2, not 3"),
-    (r"(^|\.)time_embedding\.linear_1\.", "Stable Diffusion 1 or 2, not 3"),
+    (r"(^|\.)patch_embed\.text_proj\.", "CogVideoX or CogView, not Stable Diffusion 3"),
+    (
+        r"(^|\.)(add_time_condition|visual_transformer_blocks|(encoder_hid_proj|add_embedding)"
+        r"\.image_\w+)\.",
+        "Kandinsky, not Stable Diffusion 3",
+    ),
+    (
+        r"\.(temporal_\w+|temp_convs|motion_modules|time_stack|time_mixer)\.",
+        "a video model, not Stable Diffusion 3",
+    ),
+    (r"(^|\.)(label_emb|conditioner|add_embedding\.linear_1)\.", "SDXL, not Stable Diffusion 3"),
+    (r"(^|\.)cond_stage_model\.", "Stable Diffusion 1 or 2, not 3"),
+    (r"(^|\.)(input_blocks|time_embedding)\.", UNET),
     (r"\.lokr_[wt]\d", "a LoKr (LyCORIS: a small change to a model), not a model"),
     (r"\.hada_[wt]\d", "a LoHa (LyCORIS: a small change to a model), not a model"),
     (

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from nanosd3.errors import InputError
-from nanosd3.official.detect import refuse_foreign
+from nanosd3.official.detect import UNET, refuse_foreign
 from nanosd3.official.folders import first_few, open_file, open_folder
 from nanosd3.official.key_names import FOLDERS, PREFIXES, from_diffusers, is_known_extra
 from nanosd3.official.tensors import State
@@ -122,8 +122,8 @@ def open_diffusers(folder: Path, skip: Collection[str]) -> dict[str, State]:
     A text encoder whose subfolder is missing or holds no weights is absent.
     """
     if (folder / "unet").is_dir():
-        model = "SDXL" if (folder / "text_encoder_2").is_dir() else "Stable Diffusion 1 or 2"
-        raise InputError(f"{folder}: this is {model}, not Stable Diffusion 3")
+        model = "SDXL, not Stable Diffusion 3" if (folder / "text_encoder_2").is_dir() else UNET
+        raise InputError(f"{folder}: this is {model}")
     if not (folder / "transformer").is_dir():
         names = sorted(path.name for path in folder.iterdir())
         found = f"; found {first_few(names)}" if names else ""

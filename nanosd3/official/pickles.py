@@ -162,13 +162,13 @@ def pairs(items: list) -> Iterable[tuple]:
 
 def dictionary(items: Iterable) -> dict:
     """A dictionary of pairs, whose keys may only be text and numbers: hashing a nested tuple may
-    take forever."""
+    take forever. Numbers become text: chosen ones may all have hashes that collide, text cannot."""
     made = {}
     for key, value in items:
         large = isinstance(key, int) and key.bit_length() > 64  # too long to write out
         if large or not isinstance(key, str | int | float | bytes | None):
             raise NotData(f"a dictionary by {type(key).__name__}")
-        made[key] = value
+        made[str(key) if isinstance(key, int | float) else key] = value
     return made
 
 

@@ -1,12 +1,10 @@
 """Write tokenizers in the formats of transformers."""
 
-import gzip
-import json
 from pathlib import Path
 
 from nanosd3.config_types import CLIPConfig
 from nanosd3.storage.files import write_file, write_json
-from nanosd3.tokenizers import ASSETS, BPE, PAD, SPECIALS, Unigram
+from nanosd3.tokenizers import BPE, PAD, SPECIALS, Unigram, t5_tokenizer
 
 
 def write_clip_tokenizer(folder: Path, bpe: BPE, clip: CLIPConfig) -> None:
@@ -28,7 +26,7 @@ def write_t5_tokenizer(folder: Path, unigram: Unigram, length: int) -> None:
     T5's own tokenizer class would ignore half of it: transformers 5 rebuilds the normaliser, losing
     the lower-casing and adding a strip.
     """
-    content = json.loads(gzip.decompress((ASSETS / "t5_tokenizer.json.gz").read_bytes()))
+    content = t5_tokenizer()
     content["model"]["vocab"] = unigram.pieces
     flags = {"single_word": False, "lstrip": False, "rstrip": False}
     content["added_tokens"] = [

@@ -29,12 +29,13 @@ class Unreadable(InputError):
     """A file without permission to read it: nothing is known about its content."""
 
 
-def unreadable(path: Path, error: OSError) -> InputError:
+def unreadable(path: Path, error: OSError | ValueError) -> InputError:
     """The error to raise for a file that cannot be read."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path}: no such file")
     kind = Unreadable if isinstance(error, PermissionError) else InputError
-    return kind(f"{path}: cannot be read ({error.strerror or error})")
+    reason = getattr(error, "strerror", None) or error
+    return kind(f"{path}: cannot be read ({reason})")
 
 
 def temporary_name(path: Path) -> Path:
@@ -126,7 +127,7 @@ def read_regular(path: Path) -> bytes:
         if path.exists() and not path.is_file():  # reading a pipe or device might never end
             raise InputError(f"{path}: is not a file")
         return path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError for a NUL in the name
         raise unreadable(path, error) from None
 
 

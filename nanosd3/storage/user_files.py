@@ -8,6 +8,7 @@ import codecs
 from pathlib import Path
 
 from nanosd3.errors import InputError
+from nanosd3.storage.files import read_regular
 
 WIDE_MARKS = {  # byte order marks; UTF-32 first, as its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -17,19 +18,9 @@ WIDE_MARKS = {  # byte order marks; UTF-32 first, as its mark begins with that o
 }
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a regular file. Raises InputError if it cannot be read."""
-    try:
-        if path.is_file() or not path.exists():  # reading a pipe or device might never end
-            return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
-    raise InputError(f"{path}: is not a file")
-
-
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises InputError as `read_bytes` and `decode_text` do."""
-    return decode_text(read_bytes(path), path)
+    """The text of a UTF-8 file. Raises InputError as `read_regular` and `decode_text` do."""
+    return decode_text(read_regular(path), path)
 
 
 def decode_text(content: bytes, name: object, encoding: str = "utf-8") -> str:

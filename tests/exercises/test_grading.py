@@ -276,7 +276,7 @@ def test_bad_input(capsys, tmp_path):
     ask = lambda *options: refused(capsys, __main__.main, *options)  # noqa: E731
     (tmp_path / "a.py").write_text("x = (")
     assert "line 1" in ask("grade", tmp_path / "a.py")
-    assert "No such file" in ask("grade", tmp_path / "b.py")
+    assert "no such file" in ask("grade", tmp_path / "b.py")
     assert "already exists" in ask("start", tmp_path / "a.py")
     assert "no such exercise or topic" in ask("start", tmp_path / "b.py", "--only", "x")
     assert "needs a path" in ask("grade")

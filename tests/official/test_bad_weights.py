@@ -535,7 +535,7 @@ def test_plain_pictures_have_no_notes(capsys, official_file, tmp_path):
 def test_not_an_image(ask, tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     assert "is not an image of a known format" in ask("--init-image", tmp_path / "a.png")
-    assert "No such file" in ask("--init-image", tmp_path / "none.png")
+    assert "no such file" in ask("--init-image", tmp_path / "none.png")
     whole = picture(tmp_path / "b.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
     assert "b.png" in ask("--init-image", tmp_path / "b.png")

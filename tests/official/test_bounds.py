@@ -441,6 +441,13 @@ def test_one_list_is_copied_once():
     assert pickles.follow(program) == ({"a": 1}, {})
 
 
+def test_numbers_as_keys_become_text():
+    """Hashes of chosen numbers may all collide, so that a dictionary of them takes forever."""
+    keys = (1, 2**61 - 1, -3.5, True, "a", None)
+    program = io.BytesIO(checkpoints.pickled(dict.fromkeys(keys, 0)))
+    assert list(pickles.follow(program)) == ["1", str(2**61 - 1), "-3.5", "a", None]
+
+
 def test_long_names_of_dictionaries_are_not_repeated(asked, tmp_path):
     weight = dense(Storage("0", 4), 4)
     content = {"k" * 10**6: dict.fromkeys(map(str, range(1000)), weight)}

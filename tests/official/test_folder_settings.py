@@ -145,6 +145,27 @@ def test_an_export_saved_again_without_our_config(tiny_run, tmp_path, capsys):
          "HunyuanVideo"),
         (["single_transformer_blocks.0.norm.linear.weight",
           "transformer_blocks.0.attn.to_q.weight"], "FLUX"),
+        (["patch_embed.text_proj.weight", "time_embedding.linear_1.weight",
+          "transformer_blocks.0.attn1.to_q.weight"], "CogVideoX"),
+        (["transformer_blocks.0.attn1.to_q.weight", "patch_embed.text_proj.weight",
+          "time_condition_embed.timestep_embedder.linear_1.weight"], "CogVideoX or CogView"),
+        (["add_embedding.image_norm.weight", "encoder_hid_proj.image_embeds.weight",
+          "time_embedding.linear_1.weight"], "Kandinsky"),  # 2.2
+        (["add_time_condition.attention.to_k.weight", "time_embedding.linear_1.weight",
+          "encoder_hid_proj.projection_linear.weight"], "Kandinsky"),  # 3
+        (["visual_transformer_blocks.0.self_attention.to_query.weight",
+          "text_transformer_blocks.0.feed_forward.in_layer.weight"], "Kandinsky"),  # 5
+        (["add_embedding.linear_1.weight", "time_embedding.linear_1.weight",
+          "down_blocks.0.resnets.0.temporal_res_block.conv1.weight"], "a video model"),
+        (["model.diffusion_model.label_emb.0.0.weight",
+          "model.diffusion_model.input_blocks.1.0.time_stack.in_layers.0.weight"],
+         "a video model"),
+        (["add_embedding.linear_1.weight", "time_embedding.linear_1.weight",
+          "down_blocks.0.resnets.0.conv1.weight"], "SDXL"),
+        (["add_embedding.pool.q_proj.weight", "time_embedding.linear_1.weight",
+          "encoder_hid_proj.weight"], "a U-Net such as"),  # DeepFloyd IF
+        (["down_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight"],
+         "a U-Net such as Stable Diffusion 1 or 2 have"),
     ],
 )  # fmt: skip
 def test_other_models_by_name(names, model, tmp_path, capsys):
@@ -158,7 +179,7 @@ def test_other_models_by_name(names, model, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["PixArtTransformer2DModel", "CogView4Transformer2DModel", "MochiTransformer3DModel",
+    ["PixArtTransformer2DModel", "AllegroTransformer3DModel", "MochiTransformer3DModel",
      "SanaTransformer2DModel", "WanTransformer3DModel"],
 )  # fmt: skip
 def test_models_without_a_name_here_are_not_told_to_name_a_folder(name, tmp_path):

@@ -9,7 +9,6 @@ import ast
 import builtins
 import difflib
 import io
-import json
 import re
 import symtable
 import tokenize
@@ -17,9 +16,11 @@ import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nanosd3.errors import InputError
-from nanosd3.storage.user_files import decode_text, read_bytes
+from nanosd3.storage.files import parse_json, read_regular
+from nanosd3.storage.user_files import decode_text
 
 SUFFIXES = (".py", ".ipynb")
 MARK = "# exercises: "  # the line of a file of stubs that names what it was made for
@@ -48,7 +49,7 @@ def read_hand_in(file: Path, names: Collection[str], open_book: bool = False) ->
 
     Raises InputError if it cannot be read or compiled.
     """
-    content = read_bytes(file)
+    content = read_regular(file)
     if file.suffix.lower() == ".ipynb":
         return of_notebook(code_cells(file, content), names, open_book)
     text, tree = compiled(file, content)
@@ -114,11 +115,12 @@ def near_misses(functions: list[ast.FunctionDef], names: Collection[str]) -> tup
 
 def code_cells(file: Path, content: bytes) -> list[str]:
     """The text of a notebook's code cells. Raises InputError if it is not a notebook."""
+    text = decode_text(content, file)
     try:
-        notebook = json.loads(decode_text(content, file))
+        notebook: Any = parse_json(text, file)
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
         return ["".join(cell["source"]).replace("\r\n", "\n") for cell in cells]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (InputError, KeyError, TypeError):
         raise InputError(
             f"{file}: not a Jupyter notebook of format 4; open it in Jupyter and save it again"
         ) from None
