@@ -8,6 +8,9 @@ Modules, each of which imports only from those above it:
     finished_run        a finished run of the main job, to build on
     yardsticks          how a neighbour compares with the main model
     command             the command line that all have in common
+    dit                 DiT: a transformer for diffusion, and four ways to tell it time and class
+    ddpm                diffusion in a thousand steps: noise, losses, samplers
+    published_dit       DiT's checkpoints, and diffusers' folders of them
     consistency         consistency models: from anywhere on a path straight to its end
     train_consistency   distil a run to one network evaluation an image, or train without a teacher
     __main__            python -m nanosd3.related

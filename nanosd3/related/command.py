@@ -22,7 +22,7 @@ from nanosd3.storage.run import Run
 from nanosd3.training.options import with_recipe
 from nanosd3.training.stages import Job, training_of
 
-SIZES = ("mnist", "tiny")  # of a neighbour's recipe
+RECIPE_SIZES = ("mnist", "tiny")  # of a neighbour's recipe
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def parse(system: System, arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--out", type=Path, metavar="FOLDER", help=f"run folder (default: runs/{system.name})")
     add("--data", type=Path, help="folder of the run's images (default: the packaged MNIST)")
-    add("--config", choices=SIZES, help="size of the recipe (default: that of the run)")
+    add("--config", choices=RECIPE_SIZES, help="size of the recipe (default: that of the run)")
     add("--fresh", action="store_true", help="delete the run in --out and start over")
     add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add("--threads", type=positive, help="CPU threads (default: the usable cores, at most 8)")
