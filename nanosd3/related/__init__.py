@@ -11,6 +11,9 @@ Modules, each of which imports only from those above it:
     dit                 DiT: a transformer for diffusion, and four ways to tell it time and class
     ddpm                diffusion in a thousand steps: noise, losses, samplers
     published_dit       DiT's checkpoints, and diffusers' folders of them
+    paths               Gaussian paths from noise to data: OT, VP, cosine, VE
+    solvers             midpoint, RK4 and adaptive Dormand-Prince
+    likelihood          exact and estimated log-likelihood along the ODE
     consistency         consistency models: from anywhere on a path straight to its end
     train_consistency   distil a run to one network evaluation an image, or train without a teacher
     __main__            python -m nanosd3.related

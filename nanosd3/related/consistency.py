@@ -143,7 +143,7 @@ def edm_form(t: Tensor, data_std: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
     return (1 - t) * data_std**2 / variance, t * data_std / variance.sqrt(), variance.rsqrt()
 
 
-def straightness(
+def inconsistency(
     clean: Callable[[Tensor, Tensor], Tensor], path: list[tuple[Tensor, Tensor]]
 ) -> float:
     """The variance of f over the points (t, z) of paths, as a share of the images' variance: 0

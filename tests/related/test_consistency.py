@@ -18,7 +18,7 @@ from nanosd3.related.consistency import (
     karras_levels,
     lognormal_weights,
     pseudo_huber,
-    straightness,
+    inconsistency,
     target_decay,
     teacher_step,
     time_of,
@@ -202,5 +202,5 @@ def test_straightness():
     x0, noise = torch.randn(2, 50, 3, generator=GEN).unbind(0)
     path = [(t, interpolate(x0, noise, t)) for t in torch.linspace(1, 0.1, 5)]
     v = noise - x0
-    assert straightness(lambda z, t: clean_image(v, z, t), path) < 1e-10
-    assert straightness(lambda z, t: z, path) > 0.1
+    assert inconsistency(lambda z, t: clean_image(v, z, t), path) < 1e-10
+    assert inconsistency(lambda z, t: z, path) > 0.1

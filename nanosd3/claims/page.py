@@ -1,0 +1,102 @@
+"""The page of verdicts, nanosd3/claims/README.md, built from the records in results/."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from nanosd3.claims.experiment import Experiment
+from nanosd3.claims.records import RESULTS, check_declaration, paths_of, read_record
+from nanosd3.errors import InputError
+from nanosd3.storage.files import write_file
+
+PAGE = Path(__file__).parent / "README.md"
+HEAD = """# Claims, put to the test
+
+Papers claim; here you can see for yourself. Each experiment below takes minutes on a CPU. Claim,
+measurement and rule were written before it ran, and the rule, a function in the code, gave the
+verdict: *supported*, *refuted*, or *undecided* at this budget. A verdict holds for small networks
+on handwritten digits and says nothing about larger ones; a refuted claim may well hold for them.
+
+```
+python -m nanosd3.claims list
+python -m nanosd3.claims x-fm-3
+```
+
+`all` runs everything that has not run yet, `--seeds N` takes other numbers of seeds, `--fast` shows
+in seconds how an experiment works. Most train in the latents of a finished main job
+(`python train_mnist.py`), which `--run` names. This page is built from the JSON files in
+[results](results) by `python -m nanosd3.claims page`.
+"""
+
+
+def take_over(experiments: Mapping[str, Experiment], out: Path) -> list[str]:
+    """Copy the records and plots in a folder to the page's, and return their names.
+
+    Raises InputError if there are none, or if one ran with another rule than the code has now.
+    """
+    if not out.is_dir():
+        raise InputError(f"{out}: no such folder; experiments write to --out, runs/claims")
+    there = [name for name in experiments if all(path.exists() for path in paths_of(out, name))]
+    for name in there:
+        file, _ = paths_of(out, name)
+        record = read_record(file)
+        check_declaration(record, experiments[name], file)
+        if record["fast"]:
+            raise InputError(f"{file}: comes from --fast, which means nothing; run it in full")
+    if not there:
+        raise InputError(f"{out}: has no results of experiments")
+    RESULTS.mkdir(exist_ok=True)
+    for name in there:
+        for path, kept in zip(paths_of(out, name), paths_of(RESULTS, name), strict=True):
+            shutil.copyfile(path, kept)
+    return there
+
+
+def committed(experiments: Mapping[str, Experiment]) -> dict[str, dict]:
+    """The page's records by name, in the order of the catalogue."""
+    files = {name: paths_of(RESULTS, name)[0] for name in experiments}
+    return {name: read_record(file) for name, file in files.items() if file.exists()}
+
+
+def page(records: Mapping[str, dict]) -> str:
+    """The text of the page."""
+    rows = [
+        f"| [{name}](#{name}) | {record['claim']} | **{record['verdict']}** |"
+        for name, record in records.items()
+    ]
+    overview = ["| | claim | verdict |", "| --- | --- | --- |", *rows]
+    parts = [HEAD, "\n".join(overview) + "\n", *(section(record) for record in records.values())]
+    return "\n".join(parts)
+
+
+def section(record: dict) -> str:
+    """One experiment: what was said, the verdict, the figures and the plot."""
+    table, machine = record["results"]["table"], record["machine"]
+    lines = ["| " + " | ".join(cells) + " |" for cells in [table["columns"], *table["rows"]]]
+    lines.insert(1, "| --- " * len(table["columns"]) + "|")
+    seconds = f"{record['thread_seconds']:.0f} seconds of a core"
+    if "training_seconds" in record["results"]:
+        seconds += f", beside {record['results']['training_seconds']:.0f} of training its networks"
+    seeds = ", ".join(map(str, record["seeds"]))
+    remark = f"\n{record['remark']}\n" if record["remark"] else ""
+    return f"""## {record["name"]}
+
+**Claim.** {record["claim"]} *({record["source"]})*
+
+**Measured.** {record["measured"]}
+
+**Rule.** {record["rule"]}
+
+**Verdict: {record["verdict"]}.**
+{remark}
+{chr(10).join(lines)}
+
+![Plot of {record["name"]}](results/{record["name"]}.png)
+
+Seeds {seeds}; {seconds} on {machine["processor"]}, torch {machine["torch"]}, commit
+{machine["commit"]}.
+"""
+
+
+def write_page(experiments: Mapping[str, Experiment]) -> None:
+    write_file(PAGE, page(committed(experiments)).encode())

@@ -1,0 +1,100 @@
+"""How probable is an image under a flow? The log-likelihood, along the ODE from data to noise.
+
+Sampling carries noise to an image by an ODE, and an ODE runs both ways: from the image to the one
+noise that it comes from, whose density is known. On the way the velocity field squeezes or spreads
+the volume around the image at a rate of its divergence, the trace of dv/dz. Together (the
+instantaneous change of variables, arXiv 1806.07366):
+
+    log p(x0) = log N(z_1; 0, prior_std^2) + integral from t = 0 to 1 of div v(z_t, t) dt
+
+The sign is that of our time, data at 0: where the way to noise spreads volume out, the image's
+density was higher than that of its noise.
+
+The trace of a D x D matrix that is only known by its products with vectors takes D of them.
+Hutchinson's estimate takes one: E[probe^T (dv/dz) probe] is the trace, if the probe's entries are
+independent signs. One probe is drawn for each image and kept for the whole solve: then the right
+side is a smooth ODE that adaptive solvers can follow, and the mean is right all the same.
+
+Pixels are whole numbers, and no density is bounded on those. They get uniform noise of one level
+(`dequantise`); the density is then a lower bound on the probability of the pixels themselves, and
+`bits_per_dimension` says how many bits a pixel it would take to store them.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nanosd3.related.solvers import dopri5
+from nanosd3.samplers import Velocity
+
+PIXEL_LEVELS = 256  # of a pixel
+Solver = Callable[[Velocity, Tensor, Tensor], Tensor]
+
+
+def log_likelihood(
+    velocity: Velocity,
+    x0: Tensor,
+    ts: Tensor,
+    probe: Tensor | None = None,
+    prior_std: float = 1.0,
+    solver: Solver = dopri5,
+) -> Tensor:
+    """log p(x0) in nats, (B,), for x0 (B, ...) and times `ts` from data to noise.
+
+    The trace is exact, by a backward pass for each number of a sample; or Hutchinson's estimate,
+    by one, with a `probe` like x0. Samples must not see each other in `velocity`. Raises ValueError
+    for times that descend.
+    """
+    if not ts[0] < ts[-1]:
+        raise ValueError(f"ts must ascend, from data to noise, got {ts}")
+
+    def slope(state: Tensor, t: Tensor) -> Tensor:
+        v, trace = divergence(velocity, state[:, :-1].view_as(x0), t, probe)
+        return torch.cat([v.flatten(1), trace[:, None]], dim=1)
+
+    state = torch.cat([x0.flatten(1), x0.new_zeros(len(x0), 1)], dim=1)  # (B, D + 1)
+    state = solver(slope, state, ts)
+    return prior_log_density(state[:, :-1], prior_std) + state[:, -1]
+
+
+@torch.enable_grad()
+def divergence(
+    velocity: Velocity, z: Tensor, t: Tensor, probe: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The velocity at z (B, ...), and the trace of its derivative, (B,): exact, or estimated."""
+    z = z.detach().requires_grad_()
+    v = velocity(z, t)
+    if probe is not None:
+        (product,) = torch.autograd.grad((v * probe).sum(), z)  # (dv/dz)^T probe
+        return v.detach(), (product * probe).flatten(1).sum(1)
+    trace = z.new_zeros(len(z))
+    for i, each in enumerate(v.flatten(1).sum(0)):
+        (row,) = torch.autograd.grad(each, z, retain_graph=True)
+        trace = trace + row.flatten(1)[:, i]
+    return v.detach(), trace
+
+
+def prior_log_density(z: Tensor, std: float) -> Tensor:
+    """log N(z; 0, std^2) of each sample of z (B, ...), summed over its numbers."""
+    log_density = -(z / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
+    return log_density.flatten(1).sum(1)
+
+
+def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
+    """A probe: random signs, as many as in `like`."""
+    signs = torch.randint(2, like.shape, generator=generator) * 2 - 1
+    return signs.to(like)
+
+
+def dequantise(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Pixels uint8 plus noise uniform over one level, scaled to [-1, 1)."""
+    noise = torch.rand(images.shape, generator=generator)
+    return (images + noise) * (2 / PIXEL_LEVELS) - 1
+
+
+def bits_per_dimension(log_density: Tensor, dimensions: int) -> Tensor:
+    """Bits a pixel, of log densities in nats of images scaled to [-1, 1): a level there is 2/256
+    wide, which is 7 bits."""
+    return -log_density / (dimensions * math.log(2)) + math.log2(PIXEL_LEVELS / 2)
