@@ -1,8 +1,8 @@
 """Train all of Stable Diffusion 3, small, on MNIST: `python train_mnist.py`.
 
-Data, autoencoder, text encoders, flow, samples: some minutes on two CPU cores, without a network
-or a GPU. Ctrl-C stops it; rerun the same command to resume. With another --config the same stages
-train a network of any size on enlarged digits.
+Data, autoencoder, text encoders, flow, turbo, samples: some minutes on two CPU cores, without a
+network or a GPU. Ctrl-C stops it; rerun the same command to resume. With another --config the same
+stages train a network of any size on enlarged digits.
 """
 
 import argparse
@@ -13,9 +13,14 @@ from nanosd3.cli import Parser, run_main
 from nanosd3.data.mnist import load_images
 from nanosd3.data.sources import Digits
 from nanosd3.errors import shown
+from nanosd3.related.command import RECIPE_SIZES
+from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.train_consistency import turbo_stage
+from nanosd3.related.yardsticks import in_words
 from nanosd3.training.cached_features import get_features
 from nanosd3.training.classifier import train_classifier
 from nanosd3.training.encoders import frozen_encoders, trained_encoders
+from nanosd3.training.evaluation import Scorer
 from nanosd3.training.options import Plan, add_options, generate_command, job_of, make_plan
 from nanosd3.training.report import previews, report_digits, shown_prompts
 from nanosd3.training.stages import Job, training_of
@@ -30,7 +35,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, help="folder of other 28x28 IDX files (default: the packaged MNIST)"
     )
-    return parser.parse_args(arguments)
+    text = "leave out the distillation to one network evaluation an image"
+    parser.add_argument("--no-turbo", action="store_true", help=text)
+    args = parser.parse_args(arguments)
+    if args.config not in RECIPE_SIZES:
+        args.no_turbo = True  # 300 steps of distillation would do nothing to larger networks
+    return args
 
 
 def percent(attribute: dict) -> str:
@@ -48,11 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
     source = Digits(images, plan.config)
     with job_of(args, plan, source) as job:
         if job:
-            train(job, plan, source)
+            train(job, plan, source, not args.no_turbo)
     return 0
 
 
-def train(job: Job, plan: Plan, source: Digits) -> None:
+def train(job: Job, plan: Plan, source: Digits, with_turbo: bool) -> None:
     """The stages in order; finished ones are loaded."""
     images, folder = source.images, job.run.folder
     first = f"the first {source.trained} of " if source.trained < images.found else ""
@@ -77,8 +87,16 @@ def train(job: Job, plan: Plan, source: Digits) -> None:
     if mmdit is None:
         return  # the main process does the rest
 
+    # Turbo: a copy of it learns to draw a digit by one evaluation, not by many.
+    pipeline = features.pipeline(mmdit, job.device)
+    turbo = None
+    if with_turbo:
+        scorer = Scorer(source, classifier, job.device)
+        finished = FinishedRun(job.run, pipeline.config, source, scorer, pipeline, job.device)
+        turbo = turbo_stage(finished, features, job.seed)
+
     # Samples: grids, the path from noise to digits, and how good they are.
-    metrics = report_digits(job, source, classifier, features.pipeline(mmdit, job.device))
+    metrics = report_digits(job, source, classifier, pipeline, turbo)
     features.forget()
     job.run.finish("samples", {})
     print(
@@ -88,6 +106,11 @@ def train(job: Job, plan: Plan, source: Digits) -> None:
         f"{percent(metrics['weight'])}, slant {percent(metrics['slant'])} (chance: 33%); "
         f"{metrics['images_per_second']:.0f} images a second"
     )
+    if turbo:
+        print(
+            f"turbo: {in_words(turbo)}; {turbo['images_per_second']:.0f} images a second; its "
+            f"folder: {folder / 'turbo'}, beside the main model: {folder / 'turbo.png'}"
+        )
     print(
         f"done: {folder / 'samples.png'} and trajectory.gif, loss.png, samplers.png, metrics.json. "
         f"More: {generate_command(prompts[0], folder, 'digits.png')}"

@@ -14,7 +14,7 @@ device.
 """
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -65,6 +65,8 @@ class Pipeline:
         widths = (config.mmdit.context_dim, config.mmdit.pooled_dim)
         self.text = TextEncoders(config.text, tokenizers, parts, *widths)
         self.encoded_text: EncodedText = {}
+        # Normalised latents to images in [-1, 1], in place of the autoencoder's own decoder.
+        self.decoder: Callable[[Tensor], Tensor] | None = None
         for module in parts.ready.values():
             accelerate(module.eval())
 
@@ -123,7 +125,12 @@ class Pipeline:
         pixels = latents[0, 0].numel() * self.config.vae.factor**2
         images = []
         for z in latents.split(at_once(pixels * self.config.vae.channels[0])):
-            x = finite(vae.decode(vae.denormalise(z.to(dtype_of(vae)))), "the decoded image")
+            x = (
+                self.decoder(z)
+                if self.decoder
+                else vae.decode(vae.denormalise(z.to(dtype_of(vae))))
+            )
+            x = finite(x, "the decoded image")
             images.append(to_uint8(x[:, :, cut : x.shape[2] - cut, cut : x.shape[3] - cut]).cpu())
         return torch.cat(images).numpy()
 

@@ -16,5 +16,8 @@ Modules, each of which imports only from those above it:
     likelihood          exact and estimated log-likelihood along the ODE
     consistency         consistency models: from anywhere on a path straight to its end
     train_consistency   distil a run to one network evaluation an image, or train without a teacher
+    editing             zero-shot edits with a consistency model
+    consistency_decoder a consistency model in place of the autoencoder's decoder
+    train_consistency_decoder   train one on frozen latents
     __main__            python -m nanosd3.related
 """

@@ -6,8 +6,11 @@ from nanosd3.cli import run_main
 from nanosd3.errors import InputError, shown
 from nanosd3.related.command import System, run_system
 from nanosd3.related.train_consistency import Consistency
+from nanosd3.related.train_consistency_decoder import ConsistencyDecoding
 
-SYSTEMS: dict[str, System] = {system.name: system for system in (Consistency(),)}
+SYSTEMS: dict[str, System] = {
+    system.name: system for system in (Consistency(), ConsistencyDecoding())
+}
 
 
 def listing() -> str:

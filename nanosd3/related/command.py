@@ -5,7 +5,9 @@ have in common are here. Interrupted runs resume as the main job does.
 """
 
 import argparse
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,7 +21,9 @@ from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.related.yardsticks import in_words, pipeline_scores
 from nanosd3.storage.files import write_json
 from nanosd3.storage.run import Run
+from nanosd3.training.cached_features import Features, get_features
 from nanosd3.training.options import with_recipe
+from nanosd3.training.report import shown_prompts
 from nanosd3.training.stages import Job, training_of
 
 RECIPE_SIZES = ("mnist", "tiny")  # of a neighbour's recipe
@@ -32,6 +36,15 @@ class Study:
     job: Job  # its own run, config and seed; the finished run's images and captions
     finished: FinishedRun
     args: argparse.Namespace
+    encoded: Features | None = None  # by the finished run's encoders, if it has just been trained
+
+    @property
+    def features(self) -> Features:
+        """Latents and text of the finished run's encoders, computed where they are missing."""
+        if self.encoded:
+            return self.encoded
+        encoders = self.finished.encoders(self.job.config)
+        return get_features(self.job, encoders, shown_prompts(self.finished.source))
 
 
 class System(ABC):
@@ -40,6 +53,7 @@ class System(ABC):
     name: str
     what: str  # in a sentence
     paper: str
+    compared_with = "the main model"
 
     @abstractmethod
     def add_options(self, parser: Parser) -> None:
@@ -59,7 +73,8 @@ class System(ABC):
     @abstractmethod
     def train(self, study: Study) -> dict:
         """Train, or load what is trained; write samples.png; return scores (yardsticks.py) and
-        `training_seconds`."""
+        `training_seconds`. If it is not the main model that they compare with, it returns that
+        one's scores as `main_model`."""
 
 
 def parse(system: System, arguments: list[str] | None) -> argparse.Namespace:
@@ -102,6 +117,32 @@ def run_system(system: System, arguments: list[str] | None) -> int:
     args = parse(system, arguments)
     device = set_up(args.threads)
     finished = open_finished_run(args.run, args.data, device)
+    folder = args.out or Path("runs") / system.name
+    with obeying(), study_in(folder, system, args, finished) as study:
+        if study is None:
+            pictures = folder / "samples.png"
+            print(f"{folder} is finished: see {pictures}, or start over with --fresh")
+            return 0
+        metrics = system.train(study)
+        if "main_model" not in metrics:
+            count, sampling = training_of(finished.config).evaluate, finished.config.sampling
+            metrics["main_model"] = pipeline_scores(finished, finished.pipeline, count, sampling)
+        conclude(study, metrics | {"system": system.name})
+        main = in_words(metrics["main_model"])
+        print(f"{system.name}: {in_words(metrics)}; {system.compared_with}: {main}")
+        print(f"done: {folder / 'samples.png'} and metrics.json")
+    return 0
+
+
+@contextlib.contextmanager
+def study_in(
+    folder: Path,
+    system: System,
+    args: argparse.Namespace,
+    finished: FinishedRun,
+    encoded: Features | None = None,
+) -> Iterator[Study | None]:
+    """Lock the neighbour's run folder and yield what it trains with; None if it is finished."""
     config = system.config(args, finished)
     identity = {
         "config": asdict(config),
@@ -112,37 +153,22 @@ def run_system(system: System, arguments: list[str] | None) -> int:
         **finished.encoders_identity,
         **system.identity(args, finished),
     }
-    folder = args.out or Path("runs") / system.name
-    with obeying():
-        run = Run.open(folder, identity, args.fresh, finished.source.contents)
-        with run.alone():
-            run = Run.read(folder)
-            if "samples" in run.stages:
-                pictures = folder / "samples.png"
-                print(f"{folder} is finished: see {pictures}, or start over with --fresh")
-                return 0
-            job = Job(run, config, finished.source, device, args.seed)
-            conclude(system, Study(job, finished, args))
-    return 0
+    run = Run.open(folder, identity, args.fresh, finished.source.contents)
+    with run.alone():
+        run = Run.read(folder)
+        job = Job(run, config, finished.source, finished.device, args.seed)
+        yield None if "samples" in run.stages else Study(job, finished, args, encoded)
 
 
-def conclude(system: System, study: Study) -> None:
-    """Train, write metrics.json, and compare with the finished run on the same draws."""
-    run, finished = study.job.run, study.finished
-    metrics = system.train(study)
-    count = training_of(finished.config).evaluate
-    main = pipeline_scores(finished, finished.pipeline, count, finished.config.sampling)
-    write_json(
-        run.folder / "metrics.json",
-        metrics
-        | {
-            "system": system.name,
-            "main_model": main,
-            "stages": run.stages,
-            "threads": torch.get_num_threads(),
-            "peak_memory_gb": peak_memory(study.job.device),
-        },
-    )
+def conclude(study: Study, metrics: dict) -> None:
+    """Write metrics.json, and mark the run as finished."""
+    run = study.job.run
+    about = {
+        "stages": run.stages,
+        "threads": torch.get_num_threads(),
+        "peak_memory_gb": peak_memory(study.job.device),
+    }
+    write_json(run.folder / "metrics.json", metrics | about)
+    if not study.encoded:
+        study.features.forget()
     run.finish("samples", {})
-    print(f"{system.name}: {in_words(metrics)}; the main model: {in_words(main)}")
-    print(f"done: {run.folder / 'samples.png'} and metrics.json")

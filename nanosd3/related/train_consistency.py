@@ -21,7 +21,16 @@ from nanosd3.config_types import Config, Recipe, Sampling
 from nanosd3.errors import InputError
 from nanosd3.flow import interpolate
 from nanosd3.mmdit import MMDiT
-from nanosd3.related.command import Study, System, size_of, with_flow_recipe
+from nanosd3.pipeline import Pipeline
+from nanosd3.related.command import (
+    Study,
+    System,
+    conclude,
+    parse,
+    size_of,
+    study_in,
+    with_flow_recipe,
+)
 from nanosd3.related.consistency import (
     clean_image,
     doubling_count,
@@ -34,11 +43,11 @@ from nanosd3.related.consistency import (
 from nanosd3.related.finished_run import FinishedRun, repeated
 from nanosd3.related.yardsticks import draw_beside_main, pipeline_scores
 from nanosd3.samplers import guided
-from nanosd3.storage.files import load_weights, save_weights
-from nanosd3.training.cached_features import Features, get_features
+from nanosd3.storage.files import load_weights, read_json, save_weights
+from nanosd3.storage.run import Run
+from nanosd3.training.cached_features import Features
 from nanosd3.training.ema import make_ema
 from nanosd3.training.loop import StepRNG, fit
-from nanosd3.training.report import shown_prompts
 from nanosd3.training.stages import Job, build, finish, last_loss, training_of
 
 METHODS = ("distillation", "training")
@@ -144,9 +153,9 @@ def student_of(study: Study, features: Features) -> MMDiT:
         ema = cast(MMDiT, make_ema(student))
         loss_of = (distillation_loss if distilled else training_loss)(study, features, student)
         recipe, decay = job.training.flow, job.training.ema_decay
-        fit(job.run, "flow", student, loss_of, recipe, job.seed, ema, decay)
+        fit(job.run, "consistency", student, loss_of, recipe, job.seed, ema, decay)
         save_weights(ema, path)
-        finish(job, "flow", {"loss": last_loss(job, "flow")}, begin)
+        finish(job, "flow", {"loss": last_loss(job, "consistency")}, begin)
     load_weights(student, path)
     return student.requires_grad_(False).eval()
 
@@ -188,16 +197,40 @@ class Consistency(System):
 
     def train(self, study: Study) -> dict:
         job, finished = study.job, study.finished
-        finished.hand_over(job)
-        encoders = finished.encoders(job.config)
-        features = get_features(job, encoders, shown_prompts(finished.source))
-        pipeline = features.pipeline(student_of(study, features), job.device)
+        pipeline = distilled(study)
         by_evaluations = {}
         for steps in STEPS_SHOWN:
             sampling, count = replace(job.config.sampling, steps=steps), job.training.evaluate
             by_evaluations[steps] = pipeline_scores(finished, pipeline, count, sampling)
         draw_beside_main(finished, pipeline, job.run.folder / "samples.png")
-        features.forget()
         seconds = job.run.stages["flow"]["seconds"]
         scores = by_evaluations[1]
         return scores | {"by_evaluations": by_evaluations, "training_seconds": seconds}
+
+
+def distilled(study: Study) -> Pipeline:
+    """The consistency model, trained or loaded, with the finished run's encoders in its folder."""
+    study.finished.hand_over(study.job)
+    features, device = study.features, study.job.device
+    encoders = study.finished.encoders(study.job.config)
+    student = student_of(study, features)
+    return Features(features.folder.parent, features.source, encoders).pipeline(student, device)
+
+
+def turbo_stage(finished: FinishedRun, features: Features, seed: int) -> dict:
+    """The main job's stage: distil it into the folder turbo/ of its run, and compare both on the
+    main job's own draw, in turbo.png and in the scores returned."""
+    system, folder = Consistency(), finished.run.folder / "turbo"
+    args = parse(system, ["--seed", str(seed)])
+    if (folder / "run.json").exists():  # if it was made of other weights, it starts over
+        args.fresh = Run.read(folder).identity.get("finished") != finished.fingerprint
+    with study_in(folder, system, args, finished, features) as study:
+        if study is None:
+            return read_json(folder / "metrics.json")
+        pipeline, count = distilled(study), study.job.training.evaluate
+        sampling = study.job.config.sampling
+        scores = pipeline_scores(finished, pipeline, count, sampling, draws=(seed,))
+        seconds = study.job.run.stages["flow"]["seconds"]
+        draw_beside_main(finished, pipeline, finished.run.folder / "turbo.png")
+        conclude(study, scores | {"system": system.name, "training_seconds": seconds})
+    return scores

@@ -2,41 +2,57 @@
 the same prompts drawn by both, side by side."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanosd3.config_types import Sampling
+from nanosd3.data.mnist import to_uint8
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.storage.files import write_file
 from nanosd3.training import figures
 from nanosd3.training.evaluation import Draw, draw_prompts, to_digits
-from nanosd3.training.report import reconstructions, sample_images, shown_prompts
+from nanosd3.training.report import (
+    RECONSTRUCTION_BATCH,
+    reconstructions,
+    sample_images,
+    shown_prompts,
+)
+from nanosd3.vae import AutoencoderKL
 
 SCORED_DRAWS = (1, 2)  # seeds of the fresh draws of prompts and noise that samples are scored on
 SHOWN_OF_EACH = 4  # images of a prompt in a picture
+SHOWN_IMAGES = 8  # decoded
+Decode = Callable[[Tensor], Tensor]  # normalised latents (B, c, h, w) to images in [-1, 1]
 Generate = Callable[[Draw, int], np.ndarray]  # a draw and its seed to samples uint8 (B, H, W[, C])
 
 
-def score_samples(finished: FinishedRun, generate: Generate, count: int, evaluations: int) -> dict:
-    """Scores of about `count` samples: the means of two draws, and each draw's.
+def score_samples(
+    finished: FinishedRun,
+    generate: Generate,
+    count: int,
+    evaluations: int,
+    draws: Sequence[int] = SCORED_DRAWS,
+) -> dict:
+    """Scores of about `count` samples of each draw: means, and each draw's.
 
     The distance is also given relative to that of as many real images: distances as such compare
     only within one classifier and one number of samples.
     """
-    scorer, draws = finished.scorer, []
-    for seed in SCORED_DRAWS:
+    scorer, scores = finished.scorer, []
+    for seed in draws:
         draw = draw_prompts(finished.source, count, seed)
         begin = time.perf_counter()
         samples = to_digits(torch.from_numpy(generate(draw, seed)))
         seconds = time.perf_counter() - begin
         accuracy, distance = scorer.score(samples, draw)
         floor = scorer.floor(draw)
-        draws.append(
+        scores.append(
             {
                 "prompt_accuracy": accuracy,
                 "frechet_distance": distance,
@@ -46,12 +62,12 @@ def score_samples(finished: FinishedRun, generate: Generate, count: int, evaluat
             }
         )
     rebuilt = reconstructions(finished.source, draw.chosen, finished.pipeline)
-    means = {key: sum(d[key] for d in draws) / len(draws) for key in draws[0]}
+    means = {key: sum(s[key] for s in scores) / len(scores) for key in scores[0]}
     return means | {
         "frechet_floor_reconstructions": scorer.distance(rebuilt),
         "samples": len(draw.prompts),
         "evaluations": evaluations,
-        "draws": draws,
+        "draws": scores,
     }
 
 
@@ -75,7 +91,11 @@ def evaluations_in_words(count: int) -> str:
 
 
 def pipeline_scores(
-    finished: FinishedRun, pipeline: Pipeline, count: int, sampling: Sampling
+    finished: FinishedRun,
+    pipeline: Pipeline,
+    count: int,
+    sampling: Sampling,
+    draws: Sequence[int] = SCORED_DRAWS,
 ) -> dict:
     """Scores of a pipeline with its own or another sampling."""
 
@@ -89,7 +109,7 @@ def pipeline_scores(
         )
         return cast(np.ndarray, images)
 
-    return score_samples(finished, generate, count, evaluations(sampling))
+    return score_samples(finished, generate, count, evaluations(sampling), draws)
 
 
 def draw_beside_main(finished: FinishedRun, pipeline: Pipeline, path: Path) -> None:
@@ -102,3 +122,57 @@ def draw_beside_main(finished: FinishedRun, pipeline: Pipeline, path: Path) -> N
         title = evaluations_in_words(evaluations(model.config.sampling))
         columns.append((title, figures.grid(rows)))
     write_file(path, figures.png(figures.side_by_side(columns)))
+
+
+# --- decoders -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reconstruction_scores(
+    finished: FinishedRun, vae: AutoencoderKL, decode: Decode, count: int
+) -> dict:
+    """Scores of training images encoded and decoded again: accuracy and distance as for samples,
+    the error in decibels (PSNR), the strength of edges relative to real ones, and the speed."""
+    scorer, source = finished.scorer, finished.source
+    draw = draw_prompts(source, count, SCORED_DRAWS[0])
+    decoded, seconds, errors, edges = [], 0.0, [], torch.zeros(2)
+    for index in draw.chosen.split(RECONSTRUCTION_BATCH):
+        x = source.pixels(index).to(finished.device)
+        latents = vae.normalise(vae.encode(x)[0])
+        begin = time.perf_counter()
+        y = decode(latents).clamp(-1, 1)
+        seconds += time.perf_counter() - begin
+        errors.append((y - x).square().flatten(1).mean(1))
+        edges += torch.tensor([edge_energy(y), edge_energy(x)])
+        cut = finished.config.padding
+        decoded.append(to_uint8(y[:, :, cut : y.shape[2] - cut, cut : y.shape[3] - cut]).cpu())
+    digits = to_digits(torch.cat(decoded))
+    accuracy, distance = scorer.score(digits, draw)
+    floor = scorer.floor(draw)
+    return {
+        "prompt_accuracy": accuracy,
+        "frechet_distance": distance,
+        "frechet_floor_real": floor,
+        "frechet_ratio_to_real": distance / floor,
+        "psnr": float(10 * torch.log10(4 / torch.cat(errors)).mean()),
+        "sharpness": float(edges[0] / edges[1]),
+        "images_per_second": len(digits) / seconds,
+    }
+
+
+def edge_energy(x: Tensor) -> float:
+    """Squared differences of neighbouring pixels, summed."""
+    return float(x.diff(dim=2).square().sum() + x.diff(dim=3).square().sum())
+
+
+def draw_decoded(
+    finished: FinishedRun, vae: AutoencoderKL, ways: dict[str, Decode], path: Path
+) -> None:
+    """The first held-out digits, and what each way of decoding makes of their latents."""
+    source = finished.source
+    x = source.pixels(torch.arange(source.trained, source.trained + SHOWN_IMAGES))
+    with torch.no_grad():
+        latents = vae.normalise(vae.encode(x.to(finished.device))[0])
+        rows = [("real", to_uint8(x).numpy())]
+        rows += [(name, to_uint8(way(latents)).cpu().numpy()) for name, way in ways.items()]
+    write_file(path, figures.png(figures.grid(rows)))

@@ -9,6 +9,8 @@
     log.jsonl               one JSON object per line: stage, step, loss, ...
     speed.jsonl             throughput and memory
 
+    turbo/                  the model distilled to one step, a run folder of its own
+
 and, once the run is finished, its images and metrics.json.
 """
 
@@ -29,11 +31,12 @@ from nanosd3.storage.files import (
     write_json,
 )
 
-WEIGHT_FILES = ("judge", "autoencoder", "clip", "t5", "text", "flow")
+WEIGHT_FILES = ("judge", "autoencoder", "clip", "t5", "text", "flow", "decoder")
 RUN_FILES = (  # everything a run writes, except run.json and cache/, whose entries name their data
     *(f"{name}.safetensors" for name in WEIGHT_FILES),
     *("samples.png", "trajectory.gif", "loss.png", "samplers.png", "preview-*.png"),
     *("tokenizers.json", "metrics.json", "log.jsonl", "speed.jsonl", "state-*", "data.json"),
+    *("turbo", "turbo.png"),
 )
 WEIGHTS = "weights"  # in the identity: a path, which says where to look, not what it is
 

@@ -242,10 +242,12 @@ def about_training(job: Job) -> dict:
     }
 
 
-def report_digits(job: Job, source: Digits, classifier: ConvNet, pipeline: Pipeline) -> dict:
+def report_digits(
+    job: Job, source: Digits, classifier: ConvNet, pipeline: Pipeline, turbo: dict | None
+) -> dict:
     """Write samples.png, trajectory.gif, loss.png, samplers.png and metrics.json.
 
-    Returns the metrics.
+    Returns the metrics; `turbo` are those of the distilled model, if there is one.
     """
     folder = job.run.folder
     prompts = shown_prompts(source)
@@ -255,7 +257,7 @@ def report_digits(job: Job, source: Digits, classifier: ConvNet, pipeline: Pipel
     figures.plot_loss(job.run.read_log(), folder / "loss.png")
     errors = solver_errors(pipeline, prompts)
     figures.plot_samplers(errors, folder / "samplers.png")
-    metrics |= {"solver_errors": errors, **about_training(job)}
+    metrics |= {"solver_errors": errors, "turbo": turbo, **about_training(job)}
     write_json(folder / "metrics.json", metrics)
     return metrics
 

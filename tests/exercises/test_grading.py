@@ -160,33 +160,43 @@ def test_the_hook_cannot_be_disabled(verdicts, tmp_path, body):
 
 
 @pytest.mark.parametrize(
-    "line",
+    "lines",
     [
-        "import os; os.makedirs('loaded')",
-        "import os; os.mkfifo('interpolate.pt')",
-        "import os; os.mkfifo('loaded')",
-        "import os; os.symlink('/dev/zero', 'shift.pt')",
+        [
+            "os.makedirs('loaded')",
+            "os.mkfifo('interpolate.pt')",
+            "os.symlink('/dev/zero', 'shift.pt')",
+        ],
+        ["os.mkfifo('loaded')"],
     ],
 )
-def test_unexpected_files_do_not_stop_the_grader(verdicts, line):
-    results = verdicts(f"try:\n    {line}\nexcept OSError: pass\n{RIGHT}")
+def test_unexpected_files_do_not_stop_the_grader(verdicts, lines):
+    tried = "".join(f"try:\n    {line}\nexcept OSError: pass\n" for line in lines)
+    results = verdicts(f"import os\n{tried}{RIGHT}")
     assert len(results) == 3 and all(isinstance(v.points, int) for v in results.values())
+
+
+ODD_BUT_INNOCENT = (
+    "\ufefffrom __future__ import annotations\n"
+    "from dataclasses import dataclass\n"
+    "import os\n"
+    "import sys\n"
+    "from torch.nn.functional import *\n"
+    "os.environ['KMP_DUPLICATE_LIB_OK'] = 'TRUE'\n"
+    f"{RIGHT}\n"
+    "@dataclass\n"
+    "class Point:\n"
+    "    x: int\n"
+    "\n"
+    "sys.exit()\n"
+).replace("\n", "\r\n")
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "\ufeff" + RIGHT,
-        RIGHT.replace("\n", "\r\n"),
-        "import os\nos.environ['KMP_DUPLICATE_LIB_OK'] = 'TRUE'\n" + RIGHT,
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n" + RIGHT
-        + "\n@dataclass\nclass Point:\n    x: int\n",
-        RIGHT + "\nimport sys\nsys.exit()\n",
-        RIGHT + "\ninput('done?')\n",
-        "from torch.nn.functional import *\n" + RIGHT,
-    ],
-    ids=["mark", "crlf", "environment", "dataclass", "exit", "input", "star"],
-)  # fmt: skip
+    [ODD_BUT_INNOCENT, RIGHT.replace("\n", "\r\n"), RIGHT + "\ninput('done?')\n"],
+    ids=["many", "crlf", "input"],
+)
 def test_innocent_files_keep_their_points(verdicts, text):
     assert {v.status for v in verdicts(text).values()} == {"right"}
 

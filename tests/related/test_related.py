@@ -45,18 +45,15 @@ def turbo(tiny_run, tmp_path_factory):
         patch.setattr(loop, "update_ema", stop)
         assert command("consistency", "--run", tiny_run, "--out", out) == 130
     assert not (out / "flow.safetensors").exists() and list(out.glob("state-*"))
-    assert Pipeline.load(out)("3").shape == (1, 28, 28)  # the averages of the saved state
-    half = tmp_path_factory.mktemp("related") / "half"
-    shutil.copytree(out, half, ignore=shutil.ignore_patterns("state-*"))
     with pytest.raises(InputError, match=r"rerun `python -m nanosd3[.]related consistency --out"):
-        Pipeline.load(half)
+        Pipeline.load(out)
     assert command("consistency", "--run", tiny_run, "--out", out) == 0
     return out
 
 
-def test_resumed_byte_for_byte(turbo, tiny_run, tmp_path):
-    assert command("consistency", "--run", tiny_run, "--out", tmp_path / "b") == 0
-    whole = (tmp_path / "b" / "flow.safetensors").read_bytes()
+def test_resumed_byte_for_byte(turbo, tiny_run):
+    """The main job's was not interrupted."""
+    whole = (tiny_run / "turbo" / "flow.safetensors").read_bytes()
     assert whole == (turbo / "flow.safetensors").read_bytes()
 
 
@@ -164,6 +161,21 @@ def test_the_exported_file_is_a_consistency_model_too(turbo, tmp_path):
     again, before = Pipeline.load(file), Pipeline.load(turbo)
     assert again.config.sampling == before.config.sampling == Sampling(1, 1.0, 1.0, "consistency")
     assert (again("3", seed=1) == before("3", seed=1)).all()
+
+
+def test_the_main_job_has_one(tiny_run, tmp_path):
+    """Its sixth stage: the same model as by the command, and its scores in metrics.json."""
+    folder = tiny_run / "turbo"
+    by_command = tmp_path / "by-command"
+    assert command("consistency", "--run", tiny_run, "--out", by_command) == 0
+    for name in ("flow", "autoencoder", "judge"):
+        file = f"{name}.safetensors"
+        assert (folder / file).read_bytes() == (by_command / file).read_bytes()
+    metrics = json.loads((tiny_run / "metrics.json").read_text())["turbo"]
+    own = json.loads((folder / "metrics.json").read_text())
+    assert metrics == {key: own[key] for key in metrics} and metrics["evaluations"] == 1
+    assert Image.open(tiny_run / "turbo.png").width > 500
+    assert Pipeline.load(folder)("3").shape == (1, 28, 28)
 
 
 def test_refused(tiny_run, turbo, tmp_path, capsys):

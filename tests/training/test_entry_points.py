@@ -129,7 +129,7 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(tiny_run, tmp_path, monk
     """Ctrl-C in the middle of each stage and while pictures are drawn: the same command resumes
     each time, and weights, losses and samples equal those of an uninterrupted run."""
     command = ["--config", "tiny", "--out", str(tmp_path / "run")]
-    pending = {(stage, 5) for stage in STAGES}
+    pending = {(stage, 5) for stage in STAGES} | {("consistency", 2)}
     steps_run = []
 
     def rng(*name):
@@ -155,6 +155,9 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(tiny_run, tmp_path, monk
             and "rerun the same command to resume" in line
         )
 
+    assert run_main(lambda: train_mnist.main(command)) == 130
+    assert "consistency: stopped after step 3 of 4" in capsys.readouterr().err
+
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -167,6 +170,8 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(tiny_run, tmp_path, monk
     for name in ("judge", "autoencoder", "clip", "t5", "text", "flow"):
         file = f"{name}.safetensors"
         assert (tmp_path / "run" / file).read_bytes() == (tiny_run / file).read_bytes(), file
+    turbo = "turbo/flow.safetensors"
+    assert (tmp_path / "run" / turbo).read_bytes() == (tiny_run / turbo).read_bytes()
     assert read_log(tmp_path / "run") == read_log(tiny_run)
     files = {path.name for path in tiny_run.iterdir()}
     assert files == {path.name for path in (tmp_path / "run").iterdir()}
@@ -196,7 +201,9 @@ def test_interrupted_after_the_last_step(tmp_path, one_step, monkeypatch):
         patch.setattr(train_autoencoder, "measured_latents", interrupted)
         assert run_main(lambda: train_mnist.main(command)) == 130
     assert train_mnist.main(command) == 0
-    assert sorted(name[1] for name in steps_run if len(name) == 3) == sorted(STAGES)
+    ran = [name[1] for name in steps_run if len(name) == 3]
+    assert sorted(set(ran)) == sorted({*STAGES, "consistency"})
+    assert all(ran.count(stage) == 1 for stage in STAGES)
 
 
 def test_interrupted_while_encoding(tmp_path, one_step, monkeypatch):

@@ -175,6 +175,8 @@ MAINS = {  # with arguments that name something that does not exist
     "nanosd3.weights": ["report", ODD],
     "nanosd3.bench": ["growth", "--out", f"{ODD}/x.png"],
     "nanosd3.exercises.__main__": ["grade", ODD],
+    "nanosd3.related.__main__": ["consistency", "--run", ODD],
+    "nanosd3.claims.__main__": [ODD],
 }
 
 

@@ -1,0 +1,206 @@
+"""Train a consistency decoder for the latents of a finished run, or for a strong compression.
+
+`generate --decoder FOLDER` then decodes with it what the finished run generates. That run's latents
+hold nearly all of an image, and there is little to gain. With `--compress` an autoencoder is
+trained first that keeps an eighth of the numbers, where there is.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanosd3.cli import Parser
+from nanosd3.config import MNIST_COMPRESSED
+from nanosd3.config_types import Config, Recipe
+from nanosd3.errors import InputError
+from nanosd3.few_steps import image_streams
+from nanosd3.flow import interpolate
+from nanosd3.official.limits import limited_config
+from nanosd3.pipeline import Pipeline
+from nanosd3.related.command import Study, System, size_of, with_flow_recipe
+from nanosd3.related.consistency import (
+    clean_image,
+    doubling_count,
+    draw_levels,
+    even_levels,
+    huber_constant,
+    pseudo_huber,
+)
+from nanosd3.related.consistency_decoder import (
+    DECODING_TIMES,
+    ConsistencyDecoder,
+    decode_in_steps,
+)
+from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.yardsticks import (
+    Decode,
+    draw_decoded,
+    pipeline_scores,
+    reconstruction_scores,
+)
+from nanosd3.storage.files import load_weights, save_weights, sha256
+from nanosd3.storage.run import Run
+from nanosd3.training.ema import make_ema
+from nanosd3.training.loop import StepRNG, fit
+from nanosd3.training.stages import Job, build, finish, last_loss
+from nanosd3.training.train_autoencoder import train_autoencoder
+from nanosd3.vae import AutoencoderKL, sample_posterior
+
+WIDTHS = {"mnist": (16, 32, 64), "tiny": (8, 8, 8)}
+RECIPES = {
+    "mnist": Recipe(1000, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
+    "tiny": Recipe(4, batch=8, lr=2e-3, warmup=1, weight_decay=0.0),
+}
+LEVELS = (2, 8)  # at first and at last
+DECODER_EMA = 0.995
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def decoder_loss(
+    job: Job, vae: AutoencoderKL, decoder: nn.Module
+) -> Callable[[StepRNG], tuple[Tensor, dict]]:
+    """Losses of consistency training on images, each beside its latents."""
+    recipe = job.training.flow
+
+    def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+        generator, step = step_rng.generator(), int(step_rng.name[-1])
+        count = doubling_count(step, recipe.steps, *LEVELS) - 1
+        x0 = job.source.pixels(step_rng.take(job.source.draw(recipe.batch, generator)))
+        levels = draw_levels(even_levels(count), recipe.batch, generator)
+        t, s = (step_rng.take(x).to(job.device) for x in levels)
+        with torch.no_grad():
+            mean, logvar = vae.encode(x0.to(job.device))
+        sizes = [x[0].numel() for x in (x0, mean)]
+        noise, posterior = step_rng.noise((sum(sizes),)).to(job.device).split(sizes, dim=1)
+        noise, x0 = noise.view_as(x0), x0.to(job.device)
+        latents = vae.normalise(sample_posterior(mean, logvar, posterior.view_as(mean)))
+        z_t, z_s = interpolate(x0, noise, t), interpolate(x0, noise, s)
+        with torch.no_grad():
+            target = clean_image(decoder(z_s, s, latents), z_s, s)
+        answer = clean_image(decoder(z_t, t, latents), z_t, t)
+        return pseudo_huber(answer, target, huber_constant(x0[0].numel())), {"levels": count}
+
+    return loss_of
+
+
+def empty_decoder(config: Config) -> ConsistencyDecoder:
+    widths = WIDTHS["tiny" if config.name == "tiny" else "mnist"]
+    return ConsistencyDecoder(config.vae.image_channels, config.vae.latent_channels, widths)
+
+
+def trained_decoder(job: Job, vae: AutoencoderKL) -> ConsistencyDecoder:
+    """The decoder, trained or loaded: the moving average of its weights."""
+    path = job.run.folder / "decoder.safetensors"
+    decoder = build(job, "decoder", lambda: empty_decoder(job.config)).to(job.device)
+    if "decoder" not in job.run.stages:
+        begin = time.perf_counter()
+        ema = make_ema(decoder)
+        loss_of, recipe = decoder_loss(job, vae, decoder), job.training.flow
+        fit(job.run, "decoder", decoder, loss_of, recipe, job.seed, ema, DECODER_EMA)
+        save_weights(ema, path)
+        finish(job, "decoder", {"loss": last_loss(job, "decoder")}, begin)
+    load_weights(decoder, path)
+    return decoder.requires_grad_(False).eval()
+
+
+def decoding(decoder: ConsistencyDecoder, factor: int, steps: int = 2) -> Decode:
+    """As a function of the latents; the noise of an image is a stream named after its latents."""
+    ts = (*DECODING_TIMES[:steps], 0.0)
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        shape = (steps, decoder.conv_out.out_channels, *(factor * n for n in latents.shape[2:]))
+        streams = image_streams(latents)
+        noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams], dim=1)
+        return decode_in_steps(decoder, latents, noise.to(latents), ts)
+
+    return decode
+
+
+# --- use ------------------------------------------------------------------------------------------
+
+
+def open_decoder(folder: Path, model: Path, device: torch.device) -> Decode:
+    """The decoder in a run folder, for the latents of the run `model`.
+
+    Raises InputError if the folder holds none, or one for other latents.
+    """
+    run = Run.read(folder)
+    if run.identity.get("system") != ConsistencyDecoding.name or "decoder" not in run.stages:
+        raise InputError(
+            f"--decoder {folder}: holds no finished decoder; "
+            "`python -m nanosd3.related consistency-decoder` trains one"
+        )
+    if run.identity.get("compress"):
+        raise InputError(f"--decoder {folder}: is for an autoencoder of its own (--compress)")
+    own = model / "autoencoder.safetensors"
+    if not own.exists() or sha256(own) != run.identity["autoencoder"]:
+        raise InputError(
+            f"--decoder {folder}: is for the latents of another autoencoder than that of {model}"
+        )
+    config = limited_config(run.identity["config"], folder / "run.json")
+    decoder = empty_decoder(config)
+    load_weights(decoder, folder / "decoder.safetensors")
+    return decoding(decoder.requires_grad_(False).eval().to(device), config.vae.factor)
+
+
+class ConsistencyDecoding(System):
+    name = "consistency-decoder"
+    what = "The Consistency Decoder: draws what the latents leave open, in two steps."
+    paper = "OpenAI, 2023; arXiv 2303.01469"
+    compared_with = "by the autoencoder's decoder"
+
+    def add_options(self, parser: Parser) -> None:
+        text = "train an autoencoder first that compresses eight times more, and decode that"
+        parser.add_argument("--compress", action="store_true", help=text)
+
+    def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
+        config = with_flow_recipe(finished.config, RECIPES[size_of(args, finished)], args)
+        if not args.compress:
+            return config
+        groups = 4 if size_of(args, finished) == "tiny" else MNIST_COMPRESSED.norm_groups
+        vae = replace(MNIST_COMPRESSED, norm_groups=groups)
+        return replace(config, vae=vae, mmdit=replace(config.mmdit, latent_channels=2))
+
+    def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:
+        own = finished.run.folder / "autoencoder.safetensors"
+        if not own.exists():
+            raise InputError(f"{args.run}: has no autoencoder of its own to decode the latents of")
+        return {"compress": args.compress, "autoencoder": sha256(own)}
+
+    def train(self, study: Study) -> dict:
+        job, finished = study.job, study.finished
+        vae = train_autoencoder(job) if study.args.compress else finished.pipeline.vae
+        decoder = trained_decoder(job, vae)
+        factor = vae.config.factor
+        ways: dict[str, Decode] = {
+            "autoencoder": lambda latents: vae.decode(vae.denormalise(latents)),
+            "consistency decoder, 1 step": decoding(decoder, factor, 1),
+            "consistency decoder, 2 steps": decoding(decoder, factor),
+        }
+        count, sampling = job.training.evaluate, finished.config.sampling
+        decoded = {
+            name: reconstruction_scores(finished, vae, way, count) for name, way in ways.items()
+        }
+        draw_decoded(finished, vae, ways, job.run.folder / "samples.png")
+        own, _, two = decoded.values()
+        result = {"decoded": decoded, "training_seconds": job.run.stages["decoder"]["seconds"]}
+        if study.args.compress:
+            return two | {"evaluations": 2, "main_model": own | {"evaluations": 1}} | result
+        pipeline = replaced_decoder(finished.pipeline, ways["consistency decoder, 2 steps"])
+        return pipeline_scores(finished, pipeline, count, sampling) | result
+
+
+def replaced_decoder(pipeline: Pipeline, decode: Decode) -> Pipeline:
+    """The same pipeline with another decoder."""
+    other = copy.copy(pipeline)
+    other.decoder = decode
+    return other
