@@ -170,5 +170,5 @@ def conclude(study: Study, metrics: dict) -> None:
     }
     write_json(run.folder / "metrics.json", metrics | about)
     if not study.encoded:
-        study.features.forget()
+        run.delete(["cache"])
     run.finish("samples", {})
