@@ -91,9 +91,10 @@ def lesson_config() -> Config:
         stage: replace(getattr(training, stage), steps=n, warmup=min(n // 4, 50))
         for stage, n in steps.items()
     }
-    images = pick((60000, 10000), (3000, 100))
+    images = pick((60000, 10000), (1000, 60))
     small = replace(training, train_images=images[0], test_images=images[1], **recipes)
-    return replace(config, training=small)
+    sampling = replace(config.sampling, steps=pick(config.sampling.steps, 5))
+    return replace(config, training=small, sampling=sampling)
 
 
 def begin_job(

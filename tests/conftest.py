@@ -1,15 +1,21 @@
 """A finished tiny run, trained once for all tests that need one."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support import tiny_official, without_posix
+from support import short_runs, tiny_official, without_posix
 
 import train_mnist
+from nanosd3.cli import run_main
+from nanosd3.config import CONFIGS
 from nanosd3.machine import matmul
 from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.official.export import export
+from nanosd3.storage.files import read_json, write_json
+from nanosd3.training import options, train_flow
 
 torch.set_num_threads(1)  # the models here are too small to share
 
@@ -18,9 +24,8 @@ torch.set_num_threads(1)  # the models here are too small to share
 def one_thread():
     """So that tests take the same time beside other work; and a shorter report of a run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanosd3.machine.device.cores", lambda: 1)
-        patch.setattr("nanosd3.training.report.EXACT_STEPS", 20)
-        patch.setattr("nanosd3.training.report.SOLVER_EVALUATIONS", (5, 9))
+        short_runs.observe_less(patch)
+        short_runs.read_once(patch)
         yield
 
 
@@ -29,6 +34,40 @@ def tiny_run(tmp_path_factory, one_thread) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert train_mnist.main(["--config", "tiny", "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_before_flow(tiny_run, tmp_path_factory) -> Path:
+    """The same run just before its flow stage, with all features cached. Copy it."""
+    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("before-flow") / "run")
+    content = read_json(run / "run.json")
+    for stage in ("flow", "samples"):
+        del content["stages"][stage]
+    write_json(run / "run.json", content)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_flow, "fit_flow", interrupt)
+        assert run_main(lambda: train_mnist.main(["--config", "tiny", "--out", str(run)])) == 130
+    return run
+
+
+@pytest.fixture
+def one_step(monkeypatch):
+    """Give `tiny` a single step in every stage."""
+    tiny = CONFIGS["tiny"]
+    names = ("judge", "autoencoder", "clip", "t5", "flow")
+    short = {name: replace(getattr(tiny.training, name), steps=1) for name in names}
+    config = replace(tiny, training=replace(tiny.training, **short))
+    monkeypatch.setitem(options.CONFIGS, "tiny", config)
+
+
+@pytest.fixture
+def unobserved(monkeypatch):
+    """Skip what is measured and drawn beside training, which takes most of the time."""
+    short_runs.observe_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="session")

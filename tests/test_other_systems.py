@@ -29,12 +29,11 @@ from nanosd3.machine import device
 from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.official.export import export
 from nanosd3.storage.run import Run
-from nanosd3.training import report, train_flow
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_train_and_generate(tiny_run, tmp_path, hidden_posix, monkeypatch, capsys):
+def test_train_and_generate(tiny_run, tmp_path, hidden_posix, unobserved, monkeypatch, capsys):
     """The last stage of training, an interruption and a resume, and a picture."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
@@ -43,10 +42,6 @@ def test_train_and_generate(tiny_run, tmp_path, hidden_posix, monkeypatch, capsy
     unfinished.write()
     for name in ("flow.safetensors", "metrics.json"):
         (run / name).unlink()
-    monkeypatch.setattr(train_flow, "validation_loss", lambda *_: [])
-    monkeypatch.setattr(report, "preview", lambda *_: None)
-    monkeypatch.setattr(report, "draw_trajectory", lambda *_: None)
-    monkeypatch.setattr(report, "solver_errors", lambda *_: {"euler": [(1, 0.5)]})
     command = ["--config", "tiny", "--out", str(run)]
     with monkeypatch.context() as patch:
         patch.setattr(train_mnist, "report_digits", interrupted)

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def place(name: str) -> tuple[int, int]:
     return row, listed.index(name.removeprefix(f"{folder}/"))
 
 
+@cache
 def imports_of(path: Path) -> set[str]:
     """Modules of the package that a file imports, anywhere in it."""
     found = set()

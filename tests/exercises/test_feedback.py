@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from nanosd3.exercises import EXERCISES, task_of
 from nanosd3.exercises.grader.checker import judge
+from nanosd3.random_streams import rng
 
 MUTANTS = {(e.name, m.name): m for e in EXERCISES.values() for m in e.mutants}
 LOOPED = [e for e in EXERCISES.values() if not e.formulas]
@@ -197,6 +198,32 @@ def test_the_list_of_classic_mistakes():
         name, *mistakes = row.split()
         assert all((name, mistake) in MUTANTS for mistake in mistakes), row
     assert len(MUTANTS) >= 300
+
+
+def imaginary_parts_added(a, b):
+    a, b = a.double(), b.double()
+    A, B = torch.cov(a.T), torch.cov(b.T)
+    roots = torch.linalg.eigvals(A @ B).sqrt()
+    difference = (a.mean(0) - b.mean(0)).square().sum()
+    return (difference + A.trace() + B.trace() - 2 * (roots.real + roots.imag).sum()).item()
+
+
+def test_imaginary_parts_of_a_frechet_distance_are_rounding():
+    """Adding them is no mistake that any input could show: the eigenvalues of A B are those of the
+    symmetric A^(1/2) B A^(1/2), so real and at least 0. Where they are 0 (fewer samples than
+    features), rounding makes some of them negative and some positive, and their roots, 1e-8 of the
+    trace, are as wrong with the imaginary parts as without."""
+    exercise = EXERCISES["frechet_distance"]
+    assert judge(exercise, imaginary_parts_added).status == "right"
+    for features in (8, 64, 200):
+        a, b = torch.randn(2, 5, features, generator=rng("imaginary", features))
+        for other in (a.flip(0), b, b * torch.logspace(0, -6, features)):
+            of_answer, of_specification = (
+                abs(f(a, other) - exercise.reference(a, other))
+                for f in (imaginary_parts_added, exercise.specification)
+            )
+            scale = (a.var(0) + other.var(0)).sum()
+            assert of_answer < 1e-6 * scale and of_specification < 1e-6 * scale
 
 
 def unfolded(x, patch):

@@ -13,6 +13,7 @@ from support.commands import refused
 from nanosd3 import flow
 from nanosd3.exercises import EXERCISES, __main__
 from nanosd3.exercises.grader import grading
+from nanosd3.exercises.grader.checker import Verdict
 
 HEAD = "import math\nimport torch\nimport torch.nn.functional as F\nfrom torch import Tensor\n"
 RIGHT = HEAD + "".join(
@@ -47,11 +48,22 @@ def test_wrong_answers_get_their_hint(verdicts):
     assert results.points == 0 and "which way does yours point?" in results.message
 
 
+def written(name: str, body: str) -> str:
+    """An answer with this body."""
+    body = textwrap.indent(textwrap.dedent(body), "    ")
+    return f"\n\ndef {name}({', '.join(EXERCISES[name].names)}):\n{body}\n"
+
+
 def replaced(name: str, body: str) -> str:
     """The right answers, except for one with this body."""
-    body = textwrap.indent(textwrap.dedent(body), "    ")
-    arguments = ", ".join(EXERCISES[name].names)
-    return f"{RIGHT}\n\ndef {name}({arguments}):\n{body}\n"
+    return RIGHT + written(name, body)
+
+
+def assert_is_bad(verdict: Verdict, message: str) -> None:
+    assert verdict.points == 0 and message in verdict.message
+    refused = message in ("closed book", "not allowed")
+    late = message.endswith("was stopped")
+    assert verdict.status == ("refused" if refused else "timed out" if late else "wrong")
 
 
 @pytest.mark.parametrize(
@@ -59,30 +71,53 @@ def replaced(name: str, body: str) -> str:
     [
         ("while True: pass", "took more than 4 s and was stopped"),
         ("import os; os._exit(0)", "ended the program"),
-        ("raise SystemExit(0)", "raised SystemExit"),
-        ("import nanosd3.flow; return nanosd3.flow.velocity_target(x0, noise)", "closed book"),
-        ("return __import__('nanosd3.flow').flow.velocity_target(x0, noise)", "closed book"),
-        (f"return open({str(Path(flow.__file__))!r}).read()", "closed book"),
-        ("import socket; socket.create_connection(('127.0.0.1', 9))", "not allowed"),
-        ("open('OUTSIDE', 'w')", "not allowed"),
-        ("import subprocess; subprocess.run(['true'])", "not allowed"),
-        ("import os; os.system('true')", "not allowed"),
-        ("import os; os.fork()", "not allowed"),
-        ("import os; os.remove('cases.pt')", "not allowed"),
-        ("return torch.empty(10**12)", "raised"),
-        ("return [torch.save][0]", "returned an object of type"),
-        ("a = []; a.append(a); return a", "raised RecursionError"),
     ],
 )
-def test_one_bad_answer_spoils_only_itself(verdicts, tmp_path, body, message):
-    outside = tmp_path / "was-here"
-    results = verdicts(replaced("velocity_target", body.replace("OUTSIDE", str(outside))))
-    verdict = results["velocity_target"]
-    assert verdict.points == 0 and message in verdict.message
-    refused = message in ("closed book", "not allowed")
-    late = message.endswith("was stopped")
-    assert verdict.status == ("refused" if refused else "timed out" if late else "wrong")
+def test_an_answer_that_ends_its_process_spoils_only_itself(verdicts, body, message):
+    results = verdicts(replaced("velocity_target", body))
+    assert_is_bad(results["velocity_target"], message)
     assert results["interpolate"].points == results["shift"].points == 1
+
+
+BAD_ANSWERS = {
+    "raise SystemExit(0)": "raised SystemExit",
+    "import nanosd3.flow; return nanosd3.flow.velocity_target(x0, noise)": "closed book",
+    "return __import__('nanosd3.flow').flow.velocity_target(x0, noise)": "closed book",
+    f"return open({str(Path(flow.__file__))!r}).read()": "closed book",
+    "import socket; socket.create_connection(('127.0.0.1', 9))": "not allowed",
+    "open('OUTSIDE', 'w')": "not allowed",
+    "import subprocess; subprocess.run(['true'])": "not allowed",
+    "import os; os.system('true')": "not allowed",
+    "import os; os.fork()": "not allowed",
+    "import os; os.remove('cases.pt')": "not allowed",
+    "return torch.empty(10**12)": "raised",
+    "return [torch.save][0]": "returned an object of type",
+    "a = []; a.append(a); return a": "raised RecursionError",
+    "import gc; gc.get_objects()": "not allowed",
+    "import io, pathlib; io.FileIO(pathlib.Path('OUTSIDE'), 'w')": "not allowed",
+    "import sqlite3; sqlite3.connect('OUTSIDE')": "not allowed",
+    "import os; os.mkdir('OUTSIDE')": "not allowed",
+}
+OTHERS = [name for name in EXERCISES if name not in NAMES][: len(BAD_ANSWERS)]
+
+
+@pytest.fixture(scope="module")
+def among_others(tmp_path_factory) -> tuple[dict, Path]:
+    """The verdicts on one file: the right answers, and every bad one as another exercise."""
+    folder = tmp_path_factory.mktemp("graded")
+    outside, source = folder / "was-here", RIGHT
+    for name, body in zip(OTHERS, BAD_ANSWERS, strict=True):
+        source += written(name, body.replace("OUTSIDE", str(outside)))
+    (folder / "hw.py").write_text(source)
+    exercises = [EXERCISES[name] for name in (*NAMES, *OTHERS)]
+    return {v.name: v for v in grading.grade(folder / "hw.py", exercises)}, outside
+
+
+@pytest.mark.parametrize(("name", "body"), zip(OTHERS, BAD_ANSWERS, strict=True))
+def test_a_bad_answer_spoils_only_itself(among_others, name, body):
+    results, outside = among_others
+    assert_is_bad(results[name], BAD_ANSWERS[body])
+    assert all(results[right].points == 1 for right in NAMES)
     assert not outside.exists()
 
 
@@ -145,10 +180,6 @@ ESCAPES = [
     "import __main__, os; __main__.FORBIDDEN = (); os.system('touch OUTSIDE')",
     "import __main__; __main__.isinstance = lambda *a: False; open('OUTSIDE', 'w')",
     "import __main__; __main__.os.path.realpath = lambda p: '.'; open('OUTSIDE', 'w')",
-    "import gc; gc.get_objects()",
-    "import io, pathlib; io.FileIO(pathlib.Path('OUTSIDE'), 'w')",
-    "import sqlite3; sqlite3.connect('OUTSIDE')",
-    "import os; os.mkdir('OUTSIDE')",
 ]
 
 
@@ -207,7 +238,7 @@ def test_names_imported_from_torch_are_no_answers(verdicts):
 
 
 def test_a_result_that_cannot_be_stored_spoils_only_itself(verdicts):
-    results = verdicts(replaced("interpolate", "return torch.zeros(10**8)"))
+    results = verdicts(replaced("interpolate", "return torch.zeros(2**24)"))
     assert results["interpolate"].points == 0 and results["velocity_target"].points == 1
 
 

@@ -48,7 +48,7 @@ def test_the_option(tmp_path, here):
 
 
 def test_bad_files(tmp_path):
-    missing = run(ROOT, "--student", "no.py")
+    missing = run(tmp_path, "--student", "no.py")
     assert missing.returncode == 4 and "no.py: no such file" in missing.stderr
     (tmp_path / "hw.py").write_text("def (:\n")
     broken = run(tmp_path, "--student", "hw.py")

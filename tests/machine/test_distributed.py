@@ -100,6 +100,7 @@ def alone(tmp_path_factory, monkeypatch_module) -> Path:
 def monkeypatch_module():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(child.loop, "SAVE_EVERY", 2)
+        patch.setattr(train_flow, "VALIDATION_TIMES", 8)  # as in the processes started here
         yield patch
 
 
@@ -194,34 +195,52 @@ def test_bfloat16_is_close_and_weights_stay_float32(alone, tmp_path):
     assert not last.equal(last.bfloat16().float())  # not representable in bfloat16
 
 
-@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_killed_and_resumed_to_the_same_bytes(two, tmp_path, mode):
-    """SIGKILL of one of two processes; two processes resume from the saved state, or one does."""
-    ways = [way for way in WAYS if way["accumulate"] == 1 and way["mode"] == mode]
-    for way in ways:
-        scenario = {**way, "stop_at": 3, "stop_by": "SIGKILL"}
-        assert torchrun(2, tmp_path / "killed", [scenario]).returncode != 0
-        assert (tmp_path / "killed" / way["name"] / "state-00000002" / "state.json").exists()
-    shutil.copytree(tmp_path / "killed", tmp_path / "other")
-    trained_by(2, tmp_path / "killed", ways)
-    for way in ways:
-        for file in ("flow.safetensors", "log.jsonl"):
-            ours, theirs = (folder / way["name"] / file for folder in (tmp_path / "killed", two))
-            assert ours.read_bytes() == theirs.read_bytes(), (way, file)
-        child.train(tmp_path / "other", SINGLE_PROCESS, way["name"])
-        assert_same_run(tmp_path / "other" / way["name"], two / way["name"])
+def killed(folder: Path, way: dict) -> None:
+    """Train until SIGKILL of one of two processes."""
+    assert torchrun(2, folder, [{**way, "stop_at": 3, "stop_by": "SIGKILL"}]).returncode != 0
+    assert (folder / way["name"] / "state-00000002" / "state.json").exists()
 
 
-def test_a_signal_to_one_stops_all_with_everything_saved(two, tmp_path):
-    """SIGTERM reaches one of two processes during a step; both stop after that step."""
-    way = {"name": "fsdp2", "mode": "fsdp", "accumulate": 2}
-    stopped = torchrun(2, tmp_path / "run", [{**way, "stop_at": 2, "stop_by": "SIGTERM"}])
-    assert stopped.returncode == 0 and "stopped after step 3 of 6" in stopped.stderr
-    assert (tmp_path / "run" / "fsdp2" / "state-00000003" / "state.json").exists()
-    trained_by(2, tmp_path / "run", [way])
+def assert_same_bytes(a: Path, b: Path) -> None:
     for file in ("flow.safetensors", "log.jsonl"):
-        ours, theirs = (folder / "fsdp2" / file for folder in (tmp_path / "run", two))
-        assert ours.read_bytes() == theirs.read_bytes(), file
+        assert (a / file).read_bytes() == (b / file).read_bytes(), file
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory) -> Path:
+    """Two runs that were stopped, one by SIGKILL and one by SIGTERM of one of two processes, and
+    resumed by two; in alone/ the first one as the signal left it."""
+    folder = tmp_path_factory.mktemp("resumed")
+    first, second = (way for way in WAYS if way["mode"] == "fsdp")
+    killed(folder, first)
+    shutil.copytree(folder / "fsdp1", folder / "alone" / "fsdp1")
+    stopped = torchrun(2, folder, [{**second, "stop_at": 2, "stop_by": "SIGTERM"}])
+    assert stopped.returncode == 0 and "stopped after step 3 of 6" in stopped.stderr
+    assert (folder / "fsdp2" / "state-00000003" / "state.json").exists()
+    return trained_by(2, folder, [first, second])
+
+
+def test_killed_and_resumed_to_the_same_bytes(two, resumed):
+    """SIGKILL of one of two processes; two processes resume from the saved state, or one does."""
+    assert_same_bytes(resumed / "fsdp1", two / "fsdp1")
+    child.train(resumed / "alone", SINGLE_PROCESS, "fsdp1")
+    assert_same_run(resumed / "alone" / "fsdp1", two / "fsdp1")
+
+
+def test_a_signal_to_one_stops_all_with_everything_saved(two, resumed):
+    """SIGTERM reaches one of two processes during a step; both stop after that step."""
+    assert_same_bytes(resumed / "fsdp2", two / "fsdp2")
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_with_ddp(two, tmp_path):
+    way = WAYS[0]
+    killed(tmp_path / "killed", way)
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+    trained_by(2, tmp_path / "killed", [way])
+    assert_same_bytes(tmp_path / "killed" / "ddp1", two / "ddp1")
+    child.train(tmp_path / "alone", SINGLE_PROCESS, "ddp1")
+    assert_same_run(tmp_path / "alone" / "ddp1", two / "ddp1")
 
 
 @pytest.mark.slow

@@ -25,14 +25,15 @@ ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(steps=8, batch=4, lr=1e-2, warmup=2, weight_decay=0.0)
 CHILD = """
 import sys
+import pytest
 import torch
 import train_mnist
 from nanosd3 import cli
-from nanosd3.machine import device
 from nanosd3.training import loop
 from support.killer import counted, events
+from support.short_runs import observe_less
 torch.set_num_threads(1)
-device.cores = lambda: 1
+observe_less(pytest.MonkeyPatch())
 loop.SAVE_EVERY = 2
 def rng(*name):  # count steps, but not the rows of their noise
     return (step if len(name) == 3 else original)(*name)

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +16,8 @@ from safetensors.torch import load, save, save_file
 from support.commands import refused
 
 import train_mnist
+from nanosd3 import config as configs
 from nanosd3 import generate, train
-from nanosd3.cli import run_main
 from nanosd3.config import CONFIGS, trainable
 from nanosd3.errors import InputError
 from nanosd3.machine.distributed import Compute
@@ -24,7 +25,7 @@ from nanosd3.measure import memory_check
 from nanosd3.mmdit import MMDiT
 from nanosd3.storage import files, training_state
 from nanosd3.storage.run import Run
-from nanosd3.training import ema, loop, optimizer, options, train_flow
+from nanosd3.training import ema, loop, optimizer, options
 
 
 def snapshot(folder) -> dict:
@@ -114,6 +115,7 @@ def test_weights_that_do_not_fit_the_config(capsys, tmp_path, monkeypatch, tiny_
 def test_full_size_needs_memory(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(memory_check, "memory_found", lambda: (8.0, "free"))
+    monkeypatch.setattr(configs, "LARGE", replace(configs.LARGE, train_images=300, test_images=100))
     line = refused(capsys, train_mnist.main, "--config", "sd3-medium")
     assert "2.0B parameters needs 635 GB" in line and "found 8 GB free: not enough" in line
     assert "--checkpointing" in line and "--accumulate" in line and "fsdp" in line
@@ -311,21 +313,6 @@ class Bomb:
         return (open, (str(self.path), "w"))
 
 
-@pytest.fixture(scope="module")
-def run_before_flow(tiny_run, tmp_path_factory):
-    """A run just before its flow stage, with all features cached."""
-    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("before-flow") / "run")
-    edit_index(run, lambda c: [c["stages"].pop(stage) for stage in ("flow", "samples")])
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_flow, "fit_flow", interrupt)
-        assert run_main(lambda: train_mnist.main(["--config", "tiny", "--out", str(run)])) == 130
-    return run
-
-
 @pytest.fixture
 def unfinished(run_before_flow, tmp_path):
     return shutil.copytree(run_before_flow, tmp_path / "unfinished")
@@ -344,7 +331,7 @@ def resume_error(capsys, run) -> str:
     return refused(capsys, train_mnist.main, "--config", "tiny", "--out", run)
 
 
-def test_pickled_code_is_never_executed(capsys, unfinished, tmp_path):
+def test_pickled_code_is_never_executed(capsys, unfinished, tmp_path, unobserved):
     """Neither from a shard with a valid checksum, nor from PyTorch's usual index, a pickle."""
     run, exploded = unfinished, tmp_path / "exploded"
     training_state.save_state(run, "flow", 3, flow_state(), skipped=0)
@@ -447,7 +434,7 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("files", [*range(14), 20, 30])
-def test_full_disk_in_training(capsys, tmp_path, monkeypatch, files):
+def test_full_disk_in_training(capsys, tmp_path, monkeypatch, one_step, unobserved, files):
     """The error names the file; finished stages are kept, and the same command resumes there."""
     written, run, original = [], tmp_path / "run", os.fsync
 

@@ -89,13 +89,6 @@ def test_metrics(tiny_run):
     assert metrics["validation_ema"] == last["validation_ema"]
 
 
-@pytest.fixture
-def unobserved(monkeypatch):
-    """Skip validation and previews, which take most of the time of such short runs."""
-    monkeypatch.setattr(train_flow, "validation_loss", lambda *_: [])
-    monkeypatch.setattr(report, "preview", lambda *_: None)
-
-
 def test_speed(tmp_path, one_step, unobserved, monkeypatch):
     """One line every few steps of the flow stage."""
     monkeypatch.setattr(throughput, "EVERY", 3)
@@ -180,15 +173,7 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(tiny_run, tmp_path, monk
             assert (tmp_path / "run" / file).read_bytes() == (tiny_run / file).read_bytes(), file
 
 
-@pytest.fixture
-def one_step(monkeypatch):
-    """Give `tiny` a single step in every stage."""
-    short = {name: replace(getattr(TRAINING, name), steps=1) for name in STAGES}
-    config = replace(CONFIGS["tiny"], training=replace(TRAINING, **short))
-    monkeypatch.setitem(options.CONFIGS, "tiny", config)
-
-
-def test_interrupted_after_the_last_step(tmp_path, one_step, monkeypatch):
+def test_interrupted_after_the_last_step(tmp_path, one_step, unobserved, monkeypatch):
     """Nothing is lost between a stage's last step and its end (here: measuring the latents)."""
     command = ["--config", "tiny", "--out", str(tmp_path / "run")]
     steps_run, original = [], loop.rng
@@ -206,7 +191,7 @@ def test_interrupted_after_the_last_step(tmp_path, one_step, monkeypatch):
     assert all(ran.count(stage) == 1 for stage in STAGES)
 
 
-def test_interrupted_while_encoding(tmp_path, one_step, monkeypatch):
+def test_interrupted_while_encoding(tmp_path, one_step, unobserved, monkeypatch):
     """What was encoded before Ctrl-C is not encoded again; the cache is deleted at the end."""
     command = ["--config", "tiny", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(cached_features, "SHARD", 100)
@@ -232,7 +217,7 @@ def test_interrupted_while_encoding(tmp_path, one_step, monkeypatch):
 
 
 @pytest.mark.parametrize("classes", [2, 30])
-def test_any_number_of_classes(tmp_path, one_step, classes):
+def test_any_number_of_classes(tmp_path, one_step, unobserved, classes):
     folder = write_set(tmp_path / "set", train=4 * classes, test=60, labels=list(range(classes)))
     (folder / "classes.txt").write_text("\n".join(f"Thing{i}" for i in range(classes)))
     run = tmp_path / "run"
@@ -241,7 +226,7 @@ def test_any_number_of_classes(tmp_path, one_step, classes):
         assert grid.height == classes * 60 + 4
 
 
-def test_other_images(tmp_path, one_step, capsys):
+def test_other_images(tmp_path, one_step, unobserved, capsys):
     """A Fashion-MNIST folder: class names as captions, from data to samples."""
     folder = write_set(tmp_path / "fashion-mnist", train=60)
     run = tmp_path / "run"
@@ -252,7 +237,7 @@ def test_other_images(tmp_path, one_step, capsys):
         train_mnist.main(["--config", "tiny", "--out", str(run)])
 
 
-def test_fresh_starts_over(tmp_path, one_step):
+def test_fresh_starts_over(tmp_path, one_step, unobserved):
     command = ["--config", "tiny", "--out", str(tmp_path / "run")]
     assert train_mnist.main(command) == 0
     first = (tmp_path / "run" / "flow.safetensors").stat().st_mtime_ns
@@ -271,7 +256,7 @@ def wider(one_step, monkeypatch) -> str:
     return "wider"
 
 
-def test_with_the_encoders_of_another_run(tiny_run, tmp_path, wider, capsys):
+def test_with_the_encoders_of_another_run(tiny_run, tmp_path, wider, unobserved, capsys):
     """Training and generating read them from the other run's folder; nothing is copied."""
     encoders, run = shutil.copytree(tiny_run, tmp_path / "encoders"), tmp_path / "run"
     command = ["--config", wider, "--weights", str(encoders), "--out", str(run)]

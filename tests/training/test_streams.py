@@ -27,7 +27,7 @@ from nanosd3.measure import growth
 from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.run import Run
-from nanosd3.training import figures, report, train_flow
+from nanosd3.training import figures, report
 from nanosd3.training.cached_features import Encoders, get_features
 from nanosd3.training.encoders import frozen_encoders
 
@@ -58,16 +58,13 @@ class Ascii:
 
 
 @pytest.fixture
-def ascii(monkeypatch, tmp_path) -> Ascii:
+def ascii(unobserved, monkeypatch, tmp_path) -> Ascii:
     """Steps are few, and no pictures are drawn."""
     monkeypatch.chdir(tmp_path)
     tiny = CONFIGS["tiny"]
     training = replace(tiny.training, evaluate=20, **dict.fromkeys(STAGES, STEP))
     monkeypatch.setitem(CONFIGS, "tiny", replace(tiny, training=training))
-    monkeypatch.setattr(train_flow, "validation_loss", lambda *_: [])
-    monkeypatch.setattr(report, "preview", lambda *_: None)
-    for name in ("draw_trajectory", "draw_samples", "solver_errors"):
-        monkeypatch.setattr(report, name, lambda *_: None)
+    monkeypatch.setattr(report, "draw_samples", lambda *_: None)
     for name in ("plot_loss", "plot_samplers", "plot_growth"):
         monkeypatch.setattr(figures, name, lambda *_: None)
     return Ascii(monkeypatch)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,8 @@ def test_a_folder_of_pictures(folder, tmp_path, capsys):
     for name in ("samples.png", "loss.png", "metrics.json", "preview-00000012.png"):
         assert (out / name).stat().st_size > 0
     metrics = json.loads((out / "metrics.json").read_text())
-    assert len(metrics["validation_ema"]) == 8 and "found" in metrics["stages"]["clip"]
+    assert len(metrics["validation_ema"]) == train_flow.VALIDATION_TIMES
+    assert "found" in metrics["stages"]["clip"]
     picture = tmp_path / "x.png"
     for size in ((), ("--height", "24", "--width", "40")):
         command = ["a red square", "--run", str(out), "--count", "1", "--out", str(picture)]
@@ -117,7 +119,7 @@ def test_batches_have_one_size_and_all_sizes_are_drawn(folder):
     assert texts == own
 
 
-def test_only_what_changed_is_encoded_again(folder, tmp_path, monkeypatch, capsys):
+def test_only_what_changed_is_encoded_again(folder, tmp_path, unobserved, monkeypatch, capsys):
     """The cache survives --fresh, and content that did not change is read from it."""
     encoders = tmp_path / "encoders"
     assert run("--data", folder, "--out", encoders) == 0
@@ -154,7 +156,7 @@ def test_only_what_changed_is_encoded_again(folder, tmp_path, monkeypatch, capsy
     assert seen == {"images": 1, "texts": 1}
 
 
-def test_killed_while_encoding(folder, tmp_path, monkeypatch):
+def test_killed_while_encoding(folder, tmp_path, unobserved, monkeypatch):
     """Finished shards are not computed again."""
     monkeypatch.setattr(cached_features, "SHARD", 4)
     calls = []
@@ -173,7 +175,7 @@ def test_killed_while_encoding(folder, tmp_path, monkeypatch):
     assert sum(calls) - calls[8] == 20 + 23  # each once, except the interrupted shard
 
 
-def test_any_config_learns_digits(tmp_path, capsys):
+def test_any_config_learns_digits(tmp_path, unobserved, capsys):
     """Like the full-size configs: digits enlarged, in three channels, with their own autoencoder
     and small text encoders padded with zeros."""
     out = tmp_path / "run"
@@ -214,7 +216,7 @@ def test_shift_depends_on_the_number_of_pixels(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["run", "single", "diffusers"])
-def test_fine_tuning_starts_from_the_given_weights(tiny_run, tmp_path, form):
+def test_fine_tuning_starts_from_the_given_weights(tiny_run, tmp_path, unobserved, form):
     """With a tiny learning rate the weights stay as they are, and the encoders are used too."""
     path = tiny_run
     if form != "run":
@@ -237,7 +239,7 @@ def test_fine_tuning_starts_from_the_given_weights(tiny_run, tmp_path, form):
     assert run_main(lambda: generate.main(command)) == 0
 
 
-def test_unfinished_run_can_be_exported_and_sampled(tmp_path, monkeypatch):
+def test_unfinished_run_can_be_exported_and_sampled(run_before_flow, tmp_path, monkeypatch):
     def rng(seed, stage, step, *row):
         if (stage, step, *row) == ("flow", 5):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -245,6 +247,7 @@ def test_unfinished_run_can_be_exported_and_sampled(tmp_path, monkeypatch):
 
     original = loop.rng
     out, file = tmp_path / "run", tmp_path / "so_far.safetensors"
+    shutil.copytree(run_before_flow, out)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "rng", rng)
         command = ["--config", "tiny", "--out", str(out)]
@@ -285,7 +288,7 @@ def test_bad_requests(tiny_run, folder, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_every_option_of_training_reaches_the_run(tmp_path):
+def test_every_option_of_training_reaches_the_run(tmp_path, one_step, unobserved):
     """Steps, batch, learning rate, decay and optimizer are written to the run's config."""
     options = ["--steps", "5", "--batch", "6", "--lr", "0.002", "--decay", "constant"]
     options += ["--optimizer", "muon"]
