@@ -272,7 +272,7 @@ for name, transform in transforms.items():
 # %%
 def train_with_mean(mean):
     config = lesson.job.config
-    recipe = replace(config.training.flow, steps=pick(160, 2), warmup=pick(25, 1))
+    recipe = replace(config.training.flow, steps=pick(160, 1), warmup=pick(25, 1))
     training = replace(config.training, flow=recipe, time_mean=mean, encoder_dropout=0.0,
                        ema_decay=0.95)  # fmt: skip
     job = lesson.new_job(f"mean {mean}", replace(config, training=training))
