@@ -113,7 +113,7 @@ def among_others(tmp_path_factory) -> tuple[dict, Path]:
     return {v.name: v for v in grading.grade(folder / "hw.py", exercises)}, outside
 
 
-@pytest.mark.parametrize(("name", "body"), zip(OTHERS, BAD_ANSWERS, strict=True))
+@pytest.mark.parametrize(("name", "body"), list(zip(OTHERS, BAD_ANSWERS, strict=True)))
 def test_a_bad_answer_spoils_only_itself(among_others, name, body):
     results, outside = among_others
     assert_is_bad(results[name], BAD_ANSWERS[body])

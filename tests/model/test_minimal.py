@@ -1,7 +1,7 @@
 """The model on one page: its lines against the package's, a short run, and (slow) a full one."""
 
-import os
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nanosd3 import flow, minimal, samplers
+from nanosd3.cli import run_main
 from nanosd3.data.mnist import DIGITS, load_images, to_model
 from nanosd3.training.classifier import ConvNet, thumbnails
 
@@ -117,18 +118,17 @@ def test_short_run(tmp_path, monkeypatch, capsys):
     assert "step     0   loss 1." in said[0] and "step     2" in said[0]
 
 
-def test_interrupted(tmp_path):
+def test_interrupted(tmp_path, monkeypatch, capsys):
     """Ctrl-C: status 130, one line, no picture."""
-    code = (
-        "import sys; from nanosd3 import cli, minimal\n"
-        "def flow_loss(*_): raise KeyboardInterrupt\n"
-        "minimal.flow_loss = flow_loss; sys.exit(cli.run_main(minimal.main))"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                          env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 130
-    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(minimal, "flow_loss", interrupt)
+    assert run_main(minimal.main) == 130
+    err = capsys.readouterr().err
+    assert "interrupted" in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 
@@ -173,14 +173,14 @@ def test_full_run(tmp_path):
 
 
 @pytest.mark.parametrize(("option", "status"), [("--help", 0), ("--steps=3", 2)])
-def test_it_has_no_options(tmp_path, option, status):
+def test_it_has_no_options(tmp_path, monkeypatch, capsys, option, status):
     """Help and unknown options do not start two minutes of training."""
-    command = [sys.executable, "-m", "nanosd3.minimal", option]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == status
-    assert ("usage" in done.stdout) == (status == 0)
-    assert done.stderr == "" or done.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["minimal", option])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(minimal.__file__, run_name="__main__")
+    assert end.value.code == status
+    said = capsys.readouterr()
+    assert ("usage" in said.out) == (status == 0)
+    assert said.err == "" or said.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
