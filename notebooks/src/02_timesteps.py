@@ -242,8 +242,8 @@ for name, batches in {
 #
 # ## Tails
 #
-# The logit-normal density vanishes at both ends. Of the 230,400 times that our model saw in
-# training (1,800 batches of 128), how many were near the ends?
+# The logit-normal density vanishes at both ends. Of the 115,200 times that our model saw in
+# training (900 batches of 128), how many were near the ends?
 
 # %%
 fine = (torch.arange(10**6, dtype=torch.float64) + 0.5) / 10**6
@@ -251,7 +251,7 @@ print(f"{'':22}{'t < 0.02':>10}{'t < 0.05':>10}{'t > 0.95':>10}{'t > 0.99':>10}"
 for name, transform in transforms.items():
     t = transform(fine)
     shares = [end.double().mean() for end in (t < 0.02, t < 0.05, t > 0.95, t > 0.99)]
-    print(f"{name:22}" + "".join(f"{230400 * share:10,.1f}" for share in shares))
+    print(f"{name:22}" + "".join(f"{115200 * share:10,.1f}" for share in shares))
 
 # %% [markdown]
 # With mean 0.8, the last row, the model never saw a t below 0.02. That explains the first plot of

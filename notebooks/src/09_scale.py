@@ -202,7 +202,7 @@ lines({f"depth {depth}": (ts, row) for depth, row in zip(trainings, loss, strict
 # backward pass costs two).
 #
 # **PREDICT.** Now the same runs plotted against the number of *operations*, together with the model
-# of all notebooks: depth 2, 1,800 steps of 128. Which has the lowest loss in the end?
+# of all notebooks: depth 2, 900 steps of 128. Which has the lowest loss in the end?
 
 # %%
 width, curves = pick(30, 2), {}
@@ -212,7 +212,7 @@ for depth, (job, model) in trainings.items():
     spent = step * torch.arange(width, len(logged) + 1)
     print(f"depth {depth}: {step:.1e} operations per step, {float(spent[-1]):.1e} in total")
     curves[f"d = {depth}"] = (spent, logged.unfold(0, width, 1).mean(1))
-lines(curves, "operations", "training loss", "Grey: depth 2 for 1,800 steps.", log="x")
+lines(curves, "operations", "training loss", "Grey: depth 2 for 900 steps of 128.", log="x")
 
 # %% [markdown]
 # At an equal number of operations the smaller model leads almost everywhere: a shallow network that
