@@ -34,9 +34,10 @@ that of its own docstring.
     measure/
     training/
     measure/cuda/
-    generate   train   bench   minimal   pytest_plugin
+    train   bench   minimal   pytest_plugin
     exercises/
     related/
+    generate
     claims/
 
 Reading order: minimal (all of it on one page); flow, samplers, patchify, layers, mmdit (the

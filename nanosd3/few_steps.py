@@ -25,20 +25,21 @@ def even_schedule(steps: int, alpha: float = 1.0) -> Tensor:
     return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).float()
 
 
-def image_streams(z: Tensor) -> list[torch.Generator]:
-    """A random stream for each of z (B, ...), named after its content."""
-    return [rng("fresh noise", zlib.crc32(row.float().cpu().numpy().tobytes())) for row in z]
-
-
 def consistency(
-    velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | None = None
+    velocity: Velocity,
+    z: Tensor,
+    ts: Tensor,
+    callback: Callback | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Jump to the clean image, add fresh noise, jump again. len(ts) - 1 evaluations.
 
     Multistep consistency sampling (arXiv 2303.01469, algorithm 1). The fresh noise of an image is
-    a stream named after the noise that it starts from, so it depends on nothing else in the batch.
+    a stream named after the noise that it starts from, so it depends on nothing else in the batch:
+    `noise`, if z (B, ...) is not noise but on its way already.
     """
-    streams = image_streams(z)
+    rows = z if noise is None else noise
+    streams = [rng("fresh noise", zlib.crc32(x.float().cpu().numpy().tobytes())) for x in rows]
     for i, (t, t_next) in enumerate(pairwise(ts)):
         x0 = z - t * velocity(z, t)
         if callback:

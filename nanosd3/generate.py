@@ -22,6 +22,7 @@ from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.official.missing_keys import report
 from nanosd3.official.own_runs import uses_other_encoders
 from nanosd3.pipeline import Pipeline, open_pipeline
+from nanosd3.related.train_consistency_decoder import open_decoder
 from nanosd3.request import SKIP_RANGE, SKIP_SCALE, STRENGTH
 from nanosd3.storage.files import check_writable, write_file
 from nanosd3.text import ENCODERS
@@ -59,6 +60,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "weights are now",
     )
     add_files(parser)
+    text = "decode with the consistency decoder in this folder, trained for the run"
+    add("--decoder", type=Path, metavar="FOLDER", help=text)
     add("--report", action="store_true", help="only say what the model holds")
     add(
         "--out",
@@ -148,7 +151,11 @@ def open_model(args: argparse.Namespace) -> Pipeline:
     if not is_run(args.model):
         print(report(checkpoint))
     dtype = PRECISIONS[args.dtype] if args.dtype else None
-    return open_pipeline(checkpoint, set_up(args.threads), dtype, staged=True)
+    device = set_up(args.threads)
+    pipeline = open_pipeline(checkpoint, device, dtype, staged=True)
+    if args.decoder:
+        pipeline.decoder = open_decoder(args.decoder, args.model, device)
+    return pipeline
 
 
 def content(images: np.ndarray, prompts: list[str], suffix: str) -> bytes:

@@ -28,7 +28,7 @@ from nanosd3.arguments import path_of
 from nanosd3.config_types import Config
 from nanosd3.data.mnist import to_uint8
 from nanosd3.errors import InputError, shown
-from nanosd3.few_steps import ALL_SAMPLERS, inpainting_afresh
+from nanosd3.few_steps import ALL_SAMPLERS, consistency, inpainting_afresh
 from nanosd3.flow import interpolate
 from nanosd3.lazy_modules import LazyModules
 from nanosd3.machine.accelerate import accelerate
@@ -231,7 +231,7 @@ class Pipeline:
             if request.callback:
                 request.callback(step, t, z, x0)
 
-        results = []
+        results, sampler = [], ALL_SAMPLERS[sampling.sampler]
         for rows in batches:
             prompts = [request.prompts[i] for i in rows]
             prompt = negative = rows_of(text, prompts)
@@ -244,11 +244,12 @@ class Pipeline:
                 z = interpolate(x0, eps, times[0])
                 if request.mask is not None:
                     mask = request.mask.to(eps)
-                    if sampling.sampler == "consistency":
+                    if sampler is consistency:
                         velocity = inpainting_afresh(velocity, mask, x0)
                     else:
                         velocity = inpainting(velocity, mask, x0, eps)
-            results.append(ALL_SAMPLERS[sampling.sampler](velocity, z, times, watch))
+            more = {"noise": eps} if sampler is consistency else {}
+            results.append(sampler(velocity, z, times, watch, **more))
             bar.update()
         bar.close()
         return finite(torch.cat(results), "the latents")

@@ -2,7 +2,7 @@
 
 Each stands on the core's own pieces in one small file, is held against a reference, and trains
 here in minutes, in the latents of a finished main job. Nothing outside this folder imports from it,
-except the experiments in claims/.
+except `generate --decoder` and the experiments in claims/.
 
 Modules, each of which imports only from those above it:
     finished_run        a finished run of the main job, to build on

@@ -19,10 +19,10 @@ from nanosd3.cli import Parser
 from nanosd3.config import MNIST_COMPRESSED
 from nanosd3.config_types import Config, Recipe
 from nanosd3.errors import InputError
-from nanosd3.few_steps import image_streams
 from nanosd3.flow import interpolate
 from nanosd3.official.limits import limited_config
 from nanosd3.pipeline import Pipeline
+from nanosd3.random_streams import rng
 from nanosd3.related.command import Study, System, size_of, with_flow_recipe
 from nanosd3.related.consistency import (
     clean_image,
@@ -53,11 +53,11 @@ from nanosd3.training.train_autoencoder import train_autoencoder
 from nanosd3.vae import AutoencoderKL, sample_posterior
 
 WIDTHS = {"mnist": (16, 32, 64), "tiny": (8, 8, 8)}
-RECIPES = {
+DECODER_RECIPES = {
     "mnist": Recipe(1000, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
     "tiny": Recipe(4, batch=8, lr=2e-3, warmup=1, weight_decay=0.0),
 }
-LEVELS = (2, 8)  # at first and at last
+DECODER_LEVELS = (2, 8)  # at first and at last
 DECODER_EMA = 0.995
 
 
@@ -72,7 +72,7 @@ def decoder_loss(
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
         generator, step = step_rng.generator(), int(step_rng.name[-1])
-        count = doubling_count(step, recipe.steps, *LEVELS) - 1
+        count = doubling_count(step, recipe.steps, *DECODER_LEVELS) - 1
         x0 = job.source.pixels(step_rng.take(job.source.draw(recipe.batch, generator)))
         levels = draw_levels(even_levels(count), recipe.batch, generator)
         t, s = (step_rng.take(x).to(job.device) for x in levels)
@@ -112,15 +112,15 @@ def trained_decoder(job: Job, vae: AutoencoderKL) -> ConsistencyDecoder:
 
 
 def decoding(decoder: ConsistencyDecoder, factor: int, steps: int = 2) -> Decode:
-    """As a function of the latents; the noise of an image is a stream named after its latents."""
+    """As a function of the latents alone: every image gets the same noise."""
     ts = (*DECODING_TIMES[:steps], 0.0)
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        shape = (steps, decoder.conv_out.out_channels, *(factor * n for n in latents.shape[2:]))
-        streams = image_streams(latents)
-        noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams], dim=1)
-        return decode_in_steps(decoder, latents, noise.to(latents), ts)
+        size = (factor * n for n in latents.shape[2:])
+        shape = (steps, 1, decoder.conv_out.out_channels, *size)
+        noise = torch.randn(shape, generator=rng("decoder noise")).to(latents)
+        return decode_in_steps(decoder, latents, noise.expand(-1, len(latents), -1, -1, -1), ts)
 
     return decode
 
@@ -147,9 +147,9 @@ def open_decoder(folder: Path, model: Path, device: torch.device) -> Decode:
             f"--decoder {folder}: is for the latents of another autoencoder than that of {model}"
         )
     config = limited_config(run.identity["config"], folder / "run.json")
-    decoder = empty_decoder(config)
+    decoder = empty_decoder(config).to(device)
     load_weights(decoder, folder / "decoder.safetensors")
-    return decoding(decoder.requires_grad_(False).eval().to(device), config.vae.factor)
+    return decoding(decoder.requires_grad_(False).eval(), config.vae.factor)
 
 
 class ConsistencyDecoding(System):
@@ -163,7 +163,7 @@ class ConsistencyDecoding(System):
         parser.add_argument("--compress", action="store_true", help=text)
 
     def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
-        config = with_flow_recipe(finished.config, RECIPES[size_of(args, finished)], args)
+        config = with_flow_recipe(finished.config, DECODER_RECIPES[size_of(args, finished)], args)
         if not args.compress:
             return config
         groups = 4 if size_of(args, finished) == "tiny" else MNIST_COMPRESSED.norm_groups

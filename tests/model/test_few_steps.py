@@ -68,6 +68,15 @@ def test_images_do_not_depend_on_their_neighbours():
     assert not consistency(velocity, NOISE + 1e-3, ts).isclose(together, atol=0.05).all()
 
 
+def test_the_noise_to_name_streams_after():
+    """On the way already, z may differ by rounding; the fresh noise is that of the start."""
+    velocity = lambda z, t: torch.cos(z)  # noqa: E731
+    ts, near = even_schedule(4)[1:], NOISE * 0.7
+    out = consistency(velocity, near, ts, noise=NOISE)
+    torch.testing.assert_close(consistency(velocity, near + 1e-7, ts, noise=NOISE), out)
+    assert not consistency(velocity, near, ts).isclose(out, atol=0.05).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_type_and_device_are_kept(dtype):
     assert consistency(to_point, NOISE.to(dtype), even_schedule(2).to(dtype)).dtype == dtype

@@ -1,9 +1,19 @@
-"""The Consistency Decoder: the published constants, its network, and decoding in steps."""
+"""The Consistency Decoder: the published constants, its network, decoding in steps, its command."""
 
+import json
+import os
+import signal
+
+import numpy as np
 import pytest
 import torch
+from support.commands import refused
 
+from nanosd3 import generate
+from nanosd3.cli import run_main
 from nanosd3.flow import interpolate
+from nanosd3.pipeline import Pipeline
+from nanosd3.related import __main__ as related
 from nanosd3.related.consistency import edm_form
 from nanosd3.related.consistency_decoder import (
     DECODING_TIMES,
@@ -15,6 +25,8 @@ from nanosd3.related.consistency_decoder import (
     published_scalings,
     rectified_time,
 )
+from nanosd3.related.train_consistency_decoder import open_decoder
+from nanosd3.training import loop
 
 F64 = torch.float64
 
@@ -92,3 +104,86 @@ def test_steps(decoder):
     assert float(x.abs().max()) <= 1
     with pytest.raises(ValueError, match="zip"):
         decode_in_steps(decoder, latents, noise, ts=(1.0, 0.0))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> int:
+    return run_main(lambda: related.main(["consistency-decoder", *map(str, arguments)]))
+
+
+@pytest.fixture(scope="module")
+def decoder_run(tiny_run, tmp_path_factory):
+    """For the tiny run, interrupted after its second step and resumed."""
+    out = tmp_path_factory.mktemp("decoder") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        original = loop.update_ema
+
+        def stop(ema, module, step, decay):
+            original(ema, module, step, decay)
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        patch.setattr(loop, "update_ema", stop)
+        assert command("--run", tiny_run, "--out", out) == 130
+    assert command("--run", tiny_run, "--out", out) == 0
+    return out
+
+
+def test_resumed_byte_for_byte(decoder_run, tiny_run, tmp_path):
+    assert command("--run", tiny_run, "--out", tmp_path / "b") == 0
+    file = "decoder.safetensors"
+    assert (tmp_path / "b" / file).read_bytes() == (decoder_run / file).read_bytes()
+    assert command("--run", tiny_run, "--out", tmp_path / "c", "--seed", 1) == 0
+    assert (tmp_path / "c" / file).read_bytes() != (decoder_run / file).read_bytes()
+
+
+def test_what_it_measures(decoder_run, tiny_run, tmp_path):
+    metrics = json.loads((decoder_run / "metrics.json").read_text())
+    assert metrics["evaluations"] == 8 == metrics["main_model"]["evaluations"]
+    assert len(metrics["decoded"]) == 3 and (decoder_run / "samples.png").exists()
+    for scores in metrics["decoded"].values():
+        assert scores["psnr"] > 0 and scores["sharpness"] > 0
+        assert scores["images_per_second"] > 0
+    assert command("--run", tiny_run, "--out", tmp_path / "strong", "--compress") == 0
+    strong = json.loads((tmp_path / "strong" / "metrics.json").read_text())
+    assert strong["evaluations"] == 2 and strong["main_model"]["evaluations"] == 1
+    assert strong["stages"].keys() >= {"autoencoder", "decoder"}
+    assert strong["decoded"].keys() == metrics["decoded"].keys()
+    own, _, two = strong["decoded"].values()
+    assert strong["main_model"]["psnr"] == own["psnr"] and strong["psnr"] == two["psnr"]
+
+
+def test_generate_decodes_with_it(decoder_run, tiny_run, tmp_path):
+    """The same latents; another decoder, with the same noise for every image."""
+    out = tmp_path / "x.npy"
+    words = ["3", "--run", str(tiny_run), "--out", str(out), "--count", "2"]
+    assert run_main(lambda: generate.main(words)) == 0
+    usual = np.load(out)
+    assert run_main(lambda: generate.main([*words, "--decoder", str(decoder_run)])) == 0
+    assert (np.load(out) != usual).any()
+    pipeline = Pipeline.load(tiny_run)
+    pipeline.decoder = open_decoder(decoder_run, tiny_run, torch.device("cpu"))
+    assert (pipeline(["3"] * 2) == np.load(out)).all()
+    latents = pipeline(["3", "4"], output="latent")
+    x = pipeline.decoder(latents)
+    assert x.shape == (2, 1, 32, 32) and float(x.abs().max()) <= 1
+    torch.testing.assert_close(pipeline.decoder(latents[1:]), x[1:], atol=1e-5, rtol=0)
+
+
+def test_refused_decoders(decoder_run, tiny_run, tmp_path, capsys):
+    def line(run, decoder):
+        words = ("3", "--run", run, "--out", tmp_path / "x.png", "--decoder", decoder)
+        return refused(capsys, generate.main, *words)
+
+    assert "no such run folder" in line(tiny_run, tmp_path / "nothing")
+    assert "holds no finished decoder; `python -m nanosd3.related" in line(tiny_run, tiny_run)
+    other = tmp_path / "other"
+    assert command("--run", tiny_run, "--out", other, "--compress") == 0
+    assert "is for an autoencoder of its own (--compress)" in line(tiny_run, other)
+    content = json.loads((other / "run.json").read_text())
+    content |= {"compress": False, "autoencoder": "0" * 64}
+    (other / "run.json").write_text(json.dumps(content))
+    assert "is for the latents of another autoencoder than that of" in line(tiny_run, other)
+    assert not (tmp_path / "x.png").exists()
