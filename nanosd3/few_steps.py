@@ -1,10 +1,11 @@
 """Sampling in a few steps, for models that were distilled to it.
 
 A consistency model points from anywhere on a path straight at its end, so one step from noise is an
-image. More steps go back: fresh noise is added to the image, and the model points again. Nothing
-else of the pipeline changes: a consistency model is a velocity network, and its step is Euler's.
+image. More steps go back: noise is added to the image, and the model points again. Nothing else of
+the pipeline changes: a consistency model is a velocity network, and its step is Euler's.
 """
 
+import math
 import zlib
 from itertools import pairwise
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from nanosd3.flow import shift
 from nanosd3.random_streams import rng
 from nanosd3.samplers import SAMPLERS, Callback, Velocity
+
+FRESH = 0.5  # see `consistency`
 
 
 def even_schedule(steps: int, alpha: float = 1.0) -> Tensor:
@@ -31,27 +34,33 @@ def consistency(
     ts: Tensor,
     callback: Callback | None = None,
     noise: Tensor | None = None,
+    fresh: float = FRESH,
 ) -> Tensor:
-    """Jump to the clean image, add fresh noise, jump again. len(ts) - 1 evaluations.
+    """Jump to the clean image, add noise, jump again. len(ts) - 1 evaluations.
 
-    Multistep consistency sampling (arXiv 2303.01469, algorithm 1). The fresh noise of an image is
-    a stream named after the noise that it starts from, so it depends on nothing else in the batch:
-    `noise`, if z (B, ...) is not noise but on its way already.
+    Multistep consistency sampling (arXiv 2303.01469, algorithm 1) adds fresh noise only. Every jump
+    then favours what the guidance built into the model favours, and images grow alike: more steps
+    make them worse (related/README.md). Here part of the noise is that which the jump found in z,
+    as in DDIM; `fresh` = 1 is the published algorithm, 0 draws nothing (as arXiv 2310.02279's
+    gamma). The fresh noise of an image is a stream named after the noise that it starts from, so it
+    depends on nothing else in the batch: `noise`, if z (B, ...) is not noise but on its way.
     """
     rows = z if noise is None else noise
     streams = [rng("fresh noise", zlib.crc32(x.float().cpu().numpy().tobytes())) for x in rows]
+    kept = math.sqrt(1 - fresh**2)
     for i, (t, t_next) in enumerate(pairwise(ts)):
         x0 = z - t * velocity(z, t)
         if callback:
             callback(i, t, z, x0)
-        fresh = torch.stack([torch.randn(z.shape[1:], generator=stream) for stream in streams])
-        z = (1 - t_next) * x0 + t_next * fresh.to(z)
+        drawn = torch.stack([torch.randn(z.shape[1:], generator=stream) for stream in streams])
+        found = (z - (1 - t) * x0) / t
+        z = (1 - t_next) * x0 + t_next * (fresh * drawn.to(z) + kept * found)
     return z
 
 
 def inpainting_afresh(velocity: Velocity, mask: Tensor, x0: Tensor) -> Velocity:
-    """`samplers.inpainting` for `consistency`: with fresh noise in every step, the known image's
-    straight line begins anew, and its velocity is found from where z is now."""
+    """`samplers.inpainting` for `consistency`: with fresh noise in a step, the known image's line
+    begins anew, and its velocity is found from where z is now."""
 
     def known_outside(z: Tensor, t: Tensor) -> Tensor:
         return torch.lerp((z - x0) / t, velocity(z, t), mask)

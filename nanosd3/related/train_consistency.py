@@ -186,7 +186,8 @@ class Consistency(System):
         recipe = RECIPES[args.method, size_of(args, finished)]
         config = with_flow_recipe(finished.config, recipe, args)
         training = replace(training_of(config), ema_decay=EMA_DECAY[args.method])
-        sampling = Sampling(steps=1, guidance=1.0, shift=1.0, sampler="consistency")
+        # With the shift, two steps are at t = 1 and 0.75 (LOG.md).
+        sampling = Sampling(steps=1, guidance=1.0, shift=3.0, sampler="consistency")
         return replace(config, training=training, sampling=sampling)
 
     def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:

@@ -40,7 +40,7 @@ def test_what_each_step_sees():
     seen, asked = [], []
     velocity = lambda z, t: asked.append((z, t)) or torch.cos(z)  # noqa: E731
     ts = even_schedule(3)
-    out = consistency(velocity, NOISE, ts, lambda *step: seen.append(step))
+    out = consistency(velocity, NOISE, ts, lambda *step: seen.append(step), fresh=1.0)
     assert [i for i, *_ in seen] == [0, 1, 2] and len(asked) == 3
     assert all(float(t) == float(ts[i]) == float(asked[i][1]) for i, t, _, _ in seen)
     for (_, t, z, x0), (asked_z, _) in zip(seen, asked, strict=True):
@@ -58,6 +58,22 @@ def test_what_each_step_sees():
             assert abs(float(correlation)) < 0.35
 
 
+def test_part_of_the_noise_is_kept():
+    """Unit noise of which half (of the amplitude) is drawn; without any, the step is Euler's."""
+    velocity = lambda z, t: torch.cos(z)  # noqa: E731
+    ts = even_schedule(3)
+    torch.testing.assert_close(
+        consistency(velocity, NOISE, ts, fresh=0.0), euler(velocity, NOISE, ts)
+    )
+    start, seen = torch.randn(1, 1, 100, 100, generator=torch.Generator().manual_seed(0)), []
+    to_zero = lambda z, t: z / t  # noqa: E731
+    consistency(to_zero, start, even_schedule(2), lambda i, t, z, x0: seen.append(z))
+    added = seen[1] / 0.5
+    assert float(added.std()) == pytest.approx(1, abs=0.02)
+    correlation = torch.corrcoef(torch.stack([added.flatten(), start.flatten()]))[0, 1]
+    assert float(correlation) == pytest.approx(0.75**0.5, abs=0.02)
+
+
 def test_images_do_not_depend_on_their_neighbours():
     velocity = lambda z, t: torch.cos(z)  # noqa: E731
     ts = even_schedule(4)
@@ -73,7 +89,8 @@ def test_the_noise_to_name_streams_after():
     velocity = lambda z, t: torch.cos(z)  # noqa: E731
     ts, near = even_schedule(4)[1:], NOISE * 0.7
     out = consistency(velocity, near, ts, noise=NOISE)
-    torch.testing.assert_close(consistency(velocity, near + 1e-7, ts, noise=NOISE), out)
+    again = consistency(velocity, near + 1e-7, ts, noise=NOISE)
+    torch.testing.assert_close(again, out, atol=1e-4, rtol=0)
     assert not consistency(velocity, near, ts).isclose(out, atol=0.05).all()
 
 

@@ -203,4 +203,7 @@ def test_straightness():
     path = [(t, interpolate(x0, noise, t)) for t in torch.linspace(1, 0.1, 5)]
     v = noise - x0
     assert inconsistency(lambda z, t: clean_image(v, z, t), path) < 1e-10
-    assert inconsistency(lambda z, t: z, path) > 0.1
+    found = inconsistency(lambda z, t: z, path)
+    assert found > 0.1
+    scaled = [(t, 3 * z) for t, z in path]  # relative to the images' variance
+    assert inconsistency(lambda z, t: z, scaled) == pytest.approx(found, rel=1e-4)

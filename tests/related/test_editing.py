@@ -44,8 +44,9 @@ def test_the_model_sees_the_known_part_noised():
     noises = [((z - (1 - t) * Y) / t)[:, :, :4] for z, t in seen]
     assert all(0.8 < float(noise.std()) < 1.2 for noise in noises)
     assert (noises[0] - noises[1]).abs().max() > 0.5
-    other = torch.where(known, Y, torch.full_like(Y, 99.0))
-    ends = [edit(to_point, y, known, TIMES, torch.Generator().manual_seed(1)) for y in (Y, other)]
+    other, short = torch.where(known, Y, torch.full_like(Y, 99.0)), torch.tensor([0.5, 0.0])
+    bent = lambda z, t: torch.cos(z)  # noqa: E731
+    ends = [edit(bent, y, known, short, torch.Generator().manual_seed(1)) for y in (Y, other)]
     assert ends[0].equal(ends[1])
 
 
@@ -69,7 +70,7 @@ def test_reflection(first):
 def test_colouring_keeps_brightness():
     known = torch.tensor([True, False, False])[:, None, None]
     x = edit(to_point, Y, known, TIMES, GEN, brightness_basis, brightness_basis)
-    luma = torch.tensor(LUMA, dtype=F64)[:, None, None]
+    luma = torch.tensor([0.2989, 0.5870, 0.1140], dtype=F64)[:, None, None]
     torch.testing.assert_close((x * luma).sum(1), (Y * luma).sum(1))
     rest = brightness_basis(x - POINT)[:, 1:]
     torch.testing.assert_close(rest, torch.zeros_like(rest))

@@ -159,7 +159,7 @@ def test_the_exported_file_is_a_consistency_model_too(turbo, tmp_path):
     file = tmp_path / "turbo.safetensors"
     export(open_checkpoint(turbo), "single", file)
     again, before = Pipeline.load(file), Pipeline.load(turbo)
-    assert again.config.sampling == before.config.sampling == Sampling(1, 1.0, 1.0, "consistency")
+    assert again.config.sampling == before.config.sampling == Sampling(1, 1.0, 3.0, "consistency")
     assert (again("3", seed=1) == before("3", seed=1)).all()
 
 

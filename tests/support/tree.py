@@ -40,11 +40,14 @@ def folder_lines(folder: Path) -> list[str]:
 
 
 def tree() -> str:
-    lines: list[str] = []
+    """A line for each module and folder; modules with a docstring of one line share the first."""
+    lines: list[str] = [""]
     for name in (name for row in listed(PACKAGE / "__init__.py", "Layout") for name in row):
-        if (PACKAGE / f"{name}.py").exists():
-            what = first_sentence(PACKAGE / f"{name}.py")
-            lines.append(f"- [{name}](nanosd3/{name}.py): {what}")
+        path = PACKAGE / f"{name}.py"
+        if path.exists() and len(docstring(path).splitlines()) == 1:
+            lines[0] += f"{' ' if lines[0] else '- '}[{name}](nanosd3/{name}.py): {docstring(path)}"
+        elif path.exists():
+            lines.append(f"- [{name}](nanosd3/{name}.py): {first_sentence(path)}")
         elif name.count("/") == 1:  # inner folders follow the outer ones
             lines += folder_lines(PACKAGE / name)
     return "\n".join(lines) + "\n"
