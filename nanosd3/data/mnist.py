@@ -165,10 +165,15 @@ def load_images(folder: str | Path | None = None) -> ImageSet:
     )
 
 
+def from_uint8(pixels: Tensor) -> Tensor:
+    """Pixels 0 to 255, of any shape, as float in [-1, 1], as networks take them."""
+    return pixels.float() / 127.5 - 1
+
+
 def to_model(images: Tensor, size: int) -> Tensor:
     """Convert uint8 (B, 28, 28) to float (B, 1, size, size) in [-1, 1], padded with black."""
     pad = (size - SIDE) // 2
-    x = images.float() / 127.5 - 1
+    x = from_uint8(images)
     return torch.nn.functional.pad(x[:, None], (pad, pad, pad, pad), value=-1.0)
 
 

@@ -21,6 +21,7 @@ from PIL.ExifTags import Base
 from torch import Tensor
 
 from nanosd3.data.formats import formats_of, is_deep
+from nanosd3.data.mnist import from_uint8
 from nanosd3.errors import InputError
 from nanosd3.storage.files import read_regular
 
@@ -184,7 +185,7 @@ def to_pixels(image: object, channels: int) -> Tensor:
     pixels = pixels[None] if pixels.ndim == 3 else pixels  # (B, H, W, C)
     if pixels.ndim != 4 or pixels.shape[-1] != channels:
         raise InputError(f"image: expected (H, W, {channels}), got {tuple(pixels.shape)}")
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return from_uint8(pixels.permute(0, 3, 1, 2))
 
 
 def to_tensor(array: object, name: str) -> Tensor:

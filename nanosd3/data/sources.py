@@ -25,6 +25,7 @@ from nanosd3.data.mnist import (
     Captions,
     ImageSet,
     bins,
+    from_uint8,
     make_captions,
     measure_strokes,
     thirds,
@@ -188,7 +189,7 @@ class Pictures:
         height, width = self.sizes[index[0]]
         inner = (height - 2 * pad, width - 2 * pad)
         images = [load_picture(self.pictures[i], inner, channels) for i in index.tolist()]
-        x = torch.stack([torch.from_numpy(image) for image in images]).float() / 127.5 - 1
+        x = from_uint8(torch.stack([torch.from_numpy(image) for image in images]))
         x = x[:, None] if channels == 1 else x.permute(0, 3, 1, 2)
         return F.pad(x, (pad,) * 4, value=-1.0)
 

@@ -124,11 +124,11 @@ def write_json(path: Path, content: dict) -> None:
 def read_regular(path: Path) -> bytes:
     """The content of a regular file. Raises InputError, Unreadable without permission."""
     try:
-        if path.exists() and not path.is_file():  # reading a pipe or device might never end
-            raise InputError(f"{path}: is not a file")
-        return path.read_bytes()
+        if path.is_file() or not path.exists():  # reading a pipe or device might never end
+            return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError for a NUL in the name
         raise unreadable(path, error) from None
+    raise InputError(f"{path}: is not a file")
 
 
 def parse_json(text: str | bytes, place: str | Path) -> object:

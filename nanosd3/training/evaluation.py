@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanosd3.config_types import config_from_dict
-from nanosd3.data.mnist import SIDE, load_images, to_model, to_uint8
+from nanosd3.data.mnist import SIDE, from_uint8, load_images, to_model, to_uint8
 from nanosd3.data.sources import Digits
 from nanosd3.errors import InputError
 from nanosd3.pipeline import Pipeline
@@ -36,7 +36,7 @@ def to_digits(images: Tensor) -> Tensor:
         return images
     x = images.float() if images.ndim == 3 else images.float().mean(3)
     edge = (CLASSIFIER_SIZE - SIDE) // 2
-    x = to_uint8(thumbnails(x[:, None] / 127.5 - 1))
+    x = to_uint8(thumbnails(from_uint8(x)[:, None]))
     return x[:, edge:-edge, edge:-edge]
 
 

@@ -335,7 +335,7 @@ BAD = {
     "pages.tif": (save_frames, "has 3 frames, expected a still"),
     "gone.png": (
         lambda p: [p.unlink(), p.symlink_to("nowhere")],
-        "cannot be read (No such file or directory)",
+        "no such file",
     ),
     "pipe.png": (lambda p: [p.unlink(), os.mkfifo(p)], "is not a file"),
 }
@@ -394,7 +394,7 @@ def test_metadata_of_bad_files(tmp_path):
         "/a\0b": "cannot be read (embedded null byte)",
         "/deep": "is not a file",
         "/deep/unnamed.jpg": "no caption (no line of metadata.jsonl names it)",
-        "/gone.png": "cannot be read (No such file or directory)",
+        "/gone.png": "no such file",
         "/silent.png": "its caption is empty",
         "/unnamed.png": "no caption (no line of metadata.jsonl names it)",
         "/" + "x" * 300: "cannot be read (File name too long)",
@@ -637,7 +637,7 @@ def test_changed_files(tmp_path):
     with pytest.raises(InputError, match=r"a\.png: has changed since its folder was read"):
         load_picture(picture, (8, 8), 3)
     path.unlink()
-    with pytest.raises(InputError, match=r"a\.png: cannot be read \(No such file"):
+    with pytest.raises(InputError, match=r"a\.png: no such file"):
         load_picture(picture, (8, 8), 3)
 
 

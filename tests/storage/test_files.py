@@ -85,6 +85,16 @@ def test_a_missing_file_is_missing(tmp_path):
             read(tmp_path / "none")
 
 
+def test_only_regular_files_are_read(tmp_path):
+    with pytest.raises(InputError, match=rf"^{tmp_path}: is not a file$"):
+        files.read_regular(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=rf"^{tmp_path}/pipe: is not a file$"):
+        files.read_regular(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"cannot be read \(embedded null byte\)$"):
+        files.read_regular(tmp_path / "a\0b")
+
+
 def test_a_state_that_may_not_be_read_is_not_skipped(tmp_path, monkeypatch):
     """It may well be intact; going on from the one before would end in deleting it."""
     for step in (2, 4):
