@@ -109,7 +109,7 @@ def test_lines_of_similar_names(tmp_path, image_name, listed, difference):
     lines(tmp_path, **{"good.png": "a dog", listed: "a cat"})
     if not difference:
         found = sorted(skipped(read_folder(tmp_path)))
-        assert found[0].startswith(f"{listed}: cannot be read") and len(found) == 2
+        assert found[0].startswith(f"{listed}: no such file") and len(found) == 2
         return
     assert sorted(skipped(read_folder(tmp_path))) == sorted([
         f"{listed}: no such file; {image_name} {difference}",
