@@ -87,8 +87,8 @@ class SkipLayerGuidance(NamedTuple):
 
 def guided(
     model: Callable[..., Tensor],
-    prompt: tuple[Tensor, Tensor],
-    negative: tuple[Tensor, Tensor],
+    prompt: tuple[Tensor, ...],
+    negative: tuple[Tensor, ...],
     scale: float,
     skip: SkipLayerGuidance | None = None,
 ) -> Velocity:

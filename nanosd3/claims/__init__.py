@@ -4,8 +4,16 @@ Each experiment says before it runs what is claimed, what is measured and which 
 
 Modules, each of which imports only from those above it:
     experiment          what an experiment is, and the words of a verdict
+    dit_networks        small DiTs, trained for experiments
+    dit_blocks          x-dit-1: the four kinds of block, and gates that do not start at zero
+    dit_compute         x-dit-2: error by multiply-adds
+    dit_loss_swap       x-dit-5: DDPM's loss and rectified flow's
     fm_identity         x-fm-0: the loss of Flow Matching
     fm_straightness     x-fm-3: how straight paths are
+    fm_networks         networks trained along paths, shared by several experiments
+    fm_sampling         x-fm-1, x-fm-2: sampling in few steps, and training speed
+    fm_solvers          x-fm-5: off-the-shelf solvers
+    fm_likelihood       x-fm-4: likelihoods of points and of pixels
     catalogue           all experiments by name
     records             run one, and keep what it said and found
     page                README.md, built from the records

@@ -1,12 +1,20 @@
 """All experiments by name. A new one is a file beside this one, and a line here."""
 
+from nanosd3.claims.dit_blocks import DIT_BLOCKS, GATES
+from nanosd3.claims.dit_compute import DIT_COMPUTE
+from nanosd3.claims.dit_loss_swap import LOSS_SWAP
 from nanosd3.claims.experiment import Experiment
 from nanosd3.claims.fm_identity import IDENTITY
+from nanosd3.claims.fm_likelihood import LIKELIHOOD
+from nanosd3.claims.fm_sampling import FEW_STEPS, TRAINING_SPEED
+from nanosd3.claims.fm_solvers import ADAPTIVE, ORDER
 from nanosd3.claims.fm_straightness import STEPS, STRAIGHTNESS
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        *(IDENTITY, STRAIGHTNESS, STEPS),  # Flow Matching
+        *(DIT_BLOCKS, GATES, DIT_COMPUTE, LOSS_SWAP),  # DiT
+        *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
+        *(LIKELIHOOD, ADAPTIVE, ORDER),
     )
 }

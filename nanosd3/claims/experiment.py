@@ -43,7 +43,7 @@ class Experiment:
     run: Callable[[Conditions], dict]
     decide: Callable[[dict], Verdict]
     plot: Callable[[dict, Path], None]
-    remark: str = ""  # what to know beside the verdict, such as a mistake in the source
+    remark: str = ""  # what to know beside the verdict, also what the results have taught
 
     @property
     def declaration(self) -> dict[str, str]:
@@ -66,9 +66,12 @@ def lead(better: Sequence[float], worse: Sequence[float]) -> tuple[float, float]
     return statistics.mean(differences), float("inf") if alone else statistics.stdev(differences)
 
 
-def table_of(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> dict:
+def table_of(columns: Sequence[object], rows: Sequence[Sequence[object]]) -> dict:
     """A table for the page; numbers are shown with three digits, lists as mean and range."""
-    return {"columns": list(columns), "rows": [[cell(value) for value in row] for row in rows]}
+    return {
+        "columns": [str(column) for column in columns],
+        "rows": [[cell(value) for value in row] for row in rows],
+    }
 
 
 def cell(value: object) -> str:

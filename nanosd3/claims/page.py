@@ -53,9 +53,14 @@ def take_over(experiments: Mapping[str, Experiment], out: Path) -> list[str]:
 
 
 def committed(experiments: Mapping[str, Experiment]) -> dict[str, dict]:
-    """The page's records by name, in the order of the catalogue."""
-    files = {name: paths_of(RESULTS, name)[0] for name in experiments}
-    return {name: read_record(file) for name, file in files.items() if file.exists()}
+    """The page's records by name, in the order of the catalogue, with the remarks of today:
+    unlike the rule, they may say what the results have taught."""
+    found = {}
+    for name, experiment in experiments.items():
+        file, _ = paths_of(RESULTS, name)
+        if file.exists():
+            found[name] = read_record(file) | {"remark": experiment.remark}
+    return found
 
 
 def page(records: Mapping[str, dict]) -> str:
@@ -74,9 +79,10 @@ def section(record: dict) -> str:
     table, machine = record["results"]["table"], record["machine"]
     lines = ["| " + " | ".join(cells) + " |" for cells in [table["columns"], *table["rows"]]]
     lines.insert(1, "| --- " * len(table["columns"]) + "|")
-    seconds = f"{record['thread_seconds']:.0f} seconds of a core"
+    seconds = f"{record['thread_seconds']:.0f} s of one core"
     if "training_seconds" in record["results"]:
-        seconds += f", beside {record['results']['training_seconds']:.0f} of training its networks"
+        trained = record["results"]["training_seconds"]
+        seconds += f" (training its networks, now or before: {trained:.0f} s)"
     seeds = ", ".join(map(str, record["seeds"]))
     remark = f"\n{record['remark']}\n" if record["remark"] else ""
     return f"""## {record["name"]}

@@ -45,7 +45,6 @@ def carry_out(experiment: Experiment, conditions: Conditions) -> dict:
     record = {
         **experiment.declaration,
         "verdict": experiment.decide(results),
-        "remark": experiment.remark,
         "minutes": experiment.minutes,
         "seeds": list(conditions.seeds),
         "fast": conditions.fast,

@@ -11,9 +11,12 @@ Modules, each of which imports only from those above it:
     dit                 DiT: a transformer for diffusion, and four ways to tell it time and class
     ddpm                diffusion in a thousand steps: noise, losses, samplers
     published_dit       DiT's checkpoints, and diffusers' folders of them
+    dit_lessons         teaching a DiT the noise or the velocity, and sampling with it
+    train_dit           train one on labels, and see how it compares
     paths               Gaussian paths from noise to data: OT, VP, cosine, VE
     solvers             midpoint, RK4 and adaptive Dormand-Prince
     likelihood          exact and estimated log-likelihood along the ODE
+    train_paths         the transformer, trained along any path
     consistency         consistency models: from anywhere on a path straight to its end
     train_consistency   distil a run to one network evaluation an image, or train without a teacher
     editing             zero-shot edits with a consistency model

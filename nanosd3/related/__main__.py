@@ -7,9 +7,11 @@ from nanosd3.errors import InputError, shown
 from nanosd3.related.command import System, run_system
 from nanosd3.related.train_consistency import Consistency
 from nanosd3.related.train_consistency_decoder import ConsistencyDecoding
+from nanosd3.related.train_dit import DiTSystem
+from nanosd3.related.train_paths import Paths
 
 SYSTEMS: dict[str, System] = {
-    system.name: system for system in (Consistency(), ConsistencyDecoding())
+    system.name: system for system in (DiTSystem(), Paths(), Consistency(), ConsistencyDecoding())
 }
 
 

@@ -16,7 +16,7 @@ scipy's (RK45): steps, evaluations and results agree. One step size serves the w
 image's result depends slightly on its neighbours; papers report the evaluations that this takes.
 
 High order pays where the field is smooth and is wasted where it is not, so compare at equal numbers
-of evaluations (python -m nanosd3.claims x-fm-5).
+of evaluations (`python -m nanosd3.claims x-fm-5-order`).
 """
 
 import math
@@ -124,8 +124,8 @@ def accepted_step(
     direction, longest = math.copysign(1.0, goal - t), LONGEST
     while True:
         if not h >= 10 * abs(math.nextafter(t, goal) - t):
-            raise ValueError(f"dopri5: no step is short enough at t = {t}: the velocity there is "
-                             "not finite, or the tolerances are beyond its precision")  # fmt: skip
+            reason = "the velocity there is not finite, or the tolerances are beyond its precision"
+            raise ValueError(f"dopri5: no step is short enough at t = {t}: {reason}")
         wanted, end = h, t + direction * h
         beyond = direction * (end - goal) > 0
         end = goal if beyond else end

@@ -72,6 +72,17 @@ def test_parameters(name):
         assert round(count / 1e6) == MILLIONS[name.removeprefix("DiT-").removesuffix("/2")]
 
 
+def test_sizes_of_the_paper():
+    """Table 1, at all three patch sizes."""
+    rows = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+    for size, row in rows.items():
+        for patch in (2, 4, 8):
+            c = DIT_CONFIGS[f"DiT-{size}/{patch}"]
+            assert (c.depth, c.width, c.heads) == row and c.patch_size == patch
+            assert (c.latent_size, c.latent_channels, c.classes) == (32, 4, 1000)
+            assert c.learned_variance and c.block == "adaln_zero" and c.null == 1000
+
+
 def test_parameters_of_the_published_network():
     """As its own code counts them, the position table among them."""
     with torch.device("meta"):
@@ -238,6 +249,18 @@ def test_initial_weights():
     assert all(not layer.weight.any() for layer in zeros)
 
 
+def test_initial_signals_keep_their_size():
+    torch.manual_seed(0)
+    model = DiT(replace(TINY, width=256, heads=4, classes=99))
+    mlp = model.t_embedder.mlp
+    for weight, std in (
+        (model.y_embedder["embedding_table"].weight, 1),
+        (mlp[0].weight, 256**-0.5),
+        (mlp[2].weight, 256**-0.5),
+    ):
+        assert weight.std().item() == pytest.approx(std, rel=0.02)
+
+
 def test_gates_not_zero_differ_in_the_blocks_only():
     torch.manual_seed(0)
     zero = DiT(TINY)
@@ -280,5 +303,8 @@ def test_what_does_not_fit():
     for batch in ((z, t[:2], y), (z, t, y[:2]), (z[:2], t, y)):
         with pytest.raises(ValueError, match="batch sizes differ"):
             model(*batch)
+    for label in (-1, 11):
+        with pytest.raises(ValueError, match="labels must be from 0 to 10"):
+            model(z, t, torch.tensor([0, label, 3]))
     with pytest.raises(ValueError, match="got 'adaln-zero'"):
         DiT(replace(TINY, block="adaln-zero"))

@@ -1,0 +1,98 @@
+"""Small DiTs for experiments, trained in the latents of a finished main job."""
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from nanosd3.claims.experiment import Conditions
+from nanosd3.config_types import Recipe
+from nanosd3.machine.distributed import SINGLE_PROCESS
+from nanosd3.related.dit import DIT_CONFIGS, DiT, DiTConfig
+from nanosd3.related.dit_lessons import Lesson, train_dit
+from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.storage.run import Run
+from nanosd3.training.cached_features import Features, encoded
+from nanosd3.training.stages import Job, training_of
+
+DIT_BATCH = 64
+
+
+@dataclass(frozen=True)
+class TrainedDiT:
+    """A network, and what training it gave."""
+
+    network: DiT
+    error: float  # on images held out
+    seconds: float  # of a core
+
+
+class Classroom:
+    """A finished main job, its latents and labels."""
+
+    def __init__(self, conditions: Conditions):
+        self.conditions = conditions
+        self.finished: FinishedRun = open_finished_run(conditions.run, None, torch.device("cpu"))
+
+    @cached_property
+    def features(self) -> Features:
+        finished, folder = self.finished, self.conditions.out / "cache"
+        return encoded(
+            folder, finished.source, finished.encoders(finished.config), [], SINGLE_PROCESS
+        )
+
+    @property
+    def labels(self) -> Tensor:
+        return self.finished.source.labels
+
+    @property
+    def latent_size(self) -> int:
+        config = self.finished.config
+        return config.image_size // config.vae.factor
+
+    def config(self, **sizes: object) -> DiTConfig:
+        """That of a DiT for these latents; the smallest there is with `fast`."""
+        small = DIT_CONFIGS["tiny"] if self.conditions.fast else DIT_CONFIGS["mnist"]
+        if self.conditions.fast:
+            sizes = {k: v for k, v in sizes.items() if k not in ("depth", "width", "heads")}
+        return replace(
+            small,
+            latent_size=self.latent_size,
+            latent_channels=self.finished.config.vae.latent_channels,
+            classes=len(self.finished.source.images.names),
+            **sizes,  # type: ignore[arg-type]
+        )
+
+    def trained(
+        self,
+        name: str,
+        seed: int,
+        dit: DiTConfig,
+        lesson: Lesson,
+        steps: int,
+        lr: float,
+        ema_decay: float = 0.99,
+    ) -> TrainedDiT:
+        """A DiT trained in the folder `name`, or loaded from there if it is finished."""
+        steps = min(steps, 4) if self.conditions.fast else steps
+        recipe = Recipe(steps, DIT_BATCH, lr, warmup=min(50, steps // 2), weight_decay=0.0)
+        finished = self.finished
+        training = replace(training_of(finished.config), flow=recipe, ema_decay=ema_decay)
+        config = replace(finished.config, training=training)
+        identity = {
+            "config": asdict(config),
+            "dit": asdict(dit),
+            "lesson": [lesson.objective, lesson.density.__name__],
+            "finished": finished.fingerprint,
+            "data": finished.source.fingerprint,
+            "seed": seed,
+        }
+        folder = self.conditions.out / "networks" / ("fast" if self.conditions.fast else "") / name
+        run = Run.open(folder / f"seed-{seed}", identity)
+        with run.alone():
+            run = Run.read(run.folder)
+            job = Job(run, config, finished.source, finished.device, seed)
+            network = train_dit(job, self.features, self.labels, dit, lesson)
+        found = run.stages["dit"]
+        return TrainedDiT(network, found["validation"], found["thread_seconds"])
