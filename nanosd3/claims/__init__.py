@@ -14,6 +14,8 @@ Modules, each of which imports only from those above it:
     fm_sampling         x-fm-1, x-fm-2: sampling in few steps, and training speed
     fm_solvers          x-fm-5: off-the-shelf solvers
     fm_likelihood       x-fm-4: likelihoods of points and of pixels
+    consistency_students   students of several seeds, and their samples
+    consistency_steps   x-cm-0, x-cm-1: distillation, and whether more steps help
     catalogue           all experiments by name
     records             run one, and keep what it said and found
     page                README.md, built from the records

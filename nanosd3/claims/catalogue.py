@@ -1,5 +1,6 @@
 """All experiments by name. A new one is a file beside this one, and a line here."""
 
+from nanosd3.claims.consistency_steps import CONSISTENT, DISTILLATION, MORE_STEPS
 from nanosd3.claims.dit_blocks import DIT_BLOCKS, GATES
 from nanosd3.claims.dit_compute import DIT_COMPUTE
 from nanosd3.claims.dit_loss_swap import LOSS_SWAP
@@ -16,5 +17,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(DIT_BLOCKS, GATES, DIT_COMPUTE, LOSS_SWAP),  # DiT
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),
+        *(CONSISTENT, DISTILLATION, MORE_STEPS),  # Consistency Models
     )
 }

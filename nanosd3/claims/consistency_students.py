@@ -1,0 +1,140 @@
+"""Students distilled from the main model, several seeds, and their samples in few steps: what the
+experiments on consistency models share."""
+
+from functools import cache, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanosd3.claims.experiment import Conditions, table_of
+from nanosd3.few_steps import FRESH, consistency, even_schedule
+from nanosd3.machine.distributed import SINGLE_PROCESS
+from nanosd3.pipeline import Pipeline
+from nanosd3.related.command import parse, study_in
+from nanosd3.related.consistency import clean_image, inconsistency
+from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.train_consistency import Consistency, distilled
+from nanosd3.related.yardsticks import score_samples
+from nanosd3.samplers import Velocity, euler, guided
+from nanosd3.text import rows_of
+from nanosd3.training.cached_features import Features, encoded
+from nanosd3.training.evaluation import Draw
+
+STUDENT_STEPS, TEACHER_STEPS = (1, 2, 4), (1, 2, 4, 16)
+SHIFT = 3.0  # of the times at which noise is kept; the published times are even
+AT_ONCE = 250  # images
+STUDENT_WAYS = {
+    "teacher": "teacher, Euler",
+    "fresh": "student, fresh noise",
+    "kept": "student, noise kept",
+}
+
+
+def sampled(
+    pipeline: Pipeline, features: Features, draw: Draw, seed: int, way: str, steps: int
+) -> np.ndarray:
+    """Images uint8 of a draw's prompts, by one of STUDENT_WAYS."""
+    config = pipeline.config
+    side = (config.image_size // config.vae.factor,) * 2
+    noise = pipeline.noise(len(draw.prompts), seed, side)
+    text = {prompt: features[prompt] for prompt in {*draw.prompts, ""}}
+    results = []
+    for rows in torch.arange(len(noise)).split(AT_ONCE):
+        velocity = velocity_of(pipeline, text, [draw.prompts[i] for i in rows])
+        if way == "teacher":
+            results.append(euler(velocity, noise[rows], even_schedule(steps)))
+        else:
+            fresh, alpha = (1.0, 1.0) if way == "fresh" else (FRESH, SHIFT)
+            ts = even_schedule(steps, alpha)
+            results.append(consistency(velocity, noise[rows], ts, fresh=fresh))
+    return pipeline.decode(torch.cat(results))
+
+
+def velocity_of(
+    pipeline: Pipeline, text: dict[str, tuple[Tensor, Tensor]], prompts: list[str]
+) -> Velocity:
+    """With the guidance that the pipeline's config has: none for a student."""
+    negative = rows_of(text, [""] * len(prompts))
+    scale = pipeline.config.sampling.guidance
+    return guided(pipeline.mmdit, rows_of(text, prompts), negative, scale)
+
+
+@cache
+@torch.no_grad()
+def consistency_study(conditions: Conditions) -> dict:
+    """Students of several seeds and their teacher: scores by steps, and how consistent they are."""
+    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    count = 20 if conditions.fast else 1000
+    folder, encoders = conditions.out / "cache", finished.encoders(finished.config)
+    features = encoded(folder, finished.source, encoders, [], SINGLE_PROCESS)
+    scores: dict[str, dict[int, list[tuple[float, float]]]] = {
+        way: {n: [] for n in (TEACHER_STEPS if way == "teacher" else STUDENT_STEPS)}
+        for way in STUDENT_WAYS
+    }
+    spreads: dict[str, list[float]] = {"student": [], "teacher": []}
+    seconds = 0.0
+    for seed in conditions.seeds:
+        student, took = student_pipeline(conditions, finished, features, seed)
+        seconds += took
+        for way, by_steps in scores.items():
+            pipeline = finished.pipeline if way == "teacher" else student
+            for steps, found in by_steps.items():
+                generate = partial(sampled, pipeline, features, way=way, steps=steps)
+                score = score_samples(finished, generate, count, steps, draws=(100 + seed,))
+                found.append((score["prompt_accuracy"], score["frechet_ratio_to_real"]))
+        for name, value in spreads_of(finished, student, features, seed).items():
+            spreads[name].append(value)
+    rows = [
+        [
+            f"{STUDENT_WAYS[way]}, {what}",
+            *[[s[i] for s in by[n]] if n in by else "" for n in TEACHER_STEPS],
+        ]
+        for way, by in scores.items()
+        for i, what in ((1, "Frechet ratio"), (0, "read as asked"))
+    ]
+    return {
+        "scores": {way: {str(n): found for n, found in by.items()} for way, by in scores.items()},
+        "spreads": spreads,
+        "training_seconds": seconds,
+        "table": table_of(["steps", *map(str, TEACHER_STEPS)], rows),
+    }
+
+
+def student_pipeline(
+    conditions: Conditions, finished: FinishedRun, features: Features, seed: int
+) -> tuple[Pipeline, float]:
+    """The student of a seed, trained or loaded, and how long it was trained."""
+    size = ["--config", "tiny"] if conditions.fast else []
+    system = Consistency()
+    args = parse(system, ["--seed", str(seed), *size])
+    folder = conditions.out / f"consistency-{'fast-' * conditions.fast}{seed}"
+    with torch.enable_grad(), study_in(folder, system, args, finished, features) as study:
+        assert study is not None
+        pipeline = distilled(study)
+        return pipeline, study.job.run.stages["flow"]["seconds"]
+
+
+def spreads_of(
+    finished: FinishedRun, student: Pipeline, features: Features, seed: int
+) -> dict[str, float]:
+    """The variance of the answers along one trajectory of the teacher, as a share of the images':
+    of where the student points, and of where the teacher's velocity does."""
+    prompts = list(finished.source.texts[:: max(1, len(finished.source.texts) // 64)])[:64]
+    text = {prompt: features[prompt] for prompt in {*prompts, ""}}
+    side = (student.config.image_size // student.config.vae.factor,) * 2
+    noise = student.noise(len(prompts), seed, side)
+    path: list[tuple[Tensor, Tensor]] = []
+    by_teacher = velocity_of(finished.pipeline, text, prompts)
+    by_student = velocity_of(student, text, prompts)
+
+    def record(step: int, t: Tensor, z: Tensor, x0: Tensor) -> None:
+        if step % 10 == 0:
+            path.append((t, z))
+
+    euler(by_teacher, noise, even_schedule(100), record)
+
+    def spread(velocity: Velocity) -> float:
+        return inconsistency(lambda z, t: clean_image(velocity(z, t[0]), z, t), path)
+
+    return {"student": spread(by_student), "teacher": spread(by_teacher)}
