@@ -52,8 +52,16 @@ def test_readme_is_short():
     assert len(README.splitlines()) <= 170
 
 
+def test_lines_of_the_systems():
+    rows = re.findall(r"\]\((nanosd3/related/\w+\.py)\), (\d+) lines", README)
+    assert len(rows) == 4
+    for path, count in rows:
+        assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) == int(count), path
+
+
 def test_pages_beside_the_code_are_found():
-    for folder in ("assets", "exercises", "measure", "official", "training"):
+    folders = ("assets", "claims", "exercises", "measure", "official", "related", "training")
+    for folder in folders:
         assert f"nanosd3/{folder}/README.md" in PAGES
         assert f"](nanosd3/{folder}/README.md" in README, folder
 

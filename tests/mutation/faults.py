@@ -1,5 +1,5 @@
-"""Mistakes that real programmers make in the core, for tests/mutation/run.py: time, solvers,
-patches.
+"""Mistakes that real programmers make, for tests/mutation/run.py: here in time, solvers and
+patches; the network's and the neighbours' are in files of their own.
 
 Each entry is the text of one place, what a tired hand might have written there, and what is
 wrong with that. The old text stands exactly once in its file. Changes that cannot change an
@@ -10,6 +10,9 @@ to see them.
 from typing import NamedTuple
 
 from mutation.faults_network import ACCELERATE, CHANNELS_LAST, LAYERS, MATMUL, MMDIT
+from mutation.faults_related_consistency import FAULTS_CONSISTENCY
+from mutation.faults_related_dit import FAULTS_DIT
+from mutation.faults_related_fm import FAULTS_FM
 
 
 class Fault(NamedTuple):
@@ -225,4 +228,4 @@ FAULTS = [
         ("machine/channels_last.py", CHANNELS_LAST),
     )
     for entry in entries
-]
+] + [Fault(*entry) for entry in (*FAULTS_DIT, *FAULTS_FM, *FAULTS_CONSISTENCY)]

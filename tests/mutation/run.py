@@ -1,6 +1,7 @@
 """Do the tests test? Plant mistakes in the spine, one at a time, and see whether anything fails.
 
     python tests/mutation/run.py                     all of them: half an hour on one core
+    python tests/mutation/run.py --only related      those of the neighbours
     python tests/mutation/run.py --only euler        those whose file, function or text says "euler"
     python tests/mutation/run.py --head --verbose    in the committed state; name the failing tests
 
@@ -64,6 +65,8 @@ LEFT_OUT = (  # minutes in all, and what they look at is not the core
     "notebooks/",
     "official/test_bad_weights.py",
     "official/test_weights.py",
+    "claims/",
+    "related/",
     "storage/",
     "test_readme.py",
     "test_structure.py",
@@ -105,6 +108,11 @@ def stages_of(copy: Path) -> Stages:
     others = [n for n in there if n not in {*QUICK, *SECOND} and not n.startswith(LEFT_OUT)]
 
     def stages(file: str) -> list[list[str]]:
+        if file.startswith("related/") or file == "few_steps.py":
+            stem = Path(file).stem
+            nearest = [n for n in there if Path(n).stem == f"test_{stem}"]
+            related = [n for n in there if n.startswith("related/") and n not in nearest]
+            return [[f"tests/{name}" for name in row] for row in (nearest, related) if row]
         near = QUICK[:1] if file in ("flow.py", "samplers.py") else QUICK[1:2]
         rows = [dict.fromkeys(near + QUICK), (*SECOND, *others)]
         chosen = [[f"tests/{name}" for name in row if name in there] for row in rows]
