@@ -35,6 +35,11 @@ def finished_config(run: Run, allow_unfinished_flow: bool = False) -> Config:
         if stage not in run.stages:
             words: tuple = ("train_mnist.py", "--config", config.name)
             if system := run.identity.get("system"):
+                if "samples" in run.stages:
+                    raise InputError(
+                        f"{run.folder}: is a finished run of `python -m nanosd3.related {system}`, "
+                        "which is no model to open here; see its samples.png"
+                    )
                 words = ("-m", "nanosd3.related", system)
             command = command_line("python", *words, "--out", run.folder)
             raise InputError(

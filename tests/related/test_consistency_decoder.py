@@ -175,6 +175,12 @@ def test_generate_decodes_with_it(decoder_run, tiny_run, tmp_path):
     torch.testing.assert_close(pipeline.decoder(latents[1:]), x[1:], atol=1e-5, rtol=0)
 
 
+def test_it_is_no_model_by_itself(decoder_run, tmp_path, capsys):
+    words = ("3", "--run", decoder_run, "--out", tmp_path / "x.png")
+    assert "is a finished run of `python -m nanosd3.related consistency-decoder`" in refused(
+        capsys, generate.main, *words)  # fmt: skip
+
+
 def test_refused_decoders(decoder_run, tiny_run, tmp_path, capsys):
     def line(run, decoder):
         words = ("3", "--run", run, "--out", tmp_path / "x.png", "--decoder", decoder)
