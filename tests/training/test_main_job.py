@@ -25,6 +25,9 @@ def test_main_job(tmp_path):
     # Two standard errors below the measured accuracy, two spreads of draws above the distance.
     assert metrics["prompt_accuracy"] >= 0.989
     assert metrics["frechet_ratio_to_real"] <= 2.9
+    turbo = metrics["turbo"]  # one evaluation; two draws differ by 0.3
+    assert turbo["evaluations"] == 1 and turbo["prompt_accuracy"] >= 0.985
+    assert turbo["frechet_ratio_to_real"] <= 3.3
     assert metrics["weight"]["accuracy"] > 0.9 and metrics["slant"]["accuracy"] > 0.8
     assert metrics["peak_memory_gb"] is None or metrics["peak_memory_gb"] < 3
     held_out = [e for e in read(run / "log.jsonl") if "validation" in e]

@@ -178,7 +178,7 @@ def train_mnist(setting: Setting, precision: str, folder: Path) -> Iterator[Row]
     script = root / "train_mnist.py"
     if not script.exists():
         raise Unavailable(f"{script}: no such file; run from a checkout of the repository")
-    command = [sys.executable, str(script), "--out", str(folder), "--fresh"]
+    command = [sys.executable, str(script), "--out", str(folder), "--fresh", "--no-turbo"]
     command += ["--config", setting.config or "mnist", "--threads", str(torch.get_num_threads())]
     environment = os.environ | {"PYTHONPATH": str(root)}
     if setting.device.type == "cuda":
