@@ -67,7 +67,8 @@ def test_main_job(tiny_run, tmp_path, monkeypatch):
     rows = {row.what: row for row in training.train_mnist(setting, "bfloat16", tmp_path / "run")}
     ((words, environment),) = started
     assert words[:2] == [sys.executable, str(ROOT / "train_mnist.py")]
-    assert words[2:] == [*("--out", str(tmp_path / "run"), "--fresh", "--config", "tiny"),
+    assert words[2:] == [*("--out", str(tmp_path / "run"), "--fresh", "--no-turbo"),
+                         *("--config", "tiny"),
                          *("--threads", "1")]  # fmt: skip
     assert environment["PYTHONPATH"] == str(ROOT) and environment["CUDA_VISIBLE_DEVICES"] == ""
     metrics = json.loads((tiny_run / "metrics.json").read_text())
