@@ -52,6 +52,8 @@ def plot_steps(results: dict, path: Path) -> None:
         axis.minorticks_off()
         axis.set_xlabel("steps (the teacher's have two evaluations)")
     axes[0].set_yscale("log")
+    axes[0].set_yticks([2, 4, 8, 16], ["2", "4", "8", "16"])
+    axes[0].minorticks_off()
     axes[0].set(ylabel="Frechet distance / that of real images", title="Frechet distance")
     axes[1].set(ylabel="samples read as asked (%)", title="Accuracy")
     axes[0].legend()
