@@ -114,6 +114,12 @@ def sources() -> list[Path]:
     return [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]
 
 
+def test_files_of_tests_have_names_of_their_own():
+    """Pytest imports them by these names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 def test_sizes():
     core = ("flow", "samplers", "patchify", "layers", "mmdit")
     assert sum(len(MODULES[name].read_text().splitlines()) for name in core) < 700

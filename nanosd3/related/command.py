@@ -115,6 +115,7 @@ def with_flow_recipe(config: Config, recipe: Recipe, args: argparse.Namespace) -
 def run_system(system: System, arguments: list[str] | None) -> int:
     """Train a neighbour on a finished run, and report how it compares."""
     args = parse(system, arguments)
+    Run.read(args.run)  # a folder that is none is refused first
     device = set_up(args.threads)
     finished = open_finished_run(args.run, args.data, device)
     folder = args.out or Path("runs") / system.name
