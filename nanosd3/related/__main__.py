@@ -31,9 +31,10 @@ def system_of(name: str) -> System:
 def main(arguments: list[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["list"]
     if name in ("list", "-h", "--help"):
-        print(
-            f"python -m nanosd3.related NAME [options]; options of one: NAME --help\n\n{listing()}"
-        )
+        print("python -m nanosd3.related NAME [options]; options of one: NAME --help\n")
+        print(listing())
+        if name != "list":
+            sys.exit(0)  # as argparse does
         return 0
     return run_system(system_of(name), rest)
 
