@@ -260,3 +260,26 @@ def test_the_teacher_guides(tiny_run, monkeypatch):
     assert command("consistency", "--run", tiny_run, "--out", out, *words) == 0
     assert scales == [3.0]
     shutil.rmtree(out)
+
+
+def test_what_a_student_learns_from(tiny_run, tmp_path, monkeypatch):
+    """Normalised latents, t above s; what is kept is the average of its weights."""
+    module, seen = train_consistency, {"t": [], "normalised": 0}
+    interpolate, save, ema = module.interpolate, module.save_weights, module.make_ema
+    normalise = module.Features.normalise
+
+    def normalised(self, z):
+        seen["normalised"] += 1
+        return normalise(self, z)
+
+    monkeypatch.setattr(module.Features, "normalise", normalised)
+    monkeypatch.setattr(
+        module, "interpolate", lambda x, n, t: seen["t"].append(t) or interpolate(x, n, t))  # fmt: skip
+    monkeypatch.setattr(module, "make_ema", lambda net: seen.setdefault("ema", ema(net)))
+    monkeypatch.setattr(
+        module, "save_weights", lambda net, path: seen.update(saved=net) or save(net, path))  # fmt: skip
+    words = ("--method", "training", "--steps", 1)
+    assert command("consistency", "--run", tiny_run, "--out", tmp_path / "x", *words) == 0
+    assert seen["normalised"] >= 1 and seen["saved"] is seen["ema"]
+    (t, s) = seen["t"]
+    assert (t > s).all() and (s >= 0).all()
