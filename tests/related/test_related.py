@@ -273,11 +273,11 @@ def test_what_a_student_learns_from(tiny_run, tmp_path, monkeypatch):
         return normalise(self, z)
 
     monkeypatch.setattr(module.Features, "normalise", normalised)
-    monkeypatch.setattr(
-        module, "interpolate", lambda x, n, t: seen["t"].append(t) or interpolate(x, n, t))  # fmt: skip
+    both = lambda x, n, t: seen["t"].append(t) or interpolate(x, n, t)  # noqa: E731
+    kept = lambda net, path: seen.update(saved=net) or save(net, path)  # noqa: E731
+    monkeypatch.setattr(module, "interpolate", both)
     monkeypatch.setattr(module, "make_ema", lambda net: seen.setdefault("ema", ema(net)))
-    monkeypatch.setattr(
-        module, "save_weights", lambda net, path: seen.update(saved=net) or save(net, path))  # fmt: skip
+    monkeypatch.setattr(module, "save_weights", kept)
     words = ("--method", "training", "--steps", 1)
     assert command("consistency", "--run", tiny_run, "--out", tmp_path / "x", *words) == 0
     assert seen["normalised"] >= 1 and seen["saved"] is seen["ema"]
