@@ -37,10 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     text = "leave out the distillation to one network evaluation an image"
     parser.add_argument("--no-turbo", action="store_true", help=text)
-    args = parser.parse_args(arguments)
-    if args.config not in RECIPE_SIZES:
-        args.no_turbo = True  # 300 steps of distillation would do nothing to larger networks
-    return args
+    return parser.parse_args(arguments)
 
 
 def percent(attribute: dict) -> str:
@@ -58,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     source = Digits(images, plan.config)
     with job_of(args, plan, source) as job:
         if job:
-            train(job, plan, source, not args.no_turbo)
+            train(job, plan, source, with_turbo=not args.no_turbo)
     return 0
 
 
@@ -89,14 +86,15 @@ def train(job: Job, plan: Plan, source: Digits, with_turbo: bool) -> None:
 
     # Turbo: a copy of it learns to draw a digit by one evaluation, not by many.
     pipeline = features.pipeline(mmdit, job.device)
-    turbo = None
-    if with_turbo:
-        scorer = Scorer(source, classifier, job.device)
+    scorer, turbo = Scorer(source, classifier, job.device), None
+    if with_turbo and job.config.name not in RECIPE_SIZES:
+        print(f"turbo: left out; its few steps are for the configs {' and '.join(RECIPE_SIZES)}")
+    elif with_turbo:
         finished = FinishedRun(job.run, pipeline.config, source, scorer, pipeline, job.device)
         turbo = turbo_stage(finished, features, job.seed)
 
     # Samples: grids, the path from noise to digits, and how good they are.
-    metrics = report_digits(job, source, classifier, pipeline, turbo)
+    metrics = report_digits(job, scorer, pipeline, turbo)
     features.forget()
     job.run.finish("samples", {})
     print(

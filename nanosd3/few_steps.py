@@ -52,6 +52,8 @@ def consistency(
         x0 = z - t * velocity(z, t)
         if callback:
             callback(i, t, z, x0)
+        if t_next == 0:
+            return x0
         drawn = torch.stack([torch.randn(z.shape[1:], generator=stream) for stream in streams])
         found = (z - (1 - t) * x0) / t
         z = (1 - t_next) * x0 + t_next * (fresh * drawn.to(z) + kept * found)

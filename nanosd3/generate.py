@@ -166,9 +166,8 @@ def content(images: np.ndarray, prompts: list[str], suffix: str) -> bytes:
         return buffer.getvalue()
     if len(images) == 1:
         return figures.png(figures.to_image(images[0]))
-    rows = np.split(images, len(prompts))
     captions = [prompt or "(no text)" for prompt in prompts]
-    return figures.png(figures.grid(list(zip(captions, rows, strict=True))))
+    return figures.png(figures.grid_of(captions, images))
 
 
 def main(arguments: list[str] | None = None) -> int:

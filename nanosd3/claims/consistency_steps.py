@@ -10,7 +10,7 @@ from nanosd3.claims.consistency_students import (
     consistency_study,
 )
 from nanosd3.claims.experiment import Experiment, Verdict, verdict
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
 
 WAY_STYLES = {"teacher": ":^", "fresh": "--s", "kept": "-o"}
 
@@ -47,13 +47,9 @@ def plot_steps(results: dict, path: Path) -> None:
             means = [unit * sum(s[i] for s in found) / len(found) for found in by_steps.values()]
             axis.plot(steps, means, WAY_STYLES[way], markersize=5, label=STUDENT_WAYS[way])
     for axis in axes:
-        axis.set_xscale("log")
-        axis.set_xticks(TEACHER_STEPS, [str(n) for n in TEACHER_STEPS])
-        axis.minorticks_off()
+        label_counts(axis, TEACHER_STEPS)
         axis.set_xlabel("steps (the teacher's have two evaluations)")
-    axes[0].set_yscale("log")
-    axes[0].set_yticks([2, 4, 8, 16], ["2", "4", "8", "16"])
-    axes[0].minorticks_off()
+    plain_logarithm(axes[0])
     axes[0].set(ylabel="Frechet distance / that of real images", title="Frechet distance")
     axes[1].set(ylabel="samples read as asked (%)", title="Accuracy")
     axes[0].legend()

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, table_of
+from nanosd3.claims.material import open_encoded
 from nanosd3.few_steps import FRESH, consistency, even_schedule
-from nanosd3.machine.distributed import SINGLE_PROCESS
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.command import parse, study_in
 from nanosd3.related.consistency import clean_image, inconsistency
-from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.train_consistency import Consistency, distilled
 from nanosd3.related.yardsticks import score_samples
 from nanosd3.samplers import Velocity, euler, guided
 from nanosd3.text import rows_of
-from nanosd3.training.cached_features import Features, encoded
+from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import Draw
 
 STUDENT_STEPS, TEACHER_STEPS = (1, 2, 4), (1, 2, 4, 16)
@@ -64,10 +64,8 @@ def velocity_of(
 @torch.no_grad()
 def consistency_study(conditions: Conditions) -> dict:
     """Students of several seeds and their teacher: scores by steps, and how consistent they are."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    finished, features = open_encoded(conditions)
     count = 20 if conditions.fast else 1000
-    folder, encoders = conditions.out / "cache", finished.encoders(finished.config)
-    features = encoded(folder, finished.source, encoders, [], SINGLE_PROCESS)
     scores: dict[str, dict[int, list[tuple[float, float]]]] = {
         way: {n: [] for n in (TEACHER_STEPS if way == "teacher" else STUDENT_STEPS)}
         for way in STUDENT_WAYS

@@ -60,6 +60,7 @@ def plot_blocks(results: dict, path: Path) -> None:
         errors = results["errors"][block]
         axis.plot(errors, [i] * len(errors), "o", color=INK, fillstyle="none")
         axis.plot([sum(errors) / len(errors)], [i], "|", color=INK, markersize=18)
+    axis.margins(y=0.1)
     axis.set_yticks(range(len(BLOCKS)), [BLOCK_LABELS[block] for block in BLOCKS])
     axis.set(xlabel="validation error (each seed, and the mean)", title="DiT's blocks")
     save_plot(figure, path)

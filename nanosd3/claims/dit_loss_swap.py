@@ -11,7 +11,7 @@ from nanosd3.flow import logit_normal
 from nanosd3.related.dit import DiT
 from nanosd3.related.dit_lessons import Lesson, sample_dit, steps_evenly
 from nanosd3.training.evaluation import draw_prompts, to_digits
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
 
 
 def middle_levels(u: Tensor) -> Tensor:
@@ -22,8 +22,12 @@ def middle_levels(u: Tensor) -> Tensor:
 DENSITIES = {"even steps": steps_evenly, "logit-normal": middle_levels}
 ARMS = [(objective, density) for density in DENSITIES for objective in ("ddpm", "flow")]
 EVALUATIONS_MADE = (5, 10, 50)
-SHAPES = {"ddpm, even steps": "o-", "flow, even steps": "s-",
-          "ddpm, logit-normal": "o:", "flow, logit-normal": "s:"}  # fmt: skip
+SHAPES = {
+    "ddpm, even steps": "o-",
+    "flow, even steps": "s-",
+    "ddpm, logit-normal": "o:",
+    "flow, logit-normal": "s:",
+}
 
 
 def loss_swap(conditions: Conditions) -> dict:
@@ -46,8 +50,11 @@ def loss_swap(conditions: Conditions) -> dict:
                 found = scores(classroom, trained.network, objective, seed, steps, samples)
                 accuracies[arm][k].append(found[0])
                 ratios[arm][k].append(found[1])
-    columns = ["loss, levels", *(f"{n} evaluations: read as asked" for n in EVALUATIONS_MADE),
-               *(f"{n}: Frechet ratio" for n in EVALUATIONS_MADE)]  # fmt: skip
+    columns = [
+        "loss, levels",
+        *(f"{n} evaluations: read as asked" for n in EVALUATIONS_MADE),
+        *(f"{n}: Frechet ratio" for n in EVALUATIONS_MADE),
+    ]
     rows = [[arm, *accuracies[arm], *ratios[arm]] for arm in ratios]
     return {
         "ratios": ratios,
@@ -95,11 +102,10 @@ def plot_loss_swap(results: dict, path: Path) -> None:
             means = [sum(each) / len(each) for each in results[key][arm]]
             axis.plot(EVALUATIONS_MADE, means, style, label=arm)
     for axis in axes:
-        axis.set_xscale("log")
-        axis.set_xticks(EVALUATIONS_MADE, [str(n) for n in EVALUATIONS_MADE])
-        axis.minorticks_off()
+        label_counts(axis, EVALUATIONS_MADE)
         axis.set_xlabel("network evaluations")
-    axes[0].set(yscale="log", title="Frechet distance / that of real images")
+    plain_logarithm(axes[0])
+    axes[0].set(title="Frechet distance / that of real images")
     axes[1].set(title="Read as asked")
     axes[0].legend()
     save_plot(figure, path)

@@ -1,19 +1,15 @@
 """Small DiTs for experiments, trained in the latents of a finished main job."""
 
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.material import open_encoded
 from nanosd3.config_types import Recipe
-from nanosd3.machine.distributed import SINGLE_PROCESS
 from nanosd3.related.dit import DIT_CONFIGS, DiT, DiTConfig
 from nanosd3.related.dit_lessons import Lesson, train_dit
-from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.storage.run import Run
-from nanosd3.training.cached_features import Features, encoded
 from nanosd3.training.stages import Job, training_of
 
 DIT_BATCH = 64
@@ -33,14 +29,7 @@ class Classroom:
 
     def __init__(self, conditions: Conditions):
         self.conditions = conditions
-        self.finished: FinishedRun = open_finished_run(conditions.run, None, torch.device("cpu"))
-
-    @cached_property
-    def features(self) -> Features:
-        finished, folder = self.finished, self.conditions.out / "cache"
-        return encoded(
-            folder, finished.source, finished.encoders(finished.config), [], SINGLE_PROCESS
-        )
+        self.finished, self.features = open_encoded(conditions)
 
     @property
     def labels(self) -> Tensor:

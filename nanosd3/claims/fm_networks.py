@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.material import open_encoded
 from nanosd3.config_types import Recipe
-from nanosd3.machine.distributed import SINGLE_PROCESS
 from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
-from nanosd3.related.finished_run import open_finished_run
 from nanosd3.related.paths import PATHS, ProbabilityPath
 from nanosd3.related.train_paths import (
     PATH_EMA_DECAY,
@@ -26,7 +25,7 @@ from nanosd3.related.train_paths import (
 )
 from nanosd3.samplers import Velocity, euler
 from nanosd3.storage.run import Run
-from nanosd3.training.cached_features import Features, encoded
+from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import Draw, Scorer, draw_prompts, to_digits
 from nanosd3.training.stages import Job, training_of
 
@@ -57,9 +56,7 @@ class Material:
 
 def open_material(conditions: Conditions) -> Material:
     """Open the finished run and encode its images, once. Raises InputError if it is none."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
-    encoders, folder = finished.encoders(finished.config), conditions.out / "cache"
-    features = encoded(folder, finished.source, encoders, [], SINGLE_PROCESS)
+    finished, features = open_encoded(conditions)
     return Material(conditions, finished.pipeline, finished.scorer, features)
 
 

@@ -14,7 +14,7 @@ from nanosd3.claims.fm_networks import (
 from nanosd3.claims.fm_straightness import LABELS, STYLES
 from nanosd3.related.paths import PATHS
 from nanosd3.related.train_paths import LEARNED
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
 
 FEW = (1, 2, 4, 8, 16, 32)  # network evaluations an image
 COMPARED = ("ot", "vp")  # while they learn
@@ -71,11 +71,9 @@ def plot_sampling(results: dict, path: Path) -> None:
         for name, rows in results[key].items():
             means = [unit * sum(row) / len(row) for row in rows]
             axis.plot(counts, means, STYLES[name], markersize=5, label=LABELS[name])
-        axis.set_xscale("log")
-        axis.set_xticks(counts, [str(n) for n in counts])
-        axis.minorticks_off()
+        label_counts(axis, counts)
         axis.set_xlabel("network evaluations an image (Euler)")
-    axes[0].set_yscale("log")
+    plain_logarithm(axes[0])
     axes[0].set(ylabel="Frechet distance / that of real images", title="Frechet distance")
     axes[1].set(ylabel="samples read as asked (%)", title="Accuracy")
     axes[0].legend()
@@ -144,7 +142,8 @@ def plot_training(results: dict, path: Path) -> None:
     figure, (axis,) = new_figure(5.5, 1)
     for name, rows in results["ratios"].items():
         means = [sum(row) / len(row) for row in rows]
-        axis.semilogy(results["steps"], means, STYLES[name], markersize=5, label=LABELS[name])
+        axis.plot(results["steps"], means, STYLES[name], markersize=5, label=LABELS[name])
+    plain_logarithm(axis)
     axis.set(
         xlabel="training steps",
         ylabel="Frechet distance / that of real images",

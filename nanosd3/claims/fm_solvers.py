@@ -7,7 +7,7 @@ from nanosd3.claims.fm_networks import open_material, prompted, trained, trainin
 from nanosd3.claims.fm_straightness import LABELS
 from nanosd3.related.paths import PATHS
 from nanosd3.related.train_paths import LEARNED, path_latents
-from nanosd3.training.figures import GREY, PALE, new_figure, save_plot
+from nanosd3.training.figures import GREY, PALE, label_counts, new_figure, save_plot
 
 TOLERANCES = (1e-3, 1e-5)
 IMAGES = 64  # the step is common to a batch, so their number counts
@@ -106,8 +106,7 @@ def plot_order(results: dict, path: Path) -> None:
     for solver, rows in results["errors"].items():
         means = [sum(row) / len(row) for row in rows]
         axis.loglog(BUDGETS, means, MARKS[solver], markersize=5, label=solver)
-    axis.set_xticks(BUDGETS, [str(n) for n in BUDGETS])
-    axis.minorticks_off()
+    label_counts(axis, BUDGETS)
     axis.set(
         xlabel="network evaluations an image",
         ylabel="error of the latents (r.m.s.)",

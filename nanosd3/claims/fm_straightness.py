@@ -17,7 +17,7 @@ from nanosd3.random_streams import rng
 from nanosd3.related.paths import PATHS, exact_velocity
 from nanosd3.related.solvers import midpoint
 from nanosd3.samplers import Velocity, euler
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.figures import label_counts, new_figure, save_plot
 
 THREE_PATHS = ("ot", "vp", "cosine")
 LABELS = {"ot": "OT", "vp": "VP", "cosine": "cosine", "ot, shift 3": "OT, shift 3"}
@@ -97,8 +97,7 @@ def plot_straightness(results: dict, path: Path) -> None:
     for name, errors in results["errors"].items():
         means = [sum(each) / len(each) for each in errors]
         axes[1].loglog(EVALUATIONS, means, STYLES[name], markersize=5, label=LABELS[name])
-    axes[1].set_xticks(EVALUATIONS, [str(n) for n in EVALUATIONS])
-    axes[1].minorticks_off()
+    label_counts(axes[1], EVALUATIONS)
     axes[1].set(xlabel="evaluations (Euler)", ylabel="error (r.m.s.)", title="End points")
     axes[1].legend()
     save_plot(figure, path)

@@ -9,12 +9,14 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from nanosd3.cli import Parser, positive
 from nanosd3.config_types import Config, Recipe
+from nanosd3.errors import InputError
 from nanosd3.machine.device import peak_memory, set_up
 from nanosd3.machine.signals import obeying
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
@@ -38,7 +40,7 @@ class Study:
     args: argparse.Namespace
     encoded: Features | None = None  # by the finished run's encoders, if it has just been trained
 
-    @property
+    @cached_property
     def features(self) -> Features:
         """Latents and text of the finished run's encoders, computed where they are missing."""
         if self.encoded:
@@ -110,6 +112,12 @@ def with_flow_recipe(config: Config, recipe: Recipe, args: argparse.Namespace) -
     """The config with a recipe for its network, changed by the options."""
     training = replace(training_of(config), flow=recipe)
     return with_recipe(replace(config, training=training), args)
+
+
+def check_guidance(scale: float) -> None:
+    """Raises InputError for a scale that is none."""
+    if not 1 <= scale < float("inf"):
+        raise InputError(f"--guidance must be a number from 1 up, got {scale}")
 
 
 def run_system(system: System, arguments: list[str] | None) -> int:

@@ -53,6 +53,22 @@ def teacher_step(velocity: Velocity, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
     return z + h * (v + ahead) / 2
 
 
+def consistency_loss(
+    network: Callable[..., Tensor],
+    z_t: Tensor,
+    t: Tensor,
+    z_s: Tensor,
+    s: Tensor,
+    *given: Tensor,
+) -> Tensor:
+    """How far a network's answers at two points (B, ...) of a path are apart, (B,). The one nearer
+    to the data is the target. `given` is what else the network is told, such as the text."""
+    with torch.no_grad():
+        target = clean_image(network(z_s, s, *given), z_s, s)
+    answer = clean_image(network(z_t, t, *given), z_t, t)
+    return pseudo_huber(answer, target, huber_constant(z_t[0].numel()))
+
+
 # --- how far apart are two answers? ---------------------------------------------------------------
 
 

@@ -10,7 +10,6 @@ both: at step n, z is image and noise in the same proportion as on rectified flo
 so a density of steps is a density of t, and the other way round, to the nearest step.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,9 +30,8 @@ from nanosd3.related.ddpm import (
 from nanosd3.related.dit import DiT, DiTConfig
 from nanosd3.samplers import euler, guided
 from nanosd3.training.cached_features import Features
-from nanosd3.training.ema import make_ema
-from nanosd3.training.loop import StepRNG, fit
-from nanosd3.training.stages import CHUNK, Job, build, finish_or_load, last_loss
+from nanosd3.training.loop import StepRNG
+from nanosd3.training.stages import CHUNK, Job, build, finish_or_load, fit_average
 
 OBJECTIVES = ("ddpm", "flow")
 DROPPED_LABELS = 0.1
@@ -100,9 +98,7 @@ def dit_step(
     images = step_rng.take(job.source.draw(size, generator))
     keep = step_rng.take(torch.rand(size, generator=generator) >= DROPPED_LABELS)
     u = step_rng.take(stratified(size, generator))
-    mean, std = features.latents(images)
-    noise, posterior = step_rng.noise((2, *mean.shape[1:])).unbind(1)
-    x0 = features.normalise(mean + std * posterior)  # (B, C, h, w)
+    x0, noise = features.draw(images, step_rng)  # (B, C, h, w) each
     y = torch.where(keep, labels[images], network.config.null)
     x0, noise, u, y = (x.to(job.device) for x in (x0, noise, u, y))
     return lesson.errors(network, x0, noise, u, y)
@@ -138,13 +134,9 @@ def train_dit(
         return dit_step(job, features, labels, model, lesson, step_rng), {}
 
     def train() -> dict:
-        ema, begin = make_ema(model), time.process_time()
-        recipe, decay = job.training.flow, job.training.ema_decay
-        fit(job.run, "dit", model, loss_of, recipe, job.seed, ema, decay)
-        model.load_state_dict(ema.state_dict())
-        seconds = round(time.process_time() - begin, 1)  # of a core, since the last resume
+        results = fit_average(job, "dit", model, loss_of, job.training.ema_decay)
         error = validation_error(job, features, labels, model, lesson)
-        return {"loss": last_loss(job, "dit"), "validation": error, "thread_seconds": seconds}
+        return results | {"validation": error}
 
     finish_or_load(job, "dit", model, train)
     return model

@@ -18,7 +18,7 @@ from nanosd3.training.evaluation import Scorer, open_scorer
 from nanosd3.training.stages import Job
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FinishedRun:
     """What a neighbour takes from a finished run."""
 

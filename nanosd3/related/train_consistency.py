@@ -8,10 +8,7 @@ step by default. The text encoders and the autoencoder are the finished run's.
 """
 
 import argparse
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,6 +22,7 @@ from nanosd3.pipeline import Pipeline
 from nanosd3.related.command import (
     Study,
     System,
+    check_guidance,
     conclude,
     parse,
     size_of,
@@ -32,23 +30,20 @@ from nanosd3.related.command import (
     with_flow_recipe,
 )
 from nanosd3.related.consistency import (
-    clean_image,
+    consistency_loss,
     doubling_count,
     draw_levels,
     even_levels,
-    huber_constant,
-    pseudo_huber,
     teacher_step,
 )
 from nanosd3.related.finished_run import FinishedRun, repeated
 from nanosd3.related.yardsticks import draw_beside_main, pipeline_scores
 from nanosd3.samplers import guided
-from nanosd3.storage.files import load_weights, read_json, save_weights
+from nanosd3.storage.files import read_json
 from nanosd3.storage.run import Run
 from nanosd3.training.cached_features import Features
-from nanosd3.training.ema import make_ema
-from nanosd3.training.loop import StepRNG, fit
-from nanosd3.training.stages import Job, build, finish, last_loss, training_of
+from nanosd3.training.loop import StepLoss, StepRNG
+from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
 
 METHODS = ("distillation", "training")
 RECIPES = {
@@ -73,7 +68,6 @@ def guidance_of(args: argparse.Namespace, finished: FinishedRun) -> float:
 # --- a training step ------------------------------------------------------------------------------
 
 Text = tuple[Tensor, Tensor]  # context (B, M, Dc), pooled (B, Dp)
-Loss = Callable[[StepRNG], tuple[Tensor, dict]]
 
 
 def draw_batch(
@@ -85,24 +79,12 @@ def draw_batch(
     images = step_rng.take(job.source.draw(size, generator))
     captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
     t, s = (step_rng.take(x).to(job.device) for x in draw_levels(levels, size, generator))
-    mean, std = features.latents(images)
-    noise, posterior = step_rng.noise((2, *mean.shape[1:])).unbind(1)
-    x0 = features.normalise(mean + std * posterior)
+    x0, noise = features.draw(images, step_rng)
     context, pooled = (x.to(job.device) for x in features.text(captions))
     return x0.to(job.device), noise.to(job.device), (context, pooled), t, s
 
 
-def consistency_loss(
-    student: MMDiT, z_t: Tensor, t: Tensor, z_s: Tensor, s: Tensor, text: Text
-) -> Tensor:
-    """How far the student's answers at two points of a path are apart, (B,)."""
-    with torch.no_grad():
-        target = clean_image(student(z_s, s, *text), z_s, s)
-    answer = clean_image(student(z_t, t, *text), z_t, t)
-    return pseudo_huber(answer, target, huber_constant(z_t[0].numel()))
-
-
-def distillation_loss(study: Study, features: Features, student: MMDiT) -> Loss:
+def distillation_loss(study: Study, features: Features, student: MMDiT) -> StepLoss:
     """Losses of pairs that the guided teacher makes, by one Heun step from t to s."""
     job, teacher = study.job, study.finished.pipeline.mmdit
     scale = guidance_of(study.args, study.finished)
@@ -118,12 +100,12 @@ def distillation_loss(study: Study, features: Features, student: MMDiT) -> Loss:
         no_text = no_context.expand_as(text[0]), no_pooled.expand_as(text[1])
         with torch.no_grad():
             z_s = teacher_step(guided(network, text, no_text, scale), z_t, t, s)
-        return consistency_loss(student, z_t, t, z_s, s, text), {}
+        return consistency_loss(student, z_t, t, z_s, s, *text), {}
 
     return loss_of
 
 
-def training_loss(study: Study, features: Features, student: MMDiT) -> Loss:
+def training_loss(study: Study, features: Features, student: MMDiT) -> StepLoss:
     """Losses of pairs that are the same image with the same noise, at two levels."""
     job, most = study.job, levels_of(study.args)
     first = min(FIRST_LEVELS, most)
@@ -133,7 +115,7 @@ def training_loss(study: Study, features: Features, student: MMDiT) -> Loss:
         count = doubling_count(step, job.training.flow.steps, first, most) - 1
         x0, noise, text, t, s = draw_batch(job, features, even_levels(count), step_rng)
         z_t, z_s = interpolate(x0, noise, t), interpolate(x0, noise, s)
-        return consistency_loss(student, z_t, t, z_s, s, text), {"levels": count}
+        return consistency_loss(student, z_t, t, z_s, s, *text), {"levels": count}
 
     return loss_of
 
@@ -144,20 +126,16 @@ def training_loss(study: Study, features: Features, student: MMDiT) -> Loss:
 def student_of(study: Study, features: Features) -> MMDiT:
     """The student, trained or loaded: the moving average of its weights."""
     job, distilled = study.job, study.args.method == "distillation"
-    path = job.run.folder / "flow.safetensors"
     student = build(job, "flow", lambda: MMDiT(job.config.mmdit)).to(job.device)
-    if "flow" not in job.run.stages:
-        begin = time.perf_counter()
+
+    def train() -> dict:
         if distilled:
             student.load_state_dict(study.finished.pipeline.mmdit.state_dict())
-        ema = cast(MMDiT, make_ema(student))
         loss_of = (distillation_loss if distilled else training_loss)(study, features, student)
-        recipe, decay = job.training.flow, job.training.ema_decay
-        fit(job.run, "consistency", student, loss_of, recipe, job.seed, ema, decay)
-        save_weights(ema, path)
-        finish(job, "flow", {"loss": last_loss(job, "consistency")}, begin)
-    load_weights(student, path)
-    return student.requires_grad_(False).eval()
+        return fit_average(job, "consistency", student, loss_of, job.training.ema_decay)
+
+    finish_or_load(job, "flow", student, train)  # "flow": as a run's transformer is called
+    return student
 
 
 class Consistency(System):
@@ -181,8 +159,7 @@ class Consistency(System):
             )
         if args.method == "training" and args.guidance is not None:
             raise InputError("--guidance has no effect with --method training: it has no teacher")
-        if args.guidance is not None and not 1 <= args.guidance < float("inf"):
-            raise InputError(f"--guidance must be a number from 1 up, got {args.guidance}")
+        check_guidance(guidance_of(args, finished))
         recipe = RECIPES[args.method, size_of(args, finished)]
         config = with_flow_recipe(finished.config, recipe, args)
         training = replace(training_of(config), ema_decay=EMA_DECAY[args.method])

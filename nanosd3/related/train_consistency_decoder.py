@@ -7,9 +7,8 @@ trained first that keeps an eighth of the numbers, where there is.
 
 import argparse
 import copy
-import time
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,12 +24,10 @@ from nanosd3.pipeline import Pipeline
 from nanosd3.random_streams import rng
 from nanosd3.related.command import Study, System, size_of, with_flow_recipe
 from nanosd3.related.consistency import (
-    clean_image,
+    consistency_loss,
     doubling_count,
     draw_levels,
     even_levels,
-    huber_constant,
-    pseudo_huber,
 )
 from nanosd3.related.consistency_decoder import (
     DECODING_TIMES,
@@ -44,11 +41,10 @@ from nanosd3.related.yardsticks import (
     pipeline_scores,
     reconstruction_scores,
 )
-from nanosd3.storage.files import load_weights, save_weights, sha256
+from nanosd3.storage.files import load_weights, sha256
 from nanosd3.storage.run import Run
-from nanosd3.training.ema import make_ema
-from nanosd3.training.loop import StepRNG, fit
-from nanosd3.training.stages import Job, build, finish, last_loss
+from nanosd3.training.loop import StepLoss, StepRNG
+from nanosd3.training.stages import Job, build, finish_or_load, fit_average
 from nanosd3.training.train_autoencoder import train_autoencoder
 from nanosd3.vae import AutoencoderKL, sample_posterior
 
@@ -64,9 +60,7 @@ DECODER_EMA = 0.995
 # --- training -------------------------------------------------------------------------------------
 
 
-def decoder_loss(
-    job: Job, vae: AutoencoderKL, decoder: nn.Module
-) -> Callable[[StepRNG], tuple[Tensor, dict]]:
+def decoder_loss(job: Job, vae: AutoencoderKL, decoder: nn.Module) -> StepLoss:
     """Losses of consistency training on images, each beside its latents."""
     recipe = job.training.flow
 
@@ -83,10 +77,7 @@ def decoder_loss(
         noise, x0 = noise.view_as(x0), x0.to(job.device)
         latents = vae.normalise(sample_posterior(mean, logvar, posterior.view_as(mean)))
         z_t, z_s = interpolate(x0, noise, t), interpolate(x0, noise, s)
-        with torch.no_grad():
-            target = clean_image(decoder(z_s, s, latents), z_s, s)
-        answer = clean_image(decoder(z_t, t, latents), z_t, t)
-        return pseudo_huber(answer, target, huber_constant(x0[0].numel())), {"levels": count}
+        return consistency_loss(decoder, z_t, t, z_s, s, latents), {"levels": count}
 
     return loss_of
 
@@ -98,17 +89,11 @@ def empty_decoder(config: Config) -> ConsistencyDecoder:
 
 def trained_decoder(job: Job, vae: AutoencoderKL) -> ConsistencyDecoder:
     """The decoder, trained or loaded: the moving average of its weights."""
-    path = job.run.folder / "decoder.safetensors"
     decoder = build(job, "decoder", lambda: empty_decoder(job.config)).to(job.device)
-    if "decoder" not in job.run.stages:
-        begin = time.perf_counter()
-        ema = make_ema(decoder)
-        loss_of, recipe = decoder_loss(job, vae, decoder), job.training.flow
-        fit(job.run, "decoder", decoder, loss_of, recipe, job.seed, ema, DECODER_EMA)
-        save_weights(ema, path)
-        finish(job, "decoder", {"loss": last_loss(job, "decoder")}, begin)
-    load_weights(decoder, path)
-    return decoder.requires_grad_(False).eval()
+    loss_of = decoder_loss(job, vae, decoder)
+    train = partial(fit_average, job, "decoder", decoder, loss_of, DECODER_EMA)
+    finish_or_load(job, "decoder", decoder, train)
+    return decoder
 
 
 def decoding(decoder: ConsistencyDecoder, factor: int, steps: int = 2) -> Decode:
@@ -166,9 +151,9 @@ class ConsistencyDecoding(System):
         config = with_flow_recipe(finished.config, DECODER_RECIPES[size_of(args, finished)], args)
         if not args.compress:
             return config
-        groups = 4 if size_of(args, finished) == "tiny" else MNIST_COMPRESSED.norm_groups
-        vae = replace(MNIST_COMPRESSED, norm_groups=groups)
-        return replace(config, vae=vae, mmdit=replace(config.mmdit, latent_channels=2))
+        channels = MNIST_COMPRESSED.latent_channels
+        mmdit = replace(config.mmdit, latent_channels=channels)
+        return replace(config, vae=MNIST_COMPRESSED, mmdit=mmdit)
 
     def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:
         own = finished.run.folder / "autoencoder.safetensors"

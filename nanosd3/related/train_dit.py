@@ -17,9 +17,8 @@ from torch import Tensor
 
 from nanosd3.cli import Parser
 from nanosd3.config_types import Config, Recipe, Sampling
-from nanosd3.errors import InputError
 from nanosd3.random_streams import rng
-from nanosd3.related.command import Study, System, size_of, with_flow_recipe
+from nanosd3.related.command import Study, System, check_guidance, size_of, with_flow_recipe
 from nanosd3.related.dit import BLOCKS, DIT_CONFIGS, DiT, DiTConfig
 from nanosd3.related.dit_lessons import (
     OBJECTIVES,
@@ -30,7 +29,12 @@ from nanosd3.related.dit_lessons import (
     train_dit,
 )
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.yardsticks import evaluations_in_words, score_samples
+from nanosd3.related.yardsticks import (
+    SHOWN_OF_EACH,
+    evaluations,
+    evaluations_in_words,
+    score_samples,
+)
 from nanosd3.storage.files import write_file
 from nanosd3.training import figures
 from nanosd3.training.evaluation import Draw
@@ -43,7 +47,6 @@ RECIPES_OF_DIT = {
 }
 EMA_DECAY_OF_DIT = 0.995
 DIT_GUIDANCE = 1.6
-SHOWN_OF_A_CLASS = 4
 
 
 class Sampled(NamedTuple):
@@ -101,22 +104,21 @@ def scores_of(study: Study, network: DiT, way: Sampled) -> dict:
         return images(draw.labels, seed)
 
     count, sampling = study.job.training.evaluate, study.job.config.sampling
-    evaluations = way.steps if sampling.guidance == 1 else 2 * way.steps
-    return score_samples(study.finished, generate, count, evaluations)
+    made = evaluations(replace(sampling, steps=way.steps))
+    return score_samples(study.finished, generate, count, made)
 
 
-def draw_beside(study: Study, network: DiT, way: Sampled, evaluations: int) -> None:
+def draw_beside(study: Study, network: DiT, way: Sampled) -> None:
     """Write samples.png: every class, and to its right the main model's for a prompt."""
     finished = study.finished
     names, prompts = finished.source.images.names, shown_prompts(finished.source)
-    labels = torch.arange(len(names)).repeat_interleave(SHOWN_OF_A_CLASS)
+    labels = torch.arange(len(names)).repeat_interleave(SHOWN_OF_EACH)
     images = drawing(study, network, way)(labels, 0)
-    ours = list(zip(map(str, names), np.split(images, len(names)), strict=True))
-    repeated = [prompt for prompt in prompts for _ in range(SHOWN_OF_A_CLASS)]
-    images = sample_images(finished.pipeline, repeated)
-    theirs = list(zip(prompts, np.split(images, len(prompts)), strict=True))
-    title = f"{way.name}, {evaluations_in_words(evaluations)}"
-    columns = [(title, figures.grid(ours)), ("the main model", figures.grid(theirs))]
+    ours = figures.grid_of([name for name, *_ in names], images)
+    prompted = [prompt for prompt in prompts for _ in range(SHOWN_OF_EACH)]
+    theirs = figures.grid_of(prompts, sample_images(finished.pipeline, prompted))
+    made = evaluations(replace(study.job.config.sampling, steps=way.steps))
+    columns = [(f"{way.name}, {evaluations_in_words(made)}", ours), ("the main model", theirs)]
     picture = figures.png(figures.side_by_side(columns))
     write_file(study.job.run.folder / "samples.png", picture)
 
@@ -136,8 +138,7 @@ class DiTSystem(System):
         add("--guidance", type=float, default=DIT_GUIDANCE, help=text)
 
     def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
-        if not 1 <= args.guidance < float("inf"):
-            raise InputError(f"--guidance must be a number from 1 up, got {args.guidance}")
+        check_guidance(args.guidance)
         config = with_flow_recipe(finished.config, RECIPES_OF_DIT[size_of(args, finished)], args)
         training = replace(training_of(config), ema_decay=EMA_DECAY_OF_DIT)
         steps = WAYS[args.loss][-1].steps
@@ -155,7 +156,7 @@ class DiTSystem(System):
         for way in WAYS[study.args.loss]:
             found[f"{way.name} {way.steps}"] = scores_of(study, network, way)
         scores = found[f"{way.name} {way.steps}"]
-        draw_beside(study, network, way, scores["evaluations"])
+        draw_beside(study, network, way)
         results = study.job.run.stages["dit"]
         return scores | {
             "by_sampler": found,

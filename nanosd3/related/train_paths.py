@@ -8,15 +8,14 @@ to draw by the pooled text alone, which halves its work.
 """
 
 import argparse
-import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanosd3.cli import Parser, positive
 from nanosd3.config_types import Config, Recipe
@@ -31,12 +30,11 @@ from nanosd3.related.yardsticks import SHOWN_OF_EACH, score_samples
 from nanosd3.samplers import Velocity, euler
 from nanosd3.storage.files import load_weights, save_weights, write_file
 from nanosd3.training import figures
-from nanosd3.training.cached_features import Features, get_features
-from nanosd3.training.ema import make_ema
+from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import Draw
-from nanosd3.training.loop import StepRNG, fit
+from nanosd3.training.loop import StepRNG
 from nanosd3.training.report import shown_prompts
-from nanosd3.training.stages import Job, build, finish, last_loss, training_of
+from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
 
 LEARNED = ("ot", "vp", "cosine")  # VE's latents grow to 80: a network for it would scale its inputs
 FIXED_SOLVERS = {"euler": (euler, 1), "midpoint": (midpoint, 2), "rk4": (rk4, 4)}  # cost of a step
@@ -67,9 +65,7 @@ def path_step(
     images = step_rng.take(job.source.draw(size, generator))
     captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
     t = path.first + (1 - path.first) * step_rng.take(stratified(size, generator))
-    mean, std = features.latents(images)
-    noise, posterior = step_rng.noise((2, *mean.shape[1:])).unbind(1)
-    x0 = features.normalise(mean + std * posterior)  # (B, C, h, w)
+    x0, noise = features.draw(images, step_rng)  # (B, C, h, w) each
     _, pooled = features.text(captions)
     x0, noise, t, pooled = (x.to(job.device) for x in (x0, noise, t, pooled))
     velocity = by_pooled_text(model, path.interpolate(x0, noise, t), t, pooled)
@@ -83,26 +79,18 @@ def train_path(
 
     The averages after the steps in `kept` are written too, see `kept_file`.
     """
-    file, recipe = job.run.folder / "flow.safetensors", job.training.flow
     model = build(job, "flow", lambda: MMDiT(job.config.mmdit)).to(job.device)
-    if "flow" not in job.run.stages:
-        begin, used = time.perf_counter(), time.process_time()
-        ema = cast(MMDiT, make_ema(model))
 
-        def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
-            return path_step(path, job, features, model, step_rng), {}
+    def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+        return path_step(path, job, features, model, step_rng), {}
 
-        def keep(step: int) -> None:
-            if step + 1 in kept:
-                save_weights(ema, kept_file(job, step + 1))
+    def keep(step: int, average: nn.Module) -> None:
+        if step + 1 in kept:
+            save_weights(average, kept_file(job, step + 1))
 
-        decay = job.training.ema_decay
-        fit(job.run, "flow", model, loss_of, recipe, job.seed, ema, decay, keep)
-        save_weights(ema, file)
-        seconds = round(time.process_time() - used, 1)
-        finish(job, "flow", {"loss": last_loss(job, "flow"), "thread_seconds": seconds}, begin)
-    load_weights(model, file)
-    return model.requires_grad_(False).eval()
+    train = partial(fit_average, job, "flow", model, loss_of, job.training.ema_decay, keep)
+    finish_or_load(job, "flow", model, train)
+    return model
 
 
 def kept_file(job: Job, step: int) -> Path:
@@ -188,8 +176,8 @@ class Paths(System):
     def train(self, study: Study) -> dict:
         job, finished, args = study.job, study.finished, study.args
         path, cost = PATHS[args.path], cost_of(args)
-        features = get_features(job, finished.encoders(job.config), shown_prompts(finished.source))
-        model, pipeline = train_path(path, job, features), finished.pipeline
+        features, pipeline = study.features, finished.pipeline
+        model = train_path(path, job, features)
         size = job.config.image_size // job.config.vae.factor
         taken: list[int] = []
 
@@ -206,7 +194,6 @@ class Paths(System):
         scores = score_samples(finished, generate, job.training.evaluate, 0)
         scores["evaluations"] = round(sum(taken) / len(taken))
         draw_grids(job, finished, args.solver, draw)
-        features.forget()
         return scores | {"training_seconds": job.run.stages["flow"]["seconds"]}
 
 
@@ -224,6 +211,5 @@ def draw_grids(
     ways.append(("dopri5", DEFAULT_TOLERANCE, f"dopri5, tolerance {DEFAULT_TOLERANCE:g}"))
     for name, cost, title in ways:
         images = draw([p for p in prompts for _ in range(SHOWN_OF_EACH)], 0, name, cost)
-        rows = list(zip(prompts, np.split(images, len(prompts)), strict=True))
-        columns.append((title, figures.grid(rows)))
+        columns.append((title, figures.grid_of(prompts, images)))
     write_file(job.run.folder / "samples.png", figures.png(figures.side_by_side(columns)))

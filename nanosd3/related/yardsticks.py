@@ -3,6 +3,7 @@ the same prompts drawn by both, side by side."""
 
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -32,6 +33,21 @@ Decode = Callable[[Tensor], Tensor]  # normalised latents (B, c, h, w) to images
 Generate = Callable[[Draw, int], np.ndarray]  # a draw and its seed to samples uint8 (B, H, W[, C])
 
 
+@lru_cache(maxsize=8)
+def drawn(finished: FinishedRun, count: int, seed: int) -> tuple[Draw, float]:
+    """Prompts to score samples on, and the distance of as many real images."""
+    draw = draw_prompts(finished.source, count, seed)
+    return draw, finished.scorer.floor(draw)
+
+
+@lru_cache(maxsize=8)
+def distance_of_reconstructions(finished: FinishedRun, count: int, seed: int) -> float:
+    """That of the same real images, encoded and decoded."""
+    draw, _ = drawn(finished, count, seed)
+    rebuilt = reconstructions(finished.source, draw.chosen, finished.pipeline)
+    return finished.scorer.distance(rebuilt)
+
+
 def score_samples(
     finished: FinishedRun,
     generate: Generate,
@@ -46,12 +62,11 @@ def score_samples(
     """
     scorer, scores = finished.scorer, []
     for seed in draws:
-        draw = draw_prompts(finished.source, count, seed)
+        draw, floor = drawn(finished, count, seed)
         begin = time.perf_counter()
         samples = to_digits(torch.from_numpy(generate(draw, seed)))
         seconds = time.perf_counter() - begin
         accuracy, distance = scorer.score(samples, draw)
-        floor = scorer.floor(draw)
         scores.append(
             {
                 "prompt_accuracy": accuracy,
@@ -61,10 +76,9 @@ def score_samples(
                 "images_per_second": len(samples) / seconds,
             }
         )
-    rebuilt = reconstructions(finished.source, draw.chosen, finished.pipeline)
     means = {key: sum(s[key] for s in scores) / len(scores) for key in scores[0]}
     return means | {
-        "frechet_floor_reconstructions": scorer.distance(rebuilt),
+        "frechet_floor_reconstructions": distance_of_reconstructions(finished, count, seed),
         "samples": len(draw.prompts),
         "evaluations": evaluations,
         "draws": scores,
@@ -118,9 +132,8 @@ def draw_beside_main(finished: FinishedRun, pipeline: Pipeline, path: Path) -> N
     prompts, columns = shown_prompts(finished.source), []
     for model in (pipeline, finished.pipeline):
         images = sample_images(model, [prompt for prompt in prompts for _ in range(SHOWN_OF_EACH)])
-        rows = list(zip(prompts, np.split(images, len(prompts)), strict=True))
         title = evaluations_in_words(evaluations(model.config.sampling))
-        columns.append((title, figures.grid(rows)))
+        columns.append((title, figures.grid_of(prompts, images)))
     write_file(path, figures.png(figures.side_by_side(columns)))
 
 
@@ -134,7 +147,7 @@ def reconstruction_scores(
     """Scores of training images encoded and decoded again: accuracy and distance as for samples,
     the error in decibels (PSNR), the strength of edges relative to real ones, and the speed."""
     scorer, source = finished.scorer, finished.source
-    draw = draw_prompts(source, count, SCORED_DRAWS[0])
+    draw, floor = drawn(finished, count, SCORED_DRAWS[0])
     decoded, seconds, errors, edges = [], 0.0, [], torch.zeros(2)
     for index in draw.chosen.split(RECONSTRUCTION_BATCH):
         x = source.pixels(index).to(finished.device)
@@ -148,7 +161,6 @@ def reconstruction_scores(
         decoded.append(to_uint8(y[:, :, cut : y.shape[2] - cut, cut : y.shape[3] - cut]).cpu())
     digits = to_digits(torch.cat(decoded))
     accuracy, distance = scorer.score(digits, draw)
-    floor = scorer.floor(draw)
     return {
         "prompt_accuracy": accuracy,
         "frechet_distance": distance,

@@ -8,7 +8,6 @@
     cache/                  encoded images and captions, see training/cached_features.py
     log.jsonl               one JSON object per line: stage, step, loss, ...
     speed.jsonl             throughput and memory
-
     turbo/                  the model distilled to one step, a run folder of its own
 
 and, once the run is finished, its images and metrics.json.

@@ -23,6 +23,7 @@ from nanosd3.machine.device import at_once
 from nanosd3.machine.distributed import ProcessGroup
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.shards import Shards, fill_shards
+from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job
 
 CAPTION_BATCH = 64  # captions encoded at a time
@@ -60,6 +61,13 @@ class Features:
         """Normalise latents as the autoencoder does, without opening it."""
         vae = self.encoders.config.vae
         return (z - vae.shift) * vae.scale
+
+    def draw(self, index: Tensor, step_rng: StepRNG) -> tuple[Tensor, Tensor]:
+        """What a training step starts from: normalised latents x0 (B, C, h, w) of images of one
+        size, drawn from their posteriors, and noise like them."""
+        mean, std = self.latents(index)
+        noise, posterior = step_rng.noise((2, *mean.shape[1:])).unbind(1)
+        return self.normalise(mean + std * posterior), noise
 
     def text(self, captions: Tensor) -> tuple[Tensor, Tensor]:
         """Context (B, M, Dc) and pooled (B, Dp) of captions, by their index in `source.texts`."""

@@ -5,6 +5,7 @@ is used. Lines in plots can be told apart without colour.
 """
 
 import io
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,6 +97,11 @@ def grid(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
             canvas.paste(to_image(image), (left, top + i // columns * (cell_height + GAP)))
         top += height
     return canvas
+
+
+def grid_of(captions: Sequence[str], images: np.ndarray) -> Image.Image:
+    """A row for each caption, with equally many of the images (n, H, W) or (n, H, W, 3)."""
+    return grid(list(zip(captions, np.split(images, len(captions)), strict=True)))
 
 
 def side_by_side(columns: list[tuple[str, Image.Image]]) -> Image.Image:
@@ -212,15 +218,30 @@ def plot_loss_by_time(held_out: list[dict], axis: "Axes") -> None:
     axis.legend()
 
 
+def label_counts(axis: "Axes", counts: Sequence[int]) -> None:
+    """Counts, such as network evaluations, along a logarithmic axis, and no ticks between them."""
+    axis.set_xscale("log")
+    axis.set_xticks(counts, [str(n) for n in counts])
+    axis.minorticks_off()
+
+
+def plain_logarithm(axis: "Axes") -> None:
+    """A logarithmic y axis labelled 1, 2, 5, 10, not with powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
+
+
 def plot_samplers(errors: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """Plot each sampler's error, (evaluations, distance from the exact solution) points."""
     figure, (axis,) = new_figure(5.5, 1)
     styles = {"euler": "-o", "heun": "--s", "dpmpp_2m": ":^"}
     for sampler, points in errors.items():
         axis.loglog(*zip(*points, strict=True), styles[sampler], markersize=5, label=sampler)
-    ticks = [n for n, _ in errors["euler"]]
-    axis.set_xticks(ticks, [str(n) for n in ticks])
-    axis.minorticks_off()
+    label_counts(axis, [n for n, _ in errors["euler"]])
     axis.set(
         xlabel="network evaluations per image",
         ylabel="error of the latents (r.m.s.)",

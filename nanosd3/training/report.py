@@ -28,7 +28,6 @@ from nanosd3.samplers import Callback
 from nanosd3.storage.files import write_file, write_json
 from nanosd3.training import figures
 from nanosd3.training.cached_features import Features
-from nanosd3.training.classifier import ConvNet
 from nanosd3.training.evaluation import Scorer, draw_prompts, to_digits
 from nanosd3.training.stages import Job
 from nanosd3.training.train_flow import every_so_often
@@ -96,8 +95,8 @@ def preview(pipeline: Pipeline, step: int, prompts: list[str], folder: Path, is_
     if not is_main:
         return
     images = pipeline.decode(latents)
-    rows = [(prompt, images[i : i + 1]) for i, prompt in enumerate(prompts)]
-    write_file(folder / f"preview-{step:08d}.png", figures.png(figures.grid(rows)))
+    picture = figures.grid_of(prompts, images)
+    write_file(folder / f"preview-{step:08d}.png", figures.png(picture))
     if images.ndim == 3 and images.shape[1] <= SIDE:
         drawing = figures.shades(images[:TERMINAL_SAMPLES])
         captions = ", ".join(shortened(prompt, 40) for prompt in prompts[:TERMINAL_SAMPLES])
@@ -148,10 +147,10 @@ def mean_or_none(values: Tensor) -> float | None:
 
 
 @torch.no_grad()
-def evaluate(job: Job, source: Digits, classifier: ConvNet, pipeline: Pipeline) -> dict:
+def evaluate(job: Job, scorer: Scorer, pipeline: Pipeline) -> dict:
     """The metrics of samples (see the module's docstring), for metrics.json."""
-    described, draw = source.described, draw_prompts(source, job.training.evaluate, job.seed)
-    scorer = Scorer(source, classifier, job.device)
+    source, described = scorer.source, scorer.source.described
+    draw = draw_prompts(source, job.training.evaluate, job.seed)
 
     begin = time.perf_counter()
     samples = to_digits(torch.from_numpy(sample_images(pipeline, draw.prompts, job.seed)))
@@ -222,8 +221,7 @@ def draw_trajectory(pipeline: Pipeline, prompts: list[str], path: Path) -> None:
 def draw_samples(pipeline: Pipeline, prompts: list[str], columns: int, path: Path) -> None:
     """Write a grid with a row for each prompt."""
     images = sample_images(pipeline, [prompt for prompt in prompts for _ in range(columns)])
-    rows = [(p, images[i * columns : (i + 1) * columns]) for i, p in enumerate(prompts)]
-    write_file(path, figures.png(figures.grid(rows)))
+    write_file(path, figures.png(figures.grid_of(prompts, images)))
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -242,16 +240,14 @@ def about_training(job: Job) -> dict:
     }
 
 
-def report_digits(
-    job: Job, source: Digits, classifier: ConvNet, pipeline: Pipeline, turbo: dict | None
-) -> dict:
+def report_digits(job: Job, scorer: Scorer, pipeline: Pipeline, turbo: dict | None) -> dict:
     """Write samples.png, trajectory.gif, loss.png, samplers.png and metrics.json.
 
     Returns the metrics; `turbo` are those of the distilled model, if there is one.
     """
     folder = job.run.folder
-    prompts = shown_prompts(source)
-    metrics = evaluate(job, source, classifier, pipeline)
+    prompts = shown_prompts(scorer.source)
+    metrics = evaluate(job, scorer, pipeline)
     draw_samples(pipeline, prompts, 8, folder / "samples.png")
     draw_trajectory(pipeline, prompts, folder / "trajectory.gif")
     figures.plot_loss(job.run.read_log(), folder / "loss.png")

@@ -16,6 +16,8 @@ from nanosd3.random_streams import rng
 from nanosd3.storage import training_state
 from nanosd3.storage.files import load_weights, save_weights
 from nanosd3.storage.run import Run
+from nanosd3.training.ema import make_ema
+from nanosd3.training.loop import StepLoss, fit
 
 CHUNK = 500  # small images per inference batch
 Module = TypeVar("Module", bound=nn.Module)
@@ -77,6 +79,27 @@ def finish_or_load(job: Job, stage: str, module: nn.Module, train: Callable[[], 
         load_weights(module, path)
     module.requires_grad_(False).eval()
     return job.run.stages[stage]
+
+
+def fit_average(
+    job: Job,
+    stage: str,
+    module: nn.Module,
+    loss_of: StepLoss,
+    decay: float,
+    watch: Callable[[int, nn.Module], None] | None = None,
+) -> dict:
+    """Train a module by the transformer's recipe, and leave in it the moving average of its
+    weights. Returns the loss, and the seconds of a core since the last resume.
+
+    `watch(step, average)` is called after every step.
+    """
+    ema, begin = make_ema(module), time.process_time()
+    after = (lambda step: watch(step, ema)) if watch else None
+    fit(job.run, stage, module, loss_of, job.training.flow, job.seed, ema, decay, after)
+    module.load_state_dict(ema.state_dict())
+    seconds = round(time.process_time() - begin, 1)
+    return {"loss": last_loss(job, stage), "thread_seconds": seconds}
 
 
 def finish(job: Job, stage: str, results: dict, begin: float) -> None:

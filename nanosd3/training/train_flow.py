@@ -49,10 +49,8 @@ def flow_step(job: Job, features: Features, network: Network, step_rng: StepRNG)
     u = stratified(size, generator)
     t = step_rng.take(logit_normal(u, training.time_mean, training.time_std))  # (B,)
 
-    mean, std = features.latents(images)  # of the autoencoder's posterior
-    noise, posterior = step_rng.noise((2, *mean.shape[1:])).unbind(1)
-    x0 = features.normalise(mean + std * posterior)  # (B, C, h, w)
-    t = shift(t, time_shift(job.config, mean.shape[2:]))
+    x0, noise = features.draw(images, step_rng)  # (B, C, h, w) each
+    t = shift(t, time_shift(job.config, x0.shape[2:]))
     x0, noise, t, keep = (x.to(job.device) for x in (x0, noise, t, keep))
     context, pooled = (x.to(job.device) for x in features.text(captions))  # (B, M, Dc), (B, Dp)
     context, pooled = drop_encoders(context, pooled, keep, job.config.text)

@@ -4,6 +4,7 @@ Consistency Decoder. Tuples (file, old text, new text, what)."""
 MODELS, FEW = "related/consistency.py", "few_steps.py"
 EDITING, DECODER = "related/editing.py", "related/consistency_decoder.py"
 TRAINING = "related/train_consistency.py"
+CACHED, STAGES = "training/cached_features.py", "training/stages.py"
 
 FAULTS_CONSISTENCY = [
     # few_steps.py
@@ -92,12 +93,20 @@ FAULTS_CONSISTENCY = [
     (DECODER, "back = alpha_bar.rsqrt()", "back = alpha_bar.sqrt()", "the wrong way back to EDM"),
     (DECODER, "return sigma / (1 + sigma)", "return sigma", "sigma for t"),
     # train_consistency.py
-    (TRAINING, "x0 = features.normalise(mean + std * posterior)", "x0 = mean + std * posterior",
-     "latents not normalised"),
-    (TRAINING, "return consistency_loss(student, z_t, t, z_s, s, text), {}",
-     "return consistency_loss(student, z_t, t, z_t, t, text), {}", "a pair of one point"),
+    (TRAINING, "x0, noise = features.draw(", "noise, x0 = features.draw(", "noise for images"),
+    (TRAINING, "return consistency_loss(student, z_t, t, z_s, s, *text), {}\n",
+     "return consistency_loss(student, z_t, t, z_t, t, *text), {}\n", "a pair of one point"),
+    (MODELS, "target = clean_image(network(z_s, s, *given), z_s, s)",
+     "target = clean_image(network(z_t, t, *given), z_t, t)", "the target at the same point"),
     (TRAINING, "text, no_text, scale)", "text, no_text, 1.0)", "guidance is not built in"),
-    (TRAINING, "save_weights(ema, path)", "save_weights(student, path)", "not the average"),
+    (TRAINING, "        if distilled:\n", "        if not distilled:\n",
+     "the student starts from nothing"),
+    # what the neighbours' trainings share
+    (CACHED, "self.normalise(mean + std * posterior), noise", "mean + std * posterior, noise",
+     "latents not normalised"),
+    (CACHED, "self.normalise(mean + std * posterior), noise", "self.normalise(mean), noise",
+     "latents without their deviation"),
+    (STAGES, "    module.load_state_dict(ema.state_dict())\n", "", "not the average"),
     (TRAINING, "interpolate(x0, noise, t), interpolate(x0, noise, s)",
      "interpolate(x0, noise, s), interpolate(x0, noise, t)", "levels swapped"),
 ]  # fmt: skip

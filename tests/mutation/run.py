@@ -108,7 +108,7 @@ def stages_of(copy: Path) -> Stages:
     others = [n for n in there if n not in {*QUICK, *SECOND} and not n.startswith(LEFT_OUT)]
 
     def stages(file: str) -> list[list[str]]:
-        if file.startswith("related/") or file == "few_steps.py":
+        if file.startswith(("related/", "training/")) or file == "few_steps.py":
             stem = Path(file).stem
             nearest = [n for n in there if Path(n).stem == f"test_{stem}"]
             related = [n for n in there if n.startswith("related/") and n not in nearest]

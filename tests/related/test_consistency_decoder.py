@@ -1,13 +1,12 @@
 """The Consistency Decoder: the published constants, its network, decoding in steps, its command."""
 
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
 from support.commands import refused
+from support.interruptions import interrupted_after
 
 from nanosd3 import generate
 from nanosd3.cli import run_main
@@ -26,7 +25,6 @@ from nanosd3.related.consistency_decoder import (
     rectified_time,
 )
 from nanosd3.related.train_consistency_decoder import open_decoder
-from nanosd3.training import loop
 
 F64 = torch.float64
 
@@ -120,15 +118,7 @@ def command(*arguments: object) -> int:
 def decoder_run(tiny_run, tmp_path_factory):
     """For the tiny run, interrupted after its second step and resumed."""
     out = tmp_path_factory.mktemp("decoder") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        original = loop.update_ema
-
-        def stop(ema, module, step, decay):
-            original(ema, module, step, decay)
-            if step == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        patch.setattr(loop, "update_ema", stop)
+    with interrupted_after(1):
         assert command("--run", tiny_run, "--out", out) == 130
     assert command("--run", tiny_run, "--out", out) == 0
     return out

@@ -10,7 +10,6 @@ from torch import Tensor
 from nanosd3.config import CONFIGS
 from nanosd3.config_types import Recipe
 from nanosd3.flow import interpolate, logit_normal, uniform
-from nanosd3.related import dit_lessons
 from nanosd3.related.ddpm import ancestral, ddim, guided_noise, linear_schedule, spaced_steps
 from nanosd3.related.dit import DIT_CONFIGS, DiT
 from nanosd3.related.dit_lessons import (
@@ -26,6 +25,8 @@ from nanosd3.related.dit_lessons import (
 )
 from nanosd3.samplers import euler
 from nanosd3.storage.run import Run
+from nanosd3.training import stages
+from nanosd3.training.cached_features import Features
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job
 
@@ -112,8 +113,11 @@ class Images:
         return torch.randint(self.trained, (batch,), generator=generator)
 
 
-class Latents:
+class Latents(Features):
     """Image i has latents of mean i and deviation 0.5, which are normalised to i / 100."""
+
+    def __init__(self):  # of no folder
+        pass
 
     def latents(self, index: Tensor) -> tuple[Tensor, Tensor]:
         mean = index.float().view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
@@ -191,19 +195,19 @@ def test_validation(tmp_path, objective):
 def test_what_is_kept_is_the_average(tmp_path, monkeypatch):
     """Trained once, saved, and loaded from then on."""
 
-    def fit(run, stage, module, loss_of, recipe, seed, ema, decay):
-        assert (stage, recipe.steps, seed, decay) == ("dit", 2, 0, 0.9)
+    def fit(run, stage, module, loss_of, recipe, seed, ema, decay, watch):
+        assert (stage, recipe.steps, seed, decay, watch) == ("dit", 2, 0, 0.9, None)
         run.log(stage="dit", step=0, loss=1.5)
         for parameter in ema.parameters():
             parameter.data.fill_(0.25)
 
-    monkeypatch.setattr(dit_lessons, "fit", fit)
+    monkeypatch.setattr(stages, "fit", fit)
     lesson = Lesson("ddpm", steps_evenly)
     job = job_in(tmp_path)
     model = train_dit(job, Latents(), LABELS, TINY, lesson)
     assert all((p == 0.25).all() and not p.requires_grad for p in model.parameters())
     assert job.run.stages["dit"]["loss"] == 1.5 and job.run.stages["dit"]["validation"] > 0
-    monkeypatch.delattr(dit_lessons, "fit")
+    monkeypatch.delattr(stages, "fit")
     job = replace(job, run=Run.read(tmp_path))
     again = train_dit(job, Latents(), LABELS, TINY, lesson)
     assert all((p == 0.25).all() for p in again.parameters())

@@ -1,15 +1,14 @@
 """The command of the neighbours, and the consistency model that it makes of a tiny run."""
 
 import json
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support.commands import refused
+from support.interruptions import interrupted_after
 
 from nanosd3 import generate
 from nanosd3.cli import run_main
@@ -23,7 +22,7 @@ from nanosd3.related import command as related_command
 from nanosd3.related import train_consistency
 from nanosd3.related.yardsticks import evaluations, in_words
 from nanosd3.storage.files import read_tensors
-from nanosd3.training import loop
+from nanosd3.training import stages
 
 
 def command(*arguments: object) -> int:
@@ -34,15 +33,7 @@ def command(*arguments: object) -> int:
 def turbo(tiny_run, tmp_path_factory):
     """A tiny consistency model, interrupted after its second step and resumed."""
     out = tmp_path_factory.mktemp("related") / "turbo"
-    with pytest.MonkeyPatch.context() as patch:
-        watched = loop.update_ema
-
-        def stop(ema, module, step, decay):
-            watched(ema, module, step, decay)
-            if step == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        patch.setattr(loop, "update_ema", stop)
+    with interrupted_after(2):
         assert command("consistency", "--run", tiny_run, "--out", out) == 130
     assert not (out / "flow.safetensors").exists() and list(out.glob("state-*"))
     with pytest.raises(InputError, match=r"rerun `python -m nanosd3[.]related consistency --out"):
@@ -265,8 +256,7 @@ def test_the_teacher_guides(tiny_run, monkeypatch):
 def test_what_a_student_learns_from(tiny_run, tmp_path, monkeypatch):
     """Normalised latents, t above s; what is kept is the average of its weights."""
     module, seen = train_consistency, {"t": [], "normalised": 0}
-    interpolate, save, ema = module.interpolate, module.save_weights, module.make_ema
-    normalise = module.Features.normalise
+    interpolate, ema, normalise = module.interpolate, stages.make_ema, module.Features.normalise
 
     def normalised(self, z):
         seen["normalised"] += 1
@@ -274,12 +264,12 @@ def test_what_a_student_learns_from(tiny_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.Features, "normalise", normalised)
     both = lambda x, n, t: seen["t"].append(t) or interpolate(x, n, t)  # noqa: E731
-    kept = lambda net, path: seen.update(saved=net) or save(net, path)  # noqa: E731
     monkeypatch.setattr(module, "interpolate", both)
-    monkeypatch.setattr(module, "make_ema", lambda net: seen.setdefault("ema", ema(net)))
-    monkeypatch.setattr(module, "save_weights", kept)
+    monkeypatch.setattr(stages, "make_ema", lambda net: seen.setdefault("ema", ema(net)))
     words = ("--method", "training", "--steps", 1)
     assert command("consistency", "--run", tiny_run, "--out", tmp_path / "x", *words) == 0
-    assert seen["normalised"] >= 1 and seen["saved"] is seen["ema"]
+    saved, average = read_tensors(tmp_path / "x/flow.safetensors"), seen["ema"].state_dict()
+    assert seen["normalised"] >= 1 and saved.keys() == average.keys()
+    assert all(saved[name].equal(average[name]) for name in saved)
     (t, s) = seen["t"]
     assert (t > s).all() and (s >= 0).all()

@@ -1,20 +1,18 @@
 """The command `python -m nanosd3.related dit`, on a tiny run."""
 
 import json
-import os
 import shutil
-import signal
 
 import pytest
 from PIL import Image
 from support.commands import refused
+from support.interruptions import interrupted_after
 
 from nanosd3.cli import run_main
 from nanosd3.related import __main__ as related
 from nanosd3.related import command as related_command
 from nanosd3.related import train_dit as train_dit_module
 from nanosd3.related.dit import BLOCKS
-from nanosd3.training import loop
 
 
 def command(*arguments: object) -> int:
@@ -25,15 +23,7 @@ def command(*arguments: object) -> int:
 def dit_run(tiny_run, tmp_path_factory):
     """A tiny DiT, interrupted after its second step and resumed."""
     out = tmp_path_factory.mktemp("related") / "dit"
-    with pytest.MonkeyPatch.context() as patch:
-        watched = loop.update_ema
-
-        def stop(ema, module, step, decay):
-            watched(ema, module, step, decay)
-            if step == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        patch.setattr(loop, "update_ema", stop)
+    with interrupted_after(2):
         assert command("dit", "--run", tiny_run, "--out", out) == 130
     assert not (out / "dit.safetensors").exists() and list(out.glob("state-*"))
     assert command("dit", "--run", tiny_run, "--out", out) == 0

@@ -1,0 +1,16 @@
+"""What experiments that train start from: a finished main job, encoded once."""
+
+import torch
+
+from nanosd3.claims.experiment import Conditions
+from nanosd3.machine.distributed import SINGLE_PROCESS
+from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.training.cached_features import Features, encoded
+
+
+def open_encoded(conditions: Conditions) -> tuple[FinishedRun, Features]:
+    """The finished run, and its latents and text, kept in the folder of the records. Raises
+    InputError if it is none."""
+    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    folder, encoders = conditions.out / "cache", finished.encoders(finished.config)
+    return finished, encoded(folder, finished.source, encoders, [], SINGLE_PROCESS)
