@@ -102,10 +102,12 @@ def uses_other_encoders(folder: Path) -> bool:
 
 def base_places(run: Run) -> list[Path]:
     """Where to look for the model whose encoders a run was trained on: where it was then, beside
-    the run, in the run. It may have come from a machine with other separators."""
+    the run, in the run, and for a run inside another (turbo) beside that one. It may have come
+    from a machine with other separators."""
     stored = run.identity[WEIGHTS]
     name = PureWindowsPath(stored).name if "\\" in stored else Path(stored).name
-    return list(dict.fromkeys([Path(stored), run.folder.parent / name, run.folder / name]))
+    around = (run.folder.parent, run.folder, run.folder.resolve().parent.parent)
+    return list(dict.fromkeys([Path(stored), *(folder / name for folder in around)]))
 
 
 def parse_metadata(text: str | None, path: Path) -> object:

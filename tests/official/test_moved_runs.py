@@ -83,7 +83,7 @@ def test_it_resumes_wherever_its_base_is(run, base, tmp_path, monkeypatch):
     """And remembers where that is."""
     elsewhere = move(base, tmp_path / "else" / "where")
     resumed = []
-    monkeypatch.setattr(train_mnist, "train", lambda job, *_: resumed.append(job))
+    monkeypatch.setattr(train_mnist, "train", lambda job, *_, **__: resumed.append(job))
     edit(run, stages={"judge": Run.read(run).stages["judge"]})
     command = ["--config", "tiny", "--out", str(run), "--weights", str(elsewhere)]
     assert train_mnist.main(command) == 0
@@ -101,6 +101,17 @@ def test_a_copy_on_another_machine(run, base, tmp_path):
     for stored in ("C:\\Users\\x\\base", "\\\\server\\share\\base", "/no/such/base", "base"):
         edit(other / "run", weights=stored)
         assert other / "base" in base_places(Run.read(other / "run")), stored
+
+
+def test_a_run_inside_another_moves_with_it(run, base, tmp_path):
+    """A distilled model lies in the run it was made of, whose encoders are in the folder beside."""
+    inner = shutil.copytree(run, run / "inner")
+    assert found(inner)
+    moved = tmp_path / "moved"
+    for folder in (run, base):
+        shutil.copytree(folder, moved / folder.name)
+        shutil.rmtree(folder)
+    assert found(moved / "run" / "inner")
 
 
 def test_what_was_looked_for_is_said(capsys, run, base, tmp_path):
