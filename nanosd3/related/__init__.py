@@ -22,5 +22,8 @@ Modules, each of which imports only from those above it:
     editing             zero-shot edits with a consistency model
     consistency_decoder a consistency model in place of the autoencoder's decoder
     train_consistency_decoder   train one on frozen latents
+    axial_rope          rotary positions for rows and columns
+    neighbourhood       neighbourhood attention, by its definition and in tiles
+    hdit                HDiT: an hourglass transformer that draws pixels
     __main__            python -m nanosd3.related
 """
