@@ -45,7 +45,7 @@ FIRST_SHARPNESS = 10.0  # s of a fresh head
 
 
 @dataclass(frozen=True)
-class Level:
+class HDiTLevel:
     """One level of the hourglass."""
 
     width: int
@@ -59,7 +59,7 @@ class HDiTConfig:
 
     channels: int
     patch_size: int
-    levels: tuple[Level, ...]  # outermost first
+    levels: tuple[HDiTLevel, ...]  # outermost first
     head_dim: int
     mapping_width: int
     mapping_depth: int
@@ -164,7 +164,7 @@ class HDiT(nn.Module):
         self.config = config
         features, levels = config.patch_size**2 * config.channels, config.levels
 
-        def blocks(level: Level) -> nn.ModuleList:
+        def blocks(level: HDiTLevel) -> nn.ModuleList:
             sizes = level.width, config.head_dim, level.window, config.mapping_width
             return nn.ModuleList(HourglassBlock(*sizes) for _ in range(level.depth))
 

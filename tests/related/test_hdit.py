@@ -15,8 +15,8 @@ from nanosd3.related.hdit import (
     AdaRMSNorm,
     HDiT,
     HDiTConfig,
+    HDiTLevel,
     HourglassBlock,
-    Level,
     hdit_loss,
     hdit_multiply_adds,
     merge,
@@ -25,7 +25,7 @@ from nanosd3.related.hdit import (
 )
 
 CPU = torch.device("cpu")
-LEVELS = (Level(16, 1, 3), Level(32, 2, 3), Level(48, 2, None))
+LEVELS = (HDiTLevel(16, 1, 3), HDiTLevel(32, 2, 3), HDiTLevel(48, 2, None))
 SMALL = HDiTConfig(2, 2, LEVELS, head_dim=8, mapping_width=24, mapping_depth=2, pooled_dim=10)
 
 
@@ -130,7 +130,8 @@ def block_by_loops(block: HourglassBlock, x: Tensor, c: Tensor, grid: tuple[int,
     def turned(vector: Tensor, h: int, token: int) -> Tensor:
         vector = vector / vector.norm() * block.attn.sharpness[h].sqrt()
         out, count = vector.clone(), heads * d // 8
-        places = [(2 * p + 1 - n) / max(grid) for p, n in zip(divmod(token, columns), grid)]  # noqa: B905
+        places = [(2 * p + 1 - n) / max(grid) for p, n in
+                  zip(divmod(token, columns), grid, strict=True)]  # fmt: skip
         for i in range(d // 4):
             axis, j = divmod(i, d // 8)
             angle = places[axis] * math.pi * 10 ** ((j * heads + h) / count)
@@ -282,7 +283,7 @@ def test_pixels_far_apart_meet_in_the_middle():
     changed = z.clone()
     changed[:, :, 0, 0] += 1
     for window, told in ((None, True), (1, False)):
-        config = replace(SMALL, levels=(*LEVELS[:2], Level(48, 2, window)))
+        config = replace(SMALL, levels=(*LEVELS[:2], HDiTLevel(48, 2, window)))
         model = shaken_network(config)
         corners = [model(x, t, pooled)[0, 0, -1, -1] for x in (z, changed)]
         assert (abs(corners[0] - corners[1]) > 1e-12) == told
@@ -296,7 +297,7 @@ def test_every_parameter_of_hdit_gets_a_gradient():
 
 def test_a_flat_one():
     """A single global level: no merging, and every patch reads every other."""
-    model = shaken_network(replace(SMALL, levels=(Level(16, 2, None),)))
+    model = shaken_network(replace(SMALL, levels=(HDiTLevel(16, 2, None),)))
     assert not len(model.merges) and not len(model.outward) and model.config.multiple == 2
     z, t, pooled = inputs((10, 6))
     assert model(z, t, pooled).shape == z.shape
@@ -356,7 +357,9 @@ def test_weight_of_the_loss():
 def hourglass(size: int) -> HDiTConfig:
     """Patches of 2, an 8 x 8 middle, and one more outer level for each doubling."""
     outer = round(math.log2(size / 16))
-    return replace(SMALL, channels=1, levels=(Level(16, 1, 5),) * outer + (Level(32, 2, None),))
+    return replace(
+        SMALL, channels=1, levels=(HDiTLevel(16, 1, 5),) * outer + (HDiTLevel(32, 2, None),)
+    )
 
 
 def slopes(costs: list[float]) -> list[float]:
@@ -367,13 +370,13 @@ def slopes(costs: list[float]) -> list[float]:
 def test_multiply_adds_grow_with_pixels():
     sizes = (64, 128, 256)
     assert max(slopes([hdit_multiply_adds(hourglass(s), s, s) for s in sizes])) <= 1.0
-    flat = replace(SMALL, channels=1, levels=(Level(16, 2, None),))
+    flat = replace(SMALL, channels=1, levels=(HDiTLevel(16, 2, None),))
     assert min(slopes([hdit_multiply_adds(flat, s, s) for s in sizes])) > 1.6
 
 
 def test_multiply_adds_in_closed_form():
     """Blocks, merging and splitting, ends and mapping of two levels at 16 x 24."""
-    levels = (Level(16, 1, 3), Level(32, 2, None))
+    levels = (HDiTLevel(16, 1, 3), HDiTLevel(32, 2, None))
     found = hdit_multiply_adds(replace(SMALL, levels=levels), 16, 24)
     fine, coarse = 8 * 12, 4 * 6
     fine_block = fine * (4 * 16**2 + 9 * 16**2 + 2 * 36 * 16) + 2 * 24 * 16  # 6 x 6 keys of a halo
