@@ -8,6 +8,7 @@ Modules, each of which imports only from those above it:
     finished_run        a finished run of the main job, to build on
     yardsticks          how a neighbour compares with the main model
     command             the command line that all have in common
+    sample_command      --sample, for what generate cannot open
     dit                 DiT: a transformer for diffusion, and four ways to tell it time and class
     ddpm                diffusion in a thousand steps: noise, losses, samplers
     published_dit       DiT's checkpoints, and diffusers' folders of them
@@ -25,5 +26,7 @@ Modules, each of which imports only from those above it:
     axial_rope          rotary positions for rows and columns
     neighbourhood       neighbourhood attention, by its definition and in tiles
     hdit                HDiT: an hourglass transformer that draws pixels
+    hdit_lessons        teaching it pixels with captions, and sampling with it
+    train_hdit          train one on captions, and draw with it
     __main__            python -m nanosd3.related
 """

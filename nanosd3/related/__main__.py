@@ -5,13 +5,16 @@ import sys
 from nanosd3.cli import run_main
 from nanosd3.errors import InputError, shown
 from nanosd3.related.command import System, run_system
+from nanosd3.related.sample_command import SamplingSystem, asks_for_samples, run_sampling
 from nanosd3.related.train_consistency import Consistency
 from nanosd3.related.train_consistency_decoder import ConsistencyDecoding
 from nanosd3.related.train_dit import DiTSystem
+from nanosd3.related.train_hdit import HDiTSystem
 from nanosd3.related.train_paths import Paths
 
 SYSTEMS: dict[str, System] = {
-    system.name: system for system in (DiTSystem(), Paths(), Consistency(), ConsistencyDecoding())
+    system.name: system
+    for system in (DiTSystem(), Paths(), Consistency(), ConsistencyDecoding(), HDiTSystem())
 }
 
 
@@ -36,7 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
         if name != "list":
             sys.exit(0)  # as argparse does
         return 0
-    return run_system(system_of(name), rest)
+    system = system_of(name)
+    if asks_for_samples(rest):
+        if not isinstance(system, SamplingSystem):
+            raise InputError(f"--sample: {name} has none; `nanosd3.generate` opens what can draw")
+        return run_sampling(system, rest)
+    return run_system(system, rest)
 
 
 if __name__ == "__main__":

@@ -230,9 +230,11 @@ def soft_min_snr(t: Tensor, data_std: float = 1.0) -> Tensor:
     return (t * (1 - t)) ** 2 / (t**2 + (data_std * (1 - t)) ** 2)
 
 
-def hdit_loss(velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """The weighted loss of each sample, (B,), for images of mean 0 and deviation 1."""
-    return soft_min_snr(t) * flow_loss(velocity, x0, noise)
+def hdit_loss(
+    velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, data_std: float = 1.0
+) -> Tensor:
+    """The weighted loss of each sample, (B,)."""
+    return soft_min_snr(t, data_std) * flow_loss(velocity, x0, noise)
 
 
 def hdit_multiply_adds(config: HDiTConfig, height: int, width: int) -> int:

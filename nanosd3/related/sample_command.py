@@ -1,0 +1,114 @@
+"""`python -m nanosd3.related NAME --sample PROMPT`: draw with a neighbour that has been trained.
+
+For neighbours that `nanosd3.generate` cannot open. Training has other options; both together are
+refused. The text encoders are those of the finished run that the neighbour was trained on.
+"""
+
+import argparse
+import io
+from abc import abstractmethod
+from pathlib import Path
+
+import numpy as np
+
+from nanosd3.cli import Parser, positive, unicode_text
+from nanosd3.errors import InputError
+from nanosd3.machine.device import set_up
+from nanosd3.related.command import System
+from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.storage.files import check_writable, write_file
+from nanosd3.storage.run import Run
+from nanosd3.text import check_prompts
+from nanosd3.training import figures
+
+IMAGE_FILES = (".png", ".npy")
+
+
+class SamplingSystem(System):
+    """A neighbour with a `--sample` of its own."""
+
+    @abstractmethod
+    def add_sampling_options(self, parser: Parser) -> None:
+        """Add those that it alone has."""
+
+    @abstractmethod
+    def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
+        """Images uint8 for `args.sample`, `args.count` of each prompt, by its run. Raises
+        InputError if the options do not fit."""
+
+
+def asks_for_samples(arguments: list[str]) -> bool:
+    return any(word == "--sample" or word.startswith("--sample=") for word in arguments)
+
+
+def sampling_options(system: SamplingSystem, arguments: list[str]) -> argparse.Namespace:
+    name = f"python -m nanosd3.related {system.name} --sample"
+    parser = Parser(name, f"Draw with a finished run. {system.what}")
+    add = parser.add_argument
+    text = 'such as "a bold seven"'
+    add("--sample", nargs="+", type=unicode_text, required=True, metavar="PROMPT", help=text)
+    text = f"finished run of this system (default: runs/{system.name})"
+    add("--model", type=Path, default=Path("runs") / system.name, metavar="FOLDER", help=text)
+    text = "finished run of train_mnist.py that it was trained on (default: %(default)s)"
+    add("--run", type=Path, default=Path("runs/mnist"), metavar="FOLDER", help=text)
+    add("--data", type=Path, help="folder of that run's images (default: the packaged MNIST)")
+    text = f".png: one image, or a captioned grid; .npy: the array (default: {system.name}.png)"
+    add("--out", type=Path, default=Path(f"{system.name}.png"), metavar="FILE", help=text)
+    add("--count", type=positive, default=8, help="images a prompt (default: %(default)s)")
+    add("--steps", type=positive, help="solver steps (default: the run's)")
+    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--threads", type=positive, help="CPU threads (default: the usable cores, at most 8)")
+    system.add_sampling_options(parser)
+    args = parser.parse_args(arguments)
+    check_prompts(args.sample)
+    check_image_file(args.out)
+    return args
+
+
+def check_image_file(out: Path) -> None:
+    """Raises InputError for a file that cannot be written, or not as images."""
+    if out.suffix.lower() not in IMAGE_FILES:
+        raise InputError(f"--out {out}: must end in {' or '.join(IMAGE_FILES)}")
+    if not out.parent.is_dir() or out.is_dir():
+        raise InputError(f"--out {out}: must be a file in a folder that exists")
+    check_writable(out)
+
+
+def open_trained(system: System, folder: Path, finished: FinishedRun) -> Run:
+    """The finished run of a neighbour, made of this finished run.
+
+    Raises InputError if there is none in the folder, or one of something else.
+    """
+    command = f"python -m nanosd3.related {system.name}"
+    if not (folder / "run.json").exists():
+        raise InputError(f"--model {folder}: has no run; `{command}` trains one")
+    run = Run.read(folder)
+    if run.identity.get("system") != system.name:
+        raise InputError(f"--model {folder}: is not a run of `{command}`")
+    if "samples" not in run.stages:
+        raise InputError(f"--model {folder}: unfinished; rerun `{command} ...` to resume")
+    if run.identity.get("finished") != finished.fingerprint:
+        raise InputError(f"--model {folder}: was made of another finished run than that of --run")
+    return run
+
+
+def run_sampling(system: SamplingSystem, arguments: list[str]) -> int:
+    """Draw and write the file."""
+    args = sampling_options(system, arguments)
+    finished = open_finished_run(args.run, args.data, set_up(args.threads))
+    run = open_trained(system, args.model, finished)
+    images = system.draw(args, run, finished)
+    write_file(args.out, image_file(images, args.sample, args.out.suffix.lower()))
+    print(f"{len(images)} images: {args.out}")
+    return 0
+
+
+def image_file(images: np.ndarray, captions: list[str], suffix: str) -> bytes:
+    """The content of a file: the array, one picture as it is, or a grid with a row a caption."""
+    if suffix == ".npy":
+        buffer = io.BytesIO()
+        np.save(buffer, images)
+        return buffer.getvalue()
+    if len(images) == 1:
+        return figures.png(figures.to_image(images[0]))
+    return figures.png(figures.grid_of([text or "(no text)" for text in captions], images))

@@ -1,0 +1,149 @@
+"""Train HDiT to draw digits of 64 x 64 pixels from captions, and draw with it.
+
+    python -m nanosd3.related hdit
+    python -m nanosd3.related hdit --sample "a bold seven" "a thin 2" --out digits.png
+
+With `--flat` the same blocks stand in one level where every patch reads every other, as in a DiT,
+and train for as many seconds.
+"""
+
+import argparse
+from dataclasses import replace
+
+import numpy as np
+
+from nanosd3.cli import Parser
+from nanosd3.config_types import Config, Recipe, Sampling
+from nanosd3.errors import InputError
+from nanosd3.machine.accelerate import accelerate
+from nanosd3.official.limits import limited_config
+from nanosd3.related.command import (
+    RECIPE_SIZES,
+    Study,
+    check_guidance,
+    size_of,
+    with_flow_recipe,
+)
+from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.hdit import HDiT, HDiTConfig, HDiTLevel, hdit_multiply_adds
+from nanosd3.related.hdit_lessons import (
+    drawn_images,
+    normalised_pixels,
+    pooled_text,
+    trained_hdit,
+)
+from nanosd3.related.sample_command import SamplingSystem
+from nanosd3.related.yardsticks import (
+    SHOWN_OF_EACH,
+    evaluations,
+    evaluations_in_words,
+    score_samples,
+)
+from nanosd3.storage.files import load_weights, write_file
+from nanosd3.storage.run import Run
+from nanosd3.training import figures
+from nanosd3.training.evaluation import Draw
+from nanosd3.training.report import sample_images, shown_prompts
+from nanosd3.training.stages import training_of
+
+SIDES = {"mnist": 64, "tiny": 32}  # of the images, in pixels
+LEVELS = {
+    "mnist": (HDiTLevel(96, 1, 3), HDiTLevel(128, 3, None)),
+    "tiny": (HDiTLevel(16, 1, 3), HDiTLevel(16, 1, None)),
+}
+FLAT = {"mnist": HDiTLevel(128, 3, None), "tiny": HDiTLevel(16, 2, None)}
+PATCH, HEAD_DIM = 8, 32
+MAPPING = {"mnist": (128, 2), "tiny": (16, 1)}  # width, depth
+HDIT_RECIPES = {  # by size, and whether it is flat
+    ("mnist", False): Recipe(2000, batch=64, lr=4e-3, warmup=50, weight_decay=0.0),
+    ("mnist", True): Recipe(2000, batch=64, lr=4e-3, warmup=50, weight_decay=0.0),
+    ("tiny", False): Recipe(4, batch=8, lr=4e-3, warmup=1, weight_decay=0.0),
+    ("tiny", True): Recipe(4, batch=8, lr=4e-3, warmup=1, weight_decay=0.0),
+}
+HDIT_EMA_DECAY = 0.99
+HDIT_SAMPLING = Sampling(steps=20, guidance=1.5, shift=4.0, sampler="euler")
+
+
+def hdit_config(size: str, flat: bool, pooled_dim: int) -> HDiTConfig:
+    levels = (FLAT[size],) if flat else LEVELS[size]
+    head_dim = min(HEAD_DIM, levels[0].width)
+    return HDiTConfig(1, PATCH, levels, head_dim, *MAPPING[size], pooled_dim)
+
+
+class HDiTSystem(SamplingSystem):
+    name = "hdit"
+    what = "HDiT: a transformer that draws pixels, shaped like an hourglass."
+    paper = "arXiv 2401.11605"
+
+    def add_options(self, parser: Parser) -> None:
+        parser.epilog = "--sample PROMPT draws with a finished run; see --sample PROMPT --help"
+        add = parser.add_argument
+        text = "the same blocks in one level, where every patch reads every other, as in a DiT"
+        add("--flat", action="store_true", help=text)
+        text = "guidance scale of the samples (default: %(default)s)"
+        add("--guidance", type=float, default=HDIT_SAMPLING.guidance, help=text)
+
+    def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
+        check_guidance(args.guidance)
+        size = size_of(args, finished)
+        config = with_flow_recipe(finished.config, HDIT_RECIPES[size, args.flat], args)
+        training = replace(training_of(config), ema_decay=HDIT_EMA_DECAY)
+        sampling = replace(HDIT_SAMPLING, guidance=args.guidance)
+        return replace(config, image_size=SIDES[size], training=training, sampling=sampling)
+
+    def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:
+        return {"size": size_of(args, finished), "flat": args.flat}
+
+    def train(self, study: Study) -> dict:
+        job, finished = study.job, study.finished
+        config = network_of(job.run, finished)
+        pixels = normalised_pixels(finished.source, job.config)
+        pooled = pooled_text(finished.pipeline, finished.source.texts)
+        model, way = trained_hdit(job, config, pixels, pooled), job.config.sampling
+
+        def draw(prompts: list[str], seed: int) -> np.ndarray:
+            return drawn_images(model, pixels, finished.pipeline, prompts, seed, way)
+
+        def generate(d: Draw, seed: int) -> np.ndarray:
+            return draw(d.prompts, seed)
+
+        scores = score_samples(finished, generate, job.training.evaluate, evaluations(way))
+        prompts = shown_prompts(finished.source)
+        repeated = [prompt for prompt in prompts for _ in range(SHOWN_OF_EACH)]
+        ours = figures.grid_of(prompts, draw(repeated, 0))
+        theirs = figures.grid_of(prompts, sample_images(finished.pipeline, repeated))
+        made = evaluations_in_words(scores["evaluations"])
+        columns = [(f"pixels, {made}", ours), ("the main model", theirs)]
+        picture = figures.png(figures.side_by_side(columns))
+        write_file(job.run.folder / "samples.png", picture)
+        side = job.config.image_size
+        return scores | {
+            "multiply_adds": hdit_multiply_adds(config, side, side),
+            "training_seconds": job.run.stages["hdit"]["seconds"],
+            "thread_seconds": job.run.stages["hdit"]["thread_seconds"],
+        }
+
+    def add_sampling_options(self, parser: Parser) -> None:
+        text = "guidance scale (default: the run's)"
+        parser.add_argument("--guidance", type=float, help=text)
+
+    def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
+        config = limited_config(run.identity["config"], run.folder / "run.json")
+        way = config.sampling
+        guidance = way.guidance if args.guidance is None else args.guidance
+        check_guidance(guidance)
+        way = replace(way, steps=args.steps or way.steps, guidance=guidance)
+        model = HDiT(network_of(run, finished)).to(finished.device)
+        load_weights(model, run.folder / "hdit.safetensors")
+        accelerate(model.requires_grad_(False).eval())
+        pixels = normalised_pixels(finished.source, config)
+        prompts = [prompt for prompt in args.sample for _ in range(args.count)]
+        return drawn_images(model, pixels, finished.pipeline, prompts, args.seed, way)
+
+
+def network_of(run: Run, finished: FinishedRun) -> HDiTConfig:
+    """The sizes of a run's network. Raises InputError if its run.json is damaged."""
+    size, flat = run.identity.get("size"), run.identity.get("flat")
+    if size not in RECIPE_SIZES or not isinstance(flat, bool):
+        raise InputError(f"{run.folder / 'run.json'}: damaged: no size of an HDiT")
+    return hdit_config(size, flat, finished.config.mmdit.pooled_dim)
