@@ -34,7 +34,7 @@ from nanosd3.training.stages import Job, build, finish_or_load, fit_average
 STROKE = 8.0  # noise, relative to the pixels' deviation, through which shapes are just seen
 NOISE_SPREAD = 1.0  # of the noise's logarithm, around that of STROKE
 DROPPED_TEXT = 0.1
-MEASURED_IMAGES = 2000  # for the mean and deviation of pixels
+MEASURED_DIGITS = 2000  # for the mean and deviation of pixels
 
 
 # --- pixels and text ------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ class Pixels:
 
 
 def normalised_pixels(source: Digits, config: Config) -> Pixels:
-    first = torch.arange(min(MEASURED_IMAGES, source.trained))
+    first = torch.arange(min(MEASURED_DIGITS, source.trained))
     x = Pixels(source, config, 0.0, 1.0)[first]
     return Pixels(source, config, x.mean().item(), x.std().item())
 

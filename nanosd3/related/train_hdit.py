@@ -47,11 +47,11 @@ from nanosd3.training.report import sample_images, shown_prompts
 from nanosd3.training.stages import training_of
 
 SIDES = {"mnist": 64, "tiny": 32}  # of the images, in pixels
-LEVELS = {
+HOURGLASSES = {
     "mnist": (HDiTLevel(96, 1, 3), HDiTLevel(128, 3, None)),
     "tiny": (HDiTLevel(16, 1, 3), HDiTLevel(16, 1, None)),
 }
-FLAT = {"mnist": HDiTLevel(128, 3, None), "tiny": HDiTLevel(16, 2, None)}
+FLAT_ONES = {"mnist": HDiTLevel(128, 3, None), "tiny": HDiTLevel(16, 2, None)}
 PATCH, HEAD_DIM = 8, 32
 MAPPING = {"mnist": (128, 2), "tiny": (16, 1)}  # width, depth
 HDIT_RECIPES = {  # by size, and whether it is flat
@@ -65,7 +65,7 @@ HDIT_SAMPLING = Sampling(steps=20, guidance=1.5, shift=4.0, sampler="euler")
 
 
 def hdit_config(size: str, flat: bool, pooled_dim: int) -> HDiTConfig:
-    levels = (FLAT[size],) if flat else LEVELS[size]
+    levels = (FLAT_ONES[size],) if flat else HOURGLASSES[size]
     head_dim = min(HEAD_DIM, levels[0].width)
     return HDiTConfig(1, PATCH, levels, head_dim, *MAPPING[size], pooled_dim)
 

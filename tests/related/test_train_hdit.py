@@ -168,8 +168,8 @@ def lively_hdit() -> HDiT:
 @torch.no_grad()
 def test_samples_follow_the_guided_velocity(monkeypatch):
     """Euler's steps at moved times, towards the text and away from zeros; in batches."""
-    model, way = lively_hdit(), Sampling(3, 1.7, 2.5, "euler")
-    noise, text = torch.randn(5, 1, 8, 8), torch.randn(5, 5)
+    model, way = lively_hdit().double(), Sampling(3, 1.7, 2.5, "euler")
+    noise, text = torch.randn(5, 1, 8, 8).double(), torch.randn(5, 5).double()
     z = noise
     times = shift(torch.tensor([1.0, 2 / 3, 1 / 3, 0.0]), 2.5)
     for t, after in pairwise(times):
