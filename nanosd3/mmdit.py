@@ -220,22 +220,32 @@ class MMDiT(nn.Module):
         Raises ValueError if H or W is not divisible by the patch size, is larger than the
         position grid, or the batch sizes differ.
         """
-        B, _, H, W = z.shape
+        H, W = z.shape[2:]
+        patch = self.config.patch_size
+        positions = centre_crop(self.pos_embed, H // patch, W // patch)
+        x = self.x_embedder(z) + positions.to(z.dtype)  # (B, N, D)
+        x = self.transform(x, t, context, pooled, skip)  # (B, N, p*p*C)
+        return unpatchify(x, patch, H, W)  # (B, C, H, W)
+
+    def transform(
+        self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, skip: Collection[int] = ()
+    ) -> Tensor:
+        """Image tokens (B, N, D) to patches of the velocity (B, N, p*p*C).
+
+        Raises ValueError if the batch sizes differ.
+        """
+        B = len(x)
         t = t.expand(B) if t.ndim == 0 else t
         if not len(t) == len(context) == len(pooled) == B:
             sizes = f"z {B}, t {len(t)}, context {len(context)}, pooled {len(pooled)}"
             raise ValueError(f"batch sizes differ: {sizes}")
-        patch = self.config.patch_size
-        positions = centre_crop(self.pos_embed, H // patch, W // patch)
-        x = self.x_embedder(z) + positions.to(z.dtype)  # (B, N, D)
         y = self.context_embedder(context)  # (B, M, D)
-        features = timestep_embedding(t).to(z.dtype)  # (B, 256)
+        features = timestep_embedding(t).to(x.dtype)  # (B, 256)
         c = self.t_embedder(features) + self.y_embedder(pooled)  # (B, D)
         for i, block in enumerate(self.joint_blocks):
             if i not in skip:
                 x, y = block(x, y, c)
-        x = self.final_layer(x, c)  # (B, N, p*p*C)
-        return unpatchify(x, patch, H, W)  # (B, C, H, W)
+        return self.final_layer(x, c)
 
 
 def initialise(model: MMDiT) -> None:
