@@ -28,5 +28,10 @@ Modules, each of which imports only from those above it:
     hdit                HDiT: an hourglass transformer that draws pixels
     hdit_lessons        teaching it pixels with captions, and sampling with it
     train_hdit          train one on captions, and draw with it
+    video               spacetime patches: the MMDiT for videos of any size and length
+    moving_digits       clips of digits that move and bounce, with captions
+    motion              what is in a clip: which digit, and how it moves
+    video_lessons       teaching the transformer videos, and sampling with it
+    train_video         train one on clips, or draw with it
     __main__            python -m nanosd3.related
 """

@@ -11,10 +11,18 @@ from nanosd3.related.train_consistency_decoder import ConsistencyDecoding
 from nanosd3.related.train_dit import DiTSystem
 from nanosd3.related.train_hdit import HDiTSystem
 from nanosd3.related.train_paths import Paths
+from nanosd3.related.train_video import VideoSystem
 
 SYSTEMS: dict[str, System] = {
     system.name: system
-    for system in (DiTSystem(), Paths(), Consistency(), ConsistencyDecoding(), HDiTSystem())
+    for system in (
+        DiTSystem(),
+        Paths(),
+        Consistency(),
+        ConsistencyDecoding(),
+        HDiTSystem(),
+        VideoSystem(),
+    )
 }
 
 

@@ -78,6 +78,10 @@ class System(ABC):
         `training_seconds`. If it is not the main model that they compare with, it returns that
         one's scores as `main_model`."""
 
+    def in_words(self, metrics: dict) -> str:
+        """Its scores in a line."""
+        return in_words(metrics)
+
 
 def parse(system: System, arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(f"python -m nanosd3.related {system.name}", f"{system.what} {system.paper}")
@@ -138,7 +142,7 @@ def run_system(system: System, arguments: list[str] | None) -> int:
             metrics["main_model"] = pipeline_scores(finished, finished.pipeline, count, sampling)
         conclude(study, metrics | {"system": system.name})
         main = in_words(metrics["main_model"])
-        print(f"{system.name}: {in_words(metrics)}; {system.compared_with}: {main}")
+        print(f"{system.name}: {system.in_words(metrics)}; {system.compared_with}: {main}")
         print(f"done: {folder / 'samples.png'} and metrics.json")
     return 0
 

@@ -21,11 +21,13 @@ from nanosd3.storage.run import Run
 from nanosd3.text import check_prompts
 from nanosd3.training import figures
 
-IMAGE_FILES = (".png", ".npy")
-
 
 class SamplingSystem(System):
     """A neighbour with a `--sample` of its own."""
+
+    drawn = "images"
+    written = (".png", ".npy")  # kinds of files, its own first
+    count = 8  # drawn for a prompt
 
     @abstractmethod
     def add_sampling_options(self, parser: Parser) -> None:
@@ -35,6 +37,13 @@ class SamplingSystem(System):
     def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
         """Images uint8 for `args.sample`, `args.count` of each prompt, by its run. Raises
         InputError if the options do not fit."""
+
+    def picture(self, images: np.ndarray, captions: list[str]) -> bytes:
+        """The content of a file of its own kind: one picture as it is, or a grid with a row a
+        caption."""
+        if len(images) == 1:
+            return figures.png(figures.to_image(images[0]))
+        return figures.png(figures.grid_of(captions, images))
 
 
 def asks_for_samples(arguments: list[str]) -> bool:
@@ -52,23 +61,25 @@ def sampling_options(system: SamplingSystem, arguments: list[str]) -> argparse.N
     text = "finished run of train_mnist.py that it was trained on (default: %(default)s)"
     add("--run", type=Path, default=Path("runs/mnist"), metavar="FOLDER", help=text)
     add("--data", type=Path, help="folder of that run's images (default: the packaged MNIST)")
-    text = f".png: one image, or a captioned grid; .npy: the array (default: {system.name}.png)"
-    add("--out", type=Path, default=Path(f"{system.name}.png"), metavar="FILE", help=text)
-    add("--count", type=positive, default=8, help="images a prompt (default: %(default)s)")
+    kind, array = system.written
+    text = f"{kind}: one, or a captioned grid; {array}: the array (default: %(default)s)"
+    add("--out", type=Path, default=Path(f"{system.name}{kind}"), metavar="FILE", help=text)
+    text = f"{system.drawn} a prompt (default: %(default)s)"
+    add("--count", type=positive, default=system.count, help=text)
     add("--steps", type=positive, help="solver steps (default: the run's)")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--threads", type=positive, help="CPU threads (default: the usable cores, at most 8)")
     system.add_sampling_options(parser)
     args = parser.parse_args(arguments)
     check_prompts(args.sample)
-    check_image_file(args.out)
+    check_image_file(args.out, system.written)
     return args
 
 
-def check_image_file(out: Path) -> None:
-    """Raises InputError for a file that cannot be written, or not as images."""
-    if out.suffix.lower() not in IMAGE_FILES:
-        raise InputError(f"--out {out}: must end in {' or '.join(IMAGE_FILES)}")
+def check_image_file(out: Path, kinds: tuple[str, ...]) -> None:
+    """Raises InputError for a file that cannot be written, or is of no such kind."""
+    if out.suffix.lower() not in kinds:
+        raise InputError(f"--out {out}: must end in {' or '.join(kinds)}")
     if not out.parent.is_dir() or out.is_dir():
         raise InputError(f"--out {out}: must be a file in a folder that exists")
     check_writable(out)
@@ -98,17 +109,15 @@ def run_sampling(system: SamplingSystem, arguments: list[str]) -> int:
     finished = open_finished_run(args.run, args.data, set_up(args.threads))
     run = open_trained(system, args.model, finished)
     images = system.draw(args, run, finished)
-    write_file(args.out, image_file(images, args.sample, args.out.suffix.lower()))
-    print(f"{len(images)} images: {args.out}")
+    write_file(args.out, file_content(system, images, args))
+    print(f"{len(images)} {system.drawn}: {args.out}")
     return 0
 
 
-def image_file(images: np.ndarray, captions: list[str], suffix: str) -> bytes:
-    """The content of a file: the array, one picture as it is, or a grid with a row a caption."""
-    if suffix == ".npy":
-        buffer = io.BytesIO()
-        np.save(buffer, images)
-        return buffer.getvalue()
-    if len(images) == 1:
-        return figures.png(figures.to_image(images[0]))
-    return figures.png(figures.grid_of([text or "(no text)" for text in captions], images))
+def file_content(system: SamplingSystem, images: np.ndarray, args: argparse.Namespace) -> bytes:
+    """The content of the file: the array, or the picture."""
+    if args.out.suffix.lower() != ".npy":
+        return system.picture(images, [text or "(no text)" for text in args.sample])
+    buffer = io.BytesIO()
+    np.save(buffer, images)
+    return buffer.getvalue()

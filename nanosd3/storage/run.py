@@ -30,7 +30,18 @@ from nanosd3.storage.files import (
     write_json,
 )
 
-WEIGHT_FILES = ("judge", "autoencoder", "clip", "t5", "text", "flow", "decoder", "dit", "hdit")
+WEIGHT_FILES = (
+    "judge",
+    "autoencoder",
+    "clip",
+    "t5",
+    "text",
+    "flow",
+    "decoder",
+    "dit",
+    "hdit",
+    "video",
+)
 RUN_FILES = (  # everything a run writes, except run.json and cache/, whose entries name their data
     *(f"{name}.safetensors" for name in WEIGHT_FILES),
     *("samples.png", "trajectory.gif", "loss.png", "samplers.png", "preview-*.png"),

@@ -124,13 +124,12 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def save_animation(frames: list[Image.Image], path: Path) -> None:
-    """Write a looping greyscale GIF that shows its last frame for two seconds."""
+def gif(frames: list[Image.Image], milliseconds: list[int]) -> bytes:
+    """The content of a looping greyscale GIF that shows each frame for some time."""
     buffer = io.BytesIO()
-    times = [120] * (len(frames) - 1) + [2000]
-    small = [frame.convert("L").quantize(16) for frame in frames]
-    small[0].save(buffer, "gif", save_all=True, append_images=small[1:], duration=times, loop=0)
-    write_file(path, buffer.getvalue())
+    first, *rest = [frame.convert("L").quantize(16) for frame in frames]
+    first.save(buffer, "gif", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    return buffer.getvalue()
 
 
 def shades(images: np.ndarray) -> str:

@@ -215,7 +215,8 @@ def draw_trajectory(pipeline: Pipeline, prompts: list[str], path: Path) -> None:
     final = sample_images(pipeline, prompts, seed=2, callback=record)
     captions = ("t = 0.00, decoded as it is", "where its velocity points")
     frames.append(figures.grid([(caption, final) for caption in captions]))
-    figures.save_animation(frames, path)
+    times = [120] * (len(frames) - 1) + [2000]  # milliseconds; the last one longer
+    write_file(path, figures.gif(frames, times))
 
 
 def draw_samples(pipeline: Pipeline, prompts: list[str], columns: int, path: Path) -> None:

@@ -1,0 +1,117 @@
+"""What is in a clip of a moving digit: where the digit is in every frame, what it is, and how it
+moves.
+
+A still picture of the right digit would be read as asked in every frame, so motion is always
+reported beside accuracy. The share of the variance that a bouncing straight line explains (R^2) is
+no proof either: through few frames of noise some line always goes. The direction and the speed of
+that line are compared with the caption's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanosd3.data.mnist import SIDE
+from nanosd3.related.moving_digits import DIGIT_SIDE, SPRITE, bounced
+from nanosd3.training.evaluation import Scorer
+from nanosd3.training.metrics import frechet_distance
+
+FAINT = 0.2  # ink below this is not looked at
+SPEEDS_TRIED = torch.arange(-16, 17) / 4  # pixels a frame
+STARTS_A_PIXEL = 2
+STILL = 0.5  # a line slower than this is no motion
+SPEED_TOLERANCE = 0.5  # pixels a frame
+
+
+def centres(ink: Tensor) -> Tensor:
+    """Centre of mass, (B, T, 2) rows and columns, of the ink in frames (B, T, H, W) in [0, 1]."""
+    ink = torch.where(ink > FAINT, ink, 0.0)
+    mass = ink.sum((2, 3)).clamp(min=1e-3)
+    y, x = torch.arange(ink.shape[2]).float(), torch.arange(ink.shape[3]).float()
+    return torch.stack([ink.sum(3) @ y, ink.sum(2) @ x], dim=2) / mass[:, :, None]
+
+
+def located_digits(ink: Tensor, centre: Tensor) -> Tensor:
+    """The surroundings of the centre of each frame, enlarged to digits uint8 (B * T, 28, 28)."""
+    B, T, H, W = ink.shape
+    around = ((torch.arange(SIDE) + 0.5) / SIDE - 0.5) * DIGIT_SIDE  # pixels from the centre
+    size = torch.tensor([H, W])
+    place = (centre.reshape(-1, 1, 2) + around[:, None] + 0.5) / size * 2 - 1  # (B * T, 28, 2)
+    rows, columns = place.unbind(2)
+    where = torch.stack(
+        [columns[:, None].expand(-1, SIDE, -1), rows[:, :, None].expand(-1, -1, SIDE)], dim=3
+    )
+    frames = ink.reshape(B * T, 1, H, W)
+    digits = F.grid_sample(frames, where, mode="bicubic", align_corners=False)
+    return (digits[:, 0].clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def fitted_motion(centre: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The velocity (B, 2), at the start, of the bouncing straight line along rows or columns that
+    is nearest to the centres (B, T, 2), and the share of their variance that it explains, (B,)."""
+    frames, corner = torch.arange(centre.shape[1]), centre - (SPRITE - 1) / 2
+    spread = (centre - centre.mean(1, keepdim=True)).square().sum(1)  # (B, 2)
+    errors, speeds = [], []
+    for axis in (0, 1):
+        room = torch.tensor(size[axis] - SPRITE)
+        start = torch.arange(STARTS_A_PIXEL * int(room) + 1) / STARTS_A_PIXEL
+        lines = start[:, None, None] + SPEEDS_TRIED[:, None] * frames  # (S, V, T)
+        lines = bounced(lines, room).flatten(0, 1)  # (S * V, T)
+        error = torch.cdist(corner[:, :, axis], lines).square() + spread[:, 1 - axis, None]
+        best = error.min(1)
+        errors.append(best.values)
+        first = lines[best.indices, :2].diff(dim=1).sum(1).sign()  # at a wall it turns at once
+        speeds.append(first * SPEEDS_TRIED[best.indices % len(SPEEDS_TRIED)].abs())
+    along = torch.stack(errors, 1).argmin(1)  # (B,)
+    velocity = F.one_hot(along, 2) * torch.stack(speeds, 1)
+    explained = 1 - torch.stack(errors, 1).amin(1) / spread.sum(1).clamp(min=1e-6)
+    return velocity, explained
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is seen in some clips."""
+
+    features: Tensor  # (B * T, F) of the classifier, of every frame's digit
+    digits: Tensor  # (B, T), as read in every frame
+    velocity: Tensor  # (B, 2)
+    explained: Tensor  # (B,)
+
+
+@torch.no_grad()
+def look_at(scorer: Scorer, videos: Tensor) -> Seen:
+    """Find, read and follow the digit in clips (B, 1, T, H, W) in [-1, 1]."""
+    ink = (videos[:, 0] / 2 + 0.5).clamp(0, 1)
+    centre = centres(ink)
+    features = scorer.features(located_digits(ink, centre))
+    read = scorer.classifier.head(features.to(scorer.device)).argmax(1).cpu()
+    velocity, explained = fitted_motion(centre, (ink.shape[2], ink.shape[3]))
+    return Seen(features, read.view(ink.shape[:2]), velocity, explained)
+
+
+def motion_scores(seen: Seen, labels: Tensor, velocity: Tensor, real: Tensor) -> dict:
+    """How well clips show digits `labels` (B,) that move by `velocity` (B, 2) at the start.
+
+    `real` are features of digits in real frames, for the Frechet distance.
+    """
+    moves = (velocity != 0).any(1)
+    asked, found = velocity[moves].float(), seen.velocity[moves]
+    along = (asked * found).sum(1) / asked.norm(dim=1)  # pixels a frame in the direction asked for
+    across = (found - along[:, None] * asked / asked.norm(dim=1, keepdim=True)).norm(dim=1)
+    turned = (along >= STILL) & (across < STILL)
+    close = turned & ((along - asked.norm(dim=1)).abs() <= SPEED_TOLERANCE)
+    return {
+        "prompt_accuracy": mean(seen.digits == labels[:, None]),
+        "same_digit_in_all_frames": mean((seen.digits == seen.digits[:, :1]).all(1)),
+        "direction": mean(turned),
+        "speed": mean(close),
+        "line_r2": float(seen.explained[moves].median()) if moves.any() else None,
+        "frechet_distance": frechet_distance(seen.features, real),
+    }
+
+
+def mean(hits: Tensor) -> float | None:
+    """The share of hits; None of nothing."""
+    return hits.float().mean().item() if len(hits) else None

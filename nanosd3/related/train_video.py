@@ -1,0 +1,229 @@
+"""Train the transformer on clips of moving digits, of several sizes and lengths at once.
+
+    python -m nanosd3.related video
+    python -m nanosd3.related video --sample "a seven moving left" --frames 12 --width 48
+
+The finished run's autoencoder is used as it is. Its text encoders do not know the words of motion,
+and would cut the captions before them, so the two CLIPs and T5 are trained again on these captions;
+CLIP looks at a clip in one picture, a long exposure.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanosd3.cli import Parser, positive
+from nanosd3.config_types import Config, Recipe, Sampling
+from nanosd3.data.mnist import to_uint8
+from nanosd3.errors import InputError
+from nanosd3.machine.accelerate import accelerate
+from nanosd3.official.checkpoint import Checkpoint
+from nanosd3.official.limits import limited_config
+from nanosd3.official.own_runs import open_run_encoders, read_tokenizers
+from nanosd3.pipeline import Pipeline, open_pipeline
+from nanosd3.random_streams import rng
+from nanosd3.related.command import Study, check_guidance, size_of, with_flow_recipe
+from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.motion import look_at, motion_scores
+from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits, velocities
+from nanosd3.related.sample_command import SamplingSystem
+from nanosd3.related.video import VideoMMDiT, fold_time
+from nanosd3.related.video_lessons import (
+    CLIP_SIZES,
+    FRAMES_IN_PATCH,
+    encode_captions,
+    encoded_clips,
+    in_name,
+    sample_video,
+    train_video,
+)
+from nanosd3.related.yardsticks import evaluations, evaluations_in_words
+from nanosd3.storage.files import load_weights, save_weights, write_file
+from nanosd3.storage.run import Run
+from nanosd3.training import figures
+from nanosd3.training.stages import training_of
+from nanosd3.training.train_text import train_text_encoders
+
+UNSEEN: tuple[ClipSize, ...] = ((8, 32, 48), (12, 32, 32))
+MOST_FRAMES = 64
+FRAME_MILLISECONDS = 100
+STRIPS = 8  # clips in the picture
+
+
+VIDEO_RECIPES = {
+    "mnist": Recipe(1500, batch=32, lr=1e-2, warmup=50, weight_decay=0.0, optimizer="muon"),
+    "tiny": Recipe(6, batch=4, lr=1e-3, warmup=1, weight_decay=0.0),
+}
+VIDEO_SAMPLING = Sampling(steps=25, guidance=1.6, shift=1.0, sampler="euler")
+CLIPS_ENCODED = {"mnist": 4000, "tiny": 16}  # of each size, to train on
+VIDEO_EMA = 0.995
+
+
+def check_size(size: ClipSize, config: Config) -> None:
+    """Raises InputError for a video that the network cannot lay out."""
+    frames, height, width = size
+    if not 1 <= frames <= MOST_FRAMES or (frames > 1 and frames % FRAMES_IN_PATCH):
+        raise InputError(
+            f"--frames must be 1, or a multiple of {FRAMES_IN_PATCH} up to {MOST_FRAMES}, "
+            f"got {frames}"
+        )
+    step = config.vae.factor * config.mmdit.patch_size
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels % step or not 0 < pixels <= config.mmdit.grid * step:
+            most = config.mmdit.grid * step
+            raise InputError(f"--{name} must be a multiple of {step} up to {most}, got {pixels}")
+
+
+def text_of(run: Run, config: Config, device: torch.device) -> Pipeline:
+    """The text encoders that the run has trained, and its autoencoder."""
+    tokenizers = read_tokenizers(run.folder / "tokenizers.json", config)
+    parts = open_run_encoders(run, config)
+    checkpoint = Checkpoint(run.folder, config, parts, tokenizers, "a training run", [])
+    return open_pipeline(checkpoint, device, None, staged=False)
+
+
+def scores_of_size(
+    finished: FinishedRun,
+    moving: MovingDigits,
+    draw: Callable[[Clips, ClipSize], Tensor],
+    size: ClipSize,
+    count: int,
+) -> dict:
+    """How well clips of a size show what their captions say; beside them, real clips."""
+    asked, real, others = (
+        moving.draw_clips(count, rng("scored clips", i, *size), moving=size[0] > 1)
+        for i in range(3)
+    )
+    reference = look_at(finished.scorer, moving.videos(others, size)).features
+    found = {}
+    for name, clips, videos in (
+        ("samples", asked, draw(asked, size)),
+        ("real", real, moving.videos(real, size)),
+    ):
+        seen, labels = look_at(finished.scorer, videos), moving.digits.labels[clips.digits]
+        found[name] = motion_scores(seen, labels, velocities(clips.motion), reference)
+    floor = found["real"]["frechet_distance"]
+    return found["samples"] | {
+        "frechet_floor_real": floor,
+        "frechet_ratio_to_real": found["samples"]["frechet_distance"] / floor,
+        "real": found["real"],
+    }
+
+
+class VideoSystem(SamplingSystem):
+    name = "video"
+    what = "Spacetime patches: the same transformer draws videos of any size and length."
+    paper = "Sora, OpenAI, 2024"
+    drawn, written, count = "clips", (".gif", ".npy"), 1
+
+    def add_options(self, parser: Parser) -> None:
+        parser.epilog = "--sample PROMPT draws with a finished run; see --sample PROMPT --help"
+        text = "guidance scale of the samples (default: %(default)s)"
+        parser.add_argument("--guidance", type=float, default=VIDEO_SAMPLING.guidance, help=text)
+
+    def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
+        check_guidance(args.guidance)
+        config = with_flow_recipe(finished.config, VIDEO_RECIPES[size_of(args, finished)], args)
+        training = replace(training_of(config), ema_decay=VIDEO_EMA)
+        sampling = replace(VIDEO_SAMPLING, guidance=args.guidance)
+        return replace(config, training=training, sampling=sampling)
+
+    def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:
+        return {"size": size_of(args, finished), "frames_in_patch": FRAMES_IN_PATCH}
+
+    def train(self, study: Study) -> dict:
+        job, finished = study.job, study.finished
+        run, config = job.run, job.config
+        moving = MovingDigits(finished.source, CLIP_SIZES[0])
+        save_weights(finished.pipeline.vae, run.folder / "autoencoder.safetensors")
+        train_text_encoders(replace(job, source=moving))
+        pipeline = text_of(run, config, job.device)
+        captions = encode_captions(pipeline.text, moving)
+        count = CLIPS_ENCODED[size_of(study.args, finished)]
+        sizes = dict.fromkeys(CLIP_SIZES)
+        encoded = {size: encoded_clips(job, moving, pipeline.vae, size, count) for size in sizes}
+        network = train_video(job, moving, encoded, captions)
+
+        def draw(clips: Clips, size: ClipSize) -> Tensor:
+            index = moving.captions_of(clips, torch.zeros(len(clips.digits)))
+            text = captions.of(index), captions.none(len(index))
+            return sample_video(network, pipeline.vae, *text, size, config.sampling, job.seed)
+
+        scored = job.training.evaluate // 5
+        by_size = {
+            in_name(size): scores_of_size(finished, moving, draw, size, scored)
+            for size in (CLIP_SIZES[0], *UNSEEN)
+        }
+        draw_strips(moving, draw, run.folder)
+        stages = run.stages
+        return by_size[in_name(CLIP_SIZES[0])] | {
+            "evaluations": evaluations(config.sampling),
+            "by_size": by_size,
+            "training_seconds": sum(stages[name]["seconds"] for name in ("clip", "t5", "video")),
+            "thread_seconds": stages["video"]["thread_seconds"],
+        }
+
+    def in_words(self, metrics: dict) -> str:
+        shares = (f"{metrics[key]:.1%}" for key in ("prompt_accuracy", "direction"))
+        return (
+            f"{evaluations_in_words(metrics['evaluations'])} a clip, its digit read as asked in "
+            "{} of frames, its direction right in {} of clips, a bouncing line explains {:.2f} of "
+            "its motion"
+        ).format(*shares, metrics["line_r2"])
+
+    def add_sampling_options(self, parser: Parser) -> None:
+        add = parser.add_argument
+        frames, height, width = CLIP_SIZES[0]
+        add("--frames", type=positive, default=frames, help="of a clip (default: %(default)s)")
+        add("--height", type=positive, default=height, help="pixels (default: %(default)s)")
+        add("--width", type=positive, default=width, help="pixels (default: %(default)s)")
+        add("--guidance", type=float, help="guidance scale (default: the run's)")
+
+    def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
+        config = limited_config(run.identity["config"], run.folder / "run.json")
+        size, sampling = (args.frames, args.height, args.width), config.sampling
+        check_size(size, config)
+        guidance = sampling.guidance if args.guidance is None else args.guidance
+        check_guidance(guidance)
+        steps = args.steps or sampling.steps
+        pipeline = text_of(run, config, finished.device)
+        network = VideoMMDiT(config.mmdit, FRAMES_IN_PATCH).to(finished.device)
+        load_weights(network, run.folder / "video.safetensors")
+        accelerate(network.requires_grad_(False).eval())
+        texts = [prompt for prompt in args.sample for _ in range(args.count)]
+        text, no_text = pipeline.encode_text(texts), pipeline.encode_text([""] * len(texts))
+        sampling = replace(sampling, steps=steps, guidance=guidance)
+        videos = sample_video(network, pipeline.vae, text, no_text, size, sampling, args.seed)
+        return pixels_of(videos)
+
+    def picture(self, images: np.ndarray, captions: list[str]) -> bytes:
+        frames = images.swapaxes(0, 1)  # (T, n, H, W)
+        if len(images) == 1:
+            pictures = [figures.to_image(frame) for frame in frames[:, 0]]
+        else:
+            pictures = [figures.grid_of(captions, frame) for frame in frames]
+        return figures.gif(pictures, [FRAME_MILLISECONDS] * len(pictures))
+
+
+def pixels_of(videos: Tensor) -> np.ndarray:
+    """Videos (B, 1, T, H, W) in [-1, 1] as uint8 (B, T, H, W)."""
+    B, _, T = videos.shape[:3]
+    return to_uint8(fold_time(videos, 1)).view(B, T, *videos.shape[3:]).numpy()
+
+
+def draw_strips(
+    moving: MovingDigits, draw: Callable[[Clips, ClipSize], Tensor], folder: Path
+) -> None:
+    """Write samples.png: clips frame by frame, of a size trained on and of one that is not."""
+    clips = moving.draw_clips(STRIPS, rng("strips"))
+    index = moving.captions_of(clips, torch.zeros(STRIPS))
+    captions, columns = [moving.texts[i] for i in index], []
+    for size, known in ((CLIP_SIZES[0], "trained on"), (UNSEEN[0], "not trained on")):
+        frames = pixels_of(draw(clips, size)).reshape(-1, *size[1:])
+        columns.append((f"{in_name(size)}, {known}", figures.grid_of(captions, frames)))
+    write_file(folder / "samples.png", figures.png(figures.side_by_side(columns)))

@@ -1,0 +1,178 @@
+"""Teaching the transformer videos of moving digits, of several sizes and lengths at once, and
+sampling with it.
+
+Frames go through a finished autoencoder, one by one. A batch has one size; the sizes take turns. A
+picture is a video that stands still for the length of a patch.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nanosd3.config_types import Sampling
+from nanosd3.flow import flow_loss, interpolate, logit_normal, shift, stratified
+from nanosd3.random_streams import rng
+from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits
+from nanosd3.related.video import VideoMMDiT, fold_time, unfold_time
+from nanosd3.samplers import euler, guided
+from nanosd3.storage.files import read_tensors, save_tensors
+from nanosd3.text import TextEncoders
+from nanosd3.training.loop import StepRNG, progress
+from nanosd3.training.stages import Job, build, finish_or_load, fit_average
+from nanosd3.vae import AutoencoderKL
+
+CLIP_SIZES: tuple[ClipSize, ...] = (  # (frames, height, width) of the training steps, in turn
+    (8, 32, 32),
+    (8, 24, 40),
+    (8, 32, 32),
+    (8, 40, 24),
+    (4, 32, 32),
+    (1, 32, 32),
+)
+FRAMES_IN_PATCH = 2
+TEXTLESS = 0.1
+CLIPS_AT_ONCE = 50  # encoded or sampled
+
+
+@dataclass(frozen=True)
+class EncodedCaptions:
+    """All captions, encoded; the last row is no text."""
+
+    context: Tensor  # (n + 1, M, Dc)
+    pooled: Tensor  # (n + 1, Dp)
+
+    def of(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Context and pooled text of captions, by their number."""
+        return self.context[index], self.pooled[index]
+
+    def none(self, count: int) -> tuple[Tensor, Tensor]:
+        return self.of(torch.full((count,), -1))
+
+
+@torch.no_grad()
+def encode_frames(vae: AutoencoderKL, videos: Tensor) -> Tensor:
+    """Videos (B, 1, T, H, W) to normalised latents (B, C, T, h, w): the posteriors' means."""
+    mean, _ = vae.encode(fold_time(videos, 1))
+    return unfold_time(vae.normalise(mean), 1, videos.shape[2])
+
+
+@torch.no_grad()
+def decode_frames(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """The inverse, with values in [-1, 1]."""
+    frames = vae.decode(vae.denormalise(fold_time(latents, 1)))
+    return unfold_time(frames.clamp(-1, 1), 1, latents.shape[2])
+
+
+def noise_shift(size: ClipSize) -> float:
+    """The timestep shift for a size. Frames say the same thing several times over, so that it takes
+    more noise to hide it: by the root of the number of pixels (SD3's paper, eq. 23), which is 1
+    for a picture of the first size. Without it the digits were not those of the captions."""
+    _, height, width = CLIP_SIZES[0]
+    return math.sqrt(math.prod(size) / (height * width))
+
+
+def in_name(size: ClipSize) -> str:
+    """'8x32x32'."""
+    return "x".join(map(str, size))
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def encode_captions(text: TextEncoders, moving: MovingDigits) -> EncodedCaptions:
+    with torch.no_grad():
+        return EncodedCaptions(*text.encode([*moving.texts, ""]))
+
+
+Encoded = tuple[Clips, Tensor]  # clips of one size, and their latents (n, C, T, h, w)
+
+
+def encoded_clips(
+    job: Job, moving: MovingDigits, vae: AutoencoderKL, size: ClipSize, count: int
+) -> Encoded:
+    """`count` clips of a size to train on; their latents are computed once, and kept on disk until
+    the run is finished."""
+    clips = moving.draw_clips(count, rng(job.seed, "clips", *size), moving=size[0] > 1)
+    path = job.run.folder / "cache" / f"clips-{in_name(size)}.safetensors"
+    if not path.exists():
+        latents, batches = [], range(-(-count // CLIPS_AT_ONCE))
+        for i in progress(batches, f"clips {in_name(size)}", len(batches)):
+            some = clips.at(slice(i * CLIPS_AT_ONCE, (i + 1) * CLIPS_AT_ONCE))
+            latents.append(encode_frames(vae, moving.videos(some, size).to(job.device)).half())
+        save_tensors({"latents": torch.cat(latents).cpu()}, path)
+    return clips, read_tensors(path)["latents"]
+
+
+def filled(latents: Tensor) -> Tensor:
+    """A single frame repeated to the length of a patch."""
+    single = latents.shape[2] == 1
+    return latents.expand(-1, -1, FRAMES_IN_PATCH, -1, -1) if single else latents
+
+
+def video_step(
+    job: Job,
+    moving: MovingDigits,
+    encoded: dict[ClipSize, Encoded],
+    captions: EncodedCaptions,
+    network: VideoMMDiT,
+    step_rng: StepRNG,
+) -> Tensor:
+    """One training step: the losses of a batch of clips of one size, (B,)."""
+    training, generator = job.training, step_rng.generator()
+    count = training.flow.batch
+    size = CLIP_SIZES[int(step_rng.name[-1]) % len(CLIP_SIZES)]
+    clips, latents = encoded[size]
+    chosen = step_rng.take(torch.randint(len(latents), (count,), generator=generator))
+    u = step_rng.take(torch.rand(2, count, generator=generator).T)  # (B, 2)
+    t = logit_normal(stratified(count, generator), training.time_mean, training.time_std)
+    t = shift(t, noise_shift(size))
+    index = moving.captions_of(clips.at(chosen), u[:, 0])
+    text = captions.of(index.masked_fill(u[:, 1] < TEXTLESS, -1))
+    x0 = filled(latents[chosen].float())  # (B, C, T, h, w)
+    noise = step_rng.noise(x0.shape[1:])
+    x0, noise, t = (x.to(job.device) for x in (x0, noise, step_rng.take(t)))
+    return flow_loss(network(interpolate(x0, noise, t), t, *text), x0, noise)
+
+
+def train_video(
+    job: Job, moving: MovingDigits, encoded: dict[ClipSize, Encoded], captions: EncodedCaptions
+) -> VideoMMDiT:
+    """The network, trained or loaded: the moving average of its weights."""
+    empty = partial(VideoMMDiT, job.config.mmdit, FRAMES_IN_PATCH)
+    network = build(job, "video", empty).to(job.device)
+
+    def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+        return video_step(job, moving, encoded, captions, network, step_rng), {}
+
+    train = partial(fit_average, job, "video", network, loss_of, job.training.ema_decay)
+    finish_or_load(job, "video", network, train)
+    return network
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_video(
+    network: VideoMMDiT,
+    vae: AutoencoderKL,
+    text: tuple[Tensor, Tensor],
+    no_text: tuple[Tensor, Tensor],
+    size: ClipSize,
+    sampling: Sampling,
+    seed: int,
+) -> Tensor:
+    """Videos (B, 1, T, H, W) in [-1, 1]: noise patches in a grid of this size, followed to data."""
+    B, channels = len(text[0]), vae.config.latent_channels
+    frames = max(size[0], FRAMES_IN_PATCH)
+    shape = (channels, frames, size[1] // vae.config.factor, size[2] // vae.config.factor)
+    noise = torch.stack([torch.randn(shape, generator=rng(seed, "video", i)) for i in range(B)])
+    ts, made = shift(torch.linspace(1, 0, sampling.steps + 1), noise_shift(size)), []
+    for rows in torch.arange(B).split(CLIPS_AT_ONCE):
+        given, without = (tuple(x[rows] for x in pair) for pair in (text, no_text))
+        velocity = guided(network, given, without, sampling.guidance)
+        made.append(decode_frames(vae, euler(velocity, noise[rows].to(text[0].device), ts)).cpu())
+    return torch.cat(made)[:, :, : size[0]]
