@@ -10,6 +10,7 @@ from nanosd3.claims.fm_likelihood import LIKELIHOOD
 from nanosd3.claims.fm_sampling import FEW_STEPS, TRAINING_SPEED
 from nanosd3.claims.fm_solvers import ADAPTIVE, ORDER
 from nanosd3.claims.fm_straightness import STEPS, STRAIGHTNESS
+from nanosd3.claims.hdit_costs import COSTS
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -18,5 +19,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),
         *(CONSISTENT, DISTILLATION, MORE_STEPS),  # Consistency Models
+        COSTS,  # HDiT
     )
 }
