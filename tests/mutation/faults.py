@@ -13,6 +13,7 @@ from mutation.faults_network import ACCELERATE, CHANNELS_LAST, LAYERS, MATMUL, M
 from mutation.faults_related_consistency import FAULTS_CONSISTENCY
 from mutation.faults_related_dit import FAULTS_DIT
 from mutation.faults_related_fm import FAULTS_FM
+from mutation.faults_related_hdit import FAULTS_HDIT
 
 
 class Fault(NamedTuple):
@@ -228,4 +229,4 @@ FAULTS = [
         ("machine/channels_last.py", CHANNELS_LAST),
     )
     for entry in entries
-] + [Fault(*entry) for entry in (*FAULTS_DIT, *FAULTS_FM, *FAULTS_CONSISTENCY)]
+] + [Fault(*entry) for entry in (*FAULTS_DIT, *FAULTS_FM, *FAULTS_CONSISTENCY, *FAULTS_HDIT)]
