@@ -18,6 +18,7 @@ Modules, each of which imports only from those above it:
     consistency_students   students of several seeds, and their samples
     consistency_steps   x-cm-0, x-cm-1: distillation, and whether more steps help
     hdit_costs          x-hd-1: what a pass costs as images grow
+    hdit_detail         x-hd-3: what latents lose of an image
     catalogue           all experiments by name
     records             run one, and keep what it said and found
     page                README.md, built from the records

@@ -11,6 +11,7 @@ from nanosd3.claims.fm_sampling import FEW_STEPS, TRAINING_SPEED
 from nanosd3.claims.fm_solvers import ADAPTIVE, ORDER
 from nanosd3.claims.fm_straightness import STEPS, STRAIGHTNESS
 from nanosd3.claims.hdit_costs import COSTS
+from nanosd3.claims.hdit_detail import DETAIL
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -19,6 +20,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),
         *(CONSISTENT, DISTILLATION, MORE_STEPS),  # Consistency Models
-        COSTS,  # HDiT
+        *(COSTS, DETAIL),  # HDiT
     )
 }

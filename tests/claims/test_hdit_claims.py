@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from nanosd3.claims import __main__ as command
 from nanosd3.claims.hdit_costs import COST_MARKS, COSTS, hourglass_for, multiply_adds_of, slope
+from nanosd3.claims.hdit_detail import DETAIL, decibels
 from nanosd3.cli import run_main
 from nanosd3.related.hdit import HDiT, hdit_multiply_adds
 
@@ -69,3 +71,38 @@ def test_costs_run(tiny_run, tmp_path):
         assert all(s > 0 for each in results["seconds"][name] for s in each)
         small, *_, large = results["multiply_adds"][name]
         assert 0 < small < large
+
+
+# --- x-hd-3 -------------------------------------------------------------------------------------
+
+
+def detail(lost: float, generated: list[float], thin: float = 20.0) -> dict:
+    return {"lost": lost, "generated": generated, "psnr": [thin, 21.0, 22.0]}
+
+
+@pytest.mark.parametrize(
+    ("results", "word"),
+    [
+        (detail(0.3, [2.9, 2.99, 2.5]), "supported"),
+        (detail(0.3, [2.9, 3.1, 2.5]), "undecided"),
+        (detail(0.3, [2.9, 2.99, 2.5], thin=22.1), "undecided"),
+        (detail(0.2, [2.9, 3.0, 2.5]), "refuted"),
+    ],
+)
+def test_rule_of_detail(results, word):
+    assert DETAIL.decide(results) == word
+
+
+def test_decibels():
+    black, grey = torch.zeros(2, 4, 4, dtype=torch.uint8), torch.full((2, 4, 4), 51).byte()
+    torch.testing.assert_close(decibels(black, grey), torch.full((2,), 13.9794).double())
+    assert (decibels(black, black) > 70).all()
+
+
+def test_detail_runs(tiny_run, tmp_path):
+    words = ["x-hd-3", "--run", str(tiny_run), "--out", str(tmp_path), "--seeds", "2", "--fast"]
+    assert run_main(lambda: command.main(words)) == 0
+    assert (tmp_path / "fast" / "x-hd-3.png").exists()
+    results = json.loads((tmp_path / "fast" / "x-hd-3.json").read_text())["results"]
+    assert results["lost"] > 0 and len(results["generated"]) == 2 and len(results["psnr"]) == 3
+    assert all(5 < psnr < 40 for psnr in results["psnr"])
