@@ -51,12 +51,10 @@ def detail_study(conditions: Conditions) -> dict:
         ["Frechet distance of reconstructions to the images themselves", lost],
         ["Frechet distance of samples, that of real images taken off", generated],
         ["the first as a share of the second", [lost / other for other in generated]],
-        *(
-            [f"PSNR of {n} strokes, dB", p]
-            for n, p in zip(SIZES_OF_STROKES, by_stroke, strict=True)
-        ),
         ["of pixels, which HDiT draws", "nothing is lost"],
     ]
+    for name, value in zip(SIZES_OF_STROKES, by_stroke, strict=True):
+        rows.append([f"PSNR of {name} strokes, dB", value])
     return {
         "lost": lost,
         "generated": generated,
