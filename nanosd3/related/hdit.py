@@ -233,8 +233,8 @@ def soft_min_snr(t: Tensor, data_std: float = 1.0) -> Tensor:
 def hdit_loss(
     velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, data_std: float = 1.0
 ) -> Tensor:
-    """The weighted loss of each sample, (B,)."""
-    return soft_min_snr(t, data_std) * flow_loss(velocity, x0, noise)
+    """The weighted loss of each sample, (B,): without noise, the squared error of x0."""
+    return data_std**2 * soft_min_snr(t, data_std) * flow_loss(velocity, x0, noise)
 
 
 def hdit_multiply_adds(config: HDiTConfig, height: int, width: int) -> int:

@@ -5,9 +5,10 @@ what to draw by the pooled text of a finished run's frozen encoders, and a tenth
 zeros, so that guidance works.
 
 The larger an image, the more its neighbouring pixels say the same, and the more noise it takes to
-hide what it shows (flow.py). Strokes of digits at 64 x 64 are about 8 pixels wide, so their shape
-is still just seen through noise of 8 times the pixels' deviation. There training looks most often,
-there is the knee of the loss's weight, and sampling goes slowly there.
+hide what it shows (flow.py). Of the principal components of digits at 64 x 64 the strongest has 17
+times the deviation of a pixel, the tenth 8 times: their shapes are seen through as much noise. So
+noise is drawn around 8, and the loss's weight, which would fall from the deviation of a pixel on,
+falls from 16 on. The paper moves its noise with the image's size as well.
 """
 
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ from nanosd3.training.cached_features import CAPTION_BATCH
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average
 
-STROKE = 8.0  # noise, relative to the pixels' deviation, through which shapes are just seen
-NOISE_SPREAD = 1.0  # of the noise's logarithm, around that of STROKE
+MIDDLE_NOISE = 8.0  # the median of the noise, relative to the pixels' deviation
+NOISE_SPREAD = 1.0  # the deviation of its logarithm
+STRONGEST = 16.0  # the deviation that the loss's weight takes for that of the data
 DROPPED_TEXT = 0.1
 MEASURED_DIGITS = 2000  # for the mean and deviation of pixels
 
@@ -83,12 +85,12 @@ def hdit_step(job: Job, pixels: Pixels, pooled: Tensor, model: HDiT, step_rng: S
     captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
     keep = step_rng.take(torch.rand(size, generator=generator) >= DROPPED_TEXT)
     u = step_rng.take(stratified(size, generator))
-    t = logit_normal(u, log(STROKE), NOISE_SPREAD)  # t / (1 - t) is the noise
+    t = logit_normal(u, log(MIDDLE_NOISE), NOISE_SPREAD)  # t / (1 - t) is the noise
     x0, text = pixels[images], pooled[captions] * keep[:, None]
     noise = step_rng.noise(x0.shape[1:])
     x0, noise, t, text = (x.to(job.device) for x in (x0, noise, t, text))
     velocity = model(interpolate(x0, noise, t), t, text)
-    return hdit_loss(velocity, x0, noise, t, STROKE)
+    return hdit_loss(velocity, x0, noise, t, STRONGEST)
 
 
 def trained_hdit(job: Job, config: HDiTConfig, pixels: Pixels, pooled: Tensor) -> HDiT:

@@ -79,7 +79,7 @@ FAULTS_HDIT = [
     (HDIT_FILE, "return (t * (1 - t)) ** 2 /", "return (1 - t) ** 2 /",
      "the weight of x0's error on the velocity's"),
     (HDIT_FILE, "+ (data_std * (1 - t)) ** 2)", "+ data_std * (1 - t) ** 2)", "std for variance"),
-    (HDIT_FILE, "return soft_min_snr(t, data_std) *", "return soft_min_snr(t) *",
+    (HDIT_FILE, "data_std**2 * soft_min_snr(t, data_std) *", "soft_min_snr(t) *",
      "the data's deviation is ignored"),
     (HDIT_FILE, "torch.zeros(1), pooled)) // 2", "torch.zeros(1), pooled))", "operations"),
     # hdit_lessons.py

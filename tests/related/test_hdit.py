@@ -345,8 +345,9 @@ def test_weight_of_the_loss():
     t = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64)
     z = interpolate(x0, noise, t)
     error_of_x0 = (z - t.view(-1, 1, 1, 1) * (noise - x0 + wrong) - x0).square().mean((1, 2, 3))
-    expected = error_of_x0 / ((t / (1 - t)) ** 2 + 1)
-    torch.testing.assert_close(hdit_loss(noise - x0 + wrong, x0, noise, t), expected)
+    for std in (1.0, 3.0):
+        expected = error_of_x0 / ((t / (1 - t) / std) ** 2 + 1)
+        torch.testing.assert_close(hdit_loss(noise - x0 + wrong, x0, noise, t, std), expected)
     assert not hdit_loss(noise - x0, x0, noise, t).any()
     torch.testing.assert_close(soft_min_snr(torch.tensor(0.5)), torch.tensor(0.125))
 

@@ -16,14 +16,15 @@ from support.interruptions import interrupted_after
 from nanosd3.cli import run_main
 from nanosd3.config_types import Sampling
 from nanosd3.data.sources import enlarged
-from nanosd3.flow import flow_loss, shift
+from nanosd3.flow import shift
 from nanosd3.related import __main__ as related
 from nanosd3.related import command as related_command
 from nanosd3.related import train_hdit as train_hdit_module
 from nanosd3.related.finished_run import open_finished_run
-from nanosd3.related.hdit import HDiT, HDiTConfig, HDiTLevel, soft_min_snr
+from nanosd3.related.hdit import HDiT, HDiTConfig, HDiTLevel, hdit_loss
 from nanosd3.related.hdit_lessons import (
-    STROKE,
+    MIDDLE_NOISE,
+    STRONGEST,
     Pixels,
     drawn_images,
     hdit_step,
@@ -121,7 +122,7 @@ def test_a_step(job, pixels, finished):
     (z,), (t,), (text,) = model.z, model.t, model.text
     noise = rows.noise(z.shape[1:])
     x0 = (z - t.view(-1, 1, 1, 1) * noise) / (1 - t.view(-1, 1, 1, 1))
-    expected = soft_min_snr(t, STROKE) * flow_loss(torch.ones_like(z), x0, noise)
+    expected = hdit_loss(torch.ones_like(z), x0, noise, t, STRONGEST)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
     assert found.shape == (8,)
     images = job.source.draw(8, rows.generator())
@@ -141,7 +142,8 @@ def test_rows_of_a_microbatch(job, pixels, finished):
 
 
 def test_text_is_dropped_and_noise_is_spread(job, pixels, finished):
-    """A tenth of the texts are zeros; the median of the noise is STROKE, its spread a factor e."""
+    """A tenth of the texts are zeros; the median of the noise is MIDDLE_NOISE, its spread a
+    factor e."""
     pooled = torch.ones(len(finished.source.texts), 3)
     model = Recorder()
     for step in range(100):
@@ -150,7 +152,7 @@ def test_text_is_dropped_and_noise_is_spread(job, pixels, finished):
     assert 0.05 < (text == 0).all(1).float().mean() < 0.16
     assert ((text == 0).all(1) | (text == 1).all(1)).all()
     noise = (t / (1 - t)).log()
-    assert noise.median().item() == pytest.approx(math.log(STROKE), abs=0.1)
+    assert noise.median().item() == pytest.approx(math.log(MIDDLE_NOISE), abs=0.1)
     assert noise.std().item() == pytest.approx(1, abs=0.1)
 
 
