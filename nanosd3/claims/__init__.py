@@ -19,6 +19,7 @@ Modules, each of which imports only from those above it:
     consistency_steps   x-cm-0, x-cm-1: distillation, and whether more steps help
     hdit_costs          x-hd-1: what a pass costs as images grow
     hdit_detail         x-hd-3: what latents lose of an image
+    video_clips         x-sora-1, x-sora-4: other sizes and lengths, coherence
     catalogue           all experiments by name
     records             run one, and keep what it said and found
     page                README.md, built from the records

@@ -12,6 +12,7 @@ from nanosd3.claims.fm_solvers import ADAPTIVE, ORDER
 from nanosd3.claims.fm_straightness import STEPS, STRAIGHTNESS
 from nanosd3.claims.hdit_costs import COSTS
 from nanosd3.claims.hdit_detail import DETAIL
+from nanosd3.claims.video_clips import COHERENCE, LENGTHS, OTHER_SIZES_KEPT
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -21,5 +22,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(LIKELIHOOD, ADAPTIVE, ORDER),
         *(CONSISTENT, DISTILLATION, MORE_STEPS),  # Consistency Models
         *(COSTS, DETAIL),  # HDiT
+        *(OTHER_SIZES_KEPT, LENGTHS, COHERENCE),  # spacetime patches
     )
 }

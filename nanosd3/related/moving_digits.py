@@ -17,8 +17,8 @@ from nanosd3.data.sources import Digits
 from nanosd3.random_streams import rng
 from nanosd3.storage.run import Contents
 
-DIGIT_SIDE = 20  # pixels that a digit's 28 are scaled to
-SPRITE = 16  # the middle of those, which has all but a hundredth of the ink
+DIGIT_SIDE = 24  # pixels that a digit's 28 are scaled to
+SPRITE = 20  # the middle of those, which has all but a hundredth of the ink
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows, columns
 SPEEDS = {", slowly": 1, "": 2, ", fast": 3}  # pixels a frame
 MOTIONS = [(d, s) for d in DIRECTIONS for s in SPEEDS]  # after them: no motion at all

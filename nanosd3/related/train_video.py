@@ -9,8 +9,8 @@ CLIP looks at a clip in one picture, a long exposure.
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from nanosd3.related.video import VideoMMDiT, fold_time
 from nanosd3.related.video_lessons import (
     CLIP_SIZES,
     FRAMES_IN_PATCH,
+    EncodedCaptions,
     encode_captions,
     encoded_clips,
     in_name,
@@ -48,6 +49,7 @@ from nanosd3.storage.run import Run
 from nanosd3.training import figures
 from nanosd3.training.stages import training_of
 from nanosd3.training.train_text import train_text_encoders
+from nanosd3.vae import AutoencoderKL
 
 UNSEEN: tuple[ClipSize, ...] = ((8, 32, 48), (12, 32, 32))
 MOST_FRAMES = 64
@@ -87,31 +89,58 @@ def text_of(run: Run, config: Config, device: torch.device) -> Pipeline:
     return open_pipeline(checkpoint, device, None, staged=False)
 
 
+@dataclass(frozen=True)
+class TrainedVideo:
+    """A video model, and what its captions and frames are encoded with."""
+
+    network: VideoMMDiT
+    vae: AutoencoderKL
+    captions: EncodedCaptions
+    moving: MovingDigits
+    sampling: Sampling
+
+    def draw(self, clips: Clips, size: ClipSize, seed: int = 0) -> Tensor:
+        """Videos (B, 1, T, H, W) in [-1, 1] for the captions of clips."""
+        index = self.moving.captions_of(clips, torch.zeros(len(clips.digits)))
+        text = self.captions.of(index), self.captions.none(len(index))
+        return sample_video(self.network, self.vae, *text, size, self.sampling, seed)
+
+
+def trained_video(study: Study) -> TrainedVideo:
+    """Train all stages on the finished run's digits, or load them."""
+    job, finished = study.job, study.finished
+    moving = MovingDigits(finished.source, CLIP_SIZES[0])
+    save_weights(finished.pipeline.vae, job.run.folder / "autoencoder.safetensors")
+    train_text_encoders(replace(job, source=moving))
+    pipeline = text_of(job.run, job.config, job.device)
+    captions = encode_captions(pipeline.text, moving)
+    count = CLIPS_ENCODED[size_of(study.args, finished)]
+    sizes = dict.fromkeys(CLIP_SIZES) if "video" not in job.run.stages else ()
+    encoded = {size: encoded_clips(job, moving, pipeline.vae, size, count) for size in sizes}
+    network = train_video(job, moving, encoded, captions)
+    return TrainedVideo(network, pipeline.vae, captions, moving, job.config.sampling)
+
+
+def asked_clips(moving: MovingDigits, size: ClipSize, count: int, draw: int = 0) -> Clips:
+    """The clips whose captions a model is asked to draw; other draws are for comparison."""
+    return moving.draw_clips(count, rng("scored clips", draw, *size), moving=size[0] > 1)
+
+
 def scores_of_size(
-    finished: FinishedRun,
-    moving: MovingDigits,
-    draw: Callable[[Clips, ClipSize], Tensor],
-    size: ClipSize,
-    count: int,
+    finished: FinishedRun, moving: MovingDigits, videos: Tensor, clips: Clips, size: ClipSize
 ) -> dict:
-    """How well clips of a size show what their captions say; beside them, real clips."""
-    asked, real, others = (
-        moving.draw_clips(count, rng("scored clips", i, *size), moving=size[0] > 1)
-        for i in range(3)
-    )
+    """How well videos show what the captions of `clips` say; beside them, real ones."""
+    real, others = (asked_clips(moving, size, len(clips.digits), i) for i in (1, 2))
     reference = look_at(finished.scorer, moving.videos(others, size)).features
-    found = {}
-    for name, clips, videos in (
-        ("samples", asked, draw(asked, size)),
-        ("real", real, moving.videos(real, size)),
-    ):
-        seen, labels = look_at(finished.scorer, videos), moving.digits.labels[clips.digits]
-        found[name] = motion_scores(seen, labels, velocities(clips.motion), reference)
-    floor = found["real"]["frechet_distance"]
-    return found["samples"] | {
-        "frechet_floor_real": floor,
-        "frechet_ratio_to_real": found["samples"]["frechet_distance"] / floor,
-        "real": found["real"],
+    found = []
+    for shown, of in ((videos, clips), (moving.videos(real, size), real)):
+        seen, labels = look_at(finished.scorer, shown), moving.digits.labels[of.digits]
+        found.append(motion_scores(seen, labels, velocities(of.motion), reference))
+    ours, theirs = found
+    return ours | {
+        "frechet_floor_real": theirs["frechet_distance"],
+        "frechet_ratio_to_real": ours["frechet_distance"] / theirs["frechet_distance"],
+        "real": theirs,
     }
 
 
@@ -137,32 +166,23 @@ class VideoSystem(SamplingSystem):
         return {"size": size_of(args, finished), "frames_in_patch": FRAMES_IN_PATCH}
 
     def train(self, study: Study) -> dict:
-        job, finished = study.job, study.finished
-        run, config = job.run, job.config
-        moving = MovingDigits(finished.source, CLIP_SIZES[0])
-        save_weights(finished.pipeline.vae, run.folder / "autoencoder.safetensors")
-        train_text_encoders(replace(job, source=moving))
-        pipeline = text_of(run, config, job.device)
-        captions = encode_captions(pipeline.text, moving)
-        count = CLIPS_ENCODED[size_of(study.args, finished)]
-        sizes = dict.fromkeys(CLIP_SIZES)
-        encoded = {size: encoded_clips(job, moving, pipeline.vae, size, count) for size in sizes}
-        network = train_video(job, moving, encoded, captions)
-
-        def draw(clips: Clips, size: ClipSize) -> Tensor:
-            index = moving.captions_of(clips, torch.zeros(len(clips.digits)))
-            text = captions.of(index), captions.none(len(index))
-            return sample_video(network, pipeline.vae, *text, size, config.sampling, job.seed)
-
-        scored = job.training.evaluate // 5
-        by_size = {
-            in_name(size): scores_of_size(finished, moving, draw, size, scored)
-            for size in (CLIP_SIZES[0], *UNSEEN)
-        }
-        draw_strips(moving, draw, run.folder)
-        stages = run.stages
+        job, model = study.job, trained_video(study)
+        by_size, seconds = {}, 0.0
+        for size in (CLIP_SIZES[0], *UNSEEN):
+            clips, begin = (
+                asked_clips(model.moving, size, job.training.evaluate // 5),
+                time.perf_counter(),
+            )
+            videos = model.draw(clips, size)
+            seconds = seconds or time.perf_counter() - begin
+            scores = scores_of_size(study.finished, model.moving, videos, clips, size)
+            by_size[in_name(size)] = scores
+        draw_strips(model, job.run.folder)
+        stages = job.run.stages
         return by_size[in_name(CLIP_SIZES[0])] | {
-            "evaluations": evaluations(config.sampling),
+            "evaluations": evaluations(job.config.sampling),
+            "clips": len(clips.digits),
+            "clips_per_second": len(clips.digits) / seconds,
             "by_size": by_size,
             "training_seconds": sum(stages[name]["seconds"] for name in ("clip", "t5", "video")),
             "thread_seconds": stages["video"]["thread_seconds"],
@@ -216,14 +236,13 @@ def pixels_of(videos: Tensor) -> np.ndarray:
     return to_uint8(fold_time(videos, 1)).view(B, T, *videos.shape[3:]).numpy()
 
 
-def draw_strips(
-    moving: MovingDigits, draw: Callable[[Clips, ClipSize], Tensor], folder: Path
-) -> None:
+def draw_strips(model: TrainedVideo, folder: Path) -> None:
     """Write samples.png: clips frame by frame, of a size trained on and of one that is not."""
+    moving = model.moving
     clips = moving.draw_clips(STRIPS, rng("strips"))
     index = moving.captions_of(clips, torch.zeros(STRIPS))
     captions, columns = [moving.texts[i] for i in index], []
     for size, known in ((CLIP_SIZES[0], "trained on"), (UNSEEN[0], "not trained on")):
-        frames = pixels_of(draw(clips, size)).reshape(-1, *size[1:])
+        frames = pixels_of(model.draw(clips, size)).reshape(-1, *size[1:])
         columns.append((f"{in_name(size)}, {known}", figures.grid_of(captions, frames)))
     write_file(folder / "samples.png", figures.png(figures.side_by_side(columns)))

@@ -14,6 +14,7 @@ from mutation.faults_related_consistency import FAULTS_CONSISTENCY
 from mutation.faults_related_dit import FAULTS_DIT
 from mutation.faults_related_fm import FAULTS_FM
 from mutation.faults_related_hdit import FAULTS_HDIT
+from mutation.faults_related_video import FAULTS_VIDEO
 
 
 class Fault(NamedTuple):
@@ -229,4 +230,8 @@ FAULTS = [
         ("machine/channels_last.py", CHANNELS_LAST),
     )
     for entry in entries
-] + [Fault(*entry) for entry in (*FAULTS_DIT, *FAULTS_FM, *FAULTS_CONSISTENCY, *FAULTS_HDIT)]
+] + [
+    Fault(*entry)
+    for related in (FAULTS_DIT, FAULTS_FM, FAULTS_CONSISTENCY, FAULTS_HDIT, FAULTS_VIDEO)
+    for entry in related
+]

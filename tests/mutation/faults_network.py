@@ -218,7 +218,7 @@ MMDIT = [
     ("H // patch, W // patch)", "W // patch, H // patch)", "positions of a turned image"),
     (" + positions.to(z.dtype)", "", "no positions"),
     ("positions.to(z.dtype)", "positions", "positions of another dtype"),
-    ("timestep_embedding(t).to(z.dtype)", "timestep_embedding(t)", "time stays in float32"),
+    ("timestep_embedding(t).to(x.dtype)", "timestep_embedding(t)", "time stays in float32"),
     (" + self.y_embedder(pooled)", "", "no pooled text"),
     ("self.t_embedder(features) + ", "", "no time"),
     ("if i not in skip:", "if i + 1 not in skip:", "skips the block before"),

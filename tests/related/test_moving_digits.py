@@ -6,6 +6,7 @@ import torch
 from nanosd3.related.finished_run import open_finished_run
 from nanosd3.related.motion import centres, fitted_motion, located_digits, look_at, motion_scores
 from nanosd3.related.moving_digits import (
+    DIGIT_SIDE,
     MOTIONS,
     SPRITE,
     Clips,
@@ -19,7 +20,7 @@ from nanosd3.related.moving_digits import (
     velocities,
 )
 
-SIZES = [(8, 32, 32), (8, 24, 40), (20, 64, 64), (4, 16, 24), (1, 32, 32)]
+SIZES = [(8, 32, 32), (8, 24, 40), (20, 64, 64), (4, 20, 24), (1, 32, 32)]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_a_path(size):
         first = steps[~fits, 0]
         moves = (room >= velocity.abs())[~fits].all(1)
         assert (first[moves] == velocity[~fits][moves]).all()
-    if (room > 8).all() and size[0] == 8:  # starts are spread over all there are
+    if (room > 4).all() and size[0] == 8:  # starts are spread over all there are
         across = corners[velocity[:, 0] == 0][:, 0, 0]
         assert across.unique().numel() == room[0] + 1
 
@@ -65,8 +66,8 @@ def test_a_path(size):
 def test_a_frame_shows_the_sprite_where_it_is():
     ink = torch.rand(3, SPRITE, SPRITE)
     corners = torch.randint(9, (3, 4, 2))
-    videos = drawn_clips(ink, corners, (4, 24, 25))
-    assert videos.shape == (3, 1, 4, 24, 25)
+    videos = drawn_clips(ink, corners, (4, 28, 29))
+    assert videos.shape == (3, 1, 4, 28, 29)
     for b in range(3):
         for t in range(4):
             y, x = corners[b, t].tolist()
@@ -78,7 +79,7 @@ def test_a_frame_shows_the_sprite_where_it_is():
 def test_sprites_keep_the_ink(finished):
     images = finished.source.images.test_images
     ink = sprites(images)
-    kept = ink.sum((1, 2)) / (images.float().sum((1, 2)) / 255 * (20 / 28) ** 2)
+    kept = ink.sum((1, 2)) / (images.float().sum((1, 2)) / 255 * (DIGIT_SIDE / 28) ** 2)
     assert kept.mean() > 0.98 and 0.85 < kept.min() and kept.max() < 1.05  # wide ones lose a tip
 
 
@@ -169,10 +170,10 @@ def test_scores(moving, finished):
     assert whole["direction"] > 0.95 and whole["speed"] > 0.95 and whole["line_r2"] > 0.98
     still = scores(videos[:, :, :1].expand(-1, -1, 8, -1, -1))
     assert still["direction"] == still["speed"] == 0
+    slow = velocity.abs().amax(1) == 1  # these do not come back from a wall
+    assert scores(videos.flip(2)[slow], labels[slow], velocity[slow])["direction"] == 0
     backwards = scores(videos.flip(2))
-    assert backwards["direction"] < 0.5 and backwards["prompt_accuracy"] == pytest.approx(
-        whole["prompt_accuracy"], abs=1e-3
-    )
+    assert backwards["prompt_accuracy"] == pytest.approx(whole["prompt_accuracy"], abs=1e-3)
     other = scores(videos, (labels + 1) % 10)
     assert other["direction"] == whole["direction"]
     assert other["prompt_accuracy"] != whole["prompt_accuracy"]
