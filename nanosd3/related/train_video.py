@@ -3,9 +3,9 @@
     python -m nanosd3.related video
     python -m nanosd3.related video --sample "a seven moving left" --frames 12 --width 48
 
-The finished run's autoencoder is used as it is. Its text encoders do not know the words of motion,
-and would cut the captions before them, so the two CLIPs and T5 are trained again on these captions;
-CLIP looks at a clip in one picture, a long exposure.
+The finished run's autoencoder is used as it is, and training starts from its transformer. Its text
+encoders do not know the words of motion, and would cut the captions before them, so the two CLIPs
+and T5 are trained again on these captions; CLIP looks at a clip in one picture, a long exposure.
 """
 
 import argparse
@@ -58,10 +58,10 @@ STRIPS = 8  # clips in the picture
 
 
 VIDEO_RECIPES = {
-    "mnist": Recipe(1500, batch=32, lr=1e-2, warmup=50, weight_decay=0.0, optimizer="muon"),
+    "mnist": Recipe(2000, batch=64, lr=1e-2, warmup=50, weight_decay=0.0, optimizer="muon"),
     "tiny": Recipe(6, batch=4, lr=1e-3, warmup=1, weight_decay=0.0),
 }
-VIDEO_SAMPLING = Sampling(steps=25, guidance=1.6, shift=1.0, sampler="euler")
+VIDEO_SAMPLING = Sampling(steps=25, guidance=2.5, shift=1.0, sampler="euler")
 CLIPS_ENCODED = {"mnist": 4000, "tiny": 16}  # of each size, to train on
 VIDEO_EMA = 0.995
 
@@ -117,7 +117,7 @@ def trained_video(study: Study) -> TrainedVideo:
     count = CLIPS_ENCODED[size_of(study.args, finished)]
     sizes = dict.fromkeys(CLIP_SIZES) if "video" not in job.run.stages else ()
     encoded = {size: encoded_clips(job, moving, pipeline.vae, size, count) for size in sizes}
-    network = train_video(job, moving, encoded, captions)
+    network = train_video(job, finished.pipeline.mmdit, moving, encoded, captions)
     return TrainedVideo(network, pipeline.vae, captions, moving, job.config.sampling)
 
 

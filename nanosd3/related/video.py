@@ -87,6 +87,22 @@ def spacetime_positions(pos_embed: Tensor, slots: int, rows: int, columns: int) 
     return (place + when).reshape(1, -1, place.shape[2])
 
 
+def inflated(state: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
+    """The weights of an MMDiT for images, for patches of `frames` frames that it draws alike: each
+    frame counts for a part of the token, and each gets the whole answer (I3D, arXiv 1705.07750)."""
+    embed = state["x_embedder.proj.weight"]  # (D, C, p, p)
+    _, C, patch, _ = embed.shape
+
+    def for_each_frame(rows: Tensor) -> Tensor:  # (p*p*C, ...) to (p*p*frames*C, ...)
+        rows = rows.reshape(patch * patch, 1, C, *rows.shape[1:])
+        return rows.expand(-1, frames, -1, *rows.shape[3:]).flatten(0, 2)
+
+    last = {
+        key: for_each_frame(state[key]) for key in state if key.startswith("final_layer.linear")
+    }
+    return state | last | {"x_embedder.proj.weight": embed.repeat(1, frames, 1, 1) / frames}
+
+
 class VideoMMDiT(MMDiT):
     """The MMDiT for videos (B, C, T, H, W), with patches of `frames` frames."""
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from nanosd3.config_types import Sampling
 from nanosd3.flow import flow_loss, interpolate, logit_normal, shift, stratified
+from nanosd3.mmdit import MMDiT
 from nanosd3.random_streams import rng
 from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits
-from nanosd3.related.video import VideoMMDiT, fold_time, unfold_time
+from nanosd3.related.video import VideoMMDiT, fold_time, inflated, unfold_time
 from nanosd3.samplers import euler, guided
 from nanosd3.storage.files import read_tensors, save_tensors
 from nanosd3.text import TextEncoders
@@ -137,12 +138,26 @@ def video_step(
     return flow_loss(network(interpolate(x0, noise, t), t, *text), x0, noise)
 
 
+def first_network(job: Job, images: MMDiT) -> VideoMMDiT:
+    """The network before training: a finished one for images, but for what reads the text."""
+    network = build(job, "video", partial(VideoMMDiT, job.config.mmdit, FRAMES_IN_PATCH))
+    known = inflated(images.state_dict(), FRAMES_IN_PATCH)
+    text = ("context_embedder.", "y_embedder.")  # of other encoders
+    network.load_state_dict(
+        {k: x for k, x in known.items() if not k.startswith(text)}, strict=False
+    )
+    return network.to(job.device)
+
+
 def train_video(
-    job: Job, moving: MovingDigits, encoded: dict[ClipSize, Encoded], captions: EncodedCaptions
+    job: Job,
+    images: MMDiT,
+    moving: MovingDigits,
+    encoded: dict[ClipSize, Encoded],
+    captions: EncodedCaptions,
 ) -> VideoMMDiT:
-    """The network, trained or loaded: the moving average of its weights."""
-    empty = partial(VideoMMDiT, job.config.mmdit, FRAMES_IN_PATCH)
-    network = build(job, "video", empty).to(job.device)
+    """The network, trained from one for images or loaded: the moving average of its weights."""
+    network = first_network(job, images)
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
         return video_step(job, moving, encoded, captions, network, step_rng), {}

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +24,7 @@ from nanosd3.related import train_video as train_video_module
 from nanosd3.related.finished_run import open_finished_run
 from nanosd3.related.moving_digits import MovingDigits
 from nanosd3.related.train_video import VideoSystem, text_of
-from nanosd3.related.video import VideoMMDiT
+from nanosd3.related.video import VideoMMDiT, inflated
 from nanosd3.related.video_lessons import (
     CLIP_SIZES,
     FRAMES_IN_PATCH,
@@ -32,6 +33,7 @@ from nanosd3.related.video_lessons import (
     encode_captions,
     encode_frames,
     encoded_clips,
+    first_network,
     sample_video,
     video_step,
 )
@@ -206,6 +208,19 @@ def test_clips_are_encoded_once(job, moving, finished, monkeypatch, tmp_path):
     torch.testing.assert_close(latents.float(), expected, atol=2e-2, rtol=1e-2)
     again, same = encoded_clips(job, moving, None, size, 6)
     assert torch.equal(same, latents) and torch.equal(again.digits, clips.digits)
+
+
+def test_training_starts_from_the_transformer_for_images(job, finished):
+    """But what reads the text is new, and depends on the seed."""
+    images = finished.pipeline.mmdit
+    network, other = first_network(job, images), first_network(replace(job, seed=1), images)
+    known = inflated(images.state_dict(), FRAMES_IN_PATCH)
+    for key, found in network.state_dict().items():
+        if key.startswith(("context_embedder", "y_embedder")):
+            same = torch.equal(found, other.state_dict()[key])
+            assert same == key.endswith("bias") and (same or not torch.equal(found, known[key]))
+        else:
+            assert torch.equal(found, known[key]), key
 
 
 # --- sampling -------------------------------------------------------------------------------------

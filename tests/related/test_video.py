@@ -11,6 +11,7 @@ from nanosd3.patchify import centre_crop, patchify, sincos_positions
 from nanosd3.related.video import (
     VideoMMDiT,
     fold_time,
+    inflated,
     patchify_video,
     spacetime_positions,
     time_code,
@@ -112,6 +113,18 @@ def test_an_image_is_a_video_of_one_frame():
     for skip in ((), (0,)):
         expected = image(z, *given, skip=skip)
         assert torch.equal(video(z[:, :, None], *given, skip=skip)[:, :, 0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 3])
+def test_an_inflated_network_draws_a_picture_that_stands_still(frames):
+    """Every frame of a patch is the image network's answer, if all of them are the same."""
+    image, video = lively(MMDiT(TINY)), VideoMMDiT(TINY, frames)
+    video.load_state_dict(inflated(image.state_dict(), frames))
+    z, *given = inputs(2, TINY.latent_channels, 6, 8)
+    still = z[:, :, None].expand(-1, -1, frames, -1, -1)
+    expected = image(z, *given)[:, :, None].expand_as(still)
+    torch.testing.assert_close(video(still, *given), expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
