@@ -225,7 +225,7 @@ def test_resumed_byte_for_byte(hdit_run, tiny_run, tmp_path, monkeypatch):
 
 def test_what_a_run_leaves(hdit_run):
     metrics = json.loads((hdit_run / "metrics.json").read_text())
-    assert metrics["system"] == "hdit" and metrics["evaluations"] == 40  # 20, guided
+    assert metrics["system"] == "hdit" and metrics["evaluations"] == 20  # 10, guided
     for scores in (metrics, metrics["main_model"]):
         assert 0 <= scores["prompt_accuracy"] <= 1 and scores["frechet_ratio_to_real"] > 0
         assert scores["frechet_floor_real"] > 0 and scores["images_per_second"] > 0
@@ -254,7 +254,7 @@ def test_guidance_counts(tiny_run, hdit_run, tmp_path, monkeypatch):
     out = tmp_path / "unguided"
     assert command("--run", tiny_run, "--out", out, "--guidance", 1) == 0
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["evaluations"] == 20
+    assert metrics["evaluations"] == 10
     assert metrics["frechet_distance"] != before["frechet_distance"]
     weights = [(folder / "hdit.safetensors").read_bytes() for folder in (out, hdit_run)]
     assert weights[0] == weights[1]
