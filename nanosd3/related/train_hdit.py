@@ -64,10 +64,12 @@ HDIT_EMA_DECAY = 0.99
 HDIT_SAMPLING = Sampling(steps=10, guidance=1.5, shift=4.0, sampler="euler")
 
 
-def hdit_config(size: str, flat: bool, pooled_dim: int) -> HDiTConfig:
+def hdit_config(size: str, flat: bool, main: Config) -> HDiTConfig:
+    """For the images and the text of a main model."""
     levels = (FLAT_ONES[size],) if flat else HOURGLASSES[size]
     head_dim = min(HEAD_DIM, levels[0].width)
-    return HDiTConfig(1, PATCH, levels, head_dim, *MAPPING[size], pooled_dim)
+    channels, pooled_dim = main.vae.image_channels, main.mmdit.pooled_dim
+    return HDiTConfig(channels, PATCH, levels, head_dim, *MAPPING[size], pooled_dim)
 
 
 class HDiTSystem(SamplingSystem):
@@ -146,4 +148,4 @@ def network_of(run: Run, finished: FinishedRun) -> HDiTConfig:
     size, flat = run.identity.get("size"), run.identity.get("flat")
     if size not in RECIPE_SIZES or not isinstance(flat, bool):
         raise InputError(f"{run.folder / 'run.json'}: damaged: no size of an HDiT")
-    return hdit_config(size, flat, finished.config.mmdit.pooled_dim)
+    return hdit_config(size, flat, finished.config)

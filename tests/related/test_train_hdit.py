@@ -14,6 +14,7 @@ from support.commands import refused
 from support.interruptions import interrupted_after
 
 from nanosd3.cli import run_main
+from nanosd3.config import CONFIGS
 from nanosd3.config_types import Sampling
 from nanosd3.data.sources import enlarged
 from nanosd3.flow import shift
@@ -272,10 +273,12 @@ def test_fresh_leaves_nothing_behind(tiny_run, hdit_run, tmp_path, monkeypatch):
 
 def test_sizes():
     """The hourglass of the recipe, and the flat one: one level without a window."""
-    hourglass, flat = (hdit_config("mnist", flat, 96) for flat in (False, True))
+    hourglass, flat = (hdit_config("mnist", flat, CONFIGS["mnist"]) for flat in (False, True))
     assert [level.window is None for level in hourglass.levels] == [False, True]
     assert len(flat.levels) == 1 and flat.levels[0].window is None
     assert 64 % hourglass.multiple == 0 and hourglass.patch_size == flat.patch_size
+    assert (hourglass.channels, hourglass.pooled_dim) == (1, 96)
+    assert hdit_config("mnist", False, CONFIGS["small"]).channels == 3
     assert set(HDIT_RECIPES) == {(s, f) for s in ("mnist", "tiny") for f in (False, True)}
 
 
@@ -313,7 +316,7 @@ def test_samples_are_those_of_the_run(hdit_run, tiny_run, finished, pixels, tmp_
     """The same as by its network, for each prompt as many as were asked for."""
     found = sampled(hdit_run, tiny_run, tmp_path / "x.npy", "--count", 2, "--seed", 5)
     assert "4 images: " in capsys.readouterr().out and found.shape == (4, 32, 32)
-    model = HDiT(hdit_config("tiny", False, 32))
+    model = HDiT(hdit_config("tiny", False, finished.config))
     model.load_state_dict(load_file(hdit_run / "hdit.safetensors"))
     way = config_of(hdit_run, finished).sampling
     prompts = ["a bold 3", "a bold 3", "7", "7"]
