@@ -83,7 +83,7 @@ def cost_study(conditions: Conditions) -> dict:
     rows = []
     for name in COST_MARKS:
         rows.append([f"{name}, 10^6 multiply-adds", *(round(cost, 1) for cost in costs[name])])
-        rows.append([f"{name}, milliseconds", *([1e3 * s for s in each] for each in seconds[name])])
+        rows.append([f"{name}, seconds", *seconds[name]])
     table = table_of(["pixels on a side", *sides], rows)
     return {"sides": sides, "multiply_adds": costs, "seconds": seconds, "table": table}
 
@@ -141,4 +141,6 @@ COSTS = Experiment(
     run=cost_study,
     decide=decide_costs,
     plot=plot_costs,
+    remark="At 32 pixels and below the hourglass gains nothing. The U-Net multiplies more and "
+    "takes half the time: convolutions make better use of a processor than attention in tiles.",
 )
