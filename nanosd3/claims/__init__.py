@@ -20,6 +20,10 @@ Modules, each of which imports only from those above it:
     hdit_costs          x-hd-1: what a pass costs as images grow
     hdit_detail         x-hd-3: what latents lose of an image
     video_clips         x-sora-1, x-sora-4: other sizes and lengths, coherence
+    muse_networks       Muses of several seeds, shared by several experiments
+    muse_masks          x-muse-1: how much to hide in training
+    muse_speed          x-muse-2: how many steps it needs, against the main model's
+    muse_edits          x-muse-4, x-muse-5: repainting, and editing without a mask
     catalogue           all experiments by name
     records             run one, and keep what it said and found
     page                README.md, built from the records

@@ -33,5 +33,11 @@ Modules, each of which imports only from those above it:
     motion              what is in a clip: which digit, and how it moves
     video_lessons       teaching the transformer videos, and sampling with it
     train_video         train one on clips, or draw with it
+    vq                  a VQ autoencoder: images as tokens from a learned alphabet
+    muse                Muse: a transformer that guesses hidden tokens, many at a time
+    muse_editing        drawing, repainting and mask-free editing with it
+    muse_lessons        teaching tokens and transformer
+    train_muse          train them on a finished run, and see how they compare
+    use_muse            its command: train, draw, edit
     __main__            python -m nanosd3.related
 """

@@ -12,6 +12,7 @@ from nanosd3.related.train_dit import DiTSystem
 from nanosd3.related.train_hdit import HDiTSystem
 from nanosd3.related.train_paths import Paths
 from nanosd3.related.train_video import VideoSystem
+from nanosd3.related.use_muse import MuseCommand, muse_command
 
 SYSTEMS: dict[str, System] = {
     system.name: system
@@ -21,6 +22,7 @@ SYSTEMS: dict[str, System] = {
         Consistency(),
         ConsistencyDecoding(),
         HDiTSystem(),
+        MuseCommand(),
         VideoSystem(),
     )
 }
@@ -48,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
             sys.exit(0)  # as argparse does
         return 0
     system = system_of(name)
+    if name == MuseCommand.name:
+        return muse_command(rest)  # it edits, too
     if asks_for_samples(rest):
         if not isinstance(system, SamplingSystem):
             raise InputError(f"--sample: {name} has none; `nanosd3.generate` opens what can draw")

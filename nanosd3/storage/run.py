@@ -31,16 +31,8 @@ from nanosd3.storage.files import (
 )
 
 WEIGHT_FILES = (
-    "judge",
-    "autoencoder",
-    "clip",
-    "t5",
-    "text",
-    "flow",
-    "decoder",
-    "dit",
-    "hdit",
-    "video",
+    *("judge", "autoencoder", "clip", "t5", "text", "flow"),
+    *("decoder", "dit", "hdit", "tokens", "muse", "video"),  # of neighbours
 )
 RUN_FILES = (  # everything a run writes, except run.json and cache/, whose entries name their data
     *(f"{name}.safetensors" for name in WEIGHT_FILES),

@@ -13,6 +13,7 @@ from nanosd3.training.muon import Muon
 CLIP_NORM = 1.0  # gradients of a larger norm are scaled down to it
 DECAYS = ("cosine", "constant")
 OPTIMIZERS = ("adamw", "muon")
+FUSED = {"qkv": 3, "kv": 2}  # matrices in a layer of this name
 REST = 0.5  # AdamW's rate for what Muon leaves to it, relative to Muon's
 
 
@@ -36,19 +37,20 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
 
 def matrices_of(module: nn.Module) -> dict[nn.Parameter, int]:
-    """What Muon trains: the weight matrices that tokens are multiplied by in the joint blocks, each
-    with the number of matrices fused in it. Raises InputError if there are none."""
+    """What Muon trains: the weight matrices that tokens are multiplied by in the blocks of a
+    transformer, each with the number of matrices fused in it. Raises InputError if there are none.
+    """
     found = {}
     for name, p in module.named_parameters():
-        if "joint_blocks." in name and p.ndim == 2 and p.requires_grad and "adaLN" not in name:
-            found[p] = 3 if name.endswith("qkv.weight") else 1
+        if "blocks." in name and p.ndim == 2 and p.requires_grad and "adaLN" not in name:
+            found[p] = FUSED.get(name.split(".")[-2], 1)
     if not found:
         raise InputError("optimizer muon is for the transformer; use adamw")
     return found
 
 
 def make_optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the matrices of the joint blocks, and AdamW for the rest at half the rate.
+    """AdamW; or Muon for the matrices of the blocks, and AdamW for the rest at half the rate.
 
     A group's learning rate is `lr_scale` times that of the schedule. Moments are allocated up
     front, so that a checkpoint has every tensor to load into before the first step.

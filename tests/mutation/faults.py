@@ -14,6 +14,7 @@ from mutation.faults_related_consistency import FAULTS_CONSISTENCY
 from mutation.faults_related_dit import FAULTS_DIT
 from mutation.faults_related_fm import FAULTS_FM
 from mutation.faults_related_hdit import FAULTS_HDIT
+from mutation.faults_related_muse import FAULTS_MUSE
 from mutation.faults_related_video import FAULTS_VIDEO
 
 
@@ -217,6 +218,7 @@ PATCHIFY = [
      "rows and columns of the buffer"),
 ]  # fmt: skip
 
+RELATED = (FAULTS_DIT, FAULTS_FM, FAULTS_CONSISTENCY, FAULTS_HDIT, FAULTS_MUSE, FAULTS_VIDEO)
 FAULTS = [
     Fault(file, *entry)
     for file, entries in (
@@ -230,8 +232,4 @@ FAULTS = [
         ("machine/channels_last.py", CHANNELS_LAST),
     )
     for entry in entries
-] + [
-    Fault(*entry)
-    for related in (FAULTS_DIT, FAULTS_FM, FAULTS_CONSISTENCY, FAULTS_HDIT, FAULTS_VIDEO)
-    for entry in related
-]
+] + [Fault(*entry) for related in RELATED for entry in related]

@@ -1,0 +1,160 @@
+"""x-muse-2: how many steps Muse needs, and whether that is faster than following a flow."""
+
+import time
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.muse_networks import MUSE_TRAINED, SHORT_STEPS, trained_muse
+from nanosd3.few_steps import even_schedule
+from nanosd3.pipeline import Pipeline
+from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.muse_editing import TokenPainter
+from nanosd3.samplers import euler, guided
+from nanosd3.training.evaluation import Draw, draw_prompts, to_digits
+from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
+
+MUSE_COUNTS = (1, 2, 4, 8, 16, 49)
+FLOW_COUNTS = (1, 2, 4, 8, 16, 50)
+SPEED_WAYS = {"muse": "Muse, by steps", "flow": "the main model, Euler, by steps"}
+WAY_MARKERS = {"muse": "-o", "flow": "--s"}
+FLOW_AT_ONCE = 250  # images
+
+
+@torch.no_grad()
+def by_flow(pipeline: Pipeline, draw: Draw, seed: int, steps: int) -> np.ndarray:
+    """Images of the main model in Euler's even steps, with its own guidance."""
+    config, found = pipeline.config, []
+    side = (config.image_size // config.vae.factor,) * 2
+    noise = pipeline.noise(len(draw.prompts), seed, side)
+    nothing = pipeline.text.encode([""])
+    for rows in torch.arange(len(noise)).split(FLOW_AT_ONCE):
+        prompt = pipeline.text.encode([draw.prompts[i] for i in rows])
+        negative = tuple(x.expand(len(rows), *x.shape[1:]) for x in nothing)
+        velocity = guided(pipeline.mmdit, prompt, negative, config.sampling.guidance)
+        found.append(euler(velocity, noise[rows], even_schedule(steps)))
+    return pipeline.decode(torch.cat(found))
+
+
+def by_muse(painter: TokenPainter, draw: Draw, seed: int, steps: int) -> np.ndarray:
+    """Images of Muse, with the sampling that its command has."""
+    return painter.images(painter.draw(draw.prompts, seed, steps))
+
+
+@cache
+def muse_speed(conditions: Conditions) -> dict:
+    """Accuracy, Frechet ratio and milliseconds an image of both, by steps and seed."""
+    count, seconds = 20 if conditions.fast else 1000, 0.0
+    counts = {"muse": MUSE_COUNTS, "flow": FLOW_COUNTS}
+    found: dict[str, dict[str, list[list[float]]]] = {
+        way: {str(n): [] for n in counts[way]} for way in SPEED_WAYS
+    }
+    for seed in conditions.seeds:
+        trained = trained_muse(conditions, seed, SHORT_STEPS)
+        finished, seconds = trained.finished, seconds + trained.token_seconds + trained.seconds
+        ways = {
+            "muse": partial(by_muse, trained.painter),
+            "flow": partial(by_flow, finished.pipeline),
+        }
+        for way, by_steps in found.items():
+            for n in counts[way]:
+                make = partial(ways[way], seed=100 + seed, steps=n)
+                by_steps[str(n)].append(scored(finished, make, count, 100 + seed))
+    rows = [
+        [SPEED_WAYS[way], n, *(list(each) for each in zip(*scores, strict=True))]
+        for way, by_steps in found.items()
+        for n, scores in by_steps.items()
+    ]
+    columns = ["", "steps", "read as asked", "Frechet ratio", "ms an image"]
+    return {"scores": found, "training_seconds": seconds, "table": table_of(columns, rows)}
+
+
+def scored(finished: FinishedRun, make: partial, count: int, seed: int) -> list[float]:
+    """Accuracy, Frechet distance over that of real images, and milliseconds of a core an image,
+    text and decoding included."""
+    draw = draw_prompts(finished.source, count, seed)
+    begin = time.process_time()
+    images = make(draw)
+    took = time.process_time() - begin
+    accuracy, distance = finished.scorer.score(to_digits(torch.from_numpy(images)), draw)
+    return [accuracy, distance / finished.scorer.floor(draw), 1000 * took / len(images)]
+
+
+def column(results: dict, way: str, steps: int, i: int) -> list[float]:
+    """A number of each seed."""
+    return [scores[i] for scores in results["scores"][way][str(steps)]]
+
+
+def decide_few_enough(results: dict) -> Verdict:
+    pairs = list(zip(column(results, "muse", 8, 1), column(results, "muse", 49, 1), strict=True))
+    return verdict(
+        all(few <= 1.2 * many for few, many in pairs), all(few > 1.2 * many for few, many in pairs)
+    )
+
+
+def decide_faster(results: dict) -> Verdict:
+    def compared(i: int) -> list[tuple[float, float]]:
+        ours, theirs = column(results, "muse", 8, i), column(results, "flow", 8, i)
+        return list(zip(ours, theirs, strict=True))
+
+    better = [muse < flow for muse, flow in compared(1)]
+    cheaper = [muse < flow for muse, flow in compared(2)]
+    return verdict(all(better) and all(cheaper), not any(better) and not any(cheaper))
+
+
+def plot_speed(results: dict, path: Path) -> None:
+    figure, axes = new_figure(9, 2)
+    for way, by_steps in results["scores"].items():
+        means = np.array([np.mean(scores, axis=0) for scores in by_steps.values()])
+        steps = [int(n) for n in by_steps]
+        axes[0].plot(steps, means[:, 1], WAY_MARKERS[way], markersize=5, label=SPEED_WAYS[way])
+        axes[1].plot(means[:, 2], means[:, 1], WAY_MARKERS[way], markersize=5)
+        for n, (_, ratio, took) in zip(steps, means, strict=True):
+            axes[1].annotate(str(n), (took, ratio), (4, 4), textcoords="offset points")
+    label_counts(axes[0], MUSE_COUNTS)
+    axes[0].set(xlabel="steps", ylabel="Frechet distance / that of real images")
+    axes[1].set(xlabel="milliseconds of a core an image (steps beside the points)", xscale="log")
+    for axis in axes:
+        plain_logarithm(axis)
+    axes[0].legend()
+    save_plot(figure, path)
+
+
+SPEED_MEASURED = (
+    f"{MUSE_TRAINED}; 1,000 samples a seed in 1 to 49 steps (49 are one for each token), beside "
+    "the finished main model's Euler steps at even times with its guidance. Frechet distance over "
+    "that of real images, and milliseconds of a core an image, decoding included."
+)
+
+FEW_ENOUGH = Experiment(
+    name="x-muse-2",
+    claim="Guessing many tokens at once costs no quality: 8 steps give what one step for each "
+    "token gives.",
+    source="Muse, arXiv 2301.00704, sections 2.8 and 4; MaskGIT, arXiv 2202.04200",
+    measured=SPEED_MEASURED,
+    rule="Supported if in every seed the distance after 8 steps is at most 1.2 times that after "
+    "49. Refuted if in no seed.",
+    minutes=10,
+    run=muse_speed,
+    decide=decide_few_enough,
+    plot=plot_speed,
+)
+
+FASTER_THAN_FLOW = Experiment(
+    name="x-muse-2-flow",
+    claim="Muse is faster than diffusion in a latent space: discrete tokens need fewer steps.",
+    source="Muse, arXiv 2301.00704, sections 1 and 3.2",
+    measured=SPEED_MEASURED,
+    rule="Supported if in every seed 8 steps of Muse are both nearer to real images than 8 Euler "
+    "steps of the main model and cheaper. Refuted if in every seed they are neither.",
+    minutes=10,
+    run=muse_speed,
+    decide=decide_faster,
+    plot=plot_speed,
+    remark="The article compares with models of other sizes and with samplers of 50 "
+    "and more steps. Here the steps of the two differ in cost: the main model has 16 tokens of "
+    "sixteen numbers, Muse 49 of one code each.",
+)

@@ -1,0 +1,115 @@
+"""Drawing and editing with Muse: from prompts to tokens to images.
+
+A masked transformer needs no inversion to edit. What is known is left as it is, what is not is
+hidden, and `fill_hidden` draws it; that is how it was trained (arXiv 2301.00704, section 4).
+
+    repaint       tokens under a mask are hidden and drawn for a prompt; all others stay
+    edit_freely   without a mask: again and again a few tokens anywhere are hidden and drawn anew;
+                  the image drifts to what the prompt says, and stays where that fits already
+
+Few tokens at a time see most of the old image and keep to it; guidance is strong and only the
+likeliest tokens are drawn, so that the drift has a direction.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanosd3.data.mnist import to_uint8
+from nanosd3.pipeline import Pipeline
+from nanosd3.random_streams import rng
+from nanosd3.related.muse import MASK, Logits, Muse, draw_tokens, fill_hidden, guided_logits, hide
+from nanosd3.related.vq import VQAutoencoder
+
+MUSE_STEPS, MUSE_GUIDANCE, MUSE_TEMPERATURE = 8, 1.5, 32.0
+FREE_SHARE, FREE_ROUNDS, FREE_GUIDANCE, FREE_TOP_K = 0.08, 13, 3.0, 3
+TOKENS_AT_ONCE = 250  # images
+
+
+def repaint(
+    logits: Logits,
+    tokens: Tensor,
+    marked: Tensor,
+    steps: int,
+    guidance: float,
+    temperature: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Tokens (B, h, w), drawn anew where `marked`, bool (h, w) or (B, h, w); the same elsewhere."""
+    hidden = tokens.masked_fill(marked, MASK)
+    return fill_hidden(logits, hidden, steps, guidance, temperature, generator)
+
+
+@torch.no_grad()
+def edit_freely(
+    logits: Logits,
+    tokens: Tensor,
+    rounds: int,
+    guidance: float,
+    generator: torch.Generator,
+    share: float = FREE_SHARE,
+    top_k: int = FREE_TOP_K,
+) -> Tensor:
+    """Tokens (B, h, w) after so many rounds in which a share of them, anywhere, is drawn anew."""
+    shares = torch.full((len(tokens),), share)
+    for _ in range(rounds):
+        places = torch.rand(tokens.flatten(1).shape, generator=generator)
+        seen = hide(tokens, shares, places)
+        drawn, _ = draw_tokens(logits(seen, guidance), generator, top_k)
+        tokens = torch.where(seen == MASK, drawn, tokens)
+    return tokens
+
+
+class TokenPainter:
+    """A tokeniser and a transformer, with the text encoders of a pipeline."""
+
+    def __init__(self, vq: VQAutoencoder, muse: Muse, pipeline: Pipeline):
+        self.vq, self.muse, self.pipeline = vq, muse, pipeline
+        self.device = pipeline.parts.device
+
+    def logits(self, prompts: list[str], negative: str = "") -> Logits:
+        """Those for one prompt an image, guided away from another text, or from none."""
+        encode = self.pipeline.text.encode
+        context, pooled = (x.expand(len(prompts), *x.shape[1:]) for x in encode([negative]))
+        return guided_logits(self.muse, encode(prompts), (context, pooled))
+
+    def draw(
+        self,
+        prompts: list[str],
+        seed: int,
+        steps: int = MUSE_STEPS,
+        guidance: float = MUSE_GUIDANCE,
+        temperature: float = MUSE_TEMPERATURE,
+        negative: str = "",
+    ) -> Tensor:
+        """Tokens (B, h, w) for prompts."""
+        side, generator, found = self.muse.config.grid, rng(seed, "muse"), []
+        for i in range(0, len(prompts), TOKENS_AT_ONCE):
+            some = prompts[i : i + TOKENS_AT_ONCE]
+            hidden = torch.full((len(some), side, side), MASK, device=self.device)
+            logits = self.logits(some, negative)
+            found.append(fill_hidden(logits, hidden, steps, guidance, temperature, generator))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def images(self, tokens: Tensor) -> np.ndarray:
+        """Tokens (B, h, w) to images uint8 (B, H, W) or (B, H, W, C)."""
+        parts = [to_uint8(self.vq.decode(part)).cpu() for part in tokens.split(TOKENS_AT_ONCE)]
+        return torch.cat(parts).numpy()
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] to tokens (B, h, w)."""
+        parts = images.split(TOKENS_AT_ONCE)
+        return torch.cat([self.vq.tokenise(part.to(self.device)) for part in parts])
+
+
+def passes(steps: int, guidance: float) -> int:
+    """Network evaluations of one image: two a step with guidance, but one in the first, whose scale
+    is still 1."""
+    return steps if guidance == 1 else 2 * steps - 1
+
+
+def unpadded(x: Tensor, padding: int) -> Tensor:
+    """Images (B, C, H, W) without the black frame that a finished run's latents need."""
+    return x[:, :, padding : x.shape[2] - padding, padding : x.shape[3] - padding]

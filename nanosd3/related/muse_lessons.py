@@ -1,0 +1,94 @@
+"""Teaching a tokeniser its codes, and a masked transformer to guess hidden tokens.
+
+Images are taken without the black frame that the finished run's latents need. The transformer's
+tokens are made anew in every step: in a short training few images are seen twice.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nanosd3.data.sources import Digits
+from nanosd3.flow import stratified
+from nanosd3.related.muse import Conditioning, Muse, MuseConfig, hide, masked_loss
+from nanosd3.related.muse_editing import unpadded
+from nanosd3.related.vq import (
+    VQAutoencoder,
+    VQConfig,
+    perplexity,
+    quantising_loss,
+    straight_through,
+)
+from nanosd3.training.loop import StepRNG, fit
+from nanosd3.training.stages import Job, build, finish_or_load, fit_average
+
+RESTART_EVERY, RESTART_UNTIL = 25, 0.75  # steps, share of them
+TEXT_DROP = 0.1
+
+
+def train_tokens(job: Job, config: VQConfig) -> VQAutoencoder:
+    """Train the tokeniser, or load the one that the run has."""
+    vq = build(job, "tokens", lambda: VQAutoencoder(config)).to(job.device)
+    recipe = job.training.autoencoder
+
+    def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+        generator, step = step_rng.generator(), int(step_rng.name[-1])
+        index = step_rng.take(job.source.draw(recipe.batch, generator))
+        x = unpadded(job.source.pixels(index), job.config.padding).to(job.device)
+        z, restarted = vq.encode(x), 0
+        if step % RESTART_EVERY == 0 and step < RESTART_UNTIL * recipe.steps:
+            restarted = vq.quantiser.restart_unused(z.detach(), generator)
+        tokens = vq.quantiser.nearest(z)
+        e = vq.quantiser.vectors(tokens)
+        error = (vq.decoder(straight_through(z, e)) - x).square().flatten(1).sum(1)
+        at_work = perplexity(tokens, config.codes)
+        return error + quantising_loss(z, e), {"perplexity": at_work, "restarted": restarted}
+
+    def train() -> dict:
+        begin = time.process_time()
+        fit(job.run, "tokens", vq, loss_of, recipe, job.seed)
+        seconds = round(time.process_time() - begin, 1)
+        at_work = job.run.read_log("tokens")[-1]["perplexity"]
+        return {"perplexity": at_work, "thread_seconds": seconds}
+
+    at_work = finish_or_load(job, "tokens", vq, train)["perplexity"]
+    print(f"tokens: as varied as {at_work:.0f} of {config.codes} codes used alike")
+    return vq
+
+
+def train_muse(
+    job: Job,
+    source: Digits,
+    vq: VQAutoencoder,
+    texts: Conditioning,
+    config: MuseConfig,
+    share_of: Callable[[Tensor], Tensor],
+    stage: str,
+) -> Muse:
+    """Train the transformer, or load the one that the run has: the average of its weights.
+
+    `texts` are the encodings of the source's captions; `share_of` the share to hide, from a u.
+    """
+    muse = build(job, "muse", lambda: Muse(config)).to(job.device)
+    recipe = job.training.flow
+
+    def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+        size, generator = recipe.batch, step_rng.generator()
+        images = step_rng.take(source.draw(size, generator))
+        captions = source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
+        keep = step_rng.take(torch.rand(size, generator=generator) >= TEXT_DROP).to(job.device)
+        share = step_rng.take(share_of(stratified(size, generator)))
+        places = step_rng.take(torch.rand(size, config.grid**2, generator=generator))
+        with torch.no_grad():
+            tokens = vq.tokenise(unpadded(source.pixels(images), job.config.padding).to(job.device))
+        seen = hide(tokens, share, places)
+        context, pooled = (text[captions.to(job.device)] for text in texts)
+        context, pooled = context * keep[:, None, None], pooled * keep[:, None]
+        return masked_loss(muse(seen, context, pooled), tokens, seen), {}
+
+    train = partial(fit_average, job, stage, muse, loss_of, job.training.ema_decay)
+    finish_or_load(job, stage, muse, train)
+    return muse

@@ -1,0 +1,183 @@
+"""Train Muse beside a finished run: first its tokens, then the transformer that guesses them.
+
+    python -m nanosd3.related muse
+
+The tokeniser learns from the run's images alone; the transformer reads their captions by the run's
+frozen text encoders, and neither sees the run's latents. Together they take about five minutes of
+one core. What to do with the result is in use_muse.py.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanosd3.cli import Parser
+from nanosd3.config_types import Config, Recipe
+from nanosd3.errors import InputError
+from nanosd3.related.command import Study, System, check_guidance, size_of, with_flow_recipe
+from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.muse import MuseConfig, cosine_share
+from nanosd3.related.muse_editing import (
+    MUSE_GUIDANCE,
+    MUSE_STEPS,
+    MUSE_TEMPERATURE,
+    TokenPainter,
+    passes,
+    unpadded,
+)
+from nanosd3.related.muse_lessons import train_muse, train_tokens
+from nanosd3.related.vq import VQConfig, perplexity
+from nanosd3.related.yardsticks import (
+    SCORED_DRAWS,
+    SHOWN_OF_EACH,
+    drawn,
+    evaluations_in_words,
+    score_samples,
+)
+from nanosd3.storage.files import sha256, write_file
+from nanosd3.training import figures
+from nanosd3.training.evaluation import to_digits
+from nanosd3.training.report import sample_images, shown_prompts
+from nanosd3.training.stages import training_of
+
+TOKEN_RECIPES = {
+    "mnist": Recipe(230, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
+    "tiny": Recipe(4, batch=16, lr=2e-3, warmup=1, weight_decay=0.0),
+}
+MUSE_RECIPES = {
+    "mnist": Recipe(1500, batch=32, lr=1e-2, warmup=100, weight_decay=0.0, optimizer="muon"),
+    "tiny": Recipe(4, batch=16, lr=1e-2, warmup=1, weight_decay=0.0, optimizer="muon"),
+}
+CODES = {"mnist": (128, 8), "tiny": (64, 4)}  # how many, and how wide
+MUSE_SIZES = {"mnist": (3, 128), "tiny": (2, 64)}  # depth and width
+MUSE_EMA, MUSE_STAGE = 0.995, "muse"
+
+
+def vq_config(config: Config, size: str) -> VQConfig:
+    """A tokeniser as large as the run's autoencoder."""
+    vae, (codes, width) = config.vae, CODES[size]
+    return VQConfig(vae.image_channels, vae.channels, vae.channels, vae.norm_groups, codes, width)
+
+
+def muse_config(config: Config, size: str) -> MuseConfig:
+    """The transformer for its tokens. Raises InputError if images do not divide into them."""
+    (depth, width), factor = MUSE_SIZES[size], config.vae.factor
+    side = config.image_size - 2 * config.padding
+    if side % factor:
+        raise InputError(f"images of {side} pixels do not divide into tokens of {factor}")
+    widths = (config.mmdit.context_dim, config.mmdit.pooled_dim)
+    return MuseConfig(depth, width, CODES[size][0], side // factor, *widths)
+
+
+def trained_painter(
+    study: Study,
+    share_of: Callable[[Tensor], Tensor] = cosine_share,
+    stage: str = MUSE_STAGE,
+) -> TokenPainter:
+    """Both stages: what they have trained, now or before, with the text encoders. Experiments hide
+    another share, in a stage of another name."""
+    job, finished, size = study.job, study.finished, size_of(study.args, study.finished)
+    vq = train_tokens(job, vq_config(job.config, size))
+    texts = finished.pipeline.text.encode(finished.source.texts)
+    config = muse_config(job.config, size)
+    muse = train_muse(job, finished.source, vq, texts, config, share_of, stage)
+    return TokenPainter(vq, muse, finished.pipeline)
+
+
+def reconstruction(finished: FinishedRun, painter: TokenPainter, count: int) -> dict:
+    """What the tokens keep: accuracy and distance of training images that became tokens and images
+    again."""
+    draw, floor = drawn(finished, count, SCORED_DRAWS[0])
+    x = unpadded(finished.source.pixels(draw.chosen), finished.config.padding)
+    tokens = painter.tokens(x)
+    rebuilt = to_digits(torch.from_numpy(painter.images(tokens)))
+    accuracy, distance = finished.scorer.score(rebuilt, draw)
+    at_work = perplexity(tokens.cpu(), painter.vq.config.codes)
+    ratio = distance / floor
+    return {"accuracy": accuracy, "frechet_ratio_to_real": ratio, "perplexity": at_work}
+
+
+def muse_sampling(args: argparse.Namespace) -> tuple[float, float]:
+    """Guidance and temperature of samples. Raises InputError for values that are none."""
+    guidance = MUSE_GUIDANCE if args.guidance is None else args.guidance
+    temperature = MUSE_TEMPERATURE if args.temperature is None else args.temperature
+    check_guidance(guidance)
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"--temperature must be a number from 0 up, got {temperature}")
+    return guidance, temperature
+
+
+def text_fingerprint(run: Path) -> str:
+    """Of a run's own text encoders. Raises InputError if it has none."""
+    file = run / "text.safetensors"
+    if not file.exists():
+        raise InputError(f"{run}: has no text encoders of its own, which a Muse needs")
+    return sha256(file)
+
+
+def draw_muse_beside_main(
+    finished: FinishedRun, draw: Callable[[list[str], int], np.ndarray], made: int, path: Path
+) -> None:
+    """Draw the same prompts by Muse and, to its right, by the main model."""
+    prompts = shown_prompts(finished.source)
+    all_prompts = [prompt for prompt in prompts for _ in range(SHOWN_OF_EACH)]
+    ours = figures.grid_of(prompts, draw(all_prompts, 0))
+    theirs = figures.grid_of(prompts, sample_images(finished.pipeline, all_prompts))
+    title = f"{MUSE_STEPS} steps, {evaluations_in_words(made)}"
+    columns = [(title, ours), ("the main model", theirs)]
+    write_file(path, figures.png(figures.side_by_side(columns)))
+
+
+class MuseSystem(System):
+    name = "muse"
+    what = "Muse: images as tokens, which a transformer guesses many at a time."
+    paper = "arXiv 2301.00704"
+
+    def add_options(self, parser: Parser) -> None:
+        add = parser.add_argument_group("sampling").add_argument
+        text = f"scale at the last step of samples (default: {MUSE_GUIDANCE:g})"
+        add("--guidance", type=float, help=text)
+        text = f"noise in which tokens are kept (default: {MUSE_TEMPERATURE:g})"
+        add("--temperature", type=float, help=text)
+
+    def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
+        size = size_of(args, finished)
+        muse_sampling(args)
+        config = with_flow_recipe(finished.config, MUSE_RECIPES[size], args)
+        muse_config(config, size)
+        training = replace(training_of(config), autoencoder=TOKEN_RECIPES[size], ema_decay=MUSE_EMA)
+        return replace(config, training=training)
+
+    def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:
+        config, size = finished.config, size_of(args, finished)
+        guidance, temperature = muse_sampling(args)
+        return {
+            "size": size,
+            "vq": asdict(vq_config(config, size)),
+            "muse": asdict(muse_config(config, size)),
+            "text": text_fingerprint(args.run),
+            "guidance": guidance,
+            "temperature": temperature,
+        }
+
+    def train(self, study: Study) -> dict:
+        job, finished = study.job, study.finished
+        painter = trained_painter(study)
+        guidance, temperature = muse_sampling(study.args)
+
+        def draw(prompts: list[str], seed: int) -> np.ndarray:
+            return painter.images(painter.draw(prompts, seed, MUSE_STEPS, guidance, temperature))
+
+        count, made = job.training.evaluate, passes(MUSE_STEPS, guidance)
+        scores = score_samples(finished, lambda d, seed: draw(d.prompts, seed), count, made)
+        draw_muse_beside_main(finished, draw, made, job.run.folder / "samples.png")
+        stages = job.run.stages
+        return scores | {
+            "reconstructions": reconstruction(finished, painter, count),
+            "training_seconds": stages["tokens"]["seconds"] + stages[MUSE_STAGE]["seconds"],
+        }

@@ -1,0 +1,148 @@
+"""The experiments on Muse: they run, and their rules come out in all three ways."""
+
+import json
+
+import pytest
+import torch
+
+from nanosd3.claims import __main__ as command
+from nanosd3.claims.catalogue import EXPERIMENTS
+from nanosd3.claims.muse_edits import REPAINT_GUIDANCES, ROUNDS_MADE, TRUE_LABEL
+from nanosd3.claims.muse_masks import SHARES_HIDDEN
+from nanosd3.claims.muse_speed import FLOW_COUNTS, MUSE_COUNTS
+from nanosd3.cli import run_main
+
+FAMILY = [name for name in EXPERIMENTS if name.startswith("x-muse-")]
+
+
+@pytest.fixture(scope="module")
+def records(tiny_run, tmp_path_factory):
+    """All of them, fast, with two seeds."""
+    out = tmp_path_factory.mktemp("claims")
+    for name in FAMILY:
+        words = [name, "--fast", "--seeds", "2", "--run", str(tiny_run), "--out", str(out)]
+        assert run_main(lambda words=words: command.main(words)) == 0
+        assert (out / f"fast/{name}.png").stat().st_size > 4000
+    return {name: json.loads((out / f"fast/{name}.json").read_text()) for name in FAMILY}
+
+
+def test_all_run_fast(records):
+    assert len(records) == 5
+    for record in records.values():
+        results = record["results"]
+        table = results["table"]
+        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+        assert results["training_seconds"] > 0
+
+
+def test_what_they_measure(records):
+    speed = records["x-muse-2"]["results"]["scores"]
+    assert list(speed["muse"]) == [str(n) for n in MUSE_COUNTS]
+    assert list(speed["flow"]) == [str(n) for n in FLOW_COUNTS]
+    for by_steps in speed.values():
+        assert all(len(scores) == 2 and scores[0] != scores[1] for scores in by_steps.values())
+        assert by_steps["1"][0][2] < list(by_steps.values())[-1][0][2]  # milliseconds
+    assert records["x-muse-2-flow"]["results"]["scores"] == speed  # measured once
+    masks = records["x-muse-1"]["results"]["scores"]
+    assert list(masks) == list(SHARES_HIDDEN)
+    edits = records["x-muse-4"]["results"]
+    assert records["x-muse-5"]["results"] == edits
+    assert all(len(shares) == 2 for shares in edits["read"].values())
+    kept = [edits["free"][str(n)][0][1] for n in ROUNDS_MADE]
+    assert kept == sorted(kept, reverse=True) and 1 > kept[0] > kept[-1]
+
+
+def test_shares():
+    u = torch.tensor([0.0, 0.5, 1.0])
+    found = [share_of(u).tolist() for share_of in SHARES_HIDDEN.values()]
+    assert found[0] == pytest.approx([1, 0.5**0.5, 0], abs=1e-6) and found[1] == [0, 0.5, 1]
+    assert found[2] == pytest.approx([0.15] * 3)
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+def speeds(muse, flow=((2.0, 1.0), (2.0, 1.0))):
+    """Ratios of 8 and 49 steps of each seed; ratio and milliseconds of 8 steps of the flow."""
+    return {
+        "scores": {
+            "muse": {"8": [[0.9, a, 3.0] for a, _ in muse], "49": [[0.9, b, 9.0] for _, b in muse]},
+            "flow": {"8": [[0.9, ratio, took] for ratio, took in flow]},
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("muse", "expected"),
+    [
+        ([(1.1, 1.0), (1.19, 1.0)], "supported"),
+        ([(1.1, 1.0), (1.3, 1.0)], "undecided"),
+        ([(1.3, 1.0), (1.3, 1.0)], "refuted"),
+    ],
+)
+def test_few_steps(muse, expected):
+    assert EXPERIMENTS["x-muse-2"].decide(speeds(muse)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flow", "expected"),
+    [
+        ([(2.0, 1.0), (2.0, 1.0)], "refuted"),  # nearer and cheaper than Muse's 4 and 3 ms
+        ([(5.0, 4.0), (6.0, 5.0)], "supported"),
+        ([(5.0, 1.0), (6.0, 1.0)], "undecided"),
+        ([(2.0, 1.0), (6.0, 1.0)], "undecided"),
+    ],
+)
+def test_faster(flow, expected):
+    assert EXPERIMENTS["x-muse-2-flow"].decide(speeds([(4.0, 4.0)] * 2, flow)) == expected
+
+
+@pytest.mark.parametrize(
+    ("cosine", "uniform", "few", "expected"),
+    [
+        ([4.0, 4.1], [5.0, 5.2], [9.0, 9.0], "supported"),
+        ([4.0, 4.1], [5.0, 5.2], [9.0, 7.0], "undecided"),
+        ([4.0, 5.0], [4.5, 4.6], [12.0, 12.0], "undecided"),
+        ([5.0, 5.2], [4.0, 4.1], [12.0, 12.0], "refuted"),
+        ([4.0, 4.2], [5.0, 5.2], [4.1, 9.0], "refuted"),
+    ],
+)
+def test_masks(cosine, uniform, few, expected):
+    values = zip(SHARES_HIDDEN, (cosine, uniform, few), strict=True)
+    results = {"scores": {name: [[0.9, r] for r in ratios] for name, ratios in values}}
+    assert EXPERIMENTS["x-muse-1"].decide(results) == expected
+
+
+@pytest.mark.parametrize(
+    ("true", "by_guidance", "expected"),
+    [
+        ([0.95, 0.9], ([0.5, 0.5], [0.6, 0.6], [0.7, 0.7]), "supported"),
+        ([0.95, 0.8], ([0.5, 0.5], [0.6, 0.6], [0.7, 0.7]), "undecided"),
+        ([0.95, 0.9], ([0.5, 0.5], [0.6, 0.4], [0.7, 0.7]), "undecided"),
+        ([0.8, 0.8], ([0.5, 0.5], [0.6, 0.6], [0.7, 0.7]), "refuted"),
+        ([0.95, 0.9], ([0.5, 0.5], [0.4, 0.4], [0.7, 0.7]), "refuted"),
+    ],
+)
+def test_repainting(true, by_guidance, expected):
+    read = {"generated": [1.0, 1.0], TRUE_LABEL: true}
+    read |= {
+        f"another label, guidance {g:g}": shares
+        for g, shares in zip(REPAINT_GUIDANCES, by_guidance, strict=True)
+    }
+    assert EXPERIMENTS["x-muse-4"].decide({"read": read}) == expected
+
+
+@pytest.mark.parametrize(
+    ("edits", "chance", "expected"),
+    [
+        ([(0.7, 0.5), (0.7, 0.5)], [0.1, 0.1], "supported"),
+        ([(0.7, 0.5), (0.5, 0.5)], [0.1, 0.1], "undecided"),
+        ([(0.7, 0.3), (0.5, 0.5)], [0.1, 0.1], "refuted"),
+        ([(0.7, 0.5), (0.7, 0.5)], [0.5, 0.5], "refuted"),  # as many are kept by chance
+    ],
+)
+def test_free_editing(edits, chance, expected):
+    free = {str(n): [[0.1, 0.9]] * len(edits) for n in ROUNDS_MADE[:-1]}
+    free[str(ROUNDS_MADE[-1])] = [list(pair) for pair in edits]
+    results = {"free": free, "chance": chance}
+    assert EXPERIMENTS["x-muse-5"].decide(results) == expected
