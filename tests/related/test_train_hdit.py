@@ -198,7 +198,7 @@ def test_drawn_images(finished, pixels):
             seen.update(text=text)
             return torch.zeros_like(z)
 
-    prompts = ["3", "a bold 7", "3"]
+    prompts = ["3", "a bold 7", "a bold 7"]
     way = Sampling(2, 1.0, 1.0, "euler")
     images = drawn_images(Still(), pixels, finished.pipeline, prompts, 4, way)
     assert torch.equal(torch.from_numpy(images), pixels.to_uint8(seeded_noise((3, 1, 32, 32), 4)))
