@@ -380,7 +380,9 @@ def test_refused_sampling(hdit_run, tiny_run, tmp_path, capsys):
     damaged = shutil.copytree(hdit_run, tmp_path / "damaged")
     change(damaged, lambda content: content.update(size=[]))
     assert "run.json: damaged: no size of an HDiT" in line(*models, damaged)
-    change(damaged, lambda content: content.update(size="mnist"))
+    change(damaged, lambda content: content.update(size="tiny", flat=1))
+    assert "run.json: damaged: no size of an HDiT" in line(*models, damaged)
+    change(damaged, lambda content: content.update(size="mnist", flat=False))
     assert "hdit.safetensors" in line(*models, damaged)
     assert not out.exists()
 
