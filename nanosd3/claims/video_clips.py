@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
-from nanosd3.claims.material import open_encoded
 from nanosd3.related.command import parse, study_in
-from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.related.moving_digits import Clips, ClipSize
 from nanosd3.related.train_video import (
     TrainedVideo,
@@ -40,7 +39,7 @@ SHARES = {
 
 def model_of(conditions: Conditions, seed: int) -> tuple[FinishedRun, TrainedVideo, float]:
     """The finished run, the video model of a seed, trained or loaded, and its seconds."""
-    finished, _ = open_encoded(conditions)
+    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
     size = ["--config", "tiny"] if conditions.fast else []
     system = VideoSystem()
     args = parse(system, ["--seed", str(seed), *size])
