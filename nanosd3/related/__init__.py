@@ -37,7 +37,7 @@ Modules, each of which imports only from those above it:
     muse                Muse: a transformer that guesses hidden tokens, many at a time
     muse_editing        drawing, repainting and mask-free editing with it
     muse_lessons        teaching tokens and transformer
-    train_muse          train them on a finished run, and see how they compare
-    use_muse            its command: train, draw, edit
+    train_muse          train them on a finished run, or draw with them
+    edit_command        edit images with it
     __main__            python -m nanosd3.related
 """

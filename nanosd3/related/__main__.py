@@ -5,14 +5,15 @@ import sys
 from nanosd3.cli import run_main
 from nanosd3.errors import InputError, shown
 from nanosd3.related.command import System, run_system
-from nanosd3.related.sample_command import SamplingSystem, asks_for_samples, run_sampling
+from nanosd3.related.edit_command import run_editing
+from nanosd3.related.sample_command import SamplingSystem, asks_for, run_sampling
 from nanosd3.related.train_consistency import Consistency
 from nanosd3.related.train_consistency_decoder import ConsistencyDecoding
 from nanosd3.related.train_dit import DiTSystem
 from nanosd3.related.train_hdit import HDiTSystem
+from nanosd3.related.train_muse import MuseSystem
 from nanosd3.related.train_paths import Paths
 from nanosd3.related.train_video import VideoSystem
-from nanosd3.related.use_muse import MuseCommand, muse_command
 
 SYSTEMS: dict[str, System] = {
     system.name: system
@@ -22,7 +23,7 @@ SYSTEMS: dict[str, System] = {
         Consistency(),
         ConsistencyDecoding(),
         HDiTSystem(),
-        MuseCommand(),
+        MuseSystem(),
         VideoSystem(),
     )
 }
@@ -50,12 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
             sys.exit(0)  # as argparse does
         return 0
     system = system_of(name)
-    if name == MuseCommand.name:
-        return muse_command(rest)  # it edits, too
-    if asks_for_samples(rest):
+    if asks_for("--sample", rest):
         if not isinstance(system, SamplingSystem):
             raise InputError(f"--sample: {name} has none; `nanosd3.generate` opens what can draw")
         return run_sampling(system, rest)
+    if asks_for("--edit", rest):
+        if not isinstance(system, MuseSystem):
+            raise InputError(f"--edit: {name} has none; muse has")
+        return run_editing(system, rest)
     return run_system(system, rest)
 
 

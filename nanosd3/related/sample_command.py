@@ -6,6 +6,7 @@ refused. The text encoders are those of the finished run that the neighbour was 
 
 import argparse
 import io
+import sys
 from abc import abstractmethod
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from nanosd3.cli import Parser, positive, unicode_text
 from nanosd3.errors import InputError
 from nanosd3.machine.device import set_up
+from nanosd3.pipeline import Pipeline
 from nanosd3.related.command import System
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.storage.files import check_writable, write_file
@@ -46,16 +48,13 @@ class SamplingSystem(System):
         return figures.png(figures.grid_of(captions, images))
 
 
-def asks_for_samples(arguments: list[str]) -> bool:
-    return any(word == "--sample" or word.startswith("--sample=") for word in arguments)
+def asks_for(option: str, arguments: list[str]) -> bool:
+    return any(word == option or word.startswith(f"{option}=") for word in arguments)
 
 
-def sampling_options(system: SamplingSystem, arguments: list[str]) -> argparse.Namespace:
-    name = f"python -m nanosd3.related {system.name} --sample"
-    parser = Parser(name, f"Draw with a finished run. {system.what}")
+def add_drawing_options(parser: Parser, system: SamplingSystem) -> None:
+    """Add what all that draws has in common."""
     add = parser.add_argument
-    text = 'such as "a bold seven"'
-    add("--sample", nargs="+", type=unicode_text, required=True, metavar="PROMPT", help=text)
     text = f"finished run of this system (default: runs/{system.name})"
     add("--model", type=Path, default=Path("runs") / system.name, metavar="FOLDER", help=text)
     text = "finished run of train_mnist.py that it was trained on (default: %(default)s)"
@@ -66,9 +65,18 @@ def sampling_options(system: SamplingSystem, arguments: list[str]) -> argparse.N
     add("--out", type=Path, default=Path(f"{system.name}{kind}"), metavar="FILE", help=text)
     text = f"{system.drawn} a prompt (default: %(default)s)"
     add("--count", type=positive, default=system.count, help=text)
-    add("--steps", type=positive, help="solver steps (default: the run's)")
+    add("--steps", type=positive, help="steps of drawing (default: the run's)")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--threads", type=positive, help="CPU threads (default: the usable cores, at most 8)")
+
+
+def sampling_options(system: SamplingSystem, arguments: list[str]) -> argparse.Namespace:
+    name = f"python -m nanosd3.related {system.name} --sample"
+    parser = Parser(name, f"Draw with a finished run. {system.what}")
+    add = parser.add_argument
+    text = 'such as "a bold seven"'
+    add("--sample", nargs="+", type=unicode_text, required=True, metavar="PROMPT", help=text)
+    add_drawing_options(parser, system)
     system.add_sampling_options(parser)
     args = parser.parse_args(arguments)
     check_prompts(args.sample)
@@ -103,21 +111,30 @@ def open_trained(system: System, folder: Path, finished: FinishedRun) -> Run:
     return run
 
 
+def warn_of(pipeline: Pipeline, texts: list[str]) -> None:
+    """Print what the text encoders do not understand, or cut off."""
+    for message in pipeline.text.remarks([text for text in texts if text], None, ()):
+        print(f"warning: {message}", file=sys.stderr)
+
+
 def run_sampling(system: SamplingSystem, arguments: list[str]) -> int:
     """Draw and write the file."""
     args = sampling_options(system, arguments)
     finished = open_finished_run(args.run, args.data, set_up(args.threads))
     run = open_trained(system, args.model, finished)
     images = system.draw(args, run, finished)
-    write_file(args.out, file_content(system, images, args))
+    write_images(system, args.out, images, args.sample)
     print(f"{len(images)} {system.drawn}: {args.out}")
     return 0
 
 
-def file_content(system: SamplingSystem, images: np.ndarray, args: argparse.Namespace) -> bytes:
-    """The content of the file: the array, or the picture."""
-    if args.out.suffix.lower() != ".npy":
-        return system.picture(images, [text or "(no text)" for text in args.sample])
+def write_images(
+    system: SamplingSystem, out: Path, images: np.ndarray, captions: list[str]
+) -> None:
+    """Write the array, or the picture with a row for each caption."""
+    if out.suffix.lower() != ".npy":
+        write_file(out, system.picture(images, [text or "(no text)" for text in captions]))
+        return
     buffer = io.BytesIO()
     np.save(buffer, images)
-    return buffer.getvalue()
+    write_file(out, buffer.getvalue())

@@ -1,10 +1,11 @@
 """Train Muse beside a finished run: first its tokens, then the transformer that guesses them.
 
     python -m nanosd3.related muse
+    python -m nanosd3.related muse --sample "a bold 3" --steps 8
 
 The tokeniser learns from the run's images alone; the transformer reads their captions by the run's
 frozen text encoders, and neither sees the run's latents. Together they take about five minutes of
-one core. What to do with the result is in use_muse.py.
+one core.
 """
 
 import argparse
@@ -16,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanosd3.cli import Parser
+from nanosd3.cli import Parser, unicode_text
 from nanosd3.config_types import Config, Recipe
 from nanosd3.errors import InputError
-from nanosd3.related.command import Study, System, check_guidance, size_of, with_flow_recipe
+from nanosd3.machine.accelerate import accelerate
+from nanosd3.official.limits import limited_config
+from nanosd3.related.command import Study, check_guidance, size_of, with_flow_recipe
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.muse import MuseConfig, cosine_share
+from nanosd3.related.muse import Muse, MuseConfig, cosine_share
 from nanosd3.related.muse_editing import (
     MUSE_GUIDANCE,
     MUSE_STEPS,
@@ -31,7 +34,8 @@ from nanosd3.related.muse_editing import (
     unpadded,
 )
 from nanosd3.related.muse_lessons import train_muse, train_tokens
-from nanosd3.related.vq import VQConfig, perplexity
+from nanosd3.related.sample_command import SamplingSystem, warn_of
+from nanosd3.related.vq import VQAutoencoder, VQConfig, perplexity
 from nanosd3.related.yardsticks import (
     SCORED_DRAWS,
     SHOWN_OF_EACH,
@@ -39,7 +43,9 @@ from nanosd3.related.yardsticks import (
     evaluations_in_words,
     score_samples,
 )
-from nanosd3.storage.files import sha256, write_file
+from nanosd3.storage.files import load_weights, write_file
+from nanosd3.storage.run import Run
+from nanosd3.text import check_prompts
 from nanosd3.training import figures
 from nanosd3.training.evaluation import to_digits
 from nanosd3.training.report import sample_images, shown_prompts
@@ -102,22 +108,31 @@ def reconstruction(finished: FinishedRun, painter: TokenPainter, count: int) -> 
     return {"accuracy": accuracy, "frechet_ratio_to_real": ratio, "perplexity": at_work}
 
 
-def muse_sampling(args: argparse.Namespace) -> tuple[float, float]:
-    """Guidance and temperature of samples. Raises InputError for values that are none."""
-    guidance = MUSE_GUIDANCE if args.guidance is None else args.guidance
-    temperature = MUSE_TEMPERATURE if args.temperature is None else args.temperature
+def muse_sampling(
+    guidance: float | None, temperature: float | None, identity: dict | None = None
+) -> tuple[float, float]:
+    """Guidance and temperature of samples: those given, or a run's own, or the recipe's. Raises
+    InputError for values that are none."""
+    own = identity or {"guidance": MUSE_GUIDANCE, "temperature": MUSE_TEMPERATURE}
+    guidance = own["guidance"] if guidance is None else guidance
+    temperature = own["temperature"] if temperature is None else temperature
     check_guidance(guidance)
     if not 0 <= temperature < float("inf"):
         raise InputError(f"--temperature must be a number from 0 up, got {temperature}")
     return guidance, temperature
 
 
-def text_fingerprint(run: Path) -> str:
-    """Of a run's own text encoders. Raises InputError if it has none."""
-    file = run / "text.safetensors"
-    if not file.exists():
-        raise InputError(f"{run}: has no text encoders of its own, which a Muse needs")
-    return sha256(file)
+def open_painter(run: Run, finished: FinishedRun) -> TokenPainter:
+    """What a finished run has trained. Raises InputError if its run.json is damaged."""
+    index = run.folder / "run.json"
+    config, size = limited_config(run.identity["config"], index), run.identity.get("size")
+    if size not in MUSE_SIZES:
+        raise InputError(f"{index}: damaged: no size")
+    vq, muse = VQAutoencoder(vq_config(config, size)), Muse(muse_config(config, size))
+    for name, module in (("tokens", vq), (MUSE_STAGE, muse)):
+        load_weights(module, run.folder / f"{name}.safetensors")
+        accelerate(module.requires_grad_(False).eval().to(finished.device))
+    return TokenPainter(vq, muse, finished.pipeline)
 
 
 def draw_muse_beside_main(
@@ -133,12 +148,14 @@ def draw_muse_beside_main(
     write_file(path, figures.png(figures.side_by_side(columns)))
 
 
-class MuseSystem(System):
+class MuseSystem(SamplingSystem):
     name = "muse"
     what = "Muse: images as tokens, which a transformer guesses many at a time."
     paper = "arXiv 2301.00704"
 
     def add_options(self, parser: Parser) -> None:
+        uses = "--sample PROMPT draws with a finished run, --edit IMAGE edits"
+        parser.epilog = f"{uses}; see --sample PROMPT --help and --edit IMAGE --help"
         add = parser.add_argument_group("sampling").add_argument
         text = f"scale at the last step of samples (default: {MUSE_GUIDANCE:g})"
         add("--guidance", type=float, help=text)
@@ -147,7 +164,7 @@ class MuseSystem(System):
 
     def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
         size = size_of(args, finished)
-        muse_sampling(args)
+        muse_sampling(args.guidance, args.temperature)
         config = with_flow_recipe(finished.config, MUSE_RECIPES[size], args)
         muse_config(config, size)
         training = replace(training_of(config), autoencoder=TOKEN_RECIPES[size], ema_decay=MUSE_EMA)
@@ -155,12 +172,11 @@ class MuseSystem(System):
 
     def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:
         config, size = finished.config, size_of(args, finished)
-        guidance, temperature = muse_sampling(args)
+        guidance, temperature = muse_sampling(args.guidance, args.temperature)
         return {
             "size": size,
             "vq": asdict(vq_config(config, size)),
             "muse": asdict(muse_config(config, size)),
-            "text": text_fingerprint(args.run),
             "guidance": guidance,
             "temperature": temperature,
         }
@@ -168,7 +184,7 @@ class MuseSystem(System):
     def train(self, study: Study) -> dict:
         job, finished = study.job, study.finished
         painter = trained_painter(study)
-        guidance, temperature = muse_sampling(study.args)
+        guidance, temperature = muse_sampling(study.args.guidance, study.args.temperature)
 
         def draw(prompts: list[str], seed: int) -> np.ndarray:
             return painter.images(painter.draw(prompts, seed, MUSE_STEPS, guidance, temperature))
@@ -181,3 +197,20 @@ class MuseSystem(System):
             "reconstructions": reconstruction(finished, painter, count),
             "training_seconds": stages["tokens"]["seconds"] + stages[MUSE_STAGE]["seconds"],
         }
+
+    def add_sampling_options(self, parser: Parser) -> None:
+        add = parser.add_argument
+        add("--guidance", type=float, help="scale at the last step (default: the run's)")
+        text = "noise in which tokens are kept (default: the run's)"
+        add("--temperature", type=float, help=text)
+        text = "what guidance moves away from (default: no text)"
+        add("--negative", type=unicode_text, default="", help=text)
+
+    def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
+        way = muse_sampling(args.guidance, args.temperature, run.identity)
+        check_prompts(args.sample, args.negative)
+        warn_of(finished.pipeline, [*args.sample, args.negative])
+        painter = open_painter(run, finished)
+        prompts = [prompt for prompt in args.sample for _ in range(args.count)]
+        steps = args.steps or MUSE_STEPS
+        return painter.images(painter.draw(prompts, args.seed, steps, *way, args.negative))

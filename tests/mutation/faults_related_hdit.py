@@ -106,7 +106,7 @@ FAULTS_HDIT = [
     (SAMPLE_FILE, 'if "samples" not in run.stages:', "if not run.stages:",
      "an unfinished run passes"),
     (SAMPLE_FILE, "!= finished.fingerprint:", "is None:", "another run's text passes"),
-    (SAMPLE_FILE, 'word.startswith("--sample=")', "False", "--sample=PROMPT would train"),
+    (SAMPLE_FILE, 'word.startswith(f"{option}=")', "False", "--sample=PROMPT would train"),
     (SAMPLE_FILE, "    check_image_file(args.out, system.written)\n", "",
      "found only after drawing"),
 ]  # fmt: skip

@@ -6,7 +6,7 @@ written, and what is wrong with it.
 
 VQ_FILE, MUSE_FILE = "related/vq.py", "related/muse.py"
 MUSE_EDITING_FILE, MUSE_LESSONS_FILE = "related/muse_editing.py", "related/muse_lessons.py"
-TRAIN_MUSE_FILE, USE_MUSE_FILE = "related/train_muse.py", "related/use_muse.py"
+TRAIN_MUSE_FILE, USE_MUSE_FILE = "related/train_muse.py", "related/edit_command.py"
 
 FAULTS_MUSE = [
     # vq.py
@@ -119,7 +119,7 @@ FAULTS_MUSE = [
     (MUSE_EDITING_FILE, "return steps if guidance == 1 else 2 * steps - 1",
      "return steps if guidance == 1 else 2 * steps", "the first step counted twice"),
     (MUSE_EDITING_FILE, "padding : x.shape[3] - padding]", "padding:]", "a frame at the right"),
-    # muse_lessons.py, train_muse.py, use_muse.py
+    # muse_lessons.py, train_muse.py, edit_command.py
     (MUSE_LESSONS_FILE, "straight_through(z, e)) - x", "e) - x", "the encoder learns no images"),
     (MUSE_LESSONS_FILE, "step % RESTART_EVERY == 0 and step", "step", "codes restart every step"),
     (MUSE_LESSONS_FILE, "generator=generator) >= TEXT_DROP", "generator=generator) < TEXT_DROP",
@@ -128,18 +128,16 @@ FAULTS_MUSE = [
      "context, pooled * keep[:, None]", "text tokens are never dropped"),
     (MUSE_LESSONS_FILE, "masked_loss(muse(seen, context, pooled), tokens, seen)",
      "masked_loss(muse(tokens, context, pooled), tokens, seen)", "the answer is shown"),
-    (TRAIN_MUSE_FILE, "args.guidance is None else args.guidance",
-     "args.guidance else MUSE_GUIDANCE",
+    (TRAIN_MUSE_FILE, 'own["guidance"] if guidance is None else guidance',
+     'own["guidance"]',
      "--guidance is not heard"),
     (TRAIN_MUSE_FILE, 'stages["tokens"]["seconds"] + stages[MUSE_STAGE]["seconds"]',
      'stages[MUSE_STAGE]["seconds"]', "the tokens' training is not counted"),
     (TRAIN_MUSE_FILE, "if not 0 <= temperature < float(\"inf\"):", "if temperature < 0:",
      "a temperature of NaN passes"),
-    (USE_MUSE_FILE, 'if identity.get("text") != text_fingerprint(args.run):', "if False:",
-     "text of other encoders"),
-    (USE_MUSE_FILE, "guidance = FREE_GUIDANCE if args.guidance is None else guidance",
+    (USE_MUSE_FILE, "guidance = FREE_GUIDANCE if args.guidance is None else args.guidance",
      "guidance = FREE_GUIDANCE", "--guidance is not heard without a mask"),
-    (USE_MUSE_FILE, "steps = args.steps or FREE_ROUNDS", "steps = FREE_ROUNDS",
+    (USE_MUSE_FILE, "args.steps or FREE_ROUNDS", "FREE_ROUNDS",
      "--steps is not heard without a mask"),
     (USE_MUSE_FILE, 'rng(args.seed, "muse edit")', 'rng("muse edit")', "--seed is not heard"),
 ]  # fmt: skip

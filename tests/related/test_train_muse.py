@@ -19,10 +19,11 @@ from nanosd3.related import __main__ as related
 from nanosd3.related import command as related_command
 from nanosd3.related import muse_lessons as lessons
 from nanosd3.related import train_muse as module
+from nanosd3.related.edit_command import image_of
 from nanosd3.related.muse import MASK, Muse
 from nanosd3.related.muse_editing import edit_freely, passes, repaint, unpadded
-from nanosd3.related.use_muse import image_of, open_muse, parse
 from nanosd3.storage.files import load_weights, read_tensors
+from nanosd3.storage.run import Run
 
 
 def main(words: list[str]) -> int:
@@ -216,8 +217,9 @@ def test_what_is_kept_is_the_average(tiny_run, tmp_path, monkeypatch, unmeasured
 
 
 def painter_of(lively, tiny_run):
-    words = ["--model", lively, "--run", tiny_run, "--sample", "3"]
-    return open_muse(parse(related.SYSTEMS["muse"], [str(word) for word in words]))
+    finished = related_command.open_finished_run(tiny_run, None, torch.device("cpu"))
+    run = Run.read(lively)
+    return module.open_painter(run, finished), *module.muse_sampling(None, None, run.identity)
 
 
 def digit(tmp_path, name="digit.png"):
@@ -285,7 +287,7 @@ def test_repainting_keeps_the_rest(lively, tiny_run, tmp_path, capsys):
         found.append(np.load(out).tobytes())
         said = capsys.readouterr().out
         kept = int(said.split("%")[0].split()[-1])
-        assert kept >= round(100 * 28 / 49) and "steps" in said
+        assert kept >= round(100 * 28 / 49) and "8 images" in said
     assert len(set(found)) == 5
     assert command(*words, "--out", tmp_path / "e.png") == 0
     assert Image.open(tmp_path / "e.png").height > 50
@@ -330,7 +332,7 @@ def test_bad_input(muse_run, tiny_run, tmp_path, capsys):
     assert "--temperature must be a number from 0 up, got nan" in line("--temperature", "nan")
     assert "--lr must be a number above 0" in line("--lr", 0)
     for name in ("prompt", "mask", "negative", "model"):
-        assert f"--{name} has no effect without --sample" in line(f"--{name}", "3")
+        assert f"--{name}" in line(f"--{name}", "3")
     assert not out.exists()
     assert f"with temperature {module.MUSE_TEMPERATURE}, not 2.0" in refused(
         capsys, main, "--run", tiny_run, "--out", muse_run, "--temperature", 2)  # fmt: skip
@@ -343,23 +345,26 @@ def test_bad_use(muse_run, tiny_run, tmp_path, capsys):
         return refused(capsys, main, "--run", run, "--model", model, "--out", out, *words)
 
     edit = ("--edit", image, "--prompt", "8")
-    assert "--sample and --edit are two things" in line("--sample", "3", *edit)
-    assert '--edit needs --prompt "what' in line("--edit", image)
-    for name, value in (("lr", 1), ("batch", 3), ("config", "tiny"), ("data", image)):
-        assert f"--{name} has no effect with --sample" in line("--sample", "3", f"--{name}", value)
-    assert "--fresh has no effect with --edit" in line(*edit, "--fresh")
-    assert "--mask has no effect with --sample" in line("--sample", "3", "--mask", image)
-    assert "--prompt has no effect with --sample" in line("--sample", "3", "--prompt", "4")
-    assert "--temperature has no effect with --edit without --mask" in line(
-        *edit, "--temperature", 1)  # fmt: skip
-    assert "--guidance must be" in line("--sample", "3", "--guidance", "nan")
+    assert "--edit" in line("--sample", "3", *edit)
+    assert "--prompt" in line("--edit", image)
+    for name, value in (("lr", 1), ("batch", 3), ("config", "tiny")):
+        assert f"--{name}" in line("--sample", "3", f"--{name}", value)
+    assert "--fresh" in line(*edit, "--fresh")
+    assert "--mask" in line("--sample", "3", "--mask", image)
+    assert "--prompt" in line("--sample", "3", "--prompt", "4")
+    assert "--temperature has no effect without --mask" in line(*edit, "--temperature", 1)
+    for words in (("--sample", "3"), edit):
+        assert "--guidance must be" in line(*words, "--guidance", "nan")
     assert "must end in .png or .npy" in line("--sample", "3", out=tmp_path / "x.gif")
-    assert "does not exist" in line("--sample", "3", out=tmp_path / "no" / "x.png")
+    assert "must be a file in a folder that exists" in line(
+        "--sample", "3", out=tmp_path / "no" / "x.png")  # fmt: skip
     (tmp_path / "f.png").mkdir()
-    assert "is a folder" in line("--sample", "3", out=tmp_path / "f.png")
-    for folder in (tiny_run, tmp_path, tmp_path / "no"):
-        assert "holds no finished Muse; `python -m nanosd3.related muse` trains one" in line(
-            "--sample", "3", model=folder)  # fmt: skip
+    assert "must be a file" in line("--sample", "3", out=tmp_path / "f.png")
+    assert "is not a run of `python -m nanosd3.related muse`" in line(
+        "--sample", "3", model=tiny_run)  # fmt: skip
+    for folder in (tmp_path, tmp_path / "no"):
+        assert "has no run; `python -m nanosd3.related muse` trains one" in line(
+            *edit, model=folder)  # fmt: skip
     assert "no such run folder" in line("--sample", "3", run=tmp_path / "no")
     Image.new("L", (30, 28)).save(tmp_path / "wide.png")
     assert "is 28x30 (height x width), this Muse is for 28x28" in line(
@@ -367,6 +372,8 @@ def test_bad_use(muse_run, tiny_run, tmp_path, capsys):
     assert "mask: is 28x30" in line(*edit, "--mask", tmp_path / "wide.png")
     assert "nothing is marked" in line(*edit, "--mask", muse_black(tmp_path))
     assert "no.png" in line("--edit", tmp_path / "no.png", "--prompt", "8")
+    said = refused(capsys, related.main, "hdit", "--edit", image, "--prompt", "8")
+    assert "--edit: hdit has none; muse has" in said
     assert not out.exists()
 
 
@@ -375,7 +382,7 @@ def muse_black(tmp_path):
     return tmp_path / "black.png"
 
 
-def test_other_text_encoders_are_refused(muse_run, tiny_run, tmp_path, capsys):
+def test_another_finished_run_is_refused(muse_run, tiny_run, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(tiny_run, other)
     tensors = read_tensors(other / "text.safetensors")
@@ -383,7 +390,5 @@ def test_other_text_encoders_are_refused(muse_run, tiny_run, tmp_path, capsys):
     tensors[name] = tensors[name] + 1
     save_file(tensors, other / "text.safetensors")
     words = ("--run", other, "--model", muse_run, "--sample", "3", "--out", tmp_path / "x.png")
-    assert "was trained with other text encoders than those of" in refused(capsys, main, *words)
-    (other / "text.safetensors").unlink()
-    assert "has no text encoders of its own" in refused(capsys, main, *words)
+    assert "was made of another finished run than that of --run" in refused(capsys, main, *words)
     assert not (tmp_path / "x.png").exists()
