@@ -98,7 +98,7 @@ def dit_step(
     images = step_rng.take(job.source.draw(size, generator))
     keep = step_rng.take(torch.rand(size, generator=generator) >= DROPPED_LABELS)
     u = step_rng.take(stratified(size, generator))
-    x0, noise = features.draw(images, step_rng)  # (B, C, h, w) each
+    x0, noise = features.latents_and_noise(images, step_rng)  # (B, C, h, w) each
     y = torch.where(keep, labels[images], network.config.null)
     x0, noise, u, y = (x.to(job.device) for x in (x0, noise, u, y))
     return lesson.errors(network, x0, noise, u, y)

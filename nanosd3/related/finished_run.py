@@ -1,7 +1,7 @@
 """A finished run of train_mnist.py, as the neighbours use it: its frozen encoders, its transformer
 as a teacher, its images and its classifier."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ class FinishedRun:
     scorer: Scorer
     pipeline: Pipeline
     device: torch.device
+    measured: dict = field(default_factory=dict)  # what yardsticks.py has measured of it
 
     @property
     def fingerprint(self) -> str:

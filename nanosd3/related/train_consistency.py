@@ -79,7 +79,7 @@ def draw_batch(
     images = step_rng.take(job.source.draw(size, generator))
     captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
     t, s = (step_rng.take(x).to(job.device) for x in draw_levels(levels, size, generator))
-    x0, noise = features.draw(images, step_rng)
+    x0, noise = features.latents_and_noise(images, step_rng)
     context, pooled = (x.to(job.device) for x in features.text(captions))
     return x0.to(job.device), noise.to(job.device), (context, pooled), t, s
 

@@ -65,7 +65,7 @@ def path_step(
     images = step_rng.take(job.source.draw(size, generator))
     captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
     t = path.first + (1 - path.first) * step_rng.take(stratified(size, generator))
-    x0, noise = features.draw(images, step_rng)  # (B, C, h, w) each
+    x0, noise = features.latents_and_noise(images, step_rng)  # (B, C, h, w) each
     _, pooled = features.text(captions)
     x0, noise, t, pooled = (x.to(job.device) for x in (x0, noise, t, pooled))
     velocity = by_pooled_text(model, path.interpolate(x0, noise, t), t, pooled)

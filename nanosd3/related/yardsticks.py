@@ -3,7 +3,6 @@ the same prompts drawn by both, side by side."""
 
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -33,19 +32,23 @@ Decode = Callable[[Tensor], Tensor]  # normalised latents (B, c, h, w) to images
 Generate = Callable[[Draw, int], np.ndarray]  # a draw and its seed to samples uint8 (B, H, W[, C])
 
 
-@lru_cache(maxsize=8)
 def drawn(finished: FinishedRun, count: int, seed: int) -> tuple[Draw, float]:
     """Prompts to score samples on, and the distance of as many real images."""
-    draw = draw_prompts(finished.source, count, seed)
-    return draw, finished.scorer.floor(draw)
+    key = ("drawn", count, seed)
+    if key not in finished.measured:
+        draw = draw_prompts(finished.source, count, seed)
+        finished.measured[key] = draw, finished.scorer.floor(draw)
+    return finished.measured[key]
 
 
-@lru_cache(maxsize=8)
 def distance_of_reconstructions(finished: FinishedRun, count: int, seed: int) -> float:
     """That of the same real images, encoded and decoded."""
-    draw, _ = drawn(finished, count, seed)
-    rebuilt = reconstructions(finished.source, draw.chosen, finished.pipeline)
-    return finished.scorer.distance(rebuilt)
+    key = ("reconstructions", count, seed)
+    if key not in finished.measured:
+        draw, _ = drawn(finished, count, seed)
+        rebuilt = reconstructions(finished.source, draw.chosen, finished.pipeline)
+        finished.measured[key] = finished.scorer.distance(rebuilt)
+    return finished.measured[key]
 
 
 def score_samples(

@@ -62,7 +62,7 @@ class Features:
         vae = self.encoders.config.vae
         return (z - vae.shift) * vae.scale
 
-    def draw(self, index: Tensor, step_rng: StepRNG) -> tuple[Tensor, Tensor]:
+    def latents_and_noise(self, index: Tensor, step_rng: StepRNG) -> tuple[Tensor, Tensor]:
         """What a training step starts from: normalised latents x0 (B, C, h, w) of images of one
         size, drawn from their posteriors, and noise like them."""
         mean, std = self.latents(index)

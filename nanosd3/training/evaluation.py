@@ -10,6 +10,7 @@ pair of numbers says little about a model; the frontier, both along the guidance
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -70,7 +71,11 @@ class Scorer:
 
     def __init__(self, source: Digits, classifier: ConvNet, device: torch.device):
         self.source, self.classifier, self.device = source, classifier, device
-        self.test = self.features(source.images.test_images)
+
+    @cached_property
+    def test(self) -> Tensor:
+        """Features (n, F) of the test images, computed when they are first compared with."""
+        return self.features(self.source.images.test_images)
 
     @torch.no_grad()
     def features(self, digits: Tensor) -> Tensor:

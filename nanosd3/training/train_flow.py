@@ -49,7 +49,7 @@ def flow_step(job: Job, features: Features, network: Network, step_rng: StepRNG)
     u = stratified(size, generator)
     t = step_rng.take(logit_normal(u, training.time_mean, training.time_std))  # (B,)
 
-    x0, noise = features.draw(images, step_rng)  # (B, C, h, w) each
+    x0, noise = features.latents_and_noise(images, step_rng)  # (B, C, h, w) each
     t = shift(t, time_shift(job.config, x0.shape[2:]))
     x0, noise, t, keep = (x.to(job.device) for x in (x0, noise, t, keep))
     context, pooled = (x.to(job.device) for x in features.text(captions))  # (B, M, Dc), (B, Dp)

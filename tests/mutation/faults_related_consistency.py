@@ -93,7 +93,9 @@ FAULTS_CONSISTENCY = [
     (DECODER, "back = alpha_bar.rsqrt()", "back = alpha_bar.sqrt()", "the wrong way back to EDM"),
     (DECODER, "return sigma / (1 + sigma)", "return sigma", "sigma for t"),
     # train_consistency.py
-    (TRAINING, "x0, noise = features.draw(", "noise, x0 = features.draw(", "noise for images"),
+    (TRAINING, "x0, noise = features.latents_and_noise(",
+     "noise, x0 = features.latents_and_noise(",
+     "noise for images"),
     (TRAINING, "return consistency_loss(student, z_t, t, z_s, s, *text), {}\n",
      "return consistency_loss(student, z_t, t, z_t, t, *text), {}\n", "a pair of one point"),
     (MODELS, "target = clean_image(network(z_s, s, *given), z_s, s)",

@@ -22,6 +22,7 @@ from nanosd3.machine.distributed import Compute, ProcessGroup, process_group
 from nanosd3.random_streams import rng
 from nanosd3.storage.run import Run
 from nanosd3.training import loop, stages, train_flow
+from nanosd3.training.cached_features import Features
 
 STEPS = 6
 SIZES = [(8, 8)] * 10 + [(4, 10)] * 6 + [(8, 8)] + [(4, 10)] * 3  # the last four are held out
@@ -56,6 +57,8 @@ class SyntheticData:
 
     def normalise(self, z):
         return z
+
+    latents_and_noise = Features.latents_and_noise
 
     def text(self, captions):
         context = torch.stack([torch.randn(24, 48, generator=rng("t", int(i))) for i in captions])
