@@ -41,7 +41,7 @@ from nanosd3.text import check_prompts
 
 
 def editing_options(system: SamplingSystem, arguments: list[str]) -> argparse.Namespace:
-    name = f"python -m nanosd3.related {system.name} --edit"
+    name = f"python -m nanosd3.related {system.name}"
     parser = Parser(name, "Edit an image with a finished run so that it fits a prompt.")
     add = parser.add_argument
     add("--edit", type=Path, required=True, metavar="IMAGE", help="an image of the size trained on")

@@ -71,7 +71,7 @@ def add_drawing_options(parser: Parser, system: SamplingSystem) -> None:
 
 
 def sampling_options(system: SamplingSystem, arguments: list[str]) -> argparse.Namespace:
-    name = f"python -m nanosd3.related {system.name} --sample"
+    name = f"python -m nanosd3.related {system.name}"
     parser = Parser(name, f"Draw with a finished run. {system.what}")
     add = parser.add_argument
     text = 'such as "a bold seven"'
