@@ -124,12 +124,12 @@ def plot_scores(results: dict, path: Path) -> None:
     for key, style in zip(SHARES, ("o", "s", "^", "x"), strict=True):
         means = [sum(scores[way][key]) / len(scores[way][key]) for way in ways]
         axis.plot(range(len(ways)), means, style, color="black", label=SHARES[key])
-    axis.set_xticks(range(len(ways)), [way.replace(" ", "\n") for way in ways], rotation=30)
+    axis.set_xticks(range(len(ways)), ways, rotation=30, ha="right")
     axis.set(ylabel="share of frames or clips", ylim=(-0.05, 1.05))
     axis.axvline(len(TRAINED_SIZES) - 0.5, color="0.8")
     axis.axvline(len(ways) - 1.5, color="0.8")
     axis.set_title("trained on | not trained on | frames by themselves")
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     save_plot(figure, path)
 
 
@@ -155,6 +155,8 @@ OTHER_SIZES_KEPT = Experiment(
     run=video_study,
     decide=decide_sizes,
     plot=plot_scores,
+    remark="In frames of 24 pixels a digit of 20 has 4 to move in and turns at once, which makes "
+    "its direction hard to draw and to see, although these sizes were trained on.",
 )
 
 LENGTHS = Experiment(
@@ -167,6 +169,8 @@ LENGTHS = Experiment(
     run=video_study,
     decide=decide_lengths,
     plot=plot_scores,
+    remark="Frames beyond the length trained on stand at times that the network has never seen. "
+    "Digits are read almost as often; it is the motion that breaks.",
 )
 
 COHERENCE = Experiment(
@@ -183,4 +187,6 @@ COHERENCE = Experiment(
     run=video_study,
     decide=decide_coherence,
     plot=plot_scores,
+    remark="Motion is what attention across frames brings (direction right in 97% of clips, 12% "
+    "without it). After this little training digits change on their way in either case.",
 )
