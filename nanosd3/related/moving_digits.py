@@ -55,8 +55,6 @@ def paths(velocity: Tensor, u: Tensor, size: ClipSize) -> Tensor:
     travel = velocity * (size[0] - 1)  # (B, 2)
     low = (-travel).clamp(min=0).minimum(room)  # starts from here ...
     high = (room - travel).clamp(min=0).minimum(room).maximum(low)  # ... to here keep it inside
-    low = torch.where(travel > room, 0, low)
-    high = torch.where(travel > room, 0, high)
     start = low + (u * (high - low + 1)).long()
     return bounced(start[:, None] + velocity[:, None] * frames[:, None], room)
 

@@ -40,6 +40,27 @@ def test_a_bounce_is_a_reflection():
     assert not bounced(positions, torch.tensor(0)).any()  # no room at all
 
 
+def test_directions_and_speeds():
+    """Rows go down and columns to the right, in pixels a frame."""
+    expected = {
+        ("left", ", slowly"): [0, -1],
+        ("right", ", fast"): [0, 3],
+        ("up", ""): [-2, 0],
+        ("down", ", slowly"): [1, 0],
+    }
+    for motion, velocity in expected.items():
+        assert velocities(torch.tensor(MOTIONS.index(motion))).tolist() == velocity
+
+
+def test_starts_are_all_from_which_the_way_fits():
+    """7 steps of one pixel in a room of 12: from 0 to 5 forwards, from 7 to 12 back."""
+    u = torch.linspace(0, 0.999, 200)[:, None].expand(-1, 2)
+    for velocity, starts in ((1, range(6)), (-1, range(7, 13))):
+        corners = paths(torch.tensor([0, velocity]).expand(200, 2), u, (8, 32, 32))
+        assert corners[:, 0, 1].unique().tolist() == list(starts)
+        assert corners[:, 0, 0].unique().tolist() == list(range(13))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_path(size):
     """Inside the frame; at its speed, but where it bounces; and without a bounce if that can be."""
@@ -96,6 +117,7 @@ def test_captions(moving, finished):
         words = moving.texts[i]
         assert words.split()[1] in names and f"moving {direction}{speed}" in words
         assert words.endswith(speed)
+    assert {moving.texts[i].split()[1] for i in index.tolist()} >= {"seven", "7", "zero", "0"}
     still = moving.draw_clips(9, torch.Generator(), moving=False)
     assert not velocities(still.motion).any()
 
@@ -109,6 +131,8 @@ def test_the_pictures_that_clip_sees(moving):
     assert moving.captions(index, u).tolist()[0] == moving.captions(index[:1], u[:1]).item()
     clips = moving.clips(index)
     assert torch.equal(moving.captions(index, u), moving.captions_of(clips, u))
+    some = moving.clips(torch.arange(40))
+    assert some.motion.unique().numel() > 8 and some.start.unique().numel() == 80
     video = -torch.ones(1, 1, 4, 2, 2)
     video[0, 0, 1, 0, 0] = video[0, 0, 3, 1, 1] = 1
     assert long_exposure(video)[0, 0].tolist() == [[0, -1], [-1, 1]]

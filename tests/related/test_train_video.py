@@ -22,7 +22,7 @@ from nanosd3.related import __main__ as related
 from nanosd3.related import command as related_command
 from nanosd3.related import train_video as train_video_module
 from nanosd3.related.finished_run import open_finished_run
-from nanosd3.related.moving_digits import MovingDigits
+from nanosd3.related.moving_digits import MovingDigits, velocities
 from nanosd3.related.train_video import VideoSystem, text_of
 from nanosd3.related.video import VideoMMDiT, inflated
 from nanosd3.related.video_lessons import (
@@ -198,6 +198,13 @@ def test_rows_of_a_microbatch(job, moving, encoded):
         for rows in (range(4), range(2, 4))
     )
     torch.testing.assert_close(half, whole[2:])
+
+
+def test_pictures_stand_still(encoded):
+    """Also in their captions; all other clips move."""
+    for size, (clips, _) in encoded.items():
+        moves = velocities(clips.motion).any(1)
+        assert moves.all() if size[0] > 1 else not moves.any()
 
 
 def test_clips_are_encoded_once(job, moving, finished, monkeypatch, tmp_path):
