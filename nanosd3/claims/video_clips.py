@@ -38,9 +38,10 @@ SHARES = {
 }
 
 
-def model_of(conditions: Conditions, seed: int) -> tuple[FinishedRun, TrainedVideo, float]:
-    """The finished run, the video model of a seed, trained or loaded, and its seconds."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+def model_of(
+    conditions: Conditions, finished: FinishedRun, seed: int
+) -> tuple[TrainedVideo, float]:
+    """The video model of a seed, trained or loaded, and its seconds."""
     size = ["--config", "tiny"] if conditions.fast else ["--steps", str(CLIP_STEPS)]
     system = VideoSystem()
     args = parse(system, ["--seed", str(seed), *size])
@@ -48,7 +49,7 @@ def model_of(conditions: Conditions, seed: int) -> tuple[FinishedRun, TrainedVid
     with torch.enable_grad(), study_in(folder, system, args, finished) as study:
         assert study is not None
         model, stages = trained_video(study), study.job.run.stages
-        return finished, model, sum(stages[name]["seconds"] for name in ("clip", "t5", "video"))
+        return model, sum(stages[name]["seconds"] for name in ("clip", "t5", "video"))
 
 
 def frame_by_frame(model: TrainedVideo, clips: Clips, size: ClipSize) -> Tensor:
@@ -62,13 +63,14 @@ def frame_by_frame(model: TrainedVideo, clips: Clips, size: ClipSize) -> Tensor:
 @torch.no_grad()
 def video_study(conditions: Conditions) -> dict:
     """Scores of every size and length, and of frames drawn by themselves; a list over seeds."""
+    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
     count = 10 if conditions.fast else 100
     ways = {in_name(size): size for size in (*TRAINED_SIZES, *OTHER_SIZES, *OTHER_LENGTHS)}
     ways[BY_THEMSELVES] = first = TRAINED_SIZES[0]
     scores: dict[str, dict[str, list[float]]] = {way: {key: [] for key in SHARES} for way in ways}
     seconds = 0.0
     for seed in conditions.seeds:
-        finished, model, took = model_of(conditions, seed)
+        model, took = model_of(conditions, finished, seed)
         seconds += took
         for way, size in ways.items():
             clips = asked_clips(model.moving, size, count)

@@ -8,20 +8,24 @@ import argparse
 import io
 import sys
 from abc import abstractmethod
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from nanosd3.cli import Parser, positive, unicode_text
+from nanosd3.config_types import Config
 from nanosd3.errors import InputError
 from nanosd3.machine.device import set_up
 from nanosd3.pipeline import Pipeline
-from nanosd3.related.command import System
+from nanosd3.related.command import System, check_guidance
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.storage.files import check_writable, write_file
 from nanosd3.storage.run import Run
 from nanosd3.text import check_prompts
 from nanosd3.training import figures
+
+SAMPLES = "--sample PROMPT draws with a finished run; see --sample PROMPT --help"
 
 
 class SamplingSystem(System):
@@ -109,6 +113,23 @@ def open_trained(system: System, folder: Path, finished: FinishedRun) -> Run:
     if run.identity.get("finished") != finished.fingerprint:
         raise InputError(f"--model {folder}: was made of another finished run than that of --run")
     return run
+
+
+def add_guidance(parser: Parser) -> None:
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the run's)")
+
+
+def with_sampling(config: Config, args: argparse.Namespace) -> Config:
+    """A run's config with --steps and --guidance. Raises InputError for a scale that is none."""
+    own = config.sampling
+    guidance = own.guidance if args.guidance is None else args.guidance
+    check_guidance(guidance)
+    return replace(config, sampling=replace(own, steps=args.steps or own.steps, guidance=guidance))
+
+
+def prompts_asked(args: argparse.Namespace) -> list[str]:
+    """A prompt for each image to draw."""
+    return [prompt for prompt in args.sample for _ in range(args.count)]
 
 
 def warn_of(pipeline: Pipeline, texts: list[str]) -> None:

@@ -32,7 +32,14 @@ from nanosd3.related.hdit_lessons import (
     pooled_text,
     trained_hdit,
 )
-from nanosd3.related.sample_command import SamplingSystem
+from nanosd3.related.sample_command import (
+    SAMPLES,
+    SamplingSystem,
+    add_guidance,
+    prompts_asked,
+    warn_of,
+    with_sampling,
+)
 from nanosd3.related.yardsticks import (
     SHOWN_OF_EACH,
     evaluations,
@@ -78,7 +85,7 @@ class HDiTSystem(SamplingSystem):
     paper = "arXiv 2401.11605"
 
     def add_options(self, parser: Parser) -> None:
-        parser.epilog = "--sample PROMPT draws with a finished run; see --sample PROMPT --help"
+        parser.epilog = SAMPLES
         add = parser.add_argument
         text = "the same blocks in one level, where every patch reads every other, as in a DiT"
         add("--flat", action="store_true", help=text)
@@ -126,21 +133,17 @@ class HDiTSystem(SamplingSystem):
         }
 
     def add_sampling_options(self, parser: Parser) -> None:
-        text = "guidance scale (default: the run's)"
-        parser.add_argument("--guidance", type=float, help=text)
+        add_guidance(parser)
 
     def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
         config = limited_config(run.identity["config"], run.folder / "run.json")
-        way = config.sampling
-        guidance = way.guidance if args.guidance is None else args.guidance
-        check_guidance(guidance)
-        way = replace(way, steps=args.steps or way.steps, guidance=guidance)
+        way = with_sampling(config, args).sampling
+        warn_of(finished.pipeline, args.sample)
         model = HDiT(network_of(run, finished)).to(finished.device)
         load_weights(model, run.folder / "hdit.safetensors")
         accelerate(model.requires_grad_(False).eval())
         pixels = normalised_pixels(finished.source, config)
-        prompts = [prompt for prompt in args.sample for _ in range(args.count)]
-        return drawn_images(model, pixels, finished.pipeline, prompts, args.seed, way)
+        return drawn_images(model, pixels, finished.pipeline, prompts_asked(args), args.seed, way)
 
 
 def network_of(run: Run, finished: FinishedRun) -> HDiTConfig:

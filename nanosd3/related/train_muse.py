@@ -34,7 +34,7 @@ from nanosd3.related.muse_editing import (
     unpadded,
 )
 from nanosd3.related.muse_lessons import train_muse, train_tokens
-from nanosd3.related.sample_command import SamplingSystem, warn_of
+from nanosd3.related.sample_command import SamplingSystem, prompts_asked, warn_of
 from nanosd3.related.vq import VQAutoencoder, VQConfig, perplexity
 from nanosd3.related.yardsticks import (
     SCORED_DRAWS,
@@ -211,6 +211,5 @@ class MuseSystem(SamplingSystem):
         check_prompts(args.sample, args.negative)
         warn_of(finished.pipeline, [*args.sample, args.negative])
         painter = open_painter(run, finished)
-        prompts = [prompt for prompt in args.sample for _ in range(args.count)]
-        steps = args.steps or MUSE_STEPS
+        prompts, steps = prompts_asked(args), args.steps or MUSE_STEPS
         return painter.images(painter.draw(prompts, args.seed, steps, *way, args.negative))

@@ -31,7 +31,14 @@ from nanosd3.related.command import Study, check_guidance, size_of, with_flow_re
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.motion import look_at, motion_scores
 from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits, velocities
-from nanosd3.related.sample_command import SamplingSystem
+from nanosd3.related.sample_command import (
+    SAMPLES,
+    SamplingSystem,
+    add_guidance,
+    prompts_asked,
+    warn_of,
+    with_sampling,
+)
 from nanosd3.related.video import VideoMMDiT, fold_time
 from nanosd3.related.video_lessons import (
     CLIP_SIZES,
@@ -81,7 +88,7 @@ def check_size(size: ClipSize, config: Config) -> None:
             raise InputError(f"--{name} must be a multiple of {step} up to {most}, got {pixels}")
 
 
-def text_of(run: Run, config: Config, device: torch.device) -> Pipeline:
+def encoders_of(run: Run, config: Config, device: torch.device) -> Pipeline:
     """The text encoders that the run has trained, and its autoencoder."""
     tokenizers = read_tokenizers(run.folder / "tokenizers.json", config)
     parts = open_run_encoders(run, config)
@@ -97,13 +104,13 @@ class TrainedVideo:
     vae: AutoencoderKL
     captions: EncodedCaptions
     moving: MovingDigits
-    sampling: Sampling
+    config: Config
 
     def draw(self, clips: Clips, size: ClipSize, seed: int = 0) -> Tensor:
         """Videos (B, 1, T, H, W) in [-1, 1] for the captions of clips."""
         index = self.moving.captions_of(clips, torch.zeros(len(clips.digits)))
         text = self.captions.of(index), self.captions.none(len(index))
-        return sample_video(self.network, self.vae, *text, size, self.sampling, seed)
+        return sample_video(self.network, self.vae, *text, size, self.config, seed)
 
 
 def trained_video(study: Study) -> TrainedVideo:
@@ -112,13 +119,13 @@ def trained_video(study: Study) -> TrainedVideo:
     moving = MovingDigits(finished.source, CLIP_SIZES[0])
     save_weights(finished.pipeline.vae, job.run.folder / "autoencoder.safetensors")
     train_text_encoders(replace(job, source=moving))
-    pipeline = text_of(job.run, job.config, job.device)
+    pipeline = encoders_of(job.run, job.config, job.device)
     captions = encode_captions(pipeline.text, moving)
     count = CLIPS_ENCODED[size_of(study.args, finished)]
     sizes = dict.fromkeys(CLIP_SIZES) if "video" not in job.run.stages else ()
     encoded = {size: encoded_clips(job, moving, pipeline.vae, size, count) for size in sizes}
     network = train_video(job, finished.pipeline.mmdit, moving, encoded, captions)
-    return TrainedVideo(network, pipeline.vae, captions, moving, job.config.sampling)
+    return TrainedVideo(network, pipeline.vae, captions, moving, job.config)
 
 
 def asked_clips(moving: MovingDigits, size: ClipSize, count: int, draw: int = 0) -> Clips:
@@ -151,7 +158,7 @@ class VideoSystem(SamplingSystem):
     drawn, written, count = "clips", (".gif", ".npy"), 1
 
     def add_options(self, parser: Parser) -> None:
-        parser.epilog = "--sample PROMPT draws with a finished run; see --sample PROMPT --help"
+        parser.epilog = SAMPLES
         text = "guidance scale of the samples (default: %(default)s)"
         parser.add_argument("--guidance", type=float, default=VIDEO_SAMPLING.guidance, help=text)
 
@@ -169,10 +176,8 @@ class VideoSystem(SamplingSystem):
         job, model = study.job, trained_video(study)
         by_size, seconds = {}, 0.0
         for size in (CLIP_SIZES[0], *UNSEEN):
-            clips, begin = (
-                asked_clips(model.moving, size, job.training.evaluate // 5),
-                time.perf_counter(),
-            )
+            clips = asked_clips(model.moving, size, job.training.evaluate // 5)
+            begin = time.perf_counter()
             videos = model.draw(clips, size)
             seconds = seconds or time.perf_counter() - begin
             scores = scores_of_size(study.finished, model.moving, videos, clips, size)
@@ -189,12 +194,12 @@ class VideoSystem(SamplingSystem):
         }
 
     def in_words(self, metrics: dict) -> str:
-        shares = (f"{metrics[key]:.1%}" for key in ("prompt_accuracy", "direction"))
         return (
             f"{evaluations_in_words(metrics['evaluations'])} a clip, its digit read as asked in "
-            "{} of frames, its direction right in {} of clips, a bouncing line explains {:.2f} of "
-            "its motion"
-        ).format(*shares, metrics["line_r2"])
+            f"{metrics['prompt_accuracy']:.1%} of frames, its direction right in "
+            f"{metrics['direction']:.1%} of clips, a bouncing line explains "
+            f"{metrics['line_r2']:.2f} of its motion"
+        )
 
     def add_sampling_options(self, parser: Parser) -> None:
         add = parser.add_argument
@@ -202,23 +207,21 @@ class VideoSystem(SamplingSystem):
         add("--frames", type=positive, default=frames, help="of a clip (default: %(default)s)")
         add("--height", type=positive, default=height, help="pixels (default: %(default)s)")
         add("--width", type=positive, default=width, help="pixels (default: %(default)s)")
-        add("--guidance", type=float, help="guidance scale (default: the run's)")
+        add_guidance(parser)
 
     def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
         config = limited_config(run.identity["config"], run.folder / "run.json")
-        size, sampling = (args.frames, args.height, args.width), config.sampling
+        size = (args.frames, args.height, args.width)
         check_size(size, config)
-        guidance = sampling.guidance if args.guidance is None else args.guidance
-        check_guidance(guidance)
-        steps = args.steps or sampling.steps
-        pipeline = text_of(run, config, finished.device)
+        config = with_sampling(config, args)
+        pipeline = encoders_of(run, config, finished.device)
         network = VideoMMDiT(config.mmdit, FRAMES_IN_PATCH).to(finished.device)
         load_weights(network, run.folder / "video.safetensors")
         accelerate(network.requires_grad_(False).eval())
-        texts = [prompt for prompt in args.sample for _ in range(args.count)]
-        text, no_text = pipeline.encode_text(texts), pipeline.encode_text([""] * len(texts))
-        sampling = replace(sampling, steps=steps, guidance=guidance)
-        videos = sample_video(network, pipeline.vae, text, no_text, size, sampling, args.seed)
+        warn_of(pipeline, args.sample)
+        prompts = prompts_asked(args)
+        text, no_text = (pipeline.text.encode(x) for x in (prompts, [""] * len(prompts)))
+        videos = sample_video(network, pipeline.vae, text, no_text, size, config, args.seed)
         return pixels_of(videos)
 
     def picture(self, images: np.ndarray, captions: list[str]) -> bytes:

@@ -5,14 +5,13 @@ Frames go through a finished autoencoder, one by one. A batch has one size; the 
 picture is a video that stands still for the length of a patch.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from nanosd3.config_types import Sampling
+from nanosd3.config_types import Config
 from nanosd3.flow import flow_loss, interpolate, logit_normal, shift, stratified
 from nanosd3.mmdit import MMDiT
 from nanosd3.random_streams import rng
@@ -23,6 +22,7 @@ from nanosd3.storage.files import read_tensors, save_tensors
 from nanosd3.text import TextEncoders
 from nanosd3.training.loop import StepRNG, progress
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average
+from nanosd3.training.train_flow import time_shift
 from nanosd3.vae import AutoencoderKL
 
 CLIP_SIZES: tuple[ClipSize, ...] = (  # (frames, height, width) of the training steps, in turn
@@ -67,12 +67,13 @@ def decode_frames(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return unfold_time(frames.clamp(-1, 1), 1, latents.shape[2])
 
 
-def noise_shift(size: ClipSize) -> float:
+def clip_shift(config: Config, size: ClipSize) -> float:
     """The timestep shift for a size. Frames say the same thing several times over, so that it takes
-    more noise to hide it: by the root of the number of pixels (SD3's paper, eq. 23), which is 1
-    for a picture of the first size. Without it the digits were not those of the captions."""
-    _, height, width = CLIP_SIZES[0]
-    return math.sqrt(math.prod(size) / (height * width))
+    more noise to hide it, as in larger images. Without it the digits were not those of the
+    captions."""
+    frames, height, width = size
+    factor = config.vae.factor
+    return time_shift(config, (frames, height // factor, width // factor))
 
 
 def in_name(size: ClipSize) -> str:
@@ -129,7 +130,7 @@ def video_step(
     chosen = step_rng.take(torch.randint(len(latents), (count,), generator=generator))
     u = step_rng.take(torch.rand(2, count, generator=generator).T)  # (B, 2)
     t = logit_normal(stratified(count, generator), training.time_mean, training.time_std)
-    t = shift(t, noise_shift(size))
+    t = shift(t, clip_shift(job.config, size))
     index = moving.captions_of(clips.at(chosen), u[:, 0])
     text = captions.of(index.masked_fill(u[:, 1] < TEXTLESS, -1))
     x0 = filled(latents[chosen].float())  # (B, C, T, h, w)
@@ -143,9 +144,8 @@ def first_network(job: Job, images: MMDiT) -> VideoMMDiT:
     network = build(job, "video", partial(VideoMMDiT, job.config.mmdit, FRAMES_IN_PATCH))
     known = inflated(images.state_dict(), FRAMES_IN_PATCH)
     text = ("context_embedder.", "y_embedder.")  # of other encoders
-    network.load_state_dict(
-        {k: x for k, x in known.items() if not k.startswith(text)}, strict=False
-    )
+    own = {key: x for key, x in network.state_dict().items() if key.startswith(text)}
+    network.load_state_dict(known | own)
     return network.to(job.device)
 
 
@@ -177,17 +177,19 @@ def sample_video(
     text: tuple[Tensor, Tensor],
     no_text: tuple[Tensor, Tensor],
     size: ClipSize,
-    sampling: Sampling,
+    config: Config,
     seed: int,
 ) -> Tensor:
-    """Videos (B, 1, T, H, W) in [-1, 1]: noise patches in a grid of this size, followed to data."""
+    """Videos (B, 1, T, H, W) in [-1, 1]: noise patches in a grid of this size, followed to data as
+    the config's `sampling` says."""
     B, channels = len(text[0]), vae.config.latent_channels
     frames = max(size[0], FRAMES_IN_PATCH)
     shape = (channels, frames, size[1] // vae.config.factor, size[2] // vae.config.factor)
     noise = torch.stack([torch.randn(shape, generator=rng(seed, "video", i)) for i in range(B)])
-    ts, made = shift(torch.linspace(1, 0, sampling.steps + 1), noise_shift(size)), []
+    ts = shift(torch.linspace(1, 0, config.sampling.steps + 1), clip_shift(config, size))
+    made = []
     for rows in torch.arange(B).split(CLIPS_AT_ONCE):
         given, without = (tuple(x[rows] for x in pair) for pair in (text, no_text))
-        velocity = guided(network, given, without, sampling.guidance)
+        velocity = guided(network, given, without, config.sampling.guidance)
         made.append(decode_frames(vae, euler(velocity, noise[rows].to(text[0].device), ts)).cpu())
     return torch.cat(made)[:, :, : size[0]]

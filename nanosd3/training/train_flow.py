@@ -59,10 +59,10 @@ def flow_step(job: Job, features: Features, network: Network, step_rng: StepRNG)
     return flow_loss(velocity, x0, noise)  # (B,)
 
 
-def time_shift(config: Config, size: torch.Size | tuple[int, int]) -> float:
-    """The timestep shift for latents of this size: the config's at its own resolution, otherwise
-    scaled by the root of the number of pixels (paper, eq. 23)."""
-    pixels = size[0] * size[1] * config.vae.factor**2
+def time_shift(config: Config, size: torch.Size | tuple[int, ...]) -> float:
+    """The timestep shift for latents of this size (..., h, w): the config's at its own resolution,
+    otherwise scaled by the root of the number of pixels (paper, eq. 23)."""
+    pixels = math.prod(size) * config.vae.factor**2
     return config.sampling.shift * math.sqrt(pixels) / config.image_size
 
 

@@ -97,8 +97,8 @@ FAULTS_HDIT = [
     (LESSONS_FILE, "[texts.index(prompt) for prompt in prompts]",
      "[i % len(texts) for i in range(len(prompts))]", "texts of other prompts"),
     # train_hdit.py and sample_command.py
-    (TRAIN_FILE, "steps=args.steps or way.steps", "steps=way.steps", "--steps is ignored"),
-    (TRAIN_FILE, "args.sample for _ in range(args.count)]", "args.sample]", "--count is ignored"),
+    (SAMPLE_FILE, "steps=args.steps or own.steps", "steps=own.steps", "--steps is ignored"),
+    (SAMPLE_FILE, "args.sample for _ in range(args.count)]", "args.sample]", "--count is ignored"),
     (TRAIN_FILE, "isinstance(flat, bool)", "flat is not None", "a damaged run.json passes"),
     (TRAIN_FILE, "replace(HDIT_SAMPLING, guidance=args.guidance)", "HDIT_SAMPLING",
      "--guidance is ignored"),

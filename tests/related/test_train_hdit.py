@@ -315,7 +315,10 @@ def sampled(hdit_run, tiny_run, out, *words: object) -> np.ndarray:
 def test_samples_are_those_of_the_run(hdit_run, tiny_run, finished, pixels, tmp_path, capsys):
     """The same as by its network, for each prompt as many as were asked for."""
     found = sampled(hdit_run, tiny_run, tmp_path / "x.npy", "--count", 2, "--seed", 5)
-    assert "4 images: " in capsys.readouterr().out and found.shape == (4, 32, 32)
+    told = capsys.readouterr()
+    assert "4 images: " in told.out and "warning" not in told.err and found.shape == (4, 32, 32)
+    sampled(hdit_run, tiny_run, tmp_path / "x.npy", "--count", 1, "--sample", "a quixotic 7")
+    assert "warning: unknown to this model" in capsys.readouterr().err
     model = HDiT(hdit_config("tiny", False, finished.config))
     model.load_state_dict(load_file(hdit_run / "hdit.safetensors"))
     way = config_of(hdit_run, finished).sampling

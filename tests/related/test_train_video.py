@@ -23,7 +23,7 @@ from nanosd3.related import command as related_command
 from nanosd3.related import train_video as train_video_module
 from nanosd3.related.finished_run import open_finished_run
 from nanosd3.related.moving_digits import MovingDigits, velocities
-from nanosd3.related.train_video import VideoSystem, text_of
+from nanosd3.related.train_video import VideoSystem, encoders_of
 from nanosd3.related.video import VideoMMDiT, inflated
 from nanosd3.related.video_lessons import (
     CLIP_SIZES,
@@ -103,7 +103,7 @@ def test_frames_go_through_the_autoencoder_one_by_one(finished, moving):
 
 def test_captions_are_encoded_by_the_run_s_own_encoders(job, moving, video_run, finished):
     """No word is cut off, and every caption differs; without text there are zeros."""
-    pipeline = text_of(job.run, job.config, job.device)
+    pipeline = encoders_of(job.run, job.config, job.device)
     assert not pipeline.text.truncated(moving.texts)
     assert finished.pipeline.text.truncated(moving.texts)
     captions = encode_captions(pipeline.text, moving)
@@ -236,7 +236,8 @@ def test_training_starts_from_the_transformer_for_images(job, finished):
 @torch.no_grad()
 def test_samples_follow_the_guided_velocity(job, finished, monkeypatch):
     """Euler's steps towards the text and away from none; in batches, each clip its noise."""
-    network, vae, way = lively(job), finished.pipeline.vae, Sampling(3, 1.7, 1.0, "euler")
+    network, vae = lively(job), finished.pipeline.vae
+    way = replace(job.config, sampling=Sampling(3, 1.7, 1.0, "euler"))
     config = job.config.mmdit
     text = torch.randn(3, 5, config.context_dim), torch.randn(3, config.pooled_dim)
     none = tuple(torch.zeros_like(x) for x in text)
@@ -329,6 +330,16 @@ def test_samples(video_run, tiny_run, tmp_path):
     assert np.abs(first - plain[0]).max() <= 1 and (second != plain[0]).any()
     for name in ("seed", "steps", "guidance"):
         assert (drawn[name] != plain).any(), name
+
+
+def test_what_is_not_understood_is_said(capsys, video_run, tiny_run, tmp_path):
+    out = tmp_path / "x.npy"
+    for prompt, said in (("a seven moving sideways", "sideways"), ("a seven moving left", "")):
+        capsys.readouterr()
+        options = ("--model", video_run, "--run", tiny_run, "--out", out)
+        assert command("--sample", prompt, *options) == 0
+        warned = capsys.readouterr().err
+        assert ("warning: unknown to this model" in warned) == bool(said) and said in warned
 
 
 def test_a_gif(video_run, tiny_run, tmp_path):
