@@ -17,6 +17,8 @@ from nanosd3.training.cached_features import Encoders
 from nanosd3.training.evaluation import Scorer, open_scorer
 from nanosd3.training.stages import Job
 
+TEXTLESS = 0.1  # share of the samples that a neighbour is trained on without text, for guidance
+
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:

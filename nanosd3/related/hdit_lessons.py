@@ -25,6 +25,7 @@ from nanosd3.data.sources import Digits, enlarged
 from nanosd3.flow import interpolate, logit_normal, shift, stratified
 from nanosd3.machine.device import at_once
 from nanosd3.pipeline import Pipeline
+from nanosd3.related.finished_run import TEXTLESS
 from nanosd3.related.hdit import HDiT, HDiTConfig, hdit_loss
 from nanosd3.request import seeded_noise
 from nanosd3.samplers import euler, guided
@@ -35,7 +36,6 @@ from nanosd3.training.stages import Job, build, finish_or_load, fit_average
 MIDDLE_NOISE = 8.0  # the median of the noise, relative to the pixels' deviation
 NOISE_SPREAD = 1.0  # the deviation of its logarithm
 STRONGEST = 16.0  # the deviation that the loss's weight takes for that of the data
-DROPPED_TEXT = 0.1
 MEASURED_DIGITS = 2000  # for the mean and deviation of pixels
 
 
@@ -83,7 +83,7 @@ def hdit_step(job: Job, pixels: Pixels, pooled: Tensor, model: HDiT, step_rng: S
     size, generator = job.training.flow.batch, step_rng.generator()
     images = step_rng.take(job.source.draw(size, generator))
     captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
-    keep = step_rng.take(torch.rand(size, generator=generator) >= DROPPED_TEXT)
+    keep = step_rng.take(torch.rand(size, generator=generator) >= TEXTLESS)
     u = step_rng.take(stratified(size, generator))
     t = logit_normal(u, log(MIDDLE_NOISE), NOISE_SPREAD)  # t / (1 - t) is the noise
     x0, text = pixels[images], pooled[captions] * keep[:, None]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanosd3.data.sources import Digits
 from nanosd3.flow import stratified
+from nanosd3.related.finished_run import TEXTLESS
 from nanosd3.related.muse import Conditioning, Muse, MuseConfig, hide, masked_loss
 from nanosd3.related.muse_editing import unpadded
 from nanosd3.related.vq import (
@@ -26,7 +27,6 @@ from nanosd3.training.loop import StepRNG, fit
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average
 
 RESTART_EVERY, RESTART_UNTIL = 25, 0.75  # steps, share of them
-TEXT_DROP = 0.1
 
 
 def train_tokens(job: Job, config: VQConfig) -> VQAutoencoder:
@@ -79,7 +79,7 @@ def train_muse(
         size, generator = recipe.batch, step_rng.generator()
         images = step_rng.take(source.draw(size, generator))
         captions = source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
-        keep = step_rng.take(torch.rand(size, generator=generator) >= TEXT_DROP).to(job.device)
+        keep = step_rng.take(torch.rand(size, generator=generator) >= TEXTLESS).to(job.device)
         share = step_rng.take(share_of(stratified(size, generator)))
         places = step_rng.take(torch.rand(size, config.grid**2, generator=generator))
         with torch.no_grad():

@@ -33,12 +33,11 @@ from nanosd3.related.yardsticks import (
     SHOWN_OF_EACH,
     evaluations,
     evaluations_in_words,
+    save_beside_main,
     score_samples,
 )
-from nanosd3.storage.files import write_file
 from nanosd3.training import figures
 from nanosd3.training.evaluation import Draw
-from nanosd3.training.report import sample_images, shown_prompts
 from nanosd3.training.stages import training_of
 
 RECIPES_OF_DIT = {
@@ -111,16 +110,13 @@ def scores_of(study: Study, network: DiT, way: Sampled) -> dict:
 def draw_beside(study: Study, network: DiT, way: Sampled) -> None:
     """Write samples.png: every class, and to its right the main model's for a prompt."""
     finished = study.finished
-    names, prompts = finished.source.images.names, shown_prompts(finished.source)
+    names = finished.source.images.names
     labels = torch.arange(len(names)).repeat_interleave(SHOWN_OF_EACH)
     images = drawing(study, network, way)(labels, 0)
     ours = figures.grid_of([name for name, *_ in names], images)
-    prompted = [prompt for prompt in prompts for _ in range(SHOWN_OF_EACH)]
-    theirs = figures.grid_of(prompts, sample_images(finished.pipeline, prompted))
     made = evaluations(replace(study.job.config.sampling, steps=way.steps))
-    columns = [(f"{way.name}, {evaluations_in_words(made)}", ours), ("the main model", theirs)]
-    picture = figures.png(figures.side_by_side(columns))
-    write_file(study.job.run.folder / "samples.png", picture)
+    title = f"{way.name}, {evaluations_in_words(made)}"
+    save_beside_main(finished, title, ours, study.job.run.folder / "samples.png")
 
 
 class DiTSystem(System):

@@ -41,16 +41,15 @@ from nanosd3.related.sample_command import (
     with_sampling,
 )
 from nanosd3.related.yardsticks import (
-    SHOWN_OF_EACH,
     evaluations,
     evaluations_in_words,
+    grid_of_prompts,
+    save_beside_main,
     score_samples,
 )
-from nanosd3.storage.files import load_weights, write_file
+from nanosd3.storage.files import load_weights
 from nanosd3.storage.run import Run
-from nanosd3.training import figures
 from nanosd3.training.evaluation import Draw
-from nanosd3.training.report import sample_images, shown_prompts
 from nanosd3.training.stages import training_of
 
 SIDES = {"mnist": 64, "tiny": 32}  # of the images, in pixels
@@ -117,14 +116,9 @@ class HDiTSystem(SamplingSystem):
             return draw(d.prompts, seed)
 
         scores = score_samples(finished, generate, job.training.evaluate, evaluations(way))
-        prompts = shown_prompts(finished.source)
-        repeated = [prompt for prompt in prompts for _ in range(SHOWN_OF_EACH)]
-        ours = figures.grid_of(prompts, draw(repeated, 0))
-        theirs = figures.grid_of(prompts, sample_images(finished.pipeline, repeated))
-        made = evaluations_in_words(scores["evaluations"])
-        columns = [(f"pixels, {made}", ours), ("the main model", theirs)]
-        picture = figures.png(figures.side_by_side(columns))
-        write_file(job.run.folder / "samples.png", picture)
+        ours = grid_of_prompts(finished, lambda prompts: draw(prompts, 0))
+        title = f"pixels, {evaluations_in_words(scores['evaluations'])}"
+        save_beside_main(finished, title, ours, job.run.folder / "samples.png")
         side = job.config.image_size
         return scores | {
             "multiply_adds": hdit_multiply_adds(config, side, side),

@@ -11,7 +11,6 @@ one core.
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,17 +37,16 @@ from nanosd3.related.sample_command import SamplingSystem, prompts_asked, warn_o
 from nanosd3.related.vq import VQAutoencoder, VQConfig, perplexity
 from nanosd3.related.yardsticks import (
     SCORED_DRAWS,
-    SHOWN_OF_EACH,
     drawn,
     evaluations_in_words,
+    grid_of_prompts,
+    save_beside_main,
     score_samples,
 )
-from nanosd3.storage.files import load_weights, write_file
+from nanosd3.storage.files import load_weights
 from nanosd3.storage.run import Run
 from nanosd3.text import check_prompts
-from nanosd3.training import figures
 from nanosd3.training.evaluation import to_digits
-from nanosd3.training.report import sample_images, shown_prompts
 from nanosd3.training.stages import training_of
 
 TOKEN_RECIPES = {
@@ -135,19 +133,6 @@ def open_painter(run: Run, finished: FinishedRun) -> TokenPainter:
     return TokenPainter(vq, muse, finished.pipeline)
 
 
-def draw_muse_beside_main(
-    finished: FinishedRun, draw: Callable[[list[str], int], np.ndarray], made: int, path: Path
-) -> None:
-    """Draw the same prompts by Muse and, to its right, by the main model."""
-    prompts = shown_prompts(finished.source)
-    all_prompts = [prompt for prompt in prompts for _ in range(SHOWN_OF_EACH)]
-    ours = figures.grid_of(prompts, draw(all_prompts, 0))
-    theirs = figures.grid_of(prompts, sample_images(finished.pipeline, all_prompts))
-    title = f"{MUSE_STEPS} steps, {evaluations_in_words(made)}"
-    columns = [(title, ours), ("the main model", theirs)]
-    write_file(path, figures.png(figures.side_by_side(columns)))
-
-
 class MuseSystem(SamplingSystem):
     name = "muse"
     what = "Muse: images as tokens, which a transformer guesses many at a time."
@@ -191,7 +176,9 @@ class MuseSystem(SamplingSystem):
 
         count, made = job.training.evaluate, passes(MUSE_STEPS, guidance)
         scores = score_samples(finished, lambda d, seed: draw(d.prompts, seed), count, made)
-        draw_muse_beside_main(finished, draw, made, job.run.folder / "samples.png")
+        ours = grid_of_prompts(finished, lambda prompts: draw(prompts, 0))
+        title = f"{MUSE_STEPS} steps, {evaluations_in_words(made)}"
+        save_beside_main(finished, title, ours, job.run.folder / "samples.png")
         stages = job.run.stages
         return scores | {
             "reconstructions": reconstruction(finished, painter, count),

@@ -15,6 +15,7 @@ from nanosd3.config_types import Config
 from nanosd3.flow import flow_loss, interpolate, logit_normal, shift, stratified
 from nanosd3.mmdit import MMDiT
 from nanosd3.random_streams import rng
+from nanosd3.related.finished_run import TEXTLESS
 from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits
 from nanosd3.related.video import VideoMMDiT, fold_time, inflated, unfold_time
 from nanosd3.samplers import euler, guided
@@ -34,7 +35,6 @@ CLIP_SIZES: tuple[ClipSize, ...] = (  # (frames, height, width) of the training 
     (1, 32, 32),
 )
 FRAMES_IN_PATCH = 2
-TEXTLESS = 0.1
 CLIPS_AT_ONCE = 50  # encoded or sampled
 
 

@@ -3,11 +3,13 @@ the same prompts drawn by both, side by side."""
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nanosd3.config_types import Sampling
@@ -129,15 +131,29 @@ def pipeline_scores(
     return score_samples(finished, generate, count, evaluations(sampling), draws)
 
 
+def grid_of_prompts(finished: FinishedRun, draw: Callable[[list[str]], np.ndarray]) -> Image.Image:
+    """A row of images for each of a few prompts, from the same noise whoever draws them."""
+    prompts = shown_prompts(finished.source)
+    images = draw([prompt for prompt in prompts for _ in range(SHOWN_OF_EACH)])
+    return figures.grid_of(prompts, images)
+
+
+def save_beside_main(
+    finished: FinishedRun, title: str, ours: Image.Image, path: Path, main: str = "the main model"
+) -> None:
+    """Write a grid and, to its right, under the title `main`, what the main model draws."""
+    theirs = grid_of_prompts(finished, partial(sample_images, finished.pipeline))
+    write_file(path, figures.png(figures.side_by_side([(title, ours), (main, theirs)])))
+
+
 def draw_beside_main(finished: FinishedRun, pipeline: Pipeline, path: Path) -> None:
-    """Draw the same prompts from the same noise by a pipeline and, to its right, by the main
-    model."""
-    prompts, columns = shown_prompts(finished.source), []
-    for model in (pipeline, finished.pipeline):
-        images = sample_images(model, [prompt for prompt in prompts for _ in range(SHOWN_OF_EACH)])
-        title = evaluations_in_words(evaluations(model.config.sampling))
-        columns.append((title, figures.grid_of(prompts, images)))
-    write_file(path, figures.png(figures.side_by_side(columns)))
+    """Draw the same prompts by a pipeline and, to its right, by the main model."""
+    ours = grid_of_prompts(finished, partial(sample_images, pipeline))
+    mine, main = (
+        evaluations_in_words(evaluations(model.config.sampling))
+        for model in (pipeline, finished.pipeline)
+    )
+    save_beside_main(finished, mine, ours, path, main)
 
 
 # --- decoders -------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ FAULTS_HDIT = [
     # hdit_lessons.py
     (LESSONS_FILE, "(images - self.mean) / self.std", "images / self.std", "the mean stays"),
     (LESSONS_FILE, "to_uint8(x * self.std + self.mean)", "to_uint8(x)", "pixels as they are"),
-    (LESSONS_FILE, ">= DROPPED_TEXT)", ">= 0)", "text is never dropped"),
+    (LESSONS_FILE, ">= TEXTLESS)", ">= 0)", "text is never dropped"),
     (LESSONS_FILE, "pooled[captions] * keep[:, None]", "pooled[captions]", "nothing is dropped"),
     (LESSONS_FILE, "pooled[captions] * keep", "pooled[images % len(pooled)] * keep",
      "text of other images"),

@@ -122,7 +122,7 @@ FAULTS_MUSE = [
     # muse_lessons.py, train_muse.py, edit_command.py
     (MUSE_LESSONS_FILE, "straight_through(z, e)) - x", "e) - x", "the encoder learns no images"),
     (MUSE_LESSONS_FILE, "step % RESTART_EVERY == 0 and step", "step", "codes restart every step"),
-    (MUSE_LESSONS_FILE, "generator=generator) >= TEXT_DROP", "generator=generator) < TEXT_DROP",
+    (MUSE_LESSONS_FILE, "generator=generator) >= TEXTLESS", "generator=generator) < TEXTLESS",
      "nine tenths without text"),
     (MUSE_LESSONS_FILE, "context * keep[:, None, None], pooled * keep[:, None]",
      "context, pooled * keep[:, None]", "text tokens are never dropped"),

@@ -214,7 +214,8 @@ def quick(monkeypatch):
     scores = {"evaluations": 1, "prompt_accuracy": 0.0, "frechet_ratio_to_real": 0.0}
     monkeypatch.setattr(related_command, "pipeline_scores", lambda *_: scores)
     monkeypatch.setattr(train_hdit_module, "score_samples", lambda *_: scores)
-    monkeypatch.setattr(train_hdit_module, "write_file", lambda *_: None)
+    for name in ("grid_of_prompts", "save_beside_main"):
+        monkeypatch.setattr(train_hdit_module, name, lambda *_: None)
 
 
 def test_resumed_byte_for_byte(hdit_run, tiny_run, tmp_path, monkeypatch):
@@ -250,7 +251,8 @@ def test_every_option_counts(tiny_run, hdit_run, tmp_path, monkeypatch):
 
 def test_guidance_counts(tiny_run, hdit_run, tmp_path, monkeypatch):
     """It changes no weights, but the samples and their evaluations."""
-    monkeypatch.setattr(train_hdit_module, "write_file", lambda *_: None)
+    for name in ("grid_of_prompts", "save_beside_main"):
+        monkeypatch.setattr(train_hdit_module, name, lambda *_: None)
     before = json.loads((hdit_run / "metrics.json").read_text())
     out = tmp_path / "unguided"
     assert command("--run", tiny_run, "--out", out, "--guidance", 1) == 0

@@ -64,7 +64,8 @@ def unmeasured(monkeypatch):
     scores = {"evaluations": 1, "prompt_accuracy": 0.0, "frechet_ratio_to_real": 0.0}
     monkeypatch.setattr(module, "score_samples", lambda *_: scores)
     monkeypatch.setattr(related_command, "pipeline_scores", lambda *_: scores)
-    monkeypatch.setattr(module, "draw_muse_beside_main", lambda *_: None)
+    for name in ("grid_of_prompts", "save_beside_main"):
+        monkeypatch.setattr(module, name, lambda *_: None)
 
 
 def weights(folder):
@@ -126,7 +127,8 @@ def test_sampling_options_count(muse_run, tiny_run, tmp_path, monkeypatch):
     """They change the samples, not the weights."""
     scores = {"evaluations": 1, "prompt_accuracy": 0.0, "frechet_ratio_to_real": 0.0}
     monkeypatch.setattr(related_command, "pipeline_scores", lambda *_: scores)
-    monkeypatch.setattr(module, "draw_muse_beside_main", lambda *_: None)
+    for name in ("grid_of_prompts", "save_beside_main"):
+        monkeypatch.setattr(module, name, lambda *_: None)
     distances = [json.loads((muse_run / "metrics.json").read_text())["frechet_distance"]]
     for name, value in {"guidance": 4, "temperature": 0}.items():
         out = tmp_path / name
