@@ -75,9 +75,9 @@ def plot_detail(results: dict, path: Path) -> None:
     axes[0].bar(["lost by latents", "samples"], [results["lost"], sum(samples) / len(samples)],
                 color=GREY)  # fmt: skip
     axes[0].set(ylabel="Frechet distance", title="Before and after generating")
-    axes[1].bar(SIZES_OF_STROKES, results["psnr"], color=GREY)
+    axes[1].plot(SIZES_OF_STROKES, results["psnr"], "o", color="black")
     axes[1].set(ylabel="PSNR (dB)", title="Reconstructions by width of strokes")
-    axes[1].set_ylim(min(results["psnr"]) - 3)
+    axes[1].margins(0.3)
     save_plot(figure, path)
 
 

@@ -112,12 +112,15 @@ def plot_speed(results: dict, path: Path) -> None:
         steps = [int(n) for n in by_steps]
         axes[0].plot(steps, means[:, 1], WAY_MARKERS[way], markersize=5, label=SPEED_WAYS[way])
         axes[1].plot(means[:, 2], means[:, 1], WAY_MARKERS[way], markersize=5)
+        beside = (-9, -13) if way == "muse" else (5, 5)
         for n, (_, ratio, took) in zip(steps, means, strict=True):
-            axes[1].annotate(str(n), (took, ratio), (4, 4), textcoords="offset points")
+            axes[1].annotate(str(n), (took, ratio), beside, textcoords="offset points")
     label_counts(axes[0], MUSE_COUNTS)
     axes[0].set(xlabel="steps", ylabel="Frechet distance / that of real images")
     axes[1].set(xlabel="milliseconds of a core an image (steps beside the points)", xscale="log")
+    axes[1].xaxis.set_major_formatter("{x:g}")
     for axis in axes:
+        axis.margins(0.1)
         plain_logarithm(axis)
     axes[0].legend()
     save_plot(figure, path)
