@@ -53,6 +53,12 @@ class MLP(nn.Module):
         return self.fc2(h)
 
 
+def batch_times(t: Tensor, x: Tensor) -> Tensor:
+    """Times t (B,) of a batch x (B, ...) as they are, or one time () for all of it, as samplers
+    give it: that may lie on the CPU while x is on a GPU."""
+    return t.to(x.device).expand(len(x)) if t.ndim == 0 else t
+
+
 def timestep_embedding(t: Tensor) -> Tensor:
     """Cosines, then sines, of 1000 t at 128 frequencies from 1 down to 1/10000; (B, 256).
 

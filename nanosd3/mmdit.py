@@ -34,6 +34,7 @@ from nanosd3.layers import (
     Embedder,
     RMSNorm,
     attention,
+    batch_times,
     modulate,
     split_heads,
     timestep_embedding,
@@ -235,7 +236,7 @@ class MMDiT(nn.Module):
         Raises ValueError if the batch sizes differ.
         """
         B = len(x)
-        t = t.expand(B) if t.ndim == 0 else t
+        t = batch_times(t, x)
         if not len(t) == len(context) == len(pooled) == B:
             sizes = f"z {B}, t {len(t)}, context {len(context)}, pooled {len(pooled)}"
             raise ValueError(f"batch sizes differ: {sizes}")

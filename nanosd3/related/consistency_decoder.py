@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosd3.layers import TIMESTEP_FEATURES, Embedder, timestep_embedding
+from nanosd3.layers import TIMESTEP_FEATURES, Embedder, batch_times, timestep_embedding
 from nanosd3.vae import Down, Up, conv3, norm, silu
 
 DECODING_TIMES = (0.978, 0.504, 0.0)  # the published decoder's two levels, in our time
@@ -66,8 +66,8 @@ class ConsistencyDecoder(nn.Module):
     def forward(self, z: Tensor, t: Tensor, latents: Tensor) -> Tensor:
         """Velocity (B, C, H, W) of noisy images z (B, C, H, W) at t (B,), or () for all alike,
         given normalised latents (B, c, H/f, W/f)."""
-        t = t.expand(len(z)) if t.ndim == 0 else t
-        time = silu(self.embedder(timestep_embedding(t).to(z.dtype)))  # (B, features)
+        time = timestep_embedding(batch_times(t, z)).to(z.dtype)  # (B, 256)
+        time = silu(self.embedder(time))  # (B, features)
         enlarged = F.interpolate(latents, z.shape[2:], mode="nearest")
         x = self.conv_in(torch.cat([z, enlarged], dim=1))  # (B, widths[0], H, W)
         skips = []

@@ -1,8 +1,7 @@
 """DiT: a plain vision transformer in place of the U-Net, the step from Stable Diffusion to SD3.
 
-Latents are cut into patches, a linear layer makes a token of each, a stack of ordinary transformer
-blocks works on them, a linear layer turns them back into patches. What is new is how such a block
-learns the time and the class. The paper tries four ways, here by one field of the config:
+Patches become tokens, ordinary transformer blocks work on them, and they become patches again. How
+does such a block learn the time and the class? Four ways of the paper, by one field of the config:
 
     in_context       two more tokens, one for the time and one for the class, cut off at the end
     cross_attention  after its self-attention each block attends to those two vectors
@@ -11,7 +10,7 @@ learns the time and the class. The paper tries four ways, here by one field of t
                      a fresh block adds nothing, it is the identity
 
 and the last is by far the best, so SD3 took it: a block of adaLN-Zero *is* one of MMDiT's streams
-(mmdit.py) that attends to itself. `adaln_gates`, not in the paper, has the gates without the zeros.
+(mmdit.py) that attends to itself. `adaln_gates`, not in the paper: the gates without the zeros.
 
     z (B, C, H, W) --patchify, positions--> x (B, N, D)
     t --cosines, MLP--> (B, D)   y --row of a table--> (B, D)   their sum is c (B, D)
@@ -28,7 +27,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nanosd3.layers import MLP, TIMESTEP_FEATURES, Embedder, attention, modulate, timestep_embedding
+from nanosd3.layers import (
+    MLP,
+    TIMESTEP_FEATURES,
+    Embedder,
+    attention,
+    batch_times,
+    modulate,
+    timestep_embedding,
+)
 from nanosd3.measure.meters import count_flops
 from nanosd3.mmdit import FinalLayer, PatchEmbed
 from nanosd3.patchify import sincos_positions, unpatchify
@@ -55,10 +62,6 @@ class DiTConfig:
     def null(self) -> int:
         """The label for no class."""
         return self.classes
-
-    @property
-    def out_channels(self) -> int:
-        return (1 + self.learned_variance) * self.latent_channels
 
 
 def published(depth: int, width: int, heads: int, patch: int) -> DiTConfig:
@@ -175,18 +178,17 @@ class DiT(nn.Module):
         if config.block not in BLOCKS:
             raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {config.block!r}")
         self.config = config
-        D, patch, heads = config.width, config.patch_size, config.heads
-        grid, features = config.latent_size // patch, patch**2 * config.out_channels
+        D, patch, grid = config.width, config.patch_size, config.latent_size // config.patch_size
+        features = patch**2 * config.latent_channels * (1 + config.learned_variance)
         adaptive = config.block.startswith("adaln")
         self.x_embedder = PatchEmbed(config.latent_channels, patch, D)
         self.t_embedder = Embedder(TIMESTEP_FEATURES, D)
-        # a vector for each class, and a last one for none
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(config.classes + 1, D)})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(config.null + 1, D)})
         self.register_buffer("pos_embed", sincos_positions(D, grid, grid, grid))  # (1, N, D)
         self.blocks = nn.ModuleList(
-            AdaptiveBlock(D, heads, gated=config.block != "adaln")
+            AdaptiveBlock(D, config.heads, gated=config.block != "adaln")
             if adaptive
-            else PlainBlock(D, heads, cross=config.block == "cross_attention")
+            else PlainBlock(D, config.heads, cross=config.block == "cross_attention")
             for _ in range(config.depth)
         )
         self.final_layer = (FinalLayer if adaptive else PlainFinalLayer)(D, features)
@@ -201,7 +203,7 @@ class DiT(nn.Module):
         (B, _, H, W), size = z.shape, self.config.latent_size
         if not H == W == size:
             raise ValueError(f"this network is for latents {size}x{size}, got {H}x{W}")
-        t = t.expand(B) if t.ndim == 0 else t
+        t = batch_times(t, z)
         if not len(t) == len(y) == B:
             raise ValueError(f"batch sizes differ: z {B}, t {len(t)}, y {len(y)}")
         if not y.is_meta and not 0 <= int(y.min()) <= int(y.max()) <= self.config.null:
@@ -240,8 +242,7 @@ def initialise_dit(model: DiT) -> None:
 
 
 def multiply_adds(config: DiTConfig) -> int:
-    """Multiply-adds of one forward pass on one image, which the paper calls flops; nothing is
-    computed."""
+    """Multiply-adds of a forward pass on one image (the paper's flops); nothing is computed."""
     with torch.device("meta"):
         model = DiT(config)
         z = torch.empty(1, config.latent_channels, config.latent_size, config.latent_size)

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosd3.flow import flow_loss
-from nanosd3.layers import TIMESTEP_FEATURES, RMSNorm, timestep_embedding
+from nanosd3.layers import TIMESTEP_FEATURES, RMSNorm, batch_times, timestep_embedding
 from nanosd3.measure.meters import count_flops
 from nanosd3.patchify import patchify, unpatchify
 from nanosd3.related.axial_rope import Grid, rotate, rotation
@@ -192,7 +192,7 @@ class HDiT(nn.Module):
         Raises ValueError if H or W does not fit the levels, or the batch sizes differ.
         """
         (B, _, H, W), patch = z.shape, self.config.patch_size
-        t = t.expand(B) if t.ndim == 0 else t
+        t = batch_times(t, z)
         if not len(t) == len(pooled) == B:
             raise ValueError(f"batch sizes differ: z {B}, t {len(t)}, pooled {len(pooled)}")
         if H % self.config.multiple or W % self.config.multiple:

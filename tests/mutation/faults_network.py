@@ -66,7 +66,9 @@ LAYERS = [
     ("return self.fc2(h)", "return F.gelu(self.fc2(h))", "an activation at the end, too"),
     ("nn.Linear(dim, 4 * dim)\n        self.fc2 = nn.Linear(4 * dim, dim)",
      "nn.Linear(dim, 2 * dim)\n        self.fc2 = nn.Linear(2 * dim, dim)", "a narrow MLP"),
-    # timestep_embedding, Embedder
+    # batch_times, timestep_embedding, Embedder
+    ("if t.ndim == 0 else t", "if t.ndim else t", "turned round"),
+    ("t.to(x.device).expand", "t.expand", "times stay on the CPU"),
     ("-math.log(10000) / half", "-math.log(1000) / half", "base of the frequencies"),
     ("-math.log(10000) / half", "math.log(10000) / half", "frequencies rise"),
     ("-math.log(10000) / half", "-math.log(10000) / (half - 1)", "the slowest is 1/10000"),
@@ -208,7 +210,6 @@ MMDIT = [
     ("i in config.dual_attention", "i < len(config.dual_attention)", "always the first blocks"),
     ("i == config.depth - 1)", "i == config.depth)", "no block is the last"),
     ("        initialise(self)\n", "", "PyTorch's own initial weights"),
-    ("t = t.expand(B) if t.ndim == 0 else t", "t = t.expand(B) if t.ndim else t", "turned round"),
     ("len(t) == len(context) == len(pooled) == B", "len(t) == len(context) == B",
      "pooled text for one goes to all"),
     ("len(t) == len(context) == len(pooled) == B", "len(context) == len(pooled) == B",
