@@ -11,7 +11,14 @@ from torch import nn
 
 from nanosd3.config import CONFIGS
 from nanosd3.flow import flow_loss, interpolate
-from nanosd3.layers import RMSNorm, attention, modulate, split_heads, timestep_embedding
+from nanosd3.layers import (
+    RMSNorm,
+    attention,
+    batch_times,
+    modulate,
+    split_heads,
+    timestep_embedding,
+)
 from nanosd3.mmdit import MMDiT
 from nanosd3.patchify import centre_crop, patchify, sincos_positions, unpatchify
 from nanosd3.vae import AutoencoderKL, kl_divergence, sample_posterior
@@ -347,6 +354,14 @@ def test_time_in_low_precision_and_on_other_devices():
     t = torch.tensor([0.2505, 0.9]).bfloat16()
     assert torch.equal(timestep_embedding(t), timestep_embedding(t.float()))
     assert timestep_embedding(torch.empty(3, device="meta")).device.type == "meta"
+
+
+def test_times_of_a_batch():
+    half, x = torch.tensor(0.5), torch.zeros(3, 2)
+    assert batch_times(half, x).tolist() == [0.5] * 3
+    assert batch_times(half, x.to("meta")).is_meta  # as on a GPU; samplers' times lie on the CPU
+    own = torch.tensor([0.1, 0.2])
+    assert batch_times(own, x) is own  # the network checks how many there are
 
 
 def test_initial_weights():

@@ -6,7 +6,6 @@ import torch
 
 from nanosd3.config import CONFIGS
 from nanosd3.flow import schedule
-from nanosd3.layers import batch_times
 from nanosd3.mmdit import MMDiT
 from nanosd3.related.consistency_decoder import ConsistencyDecoder
 from nanosd3.related.dit import DIT_CONFIGS, DiT
@@ -30,14 +29,6 @@ NETWORKS = {
         (torch.zeros(2, 4, 8, 8),),
     ),
 }
-
-
-def test_one_time_for_all_or_one_each():
-    x = torch.zeros(3, 2, device="meta")
-    assert batch_times(torch.tensor(0.5), x).device.type == "meta"
-    assert batch_times(torch.tensor(0.5), torch.zeros(3, 2)).tolist() == [0.5] * 3
-    own = torch.tensor([0.1, 0.2])
-    assert batch_times(own, torch.zeros(3, 2)) is own  # whose length the network checks
 
 
 def test_that_a_mixture_is_refused():
