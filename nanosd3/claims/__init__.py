@@ -22,7 +22,10 @@ Modules, each of which imports only from those above it:
     video_clips         x-sora-1, x-sora-4: other sizes and lengths, coherence
     muse_networks       Muses of several seeds, shared by several experiments
     muse_masks          x-muse-1: how much to hide in training
-    muse_speed          x-muse-2: how many steps it needs, against the main model's
+    muse_ways           three ways to draw the same digits
+    muse_speed          x-muse-2: how many steps it needs, against two other ways
+    muse_cascade        x-muse-3: coarse tokens before fine ones
+    muse_decoders       x-muse-7: a larger decoder for the same tokens
     muse_edits          x-muse-4, x-muse-5: repainting, and editing without a mask
     catalogue           all experiments by name
     records             run one, and keep what it said and found

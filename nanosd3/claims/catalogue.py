@@ -12,9 +12,11 @@ from nanosd3.claims.fm_solvers import ADAPTIVE, ORDER
 from nanosd3.claims.fm_straightness import STEPS, STRAIGHTNESS
 from nanosd3.claims.hdit_costs import COSTS
 from nanosd3.claims.hdit_detail import DETAIL
+from nanosd3.claims.muse_cascade import CASCADE
+from nanosd3.claims.muse_decoders import LARGER_DECODERS
 from nanosd3.claims.muse_edits import FREE_EDITING, REPAINTING
 from nanosd3.claims.muse_masks import MASKS
-from nanosd3.claims.muse_speed import FASTER_THAN_FLOW, FEW_ENOUGH
+from nanosd3.claims.muse_speed import FASTER_THAN_CAUSAL, FASTER_THAN_FLOW, FEW_ENOUGH
 from nanosd3.claims.video_clips import COHERENCE, LENGTHS, OTHER_SIZES_KEPT
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -26,6 +28,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(CONSISTENT, DISTILLATION, MORE_STEPS),  # Consistency Models
         *(COSTS, DETAIL),  # HDiT
         *(OTHER_SIZES_KEPT, LENGTHS, COHERENCE),  # spacetime patches
-        *(MASKS, FEW_ENOUGH, FASTER_THAN_FLOW, REPAINTING, FREE_EDITING),  # Muse
+        *(MASKS, FEW_ENOUGH, FASTER_THAN_FLOW, FASTER_THAN_CAUSAL),  # Muse
+        *(CASCADE, REPAINTING, FREE_EDITING, LARGER_DECODERS),
     )
 }

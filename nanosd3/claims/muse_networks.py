@@ -1,6 +1,7 @@
 """Muses of several seeds, trained as by their command: what the experiments on Muse share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,12 +10,15 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.related.command import parse, study_in
+from nanosd3.related.autoregressive import CausalMuse
+from nanosd3.related.command import Study, parse, study_in
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
-from nanosd3.related.muse import cosine_share
+from nanosd3.related.muse import Conditioning, cosine_share
 from nanosd3.related.muse_editing import TokenPainter
+from nanosd3.related.muse_lessons import train_causal
 from nanosd3.related.train_muse import MUSE_STAGE, MuseSystem, trained_painter
 
+CAUSAL = "causal"  # stage
 SHORT_STEPS = 600  # of the transformer: three seeds in the time that an experiment may take
 MUSE_TRAINED = (
     f"A Muse of the digits, trained as by `python -m nanosd3.related muse --steps {SHORT_STEPS}`"
@@ -37,6 +41,30 @@ def opened(run: Path) -> FinishedRun:
     return open_finished_run(run, None, torch.device("cpu"))
 
 
+@cache
+def encoded_captions(run: Path) -> Conditioning:
+    """The encodings of its captions."""
+    finished = opened(run)
+    return finished.pipeline.text.encode(finished.source.texts)
+
+
+@contextmanager
+def muse_study(conditions: Conditions, seed: int, steps: int | None) -> Iterator[Study]:
+    """What the Muse of a seed is trained with, and where."""
+    words = ["--run", str(conditions.run), "--seed", str(seed)]
+    words += ["--config", "tiny"] if conditions.fast else []
+    words += ["--steps", str(steps)] if steps and not conditions.fast else []
+    system = MuseSystem()
+    args = parse(system, words)
+    folder = (
+        conditions.out / "networks" / f"muse-{'fast-' * conditions.fast}{steps or 'all'}-{seed}"
+    )
+    finished = opened(conditions.run)
+    with torch.enable_grad(), study_in(folder, system, args, finished) as study:
+        assert study is not None
+        yield study
+
+
 def trained_muse(
     conditions: Conditions,
     seed: int,
@@ -46,18 +74,22 @@ def trained_muse(
 ) -> TrainedMuse:
     """The Muse of a seed, trained now or before; with other shares of hidden tokens, in stages of
     their own, on the same tokens."""
-    finished = opened(conditions.run)
-    words = ["--run", str(conditions.run), "--seed", str(seed)]
-    words += ["--config", "tiny"] if conditions.fast else []
-    words += ["--steps", str(steps)] if steps and not conditions.fast else []
-    system = MuseSystem()
-    args = parse(system, words)
-    folder = (
-        conditions.out / "networks" / f"muse-{'fast-' * conditions.fast}{steps or 'all'}-{seed}"
-    )
     print(f"{stage}, seed {seed}", flush=True)
-    with torch.enable_grad(), study_in(folder, system, args, finished) as study:
-        assert study is not None
+    with muse_study(conditions, seed, steps) as study:
         painter = trained_painter(study, share_of, stage)
         stages = study.job.run.stages
+    finished = opened(conditions.run)
     return TrainedMuse(finished, painter, stages["tokens"]["seconds"], stages[stage]["seconds"])
+
+
+def trained_causal(
+    conditions: Conditions, seed: int, steps: int, trained: TrainedMuse
+) -> tuple[CausalMuse, float]:
+    """A transformer as large as the Muse that writes the same tokens one after the other, trained
+    in as many steps, and the seconds that took."""
+    print(f"{CAUSAL}, seed {seed}", flush=True)
+    texts, muse = encoded_captions(conditions.run), trained.painter.muse
+    with muse_study(conditions, seed, steps) as study:
+        job, vq = study.job, trained.painter.vq
+        causal = train_causal(job, study.finished.source, vq, texts, muse.config, CAUSAL)
+        return causal, job.run.stages[CAUSAL]["seconds"]

@@ -8,56 +8,40 @@ import numpy as np
 import torch
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
-from nanosd3.claims.muse_networks import MUSE_TRAINED, SHORT_STEPS, trained_muse
-from nanosd3.few_steps import even_schedule
-from nanosd3.pipeline import Pipeline
+from nanosd3.claims.muse_networks import MUSE_TRAINED, SHORT_STEPS, trained_causal, trained_muse
+from nanosd3.claims.muse_ways import by_flow, by_muse, one_by_one
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.muse_editing import TokenPainter
-from nanosd3.samplers import euler, guided
-from nanosd3.training.evaluation import Draw, draw_prompts, to_digits
+from nanosd3.training.evaluation import draw_prompts, to_digits
 from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
 
 MUSE_COUNTS = (1, 2, 4, 8, 16, 49)
 FLOW_COUNTS = (1, 2, 4, 8, 16, 50)
-SPEED_WAYS = {"muse": "Muse, by steps", "flow": "the main model, Euler, by steps"}
-WAY_MARKERS = {"muse": "-o", "flow": "--s"}
-FLOW_AT_ONCE = 250  # images
-
-
-@torch.no_grad()
-def by_flow(pipeline: Pipeline, draw: Draw, seed: int, steps: int) -> np.ndarray:
-    """Images of the main model in Euler's even steps, with its own guidance."""
-    config, found = pipeline.config, []
-    side = (config.image_size // config.vae.factor,) * 2
-    noise = pipeline.noise(len(draw.prompts), seed, side)
-    nothing = pipeline.text.encode([""])
-    for rows in torch.arange(len(noise)).split(FLOW_AT_ONCE):
-        prompt = pipeline.text.encode([draw.prompts[i] for i in rows])
-        negative = tuple(x.expand(len(rows), *x.shape[1:]) for x in nothing)
-        velocity = guided(pipeline.mmdit, prompt, negative, config.sampling.guidance)
-        found.append(euler(velocity, noise[rows], even_schedule(steps)))
-    return pipeline.decode(torch.cat(found))
-
-
-def by_muse(painter: TokenPainter, draw: Draw, seed: int, steps: int) -> np.ndarray:
-    """Images of Muse, with the sampling that its command has."""
-    return painter.images(painter.draw(draw.prompts, seed, steps))
+ONE_BY_ONE = (49,)  # tokens
+SPEED_WAYS = {
+    "muse": "Muse, by steps",
+    "flow": "the main model, Euler, by steps",
+    "causal": "one token after the other",
+}
+WAY_MARKERS = {"muse": "-o", "flow": "--s", "causal": "^"}
 
 
 @cache
 def muse_speed(conditions: Conditions) -> dict:
     """Accuracy, Frechet ratio and milliseconds an image of both, by steps and seed."""
     count, seconds = 20 if conditions.fast else 1000, 0.0
-    counts = {"muse": MUSE_COUNTS, "flow": FLOW_COUNTS}
+    counts = {"muse": MUSE_COUNTS, "flow": FLOW_COUNTS, "causal": ONE_BY_ONE}
     found: dict[str, dict[str, list[list[float]]]] = {
         way: {str(n): [] for n in counts[way]} for way in SPEED_WAYS
     }
     for seed in conditions.seeds:
         trained = trained_muse(conditions, seed, SHORT_STEPS)
-        finished, seconds = trained.finished, seconds + trained.token_seconds + trained.seconds
+        causal, took = trained_causal(conditions, seed, SHORT_STEPS, trained)
+        finished = trained.finished
+        seconds += trained.token_seconds + trained.seconds + took
         ways = {
             "muse": partial(by_muse, trained.painter),
             "flow": partial(by_flow, finished.pipeline),
+            "causal": partial(one_by_one, trained.painter, causal),
         }
         for way, by_steps in found.items():
             for n in counts[way]:
@@ -105,6 +89,16 @@ def decide_faster(results: dict) -> Verdict:
     return verdict(all(better) and all(cheaper), not any(better) and not any(cheaper))
 
 
+def decide_faster_than_causal(results: dict) -> Verdict:
+    def compared(i: int) -> zip:
+        return zip(column(results, "muse", 8, i), column(results, "causal", 49, i), strict=True)
+
+    as_good = [muse <= 1.2 * causal for muse, causal in compared(1)]
+    cheaper = [muse < causal for muse, causal in compared(2)]
+    both = [good and cheap for good, cheap in zip(as_good, cheaper, strict=True)]
+    return verdict(all(both), not any(both))
+
+
 def plot_speed(results: dict, path: Path) -> None:
     figure, axes = new_figure(9, 2)
     for way, by_steps in results["scores"].items():
@@ -128,8 +122,10 @@ def plot_speed(results: dict, path: Path) -> None:
 
 SPEED_MEASURED = (
     f"{MUSE_TRAINED}; 1,000 samples a seed in 1 to 49 steps (49 are one for each token), beside "
-    "the finished main model's Euler steps at even times with its guidance. Frechet distance over "
-    "that of real images, and milliseconds of a core an image, decoding included."
+    "the finished main model's Euler steps at even times with its guidance, and a transformer of "
+    "the same size and training that writes the tokens one after the other (causal attention, keys "
+    "and values kept). Frechet distance over that of real images, and milliseconds of a core an "
+    "image, decoding included."
 )
 
 FEW_ENOUGH = Experiment(
@@ -160,4 +156,17 @@ FASTER_THAN_FLOW = Experiment(
     remark="The article compares with models of other sizes and with samplers of 50 "
     "and more steps. Here the steps of the two differ in cost: the main model has 16 tokens of "
     "sixteen numbers, Muse 49 of one code each.",
+)
+
+FASTER_THAN_CAUSAL = Experiment(
+    name="x-muse-2-causal",
+    claim="Parallel decoding is more efficient than writing tokens one after the other.",
+    source="Muse, arXiv 2301.00704, sections 1 and 2.8; Parti, arXiv 2206.10789",
+    measured=SPEED_MEASURED,
+    rule="Supported if in every seed 8 steps of Muse give at most 1.2 times the distance of 49 "
+    "tokens written one by one, and cost less. Refuted if in no seed both hold.",
+    minutes=10,
+    run=muse_speed,
+    decide=decide_faster_than_causal,
+    plot=plot_speed,
 )

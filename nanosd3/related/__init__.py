@@ -35,9 +35,13 @@ Modules, each of which imports only from those above it:
     train_video         train one on clips, or draw with it
     vq                  a VQ autoencoder: images as tokens from a learned alphabet
     muse                Muse: a transformer that guesses hidden tokens, many at a time
+    autoregressive      the same tokens, one after the other
     muse_editing        drawing, repainting and mask-free editing with it
     muse_lessons        teaching tokens and transformer
     train_muse          train them on a finished run, or draw with them
     edit_command        edit images with it
+    super_resolution    Muse's cascade: fine tokens from coarse ones
+    cascade_lessons     teaching it, and a larger decoder
+    train_cascade       train them on a finished Muse, or draw with them
     __main__            python -m nanosd3.related
 """

@@ -7,6 +7,7 @@ from nanosd3.errors import InputError, shown
 from nanosd3.related.command import System, run_system
 from nanosd3.related.edit_command import run_editing
 from nanosd3.related.sample_command import SamplingSystem, asks_for, run_sampling
+from nanosd3.related.train_cascade import CascadeSystem
 from nanosd3.related.train_consistency import Consistency
 from nanosd3.related.train_consistency_decoder import ConsistencyDecoding
 from nanosd3.related.train_dit import DiTSystem
@@ -24,6 +25,7 @@ SYSTEMS: dict[str, System] = {
         ConsistencyDecoding(),
         HDiTSystem(),
         MuseSystem(),
+        CascadeSystem(),
         VideoSystem(),
     )
 }

@@ -44,7 +44,7 @@ from nanosd3.samplers import guided
 
 MASK = -1  # a hidden token: as an index, the last row of the embedding
 Logits = Callable[[Tensor, float], Tensor]  # tokens (B, h, w), guidance scale -> (B, h, w, K)
-Conditioning = tuple[Tensor, Tensor]  # context (B, M, Dc), pooled (B, Dp)
+Conditioning = tuple[Tensor, ...]  # context (B, M, Dc), pooled (B, Dp)
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,28 @@ class Muse(nn.Module):
         Raises ValueError if the tokens are more than the grid of positions, are none of the codes
         or of another number of images than the texts.
         """
-        (B, h, w), codes = tokens.shape, self.config.codes
-        if not len(context) == len(pooled) == B:
-            sizes = f"tokens {B}, context {len(context)}, pooled {len(pooled)}"
-            raise ValueError(f"batch sizes differ: {sizes}")
+        h, w = tokens.shape[1:]
+        x = self.embed(tokens.flatten(1)) + centre_crop(self.pos_embed, h, w)  # (B, N, D)
+        return self.transform(x, context, pooled).unflatten(1, (h, w))  # (B, h, w, K)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N) to their vectors (B, N, D). Raises ValueError for what is none."""
+        codes = self.config.codes
         if not MASK <= int(tokens.min()) <= int(tokens.max()) < codes:
             raise ValueError(f"tokens must be from 0 to {codes - 1}, or MASK")
-        x = self.token_embedder(tokens.flatten(1) % (codes + 1))  # (B, N, D)
-        x = x + centre_crop(self.pos_embed, h, w)
+        return self.token_embedder(tokens % (codes + 1))
+
+    def transform(self, x: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        """Vectors with positions (B, N, D) to logits (B, N, K). Raises ValueError if the batch
+        sizes differ."""
+        if not len(context) == len(pooled) == len(x):
+            sizes = f"tokens {len(x)}, context {len(context)}, pooled {len(pooled)}"
+            raise ValueError(f"batch sizes differ: {sizes}")
         c = self.y_embedder(pooled)  # (B, D)
         y = torch.cat([self.context_embedder(context), c[:, None]], dim=1)  # (B, M+1, D)
         for block in self.blocks:
             x = block(x, c, y)
-        return self.final_layer(x, c).unflatten(1, (h, w))  # (B, h, w, K)
+        return self.final_layer(x, c)
 
 
 def initialise_muse(model: Muse) -> None:

@@ -18,7 +18,16 @@ from torch import Tensor
 from nanosd3.data.mnist import to_uint8
 from nanosd3.pipeline import Pipeline
 from nanosd3.random_streams import rng
-from nanosd3.related.muse import MASK, Logits, Muse, draw_tokens, fill_hidden, guided_logits, hide
+from nanosd3.related.muse import (
+    MASK,
+    Conditioning,
+    Logits,
+    Muse,
+    draw_tokens,
+    fill_hidden,
+    guided_logits,
+    hide,
+)
 from nanosd3.related.vq import VQAutoencoder
 
 MUSE_STEPS, MUSE_GUIDANCE, MUSE_TEMPERATURE = 8, 1.5, 32.0
@@ -60,18 +69,42 @@ def edit_freely(
     return tokens
 
 
-class TokenPainter:
-    """A tokeniser and a transformer, with the text encoders of a pipeline."""
+class Tokeniser:
+    """A VQ autoencoder, with the text encoders of a pipeline."""
+
+    def __init__(self, vq: VQAutoencoder, pipeline: Pipeline):
+        self.vq, self.pipeline = vq, pipeline
+        self.device = pipeline.parts.device
+
+    def texts(self, prompts: list[str], negative: str) -> tuple[Conditioning, Conditioning]:
+        """One prompt an image, and as often the text to guide them away from."""
+        encode = self.pipeline.text.encode
+        context, pooled = (x.expand(len(prompts), *x.shape[1:]) for x in encode([negative]))
+        return encode(prompts), (context, pooled)
+
+    @torch.no_grad()
+    def images(self, tokens: Tensor) -> np.ndarray:
+        """Tokens (B, h, w) to images uint8 (B, H, W) or (B, H, W, C)."""
+        parts = [to_uint8(self.vq.decode(part)).cpu() for part in tokens.split(TOKENS_AT_ONCE)]
+        return torch.cat(parts).numpy()
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] to tokens (B, h, w)."""
+        parts = images.split(TOKENS_AT_ONCE)
+        return torch.cat([self.vq.tokenise(part.to(self.device)) for part in parts])
+
+
+class TokenPainter(Tokeniser):
+    """It, and a transformer for its tokens."""
 
     def __init__(self, vq: VQAutoencoder, muse: Muse, pipeline: Pipeline):
-        self.vq, self.muse, self.pipeline = vq, muse, pipeline
-        self.device = pipeline.parts.device
+        super().__init__(vq, pipeline)
+        self.muse = muse
 
     def logits(self, prompts: list[str], negative: str = "") -> Logits:
         """Those for one prompt an image, guided away from another text, or from none."""
-        encode = self.pipeline.text.encode
-        context, pooled = (x.expand(len(prompts), *x.shape[1:]) for x in encode([negative]))
-        return guided_logits(self.muse, encode(prompts), (context, pooled))
+        return guided_logits(self.muse, *self.texts(prompts, negative))
 
     def draw(
         self,
@@ -90,18 +123,6 @@ class TokenPainter:
             logits = self.logits(some, negative)
             found.append(fill_hidden(logits, hidden, steps, guidance, temperature, generator))
         return torch.cat(found)
-
-    @torch.no_grad()
-    def images(self, tokens: Tensor) -> np.ndarray:
-        """Tokens (B, h, w) to images uint8 (B, H, W) or (B, H, W, C)."""
-        parts = [to_uint8(self.vq.decode(part)).cpu() for part in tokens.split(TOKENS_AT_ONCE)]
-        return torch.cat(parts).numpy()
-
-    @torch.no_grad()
-    def tokens(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] to tokens (B, h, w)."""
-        parts = images.split(TOKENS_AT_ONCE)
-        return torch.cat([self.vq.tokenise(part.to(self.device)) for part in parts])
 
 
 def passes(steps: int, guidance: float) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanosd3.data.sources import Digits
 from nanosd3.flow import stratified
+from nanosd3.related.autoregressive import CausalMuse
 from nanosd3.related.finished_run import TEXTLESS
 from nanosd3.related.muse import Conditioning, Muse, MuseConfig, hide, masked_loss
 from nanosd3.related.muse_editing import unpadded
@@ -23,15 +24,15 @@ from nanosd3.related.vq import (
     quantising_loss,
     straight_through,
 )
-from nanosd3.training.loop import StepRNG, fit
+from nanosd3.training.loop import StepLoss, StepRNG, fit
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average
 
 RESTART_EVERY, RESTART_UNTIL = 25, 0.75  # steps, share of them
 
 
-def train_tokens(job: Job, config: VQConfig) -> VQAutoencoder:
+def train_tokens(job: Job, config: VQConfig, stage: str = "tokens") -> VQAutoencoder:
     """Train the tokeniser, or load the one that the run has."""
-    vq = build(job, "tokens", lambda: VQAutoencoder(config)).to(job.device)
+    vq = build(job, stage, lambda: VQAutoencoder(config)).to(job.device)
     recipe = job.training.autoencoder
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
@@ -49,12 +50,12 @@ def train_tokens(job: Job, config: VQConfig) -> VQAutoencoder:
 
     def train() -> dict:
         begin = time.process_time()
-        fit(job.run, "tokens", vq, loss_of, recipe, job.seed)
+        fit(job.run, stage, vq, loss_of, recipe, job.seed)
         seconds = round(time.process_time() - begin, 1)
-        at_work = job.run.read_log("tokens")[-1]["perplexity"]
+        at_work = job.run.read_log(stage)[-1]["perplexity"]
         return {"perplexity": at_work, "thread_seconds": seconds}
 
-    at_work = finish_or_load(job, "tokens", vq, train)["perplexity"]
+    at_work = finish_or_load(job, stage, vq, train)["perplexity"]
     print(f"tokens: as varied as {at_work:.0f} of {config.codes} codes used alike")
     return vq
 
@@ -73,6 +74,26 @@ def train_muse(
     `texts` are the encodings of the source's captions; `share_of` the share to hide, from a u.
     """
     muse = build(job, "muse", lambda: Muse(config)).to(job.device)
+
+    def guess(seen: Tensor, x: Tensor, *text: Tensor) -> Tensor:
+        return muse(seen, *text)
+
+    loss_of = guessing_loss(job, source, vq, texts, share_of, guess)
+    train = partial(fit_average, job, stage, muse, loss_of, job.training.ema_decay)
+    finish_or_load(job, stage, muse, train)
+    return muse
+
+
+def guessing_loss(
+    job: Job,
+    source: Digits,
+    vq: VQAutoencoder,
+    texts: Conditioning,
+    share_of: Callable[[Tensor], Tensor],
+    guess: Callable[..., Tensor],
+) -> StepLoss:
+    """The loss of a step of training a network, `guess(seen, x, context, pooled)`, that is told the
+    tokens of images x with some hidden, the images and their captions."""
     recipe = job.training.flow
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
@@ -81,14 +102,35 @@ def train_muse(
         captions = source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
         keep = step_rng.take(torch.rand(size, generator=generator) >= TEXTLESS).to(job.device)
         share = step_rng.take(share_of(stratified(size, generator)))
-        places = step_rng.take(torch.rand(size, config.grid**2, generator=generator))
+        x = unpadded(source.pixels(images), job.config.padding).to(job.device)
         with torch.no_grad():
-            tokens = vq.tokenise(unpadded(source.pixels(images), job.config.padding).to(job.device))
+            tokens = vq.tokenise(x)
+        places = step_rng.take(torch.rand(size, tokens[0].numel(), generator=generator))
         seen = hide(tokens, share, places)
         context, pooled = (text[captions.to(job.device)] for text in texts)
         context, pooled = context * keep[:, None, None], pooled * keep[:, None]
-        return masked_loss(muse(seen, context, pooled), tokens, seen), {}
+        return masked_loss(guess(seen, x, context, pooled), tokens, seen), {}
 
-    train = partial(fit_average, job, stage, muse, loss_of, job.training.ema_decay)
-    finish_or_load(job, stage, muse, train)
-    return muse
+    return loss_of
+
+
+def train_causal(
+    job: Job,
+    source: Digits,
+    vq: VQAutoencoder,
+    texts: Conditioning,
+    config: MuseConfig,
+    stage: str,
+) -> CausalMuse:
+    """Train a transformer to write the same tokens one after the other, or load the one there."""
+    network = build(job, stage, lambda: CausalMuse(config)).to(job.device)
+
+    def guess(seen: Tensor, x: Tensor, *text: Tensor) -> Tensor:
+        with torch.no_grad():
+            tokens = vq.tokenise(x)
+        return network(tokens, *text)
+
+    loss_of = guessing_loss(job, source, vq, texts, torch.ones_like, guess)  # all count
+    train = partial(fit_average, job, stage, network, loss_of, job.training.ema_decay)
+    finish_or_load(job, stage, network, train)
+    return network

@@ -97,21 +97,23 @@ def check_image_file(out: Path, kinds: tuple[str, ...]) -> None:
     check_writable(out)
 
 
-def open_trained(system: System, folder: Path, finished: FinishedRun) -> Run:
-    """The finished run of a neighbour, made of this finished run.
+def open_trained(
+    system: System, folder: Path, finished: FinishedRun, option: str = "--model"
+) -> Run:
+    """The finished run of a neighbour, made of this finished run; `option` is what names it.
 
     Raises InputError if there is none in the folder, or one of something else.
     """
     command = f"python -m nanosd3.related {system.name}"
     if not (folder / "run.json").exists():
-        raise InputError(f"--model {folder}: has no run; `{command}` trains one")
+        raise InputError(f"{option} {folder}: has no run; `{command}` trains one")
     run = Run.read(folder)
     if run.identity.get("system") != system.name:
-        raise InputError(f"--model {folder}: is not a run of `{command}`")
+        raise InputError(f"{option} {folder}: is not a run of `{command}`")
     if "samples" not in run.stages:
-        raise InputError(f"--model {folder}: unfinished; rerun `{command} ...` to resume")
+        raise InputError(f"{option} {folder}: unfinished; rerun `{command} ...` to resume")
     if run.identity.get("finished") != finished.fingerprint:
-        raise InputError(f"--model {folder}: was made of another finished run than that of --run")
+        raise InputError(f"{option} {folder}: was made of another finished run than that of --run")
     return run
 
 

@@ -9,7 +9,7 @@ one core.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -28,6 +28,7 @@ from nanosd3.related.muse_editing import (
     MUSE_GUIDANCE,
     MUSE_STEPS,
     MUSE_TEMPERATURE,
+    Tokeniser,
     TokenPainter,
     passes,
     unpadded,
@@ -60,6 +61,7 @@ MUSE_RECIPES = {
 CODES = {"mnist": (128, 8), "tiny": (64, 4)}  # how many, and how wide
 MUSE_SIZES = {"mnist": (3, 128), "tiny": (2, 64)}  # depth and width
 MUSE_EMA, MUSE_STAGE = 0.995, "muse"
+MUSE_FILES = {"tokens": "tokens", MUSE_STAGE: MUSE_STAGE}  # of its weights
 
 
 def vq_config(config: Config, size: str) -> VQConfig:
@@ -93,7 +95,7 @@ def trained_painter(
     return TokenPainter(vq, muse, finished.pipeline)
 
 
-def reconstruction(finished: FinishedRun, painter: TokenPainter, count: int) -> dict:
+def reconstruction(finished: FinishedRun, painter: Tokeniser, count: int) -> dict:
     """What the tokens keep: accuracy and distance of training images that became tokens and images
     again."""
     draw, floor = drawn(finished, count, SCORED_DRAWS[0])
@@ -120,15 +122,18 @@ def muse_sampling(
     return guidance, temperature
 
 
-def open_painter(run: Run, finished: FinishedRun) -> TokenPainter:
-    """What a finished run has trained. Raises InputError if its run.json is damaged."""
+def open_painter(
+    run: Run, finished: FinishedRun, files: Mapping[str, str] = MUSE_FILES
+) -> TokenPainter:
+    """What a finished run has trained, or a copy of it in files of other names. Raises InputError
+    if its run.json is damaged."""
     index = run.folder / "run.json"
     config, size = limited_config(run.identity["config"], index), run.identity.get("size")
     if size not in MUSE_SIZES:
         raise InputError(f"{index}: damaged: no size")
     vq, muse = VQAutoencoder(vq_config(config, size)), Muse(muse_config(config, size))
     for name, module in (("tokens", vq), (MUSE_STAGE, muse)):
-        load_weights(module, run.folder / f"{name}.safetensors")
+        load_weights(module, run.folder / f"{files[name]}.safetensors")
         accelerate(module.requires_grad_(False).eval().to(finished.device))
     return TokenPainter(vq, muse, finished.pipeline)
 

@@ -7,6 +7,8 @@ import torch
 
 from nanosd3.claims import __main__ as command
 from nanosd3.claims.catalogue import EXPERIMENTS
+from nanosd3.claims.muse_cascade import WAYS_TO_FINE
+from nanosd3.claims.muse_decoders import DECODERS
 from nanosd3.claims.muse_edits import REPAINT_GUIDANCES, ROUNDS_MADE, TRUE_LABEL
 from nanosd3.claims.muse_masks import SHARES_HIDDEN
 from nanosd3.claims.muse_speed import FLOW_COUNTS, MUSE_COUNTS
@@ -27,7 +29,7 @@ def records(tiny_run, tmp_path_factory):
 
 
 def test_all_run_fast(records):
-    assert len(records) == 5
+    assert len(records) == 8
     for record in records.values():
         results = record["results"]
         table = results["table"]
@@ -41,10 +43,21 @@ def test_what_they_measure(records):
     assert list(speed["flow"]) == [str(n) for n in FLOW_COUNTS]
     for by_steps in speed.values():
         assert all(len(scores) == 2 and scores[0] != scores[1] for scores in by_steps.values())
-        assert by_steps["1"][0][2] < list(by_steps.values())[-1][0][2]  # milliseconds
-    assert records["x-muse-2-flow"]["results"]["scores"] == speed  # measured once
+    for way in ("muse", "flow"):
+        assert speed[way]["1"][0][2] < list(speed[way].values())[-1][0][2]  # milliseconds
+    assert list(speed["causal"]) == ["49"]
+    for name in ("x-muse-2-flow", "x-muse-2-causal"):
+        assert records[name]["results"]["scores"] == speed  # measured once
     masks = records["x-muse-1"]["results"]["scores"]
     assert list(masks) == list(SHARES_HIDDEN)
+    ways = records["x-muse-3"]["results"]["scores"]
+    assert list(ways) == list(WAYS_TO_FINE)
+    for base, cascade, direct in zip(*ways.values(), strict=True):  # of a seed
+        assert 0 < base[2] < cascade[2] and direct[2] > 0  # seconds
+        assert len({base[1], cascade[1], direct[1]}) == 3
+    decoders = records["x-muse-7"]["results"]
+    assert decoders["same"] and list(decoders["scores"]) == list(DECODERS)
+    assert decoders["scores"]["as wide"] != decoders["scores"]["twice as wide"]
     edits = records["x-muse-4"]["results"]
     assert records["x-muse-5"]["results"] == edits
     assert all(len(shares) == 2 for shares in edits["read"].values())
@@ -62,12 +75,14 @@ def test_shares():
 # --- rules ----------------------------------------------------------------------------------------
 
 
-def speeds(muse, flow=((2.0, 1.0), (2.0, 1.0))):
-    """Ratios of 8 and 49 steps of each seed; ratio and milliseconds of 8 steps of the flow."""
+def speeds(muse, flow=((2.0, 1.0), (2.0, 1.0)), causal=()):
+    """Ratios of 8 and 49 steps of each seed; ratio and milliseconds of 8 steps of the flow, and of
+    tokens one by one."""
     return {
         "scores": {
             "muse": {"8": [[0.9, a, 3.0] for a, _ in muse], "49": [[0.9, b, 9.0] for _, b in muse]},
             "flow": {"8": [[0.9, ratio, took] for ratio, took in flow]},
+            "causal": {"49": [[0.9, ratio, took] for ratio, took in causal]},
         }
     }
 
@@ -98,6 +113,20 @@ def test_faster(flow, expected):
 
 
 @pytest.mark.parametrize(
+    ("causal", "expected"),
+    [
+        ([(4.0, 5.0), (3.4, 3.1)], "supported"),  # Muse: 4 and 3 ms
+        ([(4.0, 5.0), (3.3, 3.1)], "undecided"),
+        ([(4.0, 5.0), (4.0, 2.9)], "undecided"),
+        ([(3.3, 5.0), (4.0, 2.9)], "refuted"),
+    ],
+)
+def test_faster_than_one_by_one(causal, expected):
+    results = speeds([(4.0, 4.0)] * 2, causal=causal)
+    assert EXPERIMENTS["x-muse-2-causal"].decide(results) == expected
+
+
+@pytest.mark.parametrize(
     ("cosine", "uniform", "few", "expected"),
     [
         ([4.0, 4.1], [5.0, 5.2], [9.0, 9.0], "supported"),
@@ -111,6 +140,35 @@ def test_masks(cosine, uniform, few, expected):
     values = zip(SHARES_HIDDEN, (cosine, uniform, few), strict=True)
     results = {"scores": {name: [[0.9, r] for r in ratios] for name, ratios in values}}
     assert EXPERIMENTS["x-muse-1"].decide(results) == expected
+
+
+@pytest.mark.parametrize(
+    ("cascade", "direct", "expected"),
+    [
+        ([(0.9, 4.0), (0.8, 3.0)], [(0.9, 5.0), (0.7, 4.0)], "supported"),
+        ([(0.9, 4.0), (0.6, 3.0)], [(0.9, 5.0), (0.7, 4.0)], "undecided"),
+        ([(0.9, 4.0), (0.8, 5.0)], [(0.9, 5.0), (0.7, 4.0)], "undecided"),
+        ([(0.9, 6.0), (0.8, 5.0)], [(0.9, 5.0), (0.7, 4.0)], "refuted"),
+    ],
+)
+def test_cascade(cascade, direct, expected):
+    results = {"scores": dict(zip(WAYS_TO_FINE, ([], cascade, direct), strict=True))}
+    assert EXPERIMENTS["x-muse-3"].decide(results) == expected
+
+
+@pytest.mark.parametrize(
+    ("smaller", "larger", "same", "expected"),
+    [
+        ([(0.2, 1.5), (0.3, 1.6)], [(0.1, 1.4), (0.2, 1.5)], True, "supported"),
+        ([(0.2, 1.5), (0.3, 1.6)], [(0.1, 1.4), (0.2, 1.5)], False, "undecided"),
+        ([(0.2, 1.5), (0.3, 1.6)], [(0.1, 1.4), (0.2, 1.7)], True, "undecided"),
+        ([(0.2, 1.5), (0.3, 1.6)], [(0.3, 1.6), (0.4, 1.7)], True, "refuted"),
+    ],
+)
+def test_larger_decoder(smaller, larger, same, expected):
+    scores = dict(zip(DECODERS, (smaller, larger), strict=True))
+    results = {"scores": scores, "same": same}
+    assert EXPERIMENTS["x-muse-7"].decide(results) == expected
 
 
 @pytest.mark.parametrize(

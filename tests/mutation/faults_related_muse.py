@@ -7,6 +7,8 @@ written, and what is wrong with it.
 VQ_FILE, MUSE_FILE = "related/vq.py", "related/muse.py"
 MUSE_EDITING_FILE, MUSE_LESSONS_FILE = "related/muse_editing.py", "related/muse_lessons.py"
 TRAIN_MUSE_FILE, USE_MUSE_FILE = "related/train_muse.py", "related/edit_command.py"
+CAUSAL_FILE, SUPER_FILE = "related/autoregressive.py", "related/super_resolution.py"
+CASCADE_LESSONS_FILE, CASCADE_FILE = "related/cascade_lessons.py", "related/train_cascade.py"
 
 FAULTS_MUSE = [
     # vq.py
@@ -42,10 +44,10 @@ FAULTS_MUSE = [
     (VQ_FILE, "if x.shape[2] % f or x.shape[3] % f:", "if x.shape[2] % f and x.shape[3] % f:",
      "one side may be of any size"),
     # muse.py: network and training
-    (MUSE_FILE, "self.token_embedder(tokens.flatten(1) % (codes + 1))",
-     "self.token_embedder(tokens.flatten(1) % codes)", "MASK looks like the last code"),
-    (MUSE_FILE, "        x = x + centre_crop(self.pos_embed, h, w)\n", "",
-     "tokens do not know where they are"),
+    (MUSE_FILE, "self.token_embedder(tokens % (codes + 1))", "self.token_embedder(tokens % codes)",
+     "MASK looks like the last code"),
+    (MUSE_FILE, "self.embed(tokens.flatten(1)) + centre_crop(self.pos_embed, h, w)",
+     "self.embed(tokens.flatten(1))", "tokens do not know where they are"),
     (MUSE_FILE, "torch.cat([self.context_embedder(context), c[:, None]], dim=1)",
      "self.context_embedder(context)", "the pooled text is not heard"),
     (MUSE_FILE, "torch.cat([self.context_embedder(context), c[:, None]], dim=1)",
@@ -126,8 +128,8 @@ FAULTS_MUSE = [
      "nine tenths without text"),
     (MUSE_LESSONS_FILE, "context * keep[:, None, None], pooled * keep[:, None]",
      "context, pooled * keep[:, None]", "text tokens are never dropped"),
-    (MUSE_LESSONS_FILE, "masked_loss(muse(seen, context, pooled), tokens, seen)",
-     "masked_loss(muse(tokens, context, pooled), tokens, seen)", "the answer is shown"),
+    (MUSE_LESSONS_FILE, "masked_loss(guess(seen, x, context, pooled), tokens, seen)",
+     "masked_loss(guess(tokens, x, context, pooled), tokens, seen)", "the answer is shown"),
     (TRAIN_MUSE_FILE, 'own["guidance"] if guidance is None else guidance',
      'own["guidance"]',
      "--guidance is not heard"),
@@ -140,4 +142,48 @@ FAULTS_MUSE = [
     (USE_MUSE_FILE, "args.steps or FREE_ROUNDS", "FREE_ROUNDS",
      "--steps is not heard without a mask"),
     (USE_MUSE_FILE, 'rng(args.seed, "muse edit")', 'rng("muse edit")', "--seed is not heard"),
+    # autoregressive.py
+    (CAUSAL_FILE, "is_causal=True", "is_causal=False", "tokens see what is to come"),
+    (CAUSAL_FILE, "[:, :-1], (1, 0), value=MASK)", "[:, 1:], (0, 1), value=MASK)",
+     "shifted the other way"),
+    (CAUSAL_FILE, "(1, 0), value=MASK)", "(1, 0), value=0)", "an image begins with code 0"),
+    (CAUSAL_FILE, "        self.past = (k, v)\n", "", "the past is forgotten"),
+    (CAUSAL_FILE, "self.pos_embed[:, n : n + 1]", "self.pos_embed[:, :1]",
+     "all tokens are at the first place"),
+    (CAUSAL_FILE, "                layer.past = None", "                pass",
+     "the past of one image is another's"),
+    (CAUSAL_FILE, "causal.load_state_dict(block.attn.state_dict())", "pass",
+     "PyTorch's own initial weights"),
+    (CAUSAL_FILE, "guided(told, prompt, negative, guidance)",
+     "guided(told, prompt, prompt, guidance)", "guided nowhere"),
+    # super_resolution.py
+    (SUPER_FILE, "x = x + centre_crop(self.pos_embed, *base.shape[1:])", "pass",
+     "base tokens do not know where they are"),
+    (SUPER_FILE, "torch.cat([y, x], dim=1)", "y", "base tokens are not looked at"),
+    (SUPER_FILE, "torch.cat([y, x], dim=1)", "x", "the text is not heard"),
+    (SUPER_FILE, "            x = block(x, x, x)  # it asks for no conditions", "            pass",
+     "no layers for the base tokens"),
+    (SUPER_FILE, "if not 0 <= int(base.min())", "if not -1 <= int(base.min())",
+     "hidden base tokens pass"),
+    (SUPER_FILE, "larger.quantiser.load_state_dict(vq.quantiser.state_dict())", "pass",
+     "other codes"),
+    (SUPER_FILE, "larger.encoder.load_state_dict(vq.encoder.state_dict())", "pass",
+     "another encoder"),
+    (SUPER_FILE, "larger.encoder.requires_grad_(False)", "pass", "the encoder is trained on"),
+    (SUPER_FILE, "larger.quantiser.requires_grad_(False)", "pass", "the codes are trained on"),
+    # cascade_lessons.py, train_cascade.py
+    (CASCADE_LESSONS_FILE, "given = base.vq.tokenise(x)",
+     "given = torch.zeros_like(base.vq.tokenise(x))", "nothing is learned from base tokens"),
+    (CASCADE_LESSONS_FILE, "(larger.decode(tokens) - x)", "(vq.decode(tokens) - x)",
+     "the old decoder's error"),
+    (CASCADE_LESSONS_FILE, "given = base[rows]", "given = base[: len(rows)]",
+     "the first base tokens for all"),
+    (CASCADE_LESSONS_FILE, "self.texts([prompts[i] for i in rows], negative)",
+     "self.texts(prompts[: len(rows)], negative)", "the first prompts for all"),
+    (CASCADE_LESSONS_FILE, "(given, *prompt), (given, *without)",
+     "(given, *prompt), (given, *prompt)", "no guidance"),
+    (CASCADE_FILE, "channels, (codes, width) = config.vae.channels[:-1]",
+     "channels, (codes, width) = config.vae.channels", "fine tokens as coarse as the others"),
+    (CASCADE_FILE, "CascadePainter(base, network, larger)", "CascadePainter(base, network, vq)",
+     "the larger decoder is not used"),
 ]  # fmt: skip

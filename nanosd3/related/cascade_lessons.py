@@ -1,0 +1,103 @@
+"""Teaching a cascade: the transformer of the fine tokens and the larger decoder; drawing."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nanosd3.data.sources import Digits
+from nanosd3.random_streams import rng
+from nanosd3.related.muse import (
+    MASK,
+    Conditioning,
+    MuseConfig,
+    cosine_share,
+    fill_hidden,
+    guided_logits,
+)
+from nanosd3.related.muse_editing import TOKENS_AT_ONCE, Tokeniser, TokenPainter, unpadded
+from nanosd3.related.muse_lessons import guessing_loss
+from nanosd3.related.super_resolution import SuperResolution, with_decoder
+from nanosd3.related.vq import VQAutoencoder
+from nanosd3.training.loop import StepRNG, fit
+from nanosd3.training.stages import Job, build, finish_or_load, fit_average, last_loss
+
+SUPER_RESOLUTION, LARGER_DECODER = "super_resolution", "larger_decoder"  # stages
+
+
+def train_super_resolution(
+    job: Job,
+    source: Digits,
+    base: TokenPainter,
+    vq: VQAutoencoder,
+    texts: Conditioning,
+    config: MuseConfig,
+    base_depth: int,
+) -> SuperResolution:
+    """Train the transformer of the fine tokens, or load the one that the run has."""
+
+    def make() -> SuperResolution:
+        return SuperResolution(config, base.muse.config, base_depth)
+
+    network = build(job, SUPER_RESOLUTION, make).to(job.device)
+
+    def guess(seen: Tensor, x: Tensor, *text: Tensor) -> Tensor:
+        with torch.no_grad():
+            given = base.vq.tokenise(x)
+        return network(seen, given, *text)
+
+    loss_of = guessing_loss(job, source, vq, texts, cosine_share, guess)
+    decay = job.training.ema_decay
+    train = partial(fit_average, job, SUPER_RESOLUTION, network, loss_of, decay)
+    finish_or_load(job, SUPER_RESOLUTION, network, train)
+    return network
+
+
+def train_decoder(
+    job: Job, vq: VQAutoencoder, channels: tuple[int, ...], stage: str = LARGER_DECODER
+) -> VQAutoencoder:
+    """Train a decoder of these widths for the same tokens, or load the one that the run has."""
+    larger = build(job, stage, lambda: with_decoder(vq, channels)).to(job.device)
+    recipe = job.training.autoencoder
+
+    def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+        index = step_rng.take(job.source.draw(recipe.batch, step_rng.generator()))
+        x = unpadded(job.source.pixels(index), job.config.padding).to(job.device)
+        with torch.no_grad():
+            tokens = vq.tokenise(x)
+        return (larger.decode(tokens) - x).square().flatten(1).sum(1), {}
+
+    def train() -> dict:
+        fit(job.run, stage, larger, loss_of, recipe, job.seed)
+        return {"loss": last_loss(job, stage)}
+
+    finish_or_load(job, stage, larger, train)
+    return larger
+
+
+class CascadePainter(Tokeniser):
+    """A Muse, a transformer that refines its tokens, and the autoencoder of the fine ones."""
+
+    def __init__(self, base: TokenPainter, network: SuperResolution, vq: VQAutoencoder):
+        super().__init__(vq, base.pipeline)
+        self.base, self.network = base, network
+
+    def refine(
+        self,
+        base: Tensor,
+        prompts: list[str],
+        seed: int,
+        steps: int,
+        guidance: float,
+        temperature: float,
+        negative: str = "",
+    ) -> Tensor:
+        """Fine tokens (B, H, W) for base tokens (B, h, w) and a prompt each."""
+        side, generator, found = self.network.config.grid, rng(seed, SUPER_RESOLUTION), []
+        for rows in torch.arange(len(base)).split(TOKENS_AT_ONCE):
+            prompt, without = self.texts([prompts[i] for i in rows], negative)
+            given = base[rows]
+            logits = guided_logits(self.network, (given, *prompt), (given, *without))
+            hidden = torch.full((len(rows), side, side), MASK, device=self.device)
+            found.append(fill_hidden(logits, hidden, steps, guidance, temperature, generator))
+        return torch.cat(found)
