@@ -5,7 +5,6 @@ python -m nanosd3.generate "a photo of a cat" --model sd3.5_medium.safetensors -
 """
 
 import argparse
-import io
 import sys
 import time
 import warnings
@@ -158,18 +157,6 @@ def open_model(args: argparse.Namespace) -> Pipeline:
     return pipeline
 
 
-def content(images: np.ndarray, prompts: list[str], suffix: str) -> bytes:
-    """The file: an array, one picture as it is, or a grid with a row for each prompt."""
-    if suffix == ".npy":
-        buffer = io.BytesIO()
-        np.save(buffer, images)
-        return buffer.getvalue()
-    if len(images) == 1:
-        return figures.png(figures.to_image(images[0]))
-    captions = [prompt or "(no text)" for prompt in prompts]
-    return figures.png(figures.grid_of(captions, images))
-
-
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     check_arguments(args)
@@ -207,7 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
     assert isinstance(images, np.ndarray)  # not latents
     seconds = time.perf_counter() - begin
-    write_file(args.out, content(images, args.prompts, args.out.suffix.lower()))
+    is_array = args.out.suffix.lower() == ".npy"
+    picture = figures.npy(images) if is_array else figures.drawn_picture(images, args.prompts)
+    write_file(args.out, picture)
     rate = len(images) / seconds
     print(f"{len(images)} images in {seconds:.1f} s ({rate:.3g} a second): {args.out}")
     return 0

@@ -5,7 +5,6 @@ refused. The text encoders are those of the finished run that the neighbour was 
 """
 
 import argparse
-import io
 import sys
 from abc import abstractmethod
 from dataclasses import replace
@@ -45,11 +44,8 @@ class SamplingSystem(System):
         InputError if the options do not fit."""
 
     def picture(self, images: np.ndarray, captions: list[str]) -> bytes:
-        """The content of a file of its own kind: one picture as it is, or a grid with a row a
-        caption."""
-        if len(images) == 1:
-            return figures.png(figures.to_image(images[0]))
-        return figures.png(figures.grid_of(captions, images))
+        """The content of a file of its own kind."""
+        return figures.drawn_picture(images, captions)
 
 
 def asks_for(option: str, arguments: list[str]) -> bool:
@@ -155,9 +151,5 @@ def write_images(
     system: SamplingSystem, out: Path, images: np.ndarray, captions: list[str]
 ) -> None:
     """Write the array, or the picture with a row for each caption."""
-    if out.suffix.lower() != ".npy":
-        write_file(out, system.picture(images, [text or "(no text)" for text in captions]))
-        return
-    buffer = io.BytesIO()
-    np.save(buffer, images)
-    write_file(out, buffer.getvalue())
+    is_array = out.suffix.lower() == ".npy"
+    write_file(out, figures.npy(images) if is_array else system.picture(images, captions))

@@ -101,7 +101,8 @@ def grid(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
 
 def grid_of(captions: Sequence[str], images: np.ndarray) -> Image.Image:
     """A row for each caption, with equally many of the images (n, H, W) or (n, H, W, 3)."""
-    return grid(list(zip(captions, np.split(images, len(captions)), strict=True)))
+    rows = zip(captions, np.split(images, len(captions)), strict=True)
+    return grid([(caption or "(no text)", row) for caption, row in rows])
 
 
 def side_by_side(columns: list[tuple[str, Image.Image]]) -> Image.Image:
@@ -122,6 +123,21 @@ def png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "png", optimize=True)
     return buffer.getvalue()
+
+
+def npy(images: np.ndarray) -> bytes:
+    """The content of a NumPy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, images)
+    return buffer.getvalue()
+
+
+def drawn_picture(images: np.ndarray, captions: Sequence[str]) -> bytes:
+    """The content of a PNG file: one image pixel for pixel, so that it can be edited further, or a
+    grid with a row for each caption."""
+    if len(images) == 1:
+        return png(Image.fromarray(images[0]))
+    return png(grid_of(captions, images))
 
 
 def gif(frames: list[Image.Image], milliseconds: list[int]) -> bytes:

@@ -343,6 +343,17 @@ def test_generate(tiny_run, tmp_path):
         assert grid.width > grid.height > 3 * 56
 
 
+def test_what_it_draws_can_be_the_start(tiny_run, tmp_path):
+    """A single image has the pixels that --init-image takes."""
+    one, other = tmp_path / "one.png", tmp_path / "other.npy"
+    common = ["--run", str(tiny_run), "--count", "1", "--steps", "2"]
+    assert generate.main(["a seven", *common, "--out", str(one)]) == 0
+    words = ["--init-image", str(one), "--strength", "0.5", "--out", str(other)]
+    assert generate.main(["a seven", *common, *words]) == 0
+    with Image.open(one) as image:
+        assert image.size == (28, 28) and np.load(other).shape == (1, 28, 28)
+
+
 @pytest.fixture(scope="module")
 def pipeline(tiny_run):
     """The tiny model with perturbed weights, so that every part of it has an effect."""

@@ -1,8 +1,20 @@
 """Grids, captions, images as characters."""
 
-import numpy as np
+import io
 
-from nanosd3.training.figures import caption_lines, grid, shades, smooth
+import numpy as np
+from PIL import Image
+
+from nanosd3.training.figures import (
+    caption_lines,
+    drawn_picture,
+    grid,
+    grid_of,
+    npy,
+    png,
+    shades,
+    smooth,
+)
 
 
 def test_grid_places_images():
@@ -16,6 +28,15 @@ def test_grid_places_images():
     assert picture[:, :190].min() < 100  # the caption
     assert grid([("x", np.zeros((20, 28, 28), np.uint8))]).height == 2 * 60 + 4
     assert grid([("x", np.zeros((2, 64, 64, 3), np.uint8))]).mode == "RGB"
+
+
+def test_one_image_is_written_pixel_for_pixel():
+    images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), np.uint8)
+    for one in (images[:1], images[:1, ..., 0]):
+        assert (np.asarray(Image.open(io.BytesIO(drawn_picture(one, ["x"])))) == one[0]).all()
+    both = drawn_picture(images, ["seven", ""])
+    assert both == png(grid_of(["seven", "(no text)"], images)) != png(grid_of(["", ""], images))
+    assert (np.load(io.BytesIO(npy(images))) == images).all()
 
 
 def test_captions_wrap():
