@@ -35,7 +35,7 @@ from nanosd3.measure.random_models import patches_per_side, text_tokens, with_de
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.run import Run
 from nanosd3.text import ENCODERS
-from nanosd3.training import evaluation, figures
+from nanosd3.training import evaluation, plots
 from nanosd3.weights import PRECISIONS
 
 READ_AS_ASKED = 0.993  # what the classifier reads of real images, about
@@ -144,7 +144,7 @@ def bench_growth(args: argparse.Namespace) -> None:
     largest = growth.StepShape(args.depth, patches_per_side(config, args.size), args.batch)
     costs = growth.grow(config, largest, args.repeats, set_up(args.threads))
     columns, title, speed = growth.plot_data(config, largest, costs)
-    figures.plot_growth(columns, title, args.out)
+    plots.plot_growth(columns, title, args.out)
     print(
         f"{args.out}: measured and predicted time (FLOPs at {speed / 1e9:.0f} GFLOP/s) and memory"
     )
@@ -191,7 +191,7 @@ def bench_frontier(args: argparse.Namespace) -> None:
         print(row, flush=True)
         points.append(point)
     rows = [(p.guidance, p.accuracy, p.ratio) for p in points]
-    figures.plot_frontier(rows, run.stages["judge"]["accuracy"], out)
+    plots.plot_frontier(rows, run.stages["judge"]["accuracy"], out)
     if found := evaluation.at_accuracy(points, READ_AS_ASKED):
         print(
             f"{READ_AS_ASKED:.1%} are read as asked at guidance {found[0]:.2f}, where the "

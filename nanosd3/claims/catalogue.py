@@ -17,6 +17,7 @@ from nanosd3.claims.muse_decoders import LARGER_DECODERS
 from nanosd3.claims.muse_edits import FREE_EDITING, REPAINTING
 from nanosd3.claims.muse_masks import MASKS
 from nanosd3.claims.muse_speed import FASTER_THAN_CAUSAL, FASTER_THAN_FLOW, FEW_ENOUGH
+from nanosd3.claims.sd3_card import CARD
 from nanosd3.claims.video_clips import COHERENCE, LENGTHS, OTHER_SIZES_KEPT
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -30,5 +31,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(OTHER_SIZES_KEPT, LENGTHS, COHERENCE),  # spacetime patches
         *(MASKS, FEW_ENOUGH, FASTER_THAN_FLOW, FASTER_THAN_CAUSAL),  # Muse
         *(CASCADE, REPAINTING, FREE_EDITING, LARGER_DECODERS),
+        CARD,  # Stable Diffusion 3
     )
 }

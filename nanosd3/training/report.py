@@ -26,7 +26,7 @@ from nanosd3.machine.distributed import ParallelModel
 from nanosd3.pipeline import Pipeline
 from nanosd3.samplers import Callback
 from nanosd3.storage.files import write_file, write_json
-from nanosd3.training import figures
+from nanosd3.training import figures, plots
 from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import Scorer, draw_prompts, to_digits
 from nanosd3.training.stages import Job
@@ -251,9 +251,9 @@ def report_digits(job: Job, scorer: Scorer, pipeline: Pipeline, turbo: dict | No
     metrics = evaluate(job, scorer, pipeline)
     draw_samples(pipeline, prompts, 8, folder / "samples.png")
     draw_trajectory(pipeline, prompts, folder / "trajectory.gif")
-    figures.plot_loss(job.run.read_log(), folder / "loss.png")
+    plots.plot_loss(job.run.read_log(), folder / "loss.png")
     errors = solver_errors(pipeline, prompts)
-    figures.plot_samplers(errors, folder / "samplers.png")
+    plots.plot_samplers(errors, folder / "samplers.png")
     metrics |= {"solver_errors": errors, "turbo": turbo, **about_training(job)}
     write_json(folder / "metrics.json", metrics)
     return metrics
@@ -263,5 +263,5 @@ def report_pictures(job: Job, prompts: list[str], pipeline: Pipeline) -> None:
     """Write samples.png, loss.png and metrics.json."""
     folder = job.run.folder
     draw_samples(pipeline, prompts, 8, folder / "samples.png")
-    figures.plot_loss(job.run.read_log(), folder / "loss.png")
+    plots.plot_loss(job.run.read_log(), folder / "loss.png")
     write_json(folder / "metrics.json", about_training(job))

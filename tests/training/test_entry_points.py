@@ -155,7 +155,7 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(tiny_run, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(report.figures, "plot_loss", interrupted)
+        patch.setattr(report.plots, "plot_loss", interrupted)
         assert run_main(lambda: train_mnist.main(command)) == 130
     assert run_main(lambda: train_mnist.main(command)) == 0
     assert len(steps_run) == len(set(steps_run))  # no step ran twice

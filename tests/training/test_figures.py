@@ -13,8 +13,8 @@ from nanosd3.training.figures import (
     npy,
     png,
     shades,
-    smooth,
 )
+from nanosd3.training.plots import smooth
 
 
 def test_grid_places_images():

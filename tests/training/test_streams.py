@@ -27,7 +27,7 @@ from nanosd3.measure import growth
 from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.run import Run
-from nanosd3.training import figures, report
+from nanosd3.training import plots, report
 from nanosd3.training.cached_features import Encoders, get_features
 from nanosd3.training.encoders import frozen_encoders
 
@@ -66,7 +66,7 @@ def ascii(unobserved, monkeypatch, tmp_path) -> Ascii:
     monkeypatch.setitem(CONFIGS, "tiny", replace(tiny, training=training))
     monkeypatch.setattr(report, "draw_samples", lambda *_: None)
     for name in ("plot_loss", "plot_samplers", "plot_growth"):
-        monkeypatch.setattr(figures, name, lambda *_: None)
+        monkeypatch.setattr(plots, name, lambda *_: None)
     return Ascii(monkeypatch)
 
 
