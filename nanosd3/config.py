@@ -198,6 +198,60 @@ SMALL = Config(  # colour, for a folder of one's own images
     ),
 )
 
+# Digits in colour, composed by caption: the pixels of `mnist` thrice, and captions twice as long.
+SCENES = Config(
+    name="scenes",
+    image_size=32,  # and 32 x 48
+    padding=0,
+    mmdit=MMDiTConfig(
+        depth=2,
+        latent_channels=4,
+        patch_size=4,
+        context_dim=128,
+        pooled_dim=96,
+        grid=8,
+        grid_sample=4,
+        grid_span=4,
+        qk_norm=True,
+        dual_attention=(),
+    ),
+    vae=VAEConfig(3, (16, 32), 1, latent_channels=4, norm_groups=8, shift=0.0, scale=1.0),
+    text=TextConfig(
+        clip_l=CLIPConfig(32, 2, 2, "quick_gelu", 1024, 12, projection=False, pad=-1),
+        clip_g=CLIPConfig(64, 2, 2, "gelu", 1024, 12, projection=True, pad=0),
+        t5=T5Config(128, 2, 4, head_dim=32, hidden=256, vocab=256, length=12),
+        empty_is_zero=True,
+    ),
+    sampling=Sampling(steps=20, guidance=3.0, shift=1.0, sampler="heun"),
+    training=Training(
+        train_images=20000,  # scenes
+        test_images=10000,
+        judge=Recipe(steps=1200, batch=128, lr=4e-3, warmup=50, weight_decay=1e-2),
+        autoencoder=Recipe(steps=300, batch=32, lr=4e-3, warmup=50, weight_decay=0.0),
+        clip=Recipe(steps=400, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
+        t5=Recipe(steps=250, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
+        flow=Recipe(steps=4000, batch=64, lr=1e-2, warmup=100, weight_decay=0.0, optimizer="muon"),
+        kl_weight=1e-2,
+        time_mean=0.8,
+        time_std=1.0,
+        encoder_dropout=0.464,
+        ema_decay=0.999,
+        evaluate=800,
+    ),
+)
+
+TINY_SCENES = replace(  # the same, as small as TINY
+    TINY,
+    name="tiny-scenes",
+    padding=0,
+    vae=replace(TINY.vae, image_channels=3),
+    text=replace(
+        TINY.text,
+        clip_l=replace(TINY.text.clip_l, vocab=768),
+        clip_g=replace(TINY.text.clip_g, vocab=768),
+    ),
+)
+
 # How configs without a published recipe are trained. Untried at full length: the learning rates are
 # the usual ones for networks of this size.
 LARGE = replace(
@@ -215,6 +269,8 @@ CONFIGS = {
         TINY,
         MNIST,
         SMALL,
+        SCENES,
+        TINY_SCENES,
         # Stability's sd3-ref and diffusers sample it at shift 3 (sd3.5's preset of 1 is alone).
         official("sd3-medium", official_mmdit(24, qk_norm=False), Sampling(28, 7.0, 3.0, "euler")),
         official(

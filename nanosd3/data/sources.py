@@ -101,6 +101,19 @@ def enlarged(images: Tensor, config: Config) -> Tensor:
     return x.expand(-1, config.vae.image_channels, -1, -1)
 
 
+def contents_of(images: ImageSet) -> Contents:
+    """What an image set is made of."""
+    parts: dict[str, Any] = {
+        "training images": images.train_images.numpy(),
+        "training labels": images.train_labels.numpy(),
+        "test images": images.test_images.numpy(),
+        "test labels": images.test_labels.numpy(),
+        "class names": repr(images.names).encode(),
+    }
+    rows = {name: [hashlib.sha256(part).hexdigest()[:16]] for name, part in parts.items()}
+    return {"columns": ["content"], "rows": rows}
+
+
 class Digits:
     """MNIST, or IDX files like it, as a `Source`."""
 
@@ -108,15 +121,7 @@ class Digits:
         self.images, self.config = images, config
         self.described = described = describe_images(images)
         self.name, self.fingerprint = images.source, images.fingerprint
-        parts: dict[str, Any] = {
-            "training images": images.train_images.numpy(),
-            "training labels": images.train_labels.numpy(),
-            "test images": images.test_images.numpy(),
-            "test labels": images.test_labels.numpy(),
-            "class names": repr(images.names).encode(),
-        }
-        rows = {name: [hashlib.sha256(part).hexdigest()[:16]] for name, part in parts.items()}
-        self.contents: Contents = {"columns": ["content"], "rows": rows}
+        self.contents = contents_of(images)
         self.texts = described.captions.texts
         self.trained = len(images.train_images)
         held = min(HELD_OUT, len(images.test_images))
