@@ -19,5 +19,7 @@ Modules, each of which imports only from those above it:
     encoders            the encoders, trained here or taken from another model
     train_flow          the transformer
     report              samples, metrics and pictures of a run
+    scene_judge         finds and reads the digits of a scene, and names their colours
+    geneval             nano GenEval and typography: do pictures follow their prompts?
     options             the command-line options, and the job they amount to
 """
