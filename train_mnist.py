@@ -2,7 +2,8 @@
 
 Data, autoencoder, text encoders, flow, turbo, samples: some minutes on two CPU cores, without a
 network or a GPU. Ctrl-C stops it; rerun the same command to resume. With another --config the same
-stages train a network of any size on enlarged digits.
+stages train a network of any size on enlarged digits; with `--config scenes` a small one on several
+digits in colour, composed by caption (training/train_scenes.py).
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from nanosd3.cli import Parser, run_main
 from nanosd3.data.mnist import load_images
+from nanosd3.data.scenes import SCENE_CONFIGS
 from nanosd3.data.sources import Digits
 from nanosd3.errors import shown
 from nanosd3.related.command import RECIPE_SIZES
@@ -26,6 +28,7 @@ from nanosd3.training.report import previews, report_digits, shown_prompts
 from nanosd3.training.stages import Job, training_of
 from nanosd3.training.train_autoencoder import train_autoencoder
 from nanosd3.training.train_flow import train_flow
+from nanosd3.training.train_scenes import train_on_scenes
 from nanosd3.training.train_text import train_text_encoders
 
 
@@ -48,6 +51,8 @@ def percent(attribute: dict) -> str:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     plan = make_plan(args)
+    if plan.config.name in SCENE_CONFIGS:  # digits in colour, composed by caption
+        return train_on_scenes(args, plan)
     training = training_of(plan.config)
 
     # Data: images, and captions that say what is in them.

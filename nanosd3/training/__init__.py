@@ -22,4 +22,5 @@ Modules, each of which imports only from those above it:
     scene_judge         finds and reads the digits of a scene, and names their colours
     geneval             nano GenEval and typography: do pictures follow their prompts?
     options             the command-line options, and the job they amount to
+    train_scenes        the stages on scenes of coloured digits
 """

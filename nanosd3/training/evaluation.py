@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanosd3.config_types import config_from_dict
 from nanosd3.data.mnist import SIDE, from_uint8, load_images, to_model, to_uint8
+from nanosd3.data.scenes import SCENE_CONFIGS
 from nanosd3.data.sources import Digits
 from nanosd3.errors import InputError
 from nanosd3.pipeline import Pipeline
@@ -113,6 +114,10 @@ def open_scorer(run: Run, data: Path | None, device: torch.device) -> Scorer:
     if "judge" not in run.stages or "samples" not in run.stages:
         raise InputError(f"{run.folder}: expected a finished run of train_mnist.py")
     config = config_from_dict(run.identity["config"], run.folder / "run.json")
+    if config.name in SCENE_CONFIGS:
+        raise InputError(
+            f"{run.folder}: a run on scenes; expected one of train_mnist.py on single digits"
+        )
     training = training_of(config)
     source = Digits(load_images(data).first(training.train_images, training.test_images), config)
     if source.fingerprint != run.identity["data"]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanosd3.data.handwriting import Handwriting
 from nanosd3.data.mnist import to_uint8
-from nanosd3.data.scene_prompts import ALL_AT_ONCE, GENEVAL, QUESTION_KINDS, TYPOGRAPHY
+from nanosd3.data.scene_prompts import ALL_AT_ONCE, GENEVAL, QUESTION_KINDS, TYPOGRAPHY, CanvasSize
 from nanosd3.data.scenes import STRING_LENGTHS, Scene, Scenes, draw_pictures
 from nanosd3.pipeline import Pipeline
 from nanosd3.training.scene_judge import SceneJudge
@@ -86,14 +86,26 @@ def drawn_by(pipeline: Pipeline, seed: int, guidance: float | None = None) -> Dr
     """What a model draws for their prompts."""
 
     def drawn(scenes: list[Scene]) -> Tensor:
-        height, width = scenes[0].canvas
         prompts = [scene.prompt.text for scene in scenes]
-        with warnings.catch_warnings():  # most numbers are new words; their digits are not
-            warnings.simplefilter("ignore")
-            images = pipeline(prompts, seed=seed, guidance=guidance, height=height, width=width)
-        return torch.as_tensor(images)
+        return sample_scenes(pipeline, prompts, scenes[0].canvas, seed, guidance)
 
     return drawn
+
+
+def sample_scenes(
+    pipeline: Pipeline,
+    prompts: list[str],
+    canvas: CanvasSize,
+    seed: int,
+    guidance: float | None = None,
+) -> Tensor:
+    """Samples uint8 (B, H, W, 3), without a warning of new words: most numbers are, but their
+    digits are not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        height, width = canvas
+        images = pipeline(prompts, seed=seed, guidance=guidance, height=height, width=width)
+    return torch.as_tensor(images)
 
 
 def in_a_table(scores: dict[str, dict]) -> str:

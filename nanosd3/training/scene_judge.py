@@ -131,11 +131,11 @@ def train_scene_judge(job: Job, source: Scenes) -> SceneJudge:
     def train() -> dict:
         fit(job.run, "judge", net, loss_of, recipe, job.seed)
         test = source.hands["test"]
-        numbers = torch.arange(len(test.images))
+        numbers = torch.arange(min(len(test.images), job.training.test_images))
         x = practice(
             test, numbers, torch.rand(len(numbers), 2, generator=rng(job.seed, "judge", "test"))
         )
-        right = in_chunks(net, x.to(job.device)).argmax(1).cpu() == test.labels
+        right = in_chunks(net, x.to(job.device)).argmax(1).cpu() == test.labels[numbers]
         return {"accuracy": right.float().mean().item()}
 
     results = finish_or_load(job, "judge", net, train)
