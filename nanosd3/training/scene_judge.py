@@ -11,10 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanosd3.config_types import config_from_dict
 from nanosd3.data.handwriting import Handwriting, ink_boxes, transferred
+from nanosd3.data.mnist import load_images
 from nanosd3.data.scene_prompts import COLOURS, DIGIT_SIZES, PlacedDigit
-from nanosd3.data.scenes import STRING_CELL, Scenes
+from nanosd3.data.scenes import SCENE_CONFIGS, STRING_CELL, Scenes
+from nanosd3.errors import InputError
 from nanosd3.random_streams import rng
+from nanosd3.storage.files import load_weights
+from nanosd3.storage.run import Run
 from nanosd3.training.classifier import CLASSIFIER_SIZE, ConvNet
 from nanosd3.training.loop import StepRNG, fit
 from nanosd3.training.stages import Job, build, finish_or_load, in_chunks
@@ -141,3 +146,16 @@ def train_scene_judge(job: Job, source: Scenes) -> SceneJudge:
     results = finish_or_load(job, "judge", net, train)
     print(f"judge: reads {results['accuracy']:.2%} of digits of 10 to 16 pixels (test images)")
     return SceneJudge(net, job.device)
+
+
+def open_scene_judge(run: Run, device: torch.device) -> tuple[Scenes, SceneJudge]:
+    """The scenes and the judge of a finished run on scenes. Raises InputError if it is not one."""
+    config = config_from_dict(run.identity["config"], run.folder / "run.json")
+    if config.name not in SCENE_CONFIGS or "samples" not in run.stages:
+        raise InputError(f"{run.folder}: expected a finished run of train_mnist.py --config scenes")
+    source = Scenes(load_images(), config)
+    if source.fingerprint != run.identity["data"]:
+        raise InputError(f"{run.folder}: trained on other digits than the packaged ones")
+    classifier = ConvNet(10)
+    load_weights(classifier, run.folder / "judge.safetensors")
+    return source, SceneJudge(classifier.requires_grad_(False).eval().to(device), device)

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.commands import refused
 from support.interruptions import interrupted_after
@@ -13,10 +14,15 @@ from support.short_runs import observe_nothing
 import train_mnist
 from nanosd3 import generate
 from nanosd3.cli import run_main
+from nanosd3.config import CONFIGS
 from nanosd3.data.scene_prompts import ALL_AT_ONCE, GENEVAL, TYPOGRAPHY
+from nanosd3.errors import InputError
 from nanosd3.pipeline import Pipeline
 from nanosd3.related import __main__ as related
 from nanosd3.storage.files import read_json, write_json
+from nanosd3.storage.run import Run
+from nanosd3.training.geneval import draw_questions, geneval_scores, real
+from nanosd3.training.scene_judge import open_scene_judge
 from nanosd3.training.train_scenes import SAMPLES_EACH, SCENE_PROMPTS
 
 
@@ -106,3 +112,18 @@ def test_other_images_are_refused(tmp_path, capsys):
 def test_neighbours_refuse_scenes(scenes_run, tmp_path, capsys):
     line = refused(capsys, related.main, "paths", "--run", scenes_run, "--out", tmp_path / "paths")
     assert str(scenes_run) in line and "scenes" in line and "train_mnist.py" in line
+
+
+def test_the_judge_of_a_finished_run(scenes_run, tiny_run, tmp_path):
+    """Scores the pictures as the run itself did."""
+    run, cpu = Run.read(scenes_run), torch.device("cpu")
+    source, judge = open_scene_judge(run, cpu)
+    questions = draw_questions(source, CONFIGS["tiny-scenes"].training.evaluate, 0)
+    scores = json.loads(json.dumps(geneval_scores(judge, questions, real(source.hands["test"]))))
+    assert scores == read_json(scenes_run / "metrics.json")["real"]
+    for folder in (tiny_run, shutil.copytree(scenes_run, tmp_path / "run")):
+        content = read_json(folder / "run.json")
+        if folder != tiny_run:
+            write_json(folder / "run.json", content | {"data": "scenes-of-others"})
+        with pytest.raises(InputError, match=str(folder)):
+            open_scene_judge(Run.read(folder), cpu)
