@@ -344,7 +344,9 @@ def test_the_judge_reads_real_scenes(tmp_path, job):
     hand = source.hands["test"]
     for kind in (*GENEVAL, ALL_AT_ONCE):
         for canvas in CANVASES:
-            scenes = [draw_scene(kind, canvas, hand, rng("slow", kind, i)) for i in range(1000)]
+            scenes = [
+                draw_scene(kind, canvas, hand, rng("slow", kind, canvas[1], i)) for i in range(1000)
+            ]
             found = answers(judge, scenes, real(hand))
             assert sum(right for right, _ in found) >= 970, (kind, canvas)
     assert set(DIGIT_SIZES) == {"small", "big"}
