@@ -228,7 +228,7 @@ SCENES = Config(
         test_images=10000,
         judge=Recipe(steps=1200, batch=128, lr=4e-3, warmup=50, weight_decay=1e-2),
         autoencoder=Recipe(steps=300, batch=32, lr=4e-3, warmup=50, weight_decay=0.0),
-        clip=Recipe(steps=400, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
+        clip=Recipe(steps=1500, batch=128, lr=4e-3, warmup=50, weight_decay=1e-2),
         t5=Recipe(steps=250, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
         flow=Recipe(steps=4000, batch=64, lr=1e-2, warmup=100, weight_decay=0.0, optimizer="muon"),
         kl_weight=1e-2,

@@ -7,7 +7,8 @@ stream of its own, so scene 17 is the same one in every run, and nothing is stor
 Digits are cut out of their images, scaled to one of two sizes and put into slots that are a little
 larger, on a grid of 8 pixels: so they never touch, and a small network, whose patches are on that
 grid too, need not learn a digit once for every shift. Training scenes are made of MNIST's training
-digits, all others of its test digits.
+digits, all others of its test digits. Many training scenes of one digit are close-ups: in those the
+text encoders first learn which word means which digit. Questions to a judge have none.
 """
 
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ SCENE_CONFIGS = ("scenes", "tiny-scenes")
 CANVASES: tuple[CanvasSize, ...] = ((32, 32), (32, 48))
 SLOT, STEP = 16, 8  # side of the slot of a digit; corners of slots are at multiples of STEP
 STRING_CELL = (12, 8)  # height and width of the cell of a digit in a string; two columns stay empty
+CLOSE_UP = 28  # pixels, of a digit that fills the picture
+CLOSE_UPS = 0.7  # share of the training scenes of one digit, in no particular place
 STRING_LENGTHS = (2, 3, 4, 5)  # of strings
 KINDS_OF_WIDE = (
     *QUESTION_KINDS,
@@ -118,8 +121,10 @@ def box_in(slot: tuple[int, int, int, int], ink: Sequence[int], longest: int) ->
 # --- what -----------------------------------------------------------------------------------------
 
 
-def draw_scene(kind: str, canvas: CanvasSize, hand: Handwriting, g: torch.Generator) -> Scene:
-    """A scene of a kind of prompt, at random."""
+def draw_scene(
+    kind: str, canvas: CanvasSize, hand: Handwriting, g: torch.Generator, close_up: bool = False
+) -> Scene:
+    """A scene of a kind of prompt, at random; of one digit, it may be a close-up."""
 
     def pick(options: Sequence[Choice]) -> Choice:
         return options[int(torch.randint(len(options), (1,), generator=g))]
@@ -145,11 +150,13 @@ def draw_scene(kind: str, canvas: CanvasSize, hand: Handwriting, g: torch.Genera
         labels = labels[:1] * count
 
     slots = slots_of(kind, count, canvas, relation, place, float(torch.rand(1, generator=g)))
+    if close_up:
+        slots = [(0, (canvas[1] - canvas[0]) // 2, canvas[0], canvas[0])]
     images = tuple(pick(hand.of_label[label]) for label in labels)
     digits, asked = [], []
     named = everything or "colour" in kind or ((counting or string) and pick((True, False)))
     for label, colour, size, slot, image in zip(labels, colours, sizes, slots, images, strict=True):
-        longest = STRING_CELL[0] if string else DIGIT_SIZES[size]
+        longest = STRING_CELL[0] if string else CLOSE_UP if close_up else DIGIT_SIZES[size]
         box = box_in(slot, hand.boxes[image, 2:].tolist(), longest)
         digits.append(PlacedDigit(label, colour, *box))
         asked.append(Asked(label, colour * named, size * everything, place))
@@ -208,7 +215,10 @@ class Scenes:
             KINDS_OF_WIDE if wide else tuple(kind for kind in QUESTION_KINDS if kind != TYPOGRAPHY)
         )
         kind = kinds[int(torch.randint(len(kinds), (1,), generator=generator))]
-        return draw_scene(kind, CANVASES[wide], self.hands[self.part(number)], generator)
+        single = kind in ("single object", "colours")
+        close_up = single and float(torch.rand(1, generator=generator)) < CLOSE_UPS
+        hand = self.hands[self.part(number)]
+        return draw_scene(kind, CANVASES[wide], hand, generator, close_up)
 
     def questions(self, kind: str, count: int, seed: int) -> list[Scene]:
         """Fresh scenes of one kind, of test digits: half of each size, but for strings."""

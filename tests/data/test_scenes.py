@@ -282,6 +282,20 @@ def test_training_scenes_are_of_training_digits(source):
         assert torch.equal(source.pixels(torch.tensor([number])), expected)
 
 
+def test_close_ups_are_in_training_only(source, questions):
+    """One digit as high as the picture allows, in the middle, for about 70% of single ones."""
+    single = [s for s in source.scenes if s.prompt.kind in ("single object", "colours")]
+    near = [s for s in single if max(s.digits[0].height, s.digits[0].width) == 28]
+    assert 0.6 < len(near) / len(single) < 0.8
+    for scene in near:
+        digit = scene.digits[0]
+        assert abs(digit.centre[0] - 16) <= 1 and abs(digit.centre[1] - scene.canvas[1] / 2) <= 1
+        assert scene.prompt.followed_by(scene.digits, scene.canvas) and digit.size == "big"
+    others = [s for s in source.scenes if s not in near]
+    for scene in others + [s for scenes in questions.values() for s in scenes]:
+        assert all(max(d.height, d.width) <= 14 for d in scene.digits)
+
+
 def test_batches_have_one_size(source):
     sizes = set()
     for seed in range(8):
