@@ -144,6 +144,18 @@ def test_colours_by_their_names():
         for brightness in (0.2, 1.0, 30.0):
             assert nearest_colour(torch.tensor(rgb) * brightness) == name
     assert nearest_colour(torch.zeros(3)) in COLOURS
+    assert nearest_colour(torch.tensor([0.61, 1.0, 0.1])) == "green"  # though not as bright as it
+
+
+def test_haze_is_not_read(source, judge, questions, monkeypatch):
+    """Only ink goes to the classifier."""
+    inks = []
+    read = judge.read
+    monkeypatch.setattr(judge, "read", lambda ink, boxes: inks.append(ink) or read(ink, boxes))
+    scene = questions["single object"][0]
+    picture = to_uint8(draw_pictures([scene], source.hands["test"])).clamp(min=80)
+    judge.see(picture)
+    assert not ((inks[0] > 0) & (inks[0] < 0.35)).any() and inks[0].any()
 
 
 @pytest.mark.parametrize("kind", QUESTION_KINDS)
@@ -183,6 +195,21 @@ def test_real_scenes_are_right(source, judge, questions):
     assert scores["nano_geneval"] == pytest.approx(sum(scores[k] for k in GENEVAL) / 6)
     assert scores[TYPOGRAPHY]["exact"] >= 0.97 and scores[TYPOGRAPHY]["characters"] >= 0.99
     assert set(scores[TYPOGRAPHY]["exact_by_length"]) <= {2, 3, 4, 5}
+
+
+def test_the_score_is_of_genevals_six(source, judge, questions, monkeypatch):
+    """Everything at once does not count; and only strings are looked at as strings."""
+    hand, see, looked = source.hands["test"], judge.see, []
+    monkeypatch.setattr(judge, "see", lambda x, string: looked.append(string) or see(x, string))
+
+    def drawn(scenes):
+        pictures = real(hand)(scenes)
+        return 0 * pictures if scenes[0].prompt.kind in (ALL_AT_ONCE, "counting") else pictures
+
+    scores = geneval_scores(judge, questions, drawn)
+    assert scores[ALL_AT_ONCE] == scores["counting"] == 0
+    assert scores["nano_geneval"] == pytest.approx(5 / 6, abs=0.03)
+    assert looked == [False] * 2 * 7 + [True]
 
 
 def other_colour(digit: PlacedDigit) -> PlacedDigit:
