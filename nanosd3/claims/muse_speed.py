@@ -9,7 +9,7 @@ import torch
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.claims.muse_networks import MUSE_TRAINED, SHORT_STEPS, trained_causal, trained_muse
-from nanosd3.claims.muse_ways import by_flow, by_muse, one_by_one
+from nanosd3.claims.muse_ways import by_flow, by_muse, token_by_token
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.training.evaluation import draw_prompts, to_digits
 from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
@@ -41,7 +41,7 @@ def muse_speed(conditions: Conditions) -> dict:
         ways = {
             "muse": partial(by_muse, trained.painter),
             "flow": partial(by_flow, finished.pipeline),
-            "causal": partial(one_by_one, trained.painter, causal),
+            "causal": partial(token_by_token, trained.painter, causal),
         }
         for way, by_steps in found.items():
             for n in counts[way]:

@@ -34,7 +34,7 @@ def by_muse(painter: TokenPainter, draw: Draw, seed: int, steps: int) -> np.ndar
     return painter.images(painter.draw(draw.prompts, seed, steps))
 
 
-def one_by_one(
+def token_by_token(
     painter: TokenPainter, causal: CausalMuse, draw: Draw, seed: int, steps: int
 ) -> np.ndarray:
     """Images whose tokens are written one after the other, with Muse's guidance."""

@@ -14,7 +14,7 @@ from nanosd3.data.scenes import CANVASES, Scenes
 from nanosd3.errors import InputError, shown
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.files import write_file, write_json
-from nanosd3.training import figures
+from nanosd3.training import figures, plots
 from nanosd3.training.cached_features import get_features
 from nanosd3.training.encoders import get_encoders
 from nanosd3.training.geneval import (
@@ -98,7 +98,7 @@ def report_scenes(job: Job, source: Scenes, judge: SceneJudge, pipeline: Pipelin
     images = sample_scenes(pipeline, prompts, CANVASES[-1], job.seed)
     picture = figures.grid_of(SCENE_PROMPTS, images.numpy())
     write_file(folder / "samples.png", figures.png(picture))
-    figures.plot_loss(job.run.read_log(), folder / "loss.png")
+    plots.plot_loss(job.run.read_log(), folder / "loss.png")
     count = sum(len(scenes) for scenes in questions.values())
     write_json(folder / "metrics.json", {"questions": count, **scores, **about_training(job)})
     return scores
