@@ -5,6 +5,7 @@ Each experiment says before it runs what is claimed, what is measured and which 
 Modules, each of which imports only from those above it:
     experiment          what an experiment is, and the words of a verdict
     material            a finished main job, encoded once
+    sd3_middle          x-sd3-middle: where on the path there is most to learn
     dit_networks        small DiTs, trained for experiments
     dit_blocks          x-dit-1: the four kinds of block, and gates that do not start at zero
     dit_compute         x-dit-2: error by multiply-adds

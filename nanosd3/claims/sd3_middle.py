@@ -1,0 +1,161 @@
+"""Is the middle of the path harder? (arXiv 2403.03206, section 3.1)
+
+The loss itself cannot say. Its largest part is noise that nobody could guess: near t = 0 the noise
+is all but hidden behind the image, and the best answer there has a loss of about 1. What can be
+learned is the rest. So a network that has just begun is compared with a finished one, on the same
+images and noise: where they are far apart, there is much to learn.
+"""
+
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.material import open_encoded
+from nanosd3.config_types import Recipe
+from nanosd3.mmdit import MMDiT
+from nanosd3.related.finished_run import FinishedRun
+from nanosd3.storage.run import Run
+from nanosd3.training.cached_features import Features
+from nanosd3.training.figures import GREY, new_figure, save_plot
+from nanosd3.training.loop import StepRNG
+from nanosd3.training.stages import CHUNK, Job, build, finish_or_load, fit_average, training_of
+from nanosd3.training.train_flow import VALIDATION_TIMES, Network, flow_step, losses_over_time
+
+ALMOST_UNIFORM = 0.0, 1.7  # logit-normal, within 0.01 of uniform: no time is favoured in advance
+BEGINNING = Recipe(150, batch=64, lr=8e-3, warmup=20, weight_decay=0.0)
+QUARTER = VALIDATION_TIMES // 4
+
+
+def beginner(
+    conditions: Conditions, finished: FinishedRun, features: Features, seed: int
+) -> tuple[Job, MMDiT]:
+    """The main job's network after a few steps of training, its times drawn evenly."""
+    recipe = replace(BEGINNING, steps=4, batch=8, warmup=1) if conditions.fast else BEGINNING
+    mean, std = ALMOST_UNIFORM
+    training = replace(
+        training_of(finished.config), flow=recipe, time_mean=mean, time_std=std, ema_decay=0.9
+    )
+    config = replace(finished.config, training=training)
+    identity = {"config": asdict(config), "finished": finished.fingerprint, "seed": seed}
+    folder = conditions.out / ("fast" if conditions.fast else "") / "networks"
+    run = Run.open(folder / f"beginner-{seed}", identity)
+    with run.alone():
+        job = Job(run, config, finished.source, finished.device, seed)
+        model = build(job, "flow", lambda: MMDiT(config.mmdit))
+
+        def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+            return flow_step(job, features, model, step_rng), {}
+
+        decay = training.ema_decay
+        finish_or_load(job, "flow", model, partial(fit_average, job, "flow", model, loss_of, decay))
+    return job, model
+
+
+@torch.no_grad()
+def loss_by_time(job: Job, features: Features, network: Network, count: int) -> list[float]:
+    """Mean loss of images held out, with their captions, at equally spaced t."""
+    images = torch.arange(job.source.trained, job.source.count)[:count]
+    parts = [losses_over_time(job, features, network, rows) for rows in images.split(CHUNK)]
+    return [torch.cat(losses).mean().item() for losses in zip(*parts, strict=True)]
+
+
+def share_of_draws(first: float, last: float) -> float:
+    """How often logit-normal(0, 1) draws a t between two."""
+    ends = torch.tensor([first, last], dtype=torch.float64)
+    return torch.special.ndtr(torch.logit(ends)).diff().item()
+
+
+def middle_study(conditions: Conditions) -> dict:
+    """Losses by t, of the finished network and of a beginner for each seed."""
+    finished, features = open_encoded(conditions)
+    count = 20 if conditions.fast else 1000
+    beginners: list[list[float]] = []
+    seconds = 0.0
+    for seed in conditions.seeds:
+        job, model = beginner(conditions, finished, features, seed)
+        beginners.append(loss_by_time(job, features, model, count))
+        seconds += job.run.stages["flow"]["thread_seconds"]
+    known = loss_by_time(job, features, finished.pipeline.mmdit, count)
+    edges = [k / VALIDATION_TIMES for k in range(VALIDATION_TIMES + 1)]
+    shares = [share_of_draws(a, b) for a, b in pairwise(edges)]
+    to_learn = [[b - k for b, k in zip(each, known, strict=True)] for each in beginners]
+    times = [(a + b) / 2 for a, b in pairwise(edges)]
+    rows: list[list[object]] = [
+        ["loss, finished", *known],
+        ["loss, beginner", *map(list, zip(*beginners, strict=True))],
+        ["left to learn", *map(list, zip(*to_learn, strict=True))],
+        ["logit-normal(0, 1) draws around t", *(f"{share:.1%}" for share in shares)],
+    ]
+    return {
+        "times": times,
+        "finished": known,
+        "beginners": beginners,
+        "left_to_learn": to_learn,
+        "shares": shares,
+        "training_seconds": seconds,
+        "table": table_of(["t", *times], rows),
+    }
+
+
+def regions(by_time: list[float]) -> tuple[float, float, float]:
+    """Means over the quarter near the data, the half in the middle, the quarter near noise."""
+    parts = by_time[:QUARTER], by_time[QUARTER:-QUARTER], by_time[-QUARTER:]
+    data, middle, noise = (sum(part) / len(part) for part in parts)
+    return data, middle, noise
+
+
+def decide_middle(results: dict) -> Verdict:
+    found = [regions(each) for each in results["left_to_learn"]]
+    alone = len(found) < 2
+    most = all(middle > max(data, noise) for data, middle, noise in found)
+    less_than_data = all(middle < data for data, middle, _ in found)
+    less_than_noise = all(middle < noise for _, middle, noise in found)
+    return verdict(most and not alone, (less_than_data or less_than_noise) and not alone)
+
+
+def plot_middle(results: dict, path: Path) -> None:
+    figure, axes = new_figure(9, 2)
+    times, seeds = results["times"], len(results["beginners"])
+    for key, style, label in (("beginners", "--s", "just begun"), ("finished", "-o", "finished")):
+        values = results[key]
+        if key == "beginners":
+            values = [sum(each) / seeds for each in zip(*values, strict=True)]
+        axes[0].plot(times, values, style, markersize=5, label=label)
+    axes[0].set(title="Loss", ylabel="velocity loss (per latent)")
+    axes[0].set_ylim(bottom=0)
+    for i, each in enumerate(results["left_to_learn"]):
+        axes[1].plot(times, each, "-", label="" if i else "left to learn, each seed")
+    highest = max(max(each) for each in results["left_to_learn"])
+    scale = highest / max(results["shares"])
+    shares = [scale * share for share in results["shares"]]
+    label = "logit-normal(0, 1), to scale"
+    axes[1].bar(times, shares, 1 / len(times), color="0.9", edgecolor=GREY, label=label)
+    axes[1].set(title="What is left to learn", ylabel="difference of the losses")
+    for axis in axes:
+        axis.set_xlabel("t   (0 data, 1 noise)")
+        axis.set_xlim(0, 1)
+        axis.legend()
+    save_plot(figure, path)
+
+
+MIDDLE = Experiment(
+    name="x-sd3-middle",
+    claim="The velocity is harder to learn in the middle of the path than at its ends, which is "
+    "why t should be drawn from there more often.",
+    source="SD3, arXiv 2403.03206, section 3.1",
+    measured="The main job's transformer, and the same network after 150 steps with even times. "
+    "Their losses on 1000 images held out, with their captions and the same noise, at 8 equally "
+    "spaced t; the difference is what the beginner has left to learn.",
+    rule="Supported if in every seed there is more left to learn in the middle (mean over t from "
+    "1/4 to 3/4) than in the quarter at either end. Refuted if in every seed there is less than "
+    "at the data's end, or in every seed less than at the noise's. (One seed decides nothing.)",
+    minutes=3,
+    run=middle_study,
+    decide=decide_middle,
+    plot=plot_middle,
+)
