@@ -15,7 +15,8 @@ maps u, uniform in [0, 1], to t. Fed with evenly spread u they give evenly sprea
 and the same noise hides less. The one function serves training and sampling.
 Paper: arXiv 2403.03206, sections 2 to 3.1 and 5.3.2.
 
-Left out: the other trajectories of the paper's study (EDM, cosine, LDM-linear).
+Left out: the other trajectories of the paper's study (EDM, cosine, LDM-linear); they are in
+related/formulations.py.
 """
 
 import math

@@ -13,6 +13,7 @@ Modules, each of which imports only from those above it:
     ddpm                diffusion in a thousand steps: noise, losses, samplers
     published_dit       DiT's checkpoints, and diffusers' folders of them
     dit_lessons         teaching a DiT the noise or the velocity, and sampling with it
+    formulations        DDPM, LDM, EDM and rectified flow as one model in one time
     train_dit           train one on labels, and see how it compares
     paths               Gaussian paths from noise to data: OT, VP, cosine, VE
     solvers             midpoint, RK4 and adaptive Dormand-Prince

@@ -1,0 +1,172 @@
+"""Formulations: DDPM, EDM and rectified flow are one model, asked in different ways.
+
+A path alpha(t) x0 + sigma(t) noise can be drawn in many ways, but only the ratio sigma / alpha says
+how much of the image is left; the rest is scale. Divided by alpha + sigma, what any of these models
+sees lies on rectified flow's line,
+
+    z = (1 - t) x0 + t noise,     t = sigma / (alpha + sigma),
+
+and all of them can be written in this one time. What then tells them apart is four choices:
+
+                  drawn in training        asked of the network     shown   steps of a sampler
+    rf            uniform, logit-normal,   noise - x0               z       even in t
+                  mode, cosmap
+    eps/linear    LDM's thousand steps     noise                    z / n   even among these
+    v/cos         cosmap                   v, see below             z / n   even in the angle
+    edm(m, s)     logit-normal(m, s)       v                        z / n   Karras' noise levels
+
+    n = sqrt((1 - t)^2 + t^2),     v = ((1 - t) noise - t x0) / n
+
+z / n is z at unit variance, if x0 has it. Read as a table of names, three of these look like three
+theories. In one time they are neighbours: v/cos and rf/cosmap draw the same times, edm is v with
+rectified flow's best times (for EDM's F is -v where the data's deviation is 1, as it is here), and
+a step that keeps the estimates of x0 and of noise, DDIM's, is a step of Euler's along the line. So
+one sampler serves all, and comparing them compares the choices.
+
+Each is trained by plain mean squares of its own answer, which weighs an error of the estimated
+noise by (b - a t / (1 - t))^2, if the answer is a x0 + b noise. With the density of log-SNR,
+l = 2 ln((1 - t) / t), that makes the paper's weights w(l), up to a factor:
+
+    rf           t / (1 - t) = exp(-l / 2), times the density of t if it is not uniform
+    eps/cosine   sech(l / 2)         v/cos   exp(-l / 2)
+    edm(m, s)    N(l; -2 m, (2 s)^2) (exp(-l) + 1)
+
+Left out, as in no formulation: how the network is told the time (t, here always). Papers: arXiv
+2403.03206, sections 2 and 3 (the study); 2112.10752 (LDM), 2202.00512 (v), 2206.00364 (EDM).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nanosd3.flow import cosmap, logit_normal, mode, uniform
+from nanosd3.layers import TIMESTEP_SCALE
+from nanosd3.related.ddpm import NoiseSchedule, spaced_steps
+from nanosd3.related.dit_lessons import flow_times
+
+# --- what is asked: a and b of a x0 + b noise, at t ---------------------------------------------
+
+Answer = tuple[Tensor, Tensor]
+
+
+def deviation(t: Tensor) -> Tensor:
+    """n: that of z if x0 and noise have deviation 1."""
+    return torch.sqrt((1 - t) ** 2 + t**2)
+
+
+def asked_velocity(t: Tensor) -> Answer:
+    return -torch.ones_like(t), torch.ones_like(t)
+
+
+def asked_noise(t: Tensor) -> Answer:
+    return torch.zeros_like(t), torch.ones_like(t)
+
+
+def asked_v(t: Tensor) -> Answer:
+    return -t / deviation(t), (1 - t) / deviation(t)
+
+
+# --- LDM's thousand steps ------------------------------------------------------------------------
+
+
+def latent_diffusion_schedule() -> NoiseSchedule:
+    """Latent diffusion's: sqrt(beta) rises evenly. 7% of the image stays at the last step."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEP_SCALE, dtype=torch.float64) ** 2
+    return NoiseSchedule(torch.arange(TIMESTEP_SCALE), torch.cumprod(1 - betas, dim=0))
+
+
+def a_thousand_steps(u: Tensor) -> Tensor:
+    """Each of the steps as often as any other."""
+    times = flow_times(latent_diffusion_schedule()).to(u)
+    return times[(u * len(times)).long()]
+
+
+# --- where a sampler stops: times (steps + 1,), from the noisiest down to 0 ----------------------
+
+
+def evenly(steps: int) -> Tensor:
+    return torch.linspace(1, 0, steps + 1)
+
+
+def even_among_thousand(steps: int) -> Tensor:
+    times = flow_times(latent_diffusion_schedule().respaced(spaced_steps(steps)))
+    return torch.cat([times.flip(0), torch.zeros(1)]).float()
+
+
+def even_in_angle(steps: int) -> Tensor:
+    """For alpha = cos, sigma = sin of an angle."""
+    return cosmap(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).float()
+
+
+def karras(steps: int, largest: float = 80.0, smallest: float = 0.002, rho: float = 7.0) -> Tensor:
+    """Even in the seventh root of sigma / alpha (EDM, equation 5)."""
+    roots = torch.linspace(largest ** (1 / rho), smallest ** (1 / rho), steps, dtype=torch.float64)
+    sigma = roots**rho
+    return torch.cat([sigma / (1 + sigma), torch.zeros(1)]).float()
+
+
+# --- all of it -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Formulation:
+    """Four choices, in rectified flow's time. Tensors are (B, ...), times (B,) or ()."""
+
+    density: Callable[[Tensor], Tensor]  # from u, uniform in [0, 1], to t
+    asked: Callable[[Tensor], Answer]
+    steps: Callable[[int], Tensor]
+    unit: bool = True  # whether the network is shown z / n, or z
+
+    def shown(self, z: Tensor, t: Tensor) -> Tensor:
+        """z as the network sees it."""
+        return z / deviation(like(t, z)) if self.unit else z
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network regresses."""
+        a, b = self.asked(like(t, x0))
+        return a * x0 + b * noise
+
+    def to_velocity(self, answer: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """noise - x0 from an answer at z and t: put x0 = z - t v and noise = z + (1 - t) v into
+        it, and solve for v. (Asked for the noise, nothing is known at t = 1.)"""
+        t = like(t, z)
+        a, b = self.asked(t)
+        return (answer - (a + b) * z) / (b * (1 - t) - a * t)
+
+    def flow_model(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The velocity of a network that was trained this way, for the core's samplers; what
+        follows z and t is passed on."""
+
+        def velocity(z: Tensor, t: Tensor, *others: Tensor) -> Tensor:
+            return self.to_velocity(model(self.shown(z, t), t, *others), z, t)
+
+        return velocity
+
+
+def like(t: Tensor, x: Tensor) -> Tensor:
+    """Times (B,) shaped to multiply a tensor (B, ...); one time for all stays as it is."""
+    return t.view(-1, *[1] * (x.ndim - 1)) if t.ndim else t
+
+
+def rectified(density: Callable[[Tensor], Tensor]) -> Formulation:
+    return Formulation(density, asked_velocity, evenly, unit=False)
+
+
+def edm(mean: float, std: float) -> Formulation:
+    """ln(sigma / alpha) is normal, so t is logit-normal."""
+    return Formulation(partial(logit_normal, mean=mean, std=std), asked_v, karras)
+
+
+FORMULATIONS = {  # by the paper's names
+    "rf": rectified(uniform),
+    "rf/lognorm(0, 1)": rectified(logit_normal),
+    "rf/mode(1.29)": rectified(mode),
+    "rf/cosmap": rectified(cosmap),
+    "eps/linear": Formulation(a_thousand_steps, asked_noise, even_among_thousand),
+    "v/cos": Formulation(cosmap, asked_v, even_in_angle),
+    "edm(-1.2, 1.2)": edm(-1.2, 1.2),
+    "edm(0, 0.6)": edm(0.0, 0.6),
+}
