@@ -6,6 +6,9 @@ Modules, each of which imports only from those above it:
     experiment          what an experiment is, and the words of a verdict
     material            a finished main job, encoded once
     sd3_middle          x-sd3-middle: where on the path there is most to learn
+    sd3_grounds         two data sets of digits for the same small transformer
+    sd3_networks        transformers trained by each formulation
+    sd3_formulations    x-sd3-formulations: which is best, and at how many steps
     dit_networks        small DiTs, trained for experiments
     dit_blocks          x-dit-1: the four kinds of block, and gates that do not start at zero
     dit_compute         x-dit-2: error by multiply-adds

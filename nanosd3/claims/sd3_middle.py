@@ -159,7 +159,7 @@ MIDDLE = Experiment(
     run=middle_study,
     decide=decide_middle,
     plot=plot_middle,
-    remark="The loss alone says the opposite: that of the finished network is lowest in the middle, "
-    "and highest near the data, where most of it is noise that nobody can guess. What a beginner "
-    "has left to learn has almost the shape of the density that SD3 draws t from.",
+    remark="The loss alone says the opposite: that of the finished network is lowest in the "
+    "middle, and highest near the data, where most of it is noise that nobody can guess. What a "
+    "beginner has left to learn has almost the shape of the density that SD3 draws t from.",
 )

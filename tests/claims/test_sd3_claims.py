@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from nanosd3.claims import __main__ as command
-from nanosd3.claims import sd3_middle
+from nanosd3.claims import sd3_grounds, sd3_middle, sd3_networks
 from nanosd3.claims.catalogue import EXPERIMENTS
+from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.sd3_formulations import COMPARED_FAST, SETTINGS, average_ranks, fronts, typical
 from nanosd3.cli import run_main
+from nanosd3.related.formulations import FORMULATIONS
 from nanosd3.training import train_flow
 
-FAMILY = ["x-sd3-middle"]
+FAMILY = [name for name in EXPERIMENTS if name.startswith("x-sd3-")]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,38 @@ def left(*quarters: tuple[float, float, float]) -> dict:
     return {"left_to_learn": [[d, d, m, m, m, m, n, n] for d, m, n in quarters]}
 
 
+def ranks(**by_name: list[float]) -> dict:
+    """Average ranks in all settings; `rf` and `weighted`, the others 5."""
+    names = {"rf": by_name.get("rf", FIVE), "rf/lognorm(0, 1)": by_name["weighted"]}
+    return dict.fromkeys(FORMULATIONS, FIVE) | names
+
+
+FIVE = [5.0, 5.0, 5.0]
+TWO, THREE, SIX = [2.0, 2.1, 1.9], [3.0, 3.1, 2.9], [6.0, 6.1, 6.2]
+WIDE = [2.0, 7.0, 4.0]
+
+
+def at_steps(few: dict, many: dict) -> dict:
+    return {"ranks": {"few": few, "many": many}}
+
+
 CASES = {
+    "x-sd3-formulations": [
+        ({"ranks": {"all": ranks(weighted=TWO)}}, "supported"),
+        ({"ranks": {"all": ranks(weighted=TWO, rf=THREE)}}, "supported"),
+        ({"ranks": {"all": ranks(weighted=SIX)}}, "refuted"),
+        ({"ranks": {"all": ranks(weighted=THREE, rf=TWO)}}, "refuted"),
+        ({"ranks": {"all": ranks(weighted=TWO, rf=TWO)}}, "undecided"),
+        ({"ranks": {"all": ranks(weighted=WIDE)}}, "undecided"),
+    ],
+    "x-sd3-formulations-steps": [
+        (at_steps(ranks(rf=TWO, weighted=TWO), ranks(rf=SIX, weighted=TWO)), "supported"),
+        (at_steps(ranks(rf=TWO, weighted=SIX), ranks(rf=SIX, weighted=TWO)), "supported"),
+        (at_steps(ranks(rf=SIX, weighted=TWO), ranks(rf=TWO, weighted=TWO)), "refuted"),
+        (at_steps(ranks(rf=TWO, weighted=TWO), ranks(rf=SIX, weighted=SIX)), "refuted"),
+        (at_steps(ranks(rf=TWO, weighted=TWO), ranks(rf=TWO, weighted=TWO)), "undecided"),
+        (at_steps(ranks(rf=TWO, weighted=TWO), ranks(rf=WIDE, weighted=WIDE)), "undecided"),
+    ],
     "x-sd3-middle": [
         (left((0.1, 0.3, 0.2), (0.2, 0.3, 0.1)), "supported"),
         (left((0.1, 0.3, 0.4), (0.2, 0.3, 0.4)), "refuted"),
@@ -93,3 +127,124 @@ def test_middle_runs(tiny_run, out, monkeypatch):
             [b - k for b, k in zip(beginner, results["finished"], strict=True)]
         )
     assert results["training_seconds"] > 0
+
+
+# --- formulations -------------------------------------------------------------------------------
+
+
+def test_fronts():
+    """Of accuracy and distance; equal points share a front."""
+    best, fair, sharp, dull = (0.9, 2.0), (0.8, 3.0), (0.7, 1.0), (0.6, 4.0)
+    assert fronts([fair, best, dull, sharp]) == [2, 1, 3, 1]
+    assert fronts([best, best, (0.9, 2.1), (0.8, 2.0)]) == [1, 1, 2, 2]
+    assert fronts([fair]) == [1]
+
+
+def test_average_ranks():
+    a = [[(0.9, 1.0), (0.5, 9.0)], [(0.9, 1.0), (0.5, 9.0)]]  # two settings, two seeds
+    b = [[(0.8, 2.0), (0.9, 1.0)], [(0.9, 1.0), (0.9, 1.0)]]
+    assert average_ranks({"a": a, "b": b}, [0, 1]) == {"a": [1.0, 2.0], "b": [1.5, 1.0]}
+    assert average_ranks({"a": a, "b": b}, [1]) == {"a": [1.0, 2.0], "b": [1.0, 1.0]}
+
+
+def test_typical_are_those_without_guidance():
+    found = [int(each[0]) for each in typical([[(0.5, float(i))] for i in range(len(SETTINGS))])]
+    assert [SETTINGS[i] for i in found] == [
+        (images, count, 1.0, "average") for images in ("latents", "pixels")
+        for count in ("few", "many")]  # fmt: skip
+
+
+def test_formulations_run_once_for_both(tiny_run, out):
+    """What one experiment has trained, the other finds; every formulation is its own."""
+    results = quickly("x-sd3-formulations", out, tiny_run)
+    networks = {p: p.stat().st_mtime_ns for p in (out / "fast/networks").glob("*/*.safetensors")}
+    assert quickly("x-sd3-formulations-steps", out, tiny_run) == results
+    assert len(networks) >= 2 * 2 * 2 * len(COMPARED_FAST)
+    assert all(path.stat().st_mtime_ns == time for path, time in networks.items())
+    assert len(results["settings"]) == 16 and set(results["scores"]) == set(COMPARED_FAST)
+    for by_setting in results["scores"].values():
+        assert [len(each) for each in by_setting] == [2] * 16
+    ratios = [ratio for by in results["scores"].values() for each in by for _, ratio in each]
+    assert len(set(ratios)) == len(ratios)  # no two settings are the same
+    assert results["training_seconds"] > 0
+
+
+def grounds(tiny_run: Path, out: Path) -> list[sd3_grounds.Latents]:
+    return sd3_grounds.open_grounds(Conditions((0,), True, tiny_run, out))
+
+
+def test_halved_digits():
+    """A block of 2 x 2 is one pixel; the border goes; doubling keeps the place."""
+    digits = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    digits[0, 10:14, 6:10] = 255
+    digits[0, 0, 0] = 255
+    small = sd3_grounds.halved(digits)
+    assert small.shape == (1, 1, 12, 12) and small.sum() == 4
+    assert (small[0, 0, 4:6, 2:4] == 1).all()
+    large = sd3_grounds.doubled(small)
+    assert large.shape == digits.shape and large.dtype == torch.uint8
+    rows, columns = large[0].float().sum(1), large[0].float().sum(0)
+    assert (rows @ torch.arange(28.0) / rows.sum()).item() == pytest.approx(11.5)
+    assert (columns @ torch.arange(28.0) / columns.sum()).item() == pytest.approx(7.5)
+
+
+def test_grounds(tiny_run, out):
+    """Pixels have mean 0 and deviation 1 and come back as the digits they were; either data set
+    fits its network."""
+    latents, pixels = grounds(tiny_run, out)
+    assert [latents.name, pixels.name] == ["latents", "pixels"]
+    index = torch.arange(50)
+    step_rng = sd3_networks.StepRNG((0, "test"), range(50))
+    x0, noise = pixels.x0_and_noise(torch.arange(len(pixels.pixels))[:50], step_rng)
+    everything = (pixels.pixels - pixels.mean_and_std[0]) / pixels.mean_and_std[1]
+    assert everything.mean().abs() < 1e-4 and everything.std().item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(x0, everything[:50])
+    assert noise.shape == x0.shape and 0.9 < noise.std() < 1.1
+    digits = latents.finished.source.all_images[index]
+    back = sd3_grounds.doubled(sd3_grounds.halved(digits))
+    torch.testing.assert_close(pixels.to_digits(x0), back, atol=1, rtol=0)
+    for ground in (latents, pixels):
+        what = sd3_grounds.asked_of(ground, 0, 20)
+        assert ground.mmdit.grid_sample**2 == 16 and ground.mmdit.depth == 1
+        x0, _ = ground.x0_and_noise(index, step_rng)
+        assert what.noise.shape[1:] == x0.shape[1:] and len(what.pooled) == len(what.noise)
+        assert what.floor > 0
+
+
+def test_scorer_of_halved_digits(tiny_run, out):
+    """Real images, halved, are as far as the floor says, and no nearer to whole ones."""
+    _, pixels = grounds(tiny_run, out)
+    what = sd3_grounds.asked_of(pixels, 0, 40)
+    chosen = what.draw.chosen
+    real = (pixels.pixels[chosen] - pixels.mean_and_std[0]) / pixels.mean_and_std[1]
+    accuracy, ratio = sd3_grounds.judged(pixels, real, what)
+    assert ratio == pytest.approx(1, abs=0.02) and 0 <= accuracy <= 1
+    assert pixels.scorer.test.shape == pixels.finished.scorer.test.shape
+    assert not torch.equal(pixels.scorer.test, pixels.finished.scorer.test)
+
+
+def test_both_weights_of_a_network(tiny_run, out):
+    """The average is none of the last, and a second call trains nothing."""
+    ground = grounds(tiny_run, out)[1]
+    first, second = (sd3_networks.trained_by(ground, "v/cos", 0) for _ in range(2))
+    for name in ("last", "average"):
+        a, b = (getattr(each, name).final_layer.linear.weight for each in (first, second))
+        assert torch.equal(a, b) and a.abs().sum() > 0 and not a.requires_grad
+    assert not torch.equal(
+        first.last.final_layer.linear.weight, first.average.final_layer.linear.weight
+    )
+
+
+def test_guidance_and_text_reach_the_samples(tiny_run, out):
+    ground = grounds(tiny_run, out)[1]
+    model, what = (
+        sd3_networks.trained_by(ground, "v/cos", 0).last,
+        sd3_grounds.asked_of(ground, 0, 20),
+    )
+    torch.nn.init.normal_(model.final_layer.adaLN_modulation[1].weight)
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    formulation = FORMULATIONS["v/cos"]
+    made = [sd3_networks.sample_by(formulation, model, what, 2, g) for g in (1.0, 2.0)]
+    assert made[0].shape == what.noise.shape and not torch.allclose(*made)
+    other = sd3_grounds.Asked(what.draw, what.pooled.flip(0), what.noise, what.floor)
+    assert not torch.allclose(made[0], sd3_networks.sample_by(formulation, model, other, 2, 1.0))

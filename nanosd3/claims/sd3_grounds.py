@@ -1,0 +1,141 @@
+"""Two data sets of digits for the same small transformer: latents, and pixels without a network.
+
+Latents are the finished main job's. Pixels are the digits without their border, halved to 12 x 12,
+with mean 0 and deviation 1. Both are 16 patches an image, and are read by the same classifier.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.material import open_encoded
+from nanosd3.config_types import MMDiTConfig
+from nanosd3.data.mnist import SIDE
+from nanosd3.random_streams import rng
+from nanosd3.related.finished_run import FinishedRun
+from nanosd3.training.cached_features import Features
+from nanosd3.training.evaluation import Draw, Scorer, draw_prompts, to_digits
+from nanosd3.training.loop import StepRNG
+
+SETS = ("latents", "pixels")
+EDGE, PATCH_OF_HALVED = 2, 3
+
+
+def halved(digits: Tensor) -> Tensor:
+    """Digits uint8 (n, 28, 28) without their border, (n, 1, 12, 12) between 0 and 1."""
+    x = digits[:, None, EDGE:-EDGE, EDGE:-EDGE].float() / 255
+    return F.avg_pool2d(x, 2)
+
+
+def doubled(pixels: Tensor) -> Tensor:
+    """Back to digits uint8 (n, 28, 28), a little blurred."""
+    x = F.interpolate(255 * pixels, scale_factor=2, mode="bilinear", align_corners=False)
+    return F.pad(x, (EDGE,) * 4)[:, 0].round().clamp(0, 255).to(torch.uint8)
+
+
+class HalvedScorer(Scorer):
+    """Compares with real images that were halved as well."""
+
+    @cached_property
+    def test(self) -> Tensor:
+        return self.features(doubled(halved(self.source.images.test_images)))
+
+    def floor(self, draw: Draw) -> float:
+        return self.distance(doubled(halved(self.source.images.train_images[draw.chosen])))
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """The latents of the finished run's autoencoder."""
+
+    conditions: Conditions
+    finished: FinishedRun
+    features: Features
+    name = "latents"
+
+    @property
+    def mmdit(self) -> MMDiTConfig:
+        """One block, 16 patches an image."""
+        return replace(self.finished.config.mmdit, depth=1, dual_attention=())
+
+    @property
+    def scorer(self) -> Scorer:
+        return self.finished.scorer
+
+    def x0_and_noise(self, index: Tensor, step_rng: StepRNG) -> tuple[Tensor, Tensor]:
+        """What a training step starts from, (B, C, h, w) each."""
+        return self.features.latents_and_noise(index, step_rng)
+
+    def to_digits(self, samples: Tensor) -> Tensor:
+        """Samples to digits uint8 (B, 28, 28)."""
+        return to_digits(torch.from_numpy(self.finished.pipeline.decode(samples)))
+
+
+@dataclass(frozen=True, eq=False)
+class HalvedPixels(Latents):
+    """The halved digits."""
+
+    name = "pixels"
+
+    @property
+    def mmdit(self) -> MMDiTConfig:
+        side = (SIDE // 2 - EDGE) // PATCH_OF_HALVED
+        grid = replace(super().mmdit, grid=side, grid_sample=side, grid_span=side)
+        return replace(grid, latent_channels=1, patch_size=PATCH_OF_HALVED)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        of = self.finished.scorer
+        return HalvedScorer(of.source, of.classifier, of.device)
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """Of all images."""
+        return halved(self.finished.source.all_images)
+
+    @cached_property
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        return self.pixels.mean(), self.pixels.std()
+
+    def x0_and_noise(self, index: Tensor, step_rng: StepRNG) -> tuple[Tensor, Tensor]:
+        mean, std = self.mean_and_std
+        x0 = (self.pixels[index] - mean) / std
+        return x0, step_rng.noise(x0.shape[1:])
+
+    def to_digits(self, samples: Tensor) -> Tensor:
+        mean, std = self.mean_and_std
+        return doubled(samples * std + mean)
+
+
+def open_grounds(conditions: Conditions) -> list[Latents]:
+    """Both data sets. Raises InputError if there is no finished run."""
+    finished, features = open_encoded(conditions)
+    return [kind(conditions, finished, features) for kind in (Latents, HalvedPixels)]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts, what tells the network of them, noise to start from: the same for all."""
+
+    draw: Draw
+    pooled: Tensor
+    noise: Tensor
+    floor: float
+
+
+def asked_of(ground: Latents, seed: int, count: int) -> Asked:
+    draw, config = draw_prompts(ground.finished.source, count, seed), ground.mmdit
+    pooled = torch.stack([ground.features[text][1] for text in draw.prompts])
+    shape = config.latent_channels, *(config.grid_sample * config.patch_size,) * 2
+    noise = torch.randn(len(draw.prompts), *shape, generator=rng(seed, "samples"))
+    return Asked(draw, pooled, noise, ground.scorer.floor(draw))
+
+
+def judged(ground: Latents, samples: Tensor, what: Asked) -> tuple[float, float]:
+    """Share of samples read as asked, and their Frechet distance over that of real images."""
+    accuracy, distance = ground.scorer.score(ground.to_digits(samples), what.draw)
+    return accuracy, distance / what.floor
