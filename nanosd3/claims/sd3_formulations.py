@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.sd3_grounds import SETS, asked_of, judged, open_grounds
+from nanosd3.claims.sd3_grounds import SETS, Latents, asked_of, judged, open_grounds
 from nanosd3.claims.sd3_networks import sample_by, trained_by
 from nanosd3.related.formulations import FORMULATIONS
 from nanosd3.training.figures import PALE, new_figure, save_plot
@@ -20,11 +20,12 @@ PLAIN, WEIGHTED = "rf", "rf/lognorm(0, 1)"
 STEPS_MADE, FAST_STEPS_MADE = {"few": 5, "many": 50}, {"few": 1, "many": 2}
 SETTINGS = list(product(SETS, STEPS_MADE, (1.0, 2.0), ("average", "last")))
 COMPARED_FAST = (PLAIN, WEIGHTED, "v/cos")
-BySetting = dict[str, list[list[tuple[float, float]]]]  # by name, setting, seed: accuracy and ratio
+Score = tuple[float, float]  # accuracy, and Frechet distance over that of real images
+BySetting = dict[str, list[list[Score]]]  # by name, setting, seed
 Ranks = dict[str, list[float]]  # by name and seed
 
 
-def fronts(points: Sequence[tuple[float, float]]) -> list[int]:
+def fronts(points: Sequence[Score]) -> list[int]:
     """The number of each point's front, from 1. Of accuracy and Frechet ratio, more of the first
     and less of the second is better."""
     numbers, left, front = [0] * len(points), set(range(len(points))), 0
@@ -37,9 +38,27 @@ def fronts(points: Sequence[tuple[float, float]]) -> list[int]:
     return numbers
 
 
-def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+def beats(a: Score, b: Score) -> bool:
     """No worse in both scores, and better in one."""
     return a[0] >= b[0] and a[1] <= b[1] and a != b
+
+
+def network_scores(
+    ground: Latents, name: str, seed: int, steps_made: dict[str, int], samples: int
+) -> tuple[list[Score], float]:
+    """Scores of a network in the settings of its data set, in their order, measured now or before;
+    and the seconds of a core that it took to train."""
+    trained, scores = trained_by(ground, name, seed), "scores"
+    if scores not in trained.run.stages:
+        found, what = [], asked_of(ground, seed, samples)
+        for images, count, guidance, weights in SETTINGS:
+            if images == ground.name:
+                model, steps = getattr(trained, weights), steps_made[count]
+                made = sample_by(FORMULATIONS[name], model, what, steps, guidance)
+                found.append(judged(ground, made, what))
+        with trained.run.alone():
+            trained.run.finish(scores, {"found": found})
+    return [(a, ratio) for a, ratio in trained.run.stages[scores]["found"]], trained.seconds
 
 
 def formulation_study(conditions: Conditions) -> dict:
@@ -48,16 +67,12 @@ def formulation_study(conditions: Conditions) -> dict:
     names = COMPARED_FAST if conditions.fast else tuple(FORMULATIONS)
     scores: BySetting = {name: [[] for _ in SETTINGS] for name in names}
     seconds = 0.0
-    for ground, seed in product(open_grounds(conditions), conditions.seeds):
-        what = asked_of(ground, seed, samples)
-        for name in names:
-            trained = trained_by(ground, name, seed)
-            seconds += trained.seconds
-            for i, (images, count, guidance, weights) in enumerate(SETTINGS):
-                if images == ground.name:
-                    model, steps = getattr(trained, weights), steps_made[count]
-                    made = sample_by(FORMULATIONS[name], model, what, steps, guidance)
-                    scores[name][i].append(judged(ground, made, what))
+    for ground, seed, name in product(open_grounds(conditions), conditions.seeds, names):
+        found, took = network_scores(ground, name, seed, steps_made, samples)
+        seconds += took
+        mine = (i for i, setting in enumerate(SETTINGS) if setting[0] == ground.name)
+        for i, score in zip(mine, found, strict=True):
+            scores[name][i].append(score)
     ranks = {
         key: average_ranks(scores, [i for i, s in enumerate(SETTINGS) if key in ("all", s[1])])
         for key in ("all", *STEPS_MADE)
@@ -86,7 +101,7 @@ def average_ranks(scores: BySetting, settings: list[int]) -> Ranks:
     return found
 
 
-def typical(by_setting: list[list[tuple[float, float]]]) -> list[list[float]]:
+def typical(by_setting: list[list[Score]]) -> list[list[float]]:
     """Frechet ratios without guidance, of averaged weights: on each data set, by few and many
     steps."""
     chosen = [SETTINGS.index((images, n, 1.0, "average")) for images in SETS for n in STEPS_MADE]

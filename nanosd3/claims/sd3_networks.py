@@ -37,7 +37,12 @@ class Trained:
 
     last: MMDiT
     average: MMDiT
-    seconds: float  # of a core
+    run: Run  # which may keep what was measured of them
+
+    @property
+    def seconds(self) -> float:
+        """Of a core, to train it."""
+        return self.run.stages["flow"]["thread_seconds"]
 
 
 def trained_by(ground: Latents, name: str, seed: int) -> Trained:
@@ -63,7 +68,7 @@ def trained_by(ground: Latents, name: str, seed: int) -> Trained:
     last = build(job, "flow", lambda: MMDiT(config.mmdit))
     load_weights(last, last_file(run.folder))
     last.requires_grad_(False).eval()
-    return Trained(last, average, run.stages["flow"]["thread_seconds"])
+    return Trained(last, average, run)
 
 
 def last_file(folder: Path) -> Path:
