@@ -9,6 +9,8 @@ Modules, each of which imports only from those above it:
     sd3_grounds         two data sets of digits for the same small transformer
     sd3_networks        transformers trained by each formulation
     sd3_formulations    x-sd3-formulations: which is best, and at how many steps
+    sd3_attention       attention's logits, seen while a network trains
+    sd3_qk_norm         x-sd3-qk-norm: what it bounds, and what it is good for
     dit_networks        small DiTs, trained for experiments
     dit_blocks          x-dit-1: the four kinds of block, and gates that do not start at zero
     dit_compute         x-dit-2: error by multiply-adds

@@ -1,17 +1,21 @@
 """Experiments on SD3's claims: each runs, and its rule can come out in all three ways."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from nanosd3 import mmdit
 from nanosd3.claims import __main__ as command
-from nanosd3.claims import sd3_grounds, sd3_middle, sd3_networks
+from nanosd3.claims import sd3_attention, sd3_grounds, sd3_middle, sd3_networks
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
 from nanosd3.claims.sd3_formulations import COMPARED_FAST, SETTINGS, average_ranks, fronts, typical
 from nanosd3.cli import run_main
+from nanosd3.config import CONFIGS
+from nanosd3.mmdit import MMDiT
 from nanosd3.related.formulations import FORMULATIONS
 from nanosd3.training import train_flow
 
@@ -57,7 +61,34 @@ def at_steps(few: dict, many: dict) -> dict:
     return {"ranks": {"few": few, "many": many}}
 
 
+def attention(f32: list[float], f32_without: list[float], bf16: list[float],
+              bf16_without: list[float]) -> dict:  # fmt: skip
+    """Largest logits during training, of which the last counts; the same numbers as losses."""
+    arms = {"float32, with": f32, "float32, without": f32_without,
+            "bfloat16, with": bf16, "bfloat16, without": bf16_without}  # fmt: skip
+    return {"arms": {arm: {"largest": [[99.0 if "with," in arm else 0.0, x] for x in each],
+                           "loss": each} for arm, each in arms.items()}}  # fmt: skip
+
+
 CASES = {
+    "x-sd3-qk-norm": [
+        (attention([5, 5], [10, 20], [5, 6], [10, 12]), "supported"),
+        (attention([5, 5], [10, 9.9], [5, 6], [10, 12]), "undecided"),
+        (attention([5, 5], [10, 20], [5, 6], [10, 11.9]), "undecided"),
+        (attention([5, 5], [10, 20], [5, 6], [5, 5]), "refuted"),
+        (attention([5, 5], [4, 5], [5, 6], [10, 12]), "refuted"),
+        (attention([5], [10], [5], [10]), "undecided"),
+        (attention([5], [4], [5], [4]), "undecided"),
+    ],
+    "x-sd3-qk-norm-bf16": [
+        (attention([0.9, 0.9], [1.0, 1.0], [0.9, 0.9], [1.2, 1.2]), "supported"),
+        (attention([0.9, 0.9], [1.0, 1.0], [0.9, 0.9], [1.0, 1.02]), "supported"),
+        (attention([0.9, 0.9], [1.0, 1.0], [0.9, 0.9], [1.0, 1.01]), "refuted"),  # costs nothing
+        (attention([0.9, 0.9], [1.0, 1.0], [1.3, 1.3], [1.2, 1.2]), "refuted"),
+        (attention([0.9, 0.9], [1.0, 1.0], [1.1, 1.2], [1.1, 1.3]), "undecided"),
+        (attention([0.9], [1.0], [0.9], [1.2]), "undecided"),
+        (attention([0.9], [1.0], [0.9], [1.0]), "undecided"),
+    ],
     "x-sd3-formulations": [
         ({"ranks": {"all": ranks(weighted=TWO)}}, "supported"),
         ({"ranks": {"all": ranks(weighted=TWO, rf=THREE)}}, "supported"),
@@ -248,3 +279,53 @@ def test_guidance_and_text_reach_the_samples(tiny_run, out):
     assert made[0].shape == what.noise.shape and not torch.allclose(*made)
     other = sd3_grounds.Asked(what.draw, what.pooled.flip(0), what.noise, what.floor)
     assert not torch.allclose(made[0], sd3_networks.sample_by(formulation, model, other, 2, 1.0))
+
+
+# --- QK-norm ------------------------------------------------------------------------------------
+
+
+def test_logits_are_those_of_attention():
+    """With norm and without; by them, attention gives what the block's own gives."""
+    for qk_norm in (True, False):
+        config = replace(CONFIGS["tiny"].mmdit, qk_norm=qk_norm, dual_attention=())
+        torch.manual_seed(0)
+        model = MMDiT(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        z, context = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 48)
+        given, real = [], mmdit.attention
+
+        def attention(q, k, v, given=given, real=real):
+            given.append((q, k))
+            return real(q, k, v)
+
+        with pytest.MonkeyPatch.context() as patch, sd3_attention.seeing_heads(model) as seen:
+            patch.setattr(mmdit, "attention", attention)
+            model(z, torch.rand(2), context, torch.randn(2, 32))
+        found = sd3_attention.attention_logits(model, seen)
+        assert len(found) == len(given) == 2
+        for logits, (q, k) in zip(found, given, strict=True):
+            torch.testing.assert_close(logits, q[:, :, -16:] @ k.transpose(2, 3) / 8)
+        assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_largest_and_entropy():
+    """Even attention has entropy 1, to a single token 0; the largest is so by its size."""
+    even, single = torch.zeros(1, 1, 2, 5), torch.zeros(1, 1, 2, 5)
+    single[..., 3] = -1000.0
+    single[..., 4] = 200.0
+    assert sd3_attention.largest_and_entropy([even]) == (0, pytest.approx(1))
+    assert sd3_attention.largest_and_entropy([even, single]) == (1000, pytest.approx(0.5))
+
+
+def test_norm_runs_once_for_both(tiny_run, out):
+    results = quickly("x-sd3-qk-norm", out, tiny_run)
+    assert quickly("x-sd3-qk-norm-bf16", out, tiny_run) == results
+    arms = results["arms"]
+    assert list(arms) == [f"{p}, {n}" for p in ("float32", "bfloat16") for n in ("with", "without")]
+    for one in arms.values():
+        assert one["steps"] == [1, 2, 3, 4] and len(one["loss"]) == 2
+        assert [len(series) for series in one["largest"]] == [4, 4]
+        assert all(0 < x <= 1 for series in one["entropy"] for x in series)
+    assert len({one["largest"][0][-1] for one in arms.values()}) == 4  # each arm is its own
+    assert results["training_seconds"] > 0
