@@ -5,12 +5,6 @@ Each experiment says before it runs what is claimed, what is measured and which 
 Modules, each of which imports only from those above it:
     experiment          what an experiment is, and the words of a verdict
     material            a finished main job, encoded once
-    sd3_middle          x-sd3-middle: where on the path there is most to learn
-    sd3_grounds         two data sets of digits for the same small transformer
-    sd3_networks        transformers trained by each formulation
-    sd3_formulations    x-sd3-formulations: which is best, and at how many steps
-    sd3_attention       attention's logits, seen while a network trains
-    sd3_qk_norm         x-sd3-qk-norm: what it bounds, and what it is good for
     dit_networks        small DiTs, trained for experiments
     dit_blocks          x-dit-1: the four kinds of block, and gates that do not start at zero
     dit_compute         x-dit-2: error by multiply-adds
@@ -21,6 +15,13 @@ Modules, each of which imports only from those above it:
     fm_sampling         x-fm-1, x-fm-2: sampling in few steps, and training speed
     fm_solvers          x-fm-5: off-the-shelf solvers
     fm_likelihood       x-fm-4: likelihoods of points and of pixels
+    sd3_middle          x-sd3-middle: where on the path there is most to learn
+    sd3_grounds         two data sets of digits for the same small transformer
+    sd3_networks        transformers trained by each formulation
+    sd3_formulations    x-sd3-formulations: which is best, and at how many steps
+    sd3_straightness    x-sd3-straight: whose paths are straightest, and need fewest steps
+    sd3_attention       attention's logits, seen while a network trains
+    sd3_qk_norm         x-sd3-qk-norm: what it bounds, and what it is good for
     consistency_students   students of several seeds, and their samples
     consistency_steps   x-cm-0, x-cm-1: distillation, and whether more steps help
     hdit_costs          x-hd-1: what a pass costs as images grow

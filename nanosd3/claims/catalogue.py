@@ -22,12 +22,13 @@ from nanosd3.claims.muse_speed import FASTER_THAN_FLOW, FEW_ENOUGH
 from nanosd3.claims.sd3_formulations import BEST, FEW_OR_MANY
 from nanosd3.claims.sd3_middle import MIDDLE
 from nanosd3.claims.sd3_qk_norm import LOGITS, STABILITY
+from nanosd3.claims.sd3_straightness import FEWEST, STRAIGHTEST
 from nanosd3.claims.video_clips import COHERENCE, LENGTHS, OTHER_SIZES_KEPT
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        *(MIDDLE, BEST, FEW_OR_MANY, LOGITS, STABILITY),  # Stable Diffusion 3
+        *(MIDDLE, BEST, FEW_OR_MANY, STRAIGHTEST, FEWEST, LOGITS, STABILITY),  # Stable Diffusion 3
         *(DIT_BLOCKS, GATES, DIT_COMPUTE, LOSS_SWAP),  # DiT
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),

@@ -4,6 +4,7 @@ For a finite data set the velocity field that a perfect network would learn has 
 (paths.exact_velocity). On it a claim about paths is one about paths, not about networks.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,14 +40,18 @@ def even_times(steps: int, first: float) -> Tensor:
     return torch.linspace(1, first, steps + 1)
 
 
-def length_over_chord(velocity: Velocity, z: Tensor, ts: Tensor) -> tuple[Tensor, float]:
-    """The ends of trajectories from z (B, D), and how much longer than a line they are."""
+def length_over_chord(
+    velocity: Velocity, z: Tensor, ts: Tensor, scale: Callable[[Tensor], Tensor] = torch.ones_like
+) -> tuple[Tensor, float]:
+    """The ends of trajectories from z (B, ...), and how much longer than a line they are, if what
+    stands at t is drawn `scale(t)` as large."""
     seen: list[Tensor] = []
-    end = midpoint(velocity, z, ts, lambda i, t, z, x0: seen.append(z))
+    end = midpoint(velocity, z, ts, lambda i, t, z, x0: seen.append(scale(t) * z))
+    places = [place.flatten(1) for place in (*seen, scale(ts[-1]) * end)]
     length = torch.zeros(len(z))
-    for a, b in pairwise([*seen, end]):
+    for a, b in pairwise(places):
         length += (b - a).norm(dim=1)
-    return end, float((length / (end - z).norm(dim=1)).mean())
+    return end, float((length / (places[-1] - places[0]).norm(dim=1)).mean())
 
 
 def straightness(conditions: Conditions) -> dict:

@@ -9,7 +9,7 @@ import torch
 
 from nanosd3 import mmdit
 from nanosd3.claims import __main__ as command
-from nanosd3.claims import sd3_attention, sd3_grounds, sd3_middle, sd3_networks
+from nanosd3.claims import sd3_attention, sd3_grounds, sd3_middle, sd3_networks, sd3_straightness
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
 from nanosd3.claims.sd3_formulations import COMPARED_FAST, SETTINGS, average_ranks, fronts, typical
@@ -46,15 +46,15 @@ def left(*quarters: tuple[float, float, float]) -> dict:
     return {"left_to_learn": [[d, d, m, m, m, m, n, n] for d, m, n in quarters]}
 
 
+FIVE = [5.0, 5.0, 5.0]
+TWO, THREE, SIX = [2.0, 2.1, 1.9], [3.0, 3.1, 2.9], [6.0, 6.1, 6.2]
+WIDE = [2.0, 7.0, 4.0]
+
+
 def ranks(**by_name: list[float]) -> dict:
     """Average ranks in all settings; `rf` and `weighted`, the others 5."""
     names = {"rf": by_name.get("rf", FIVE), "rf/lognorm(0, 1)": by_name["weighted"]}
     return dict.fromkeys(FORMULATIONS, FIVE) | names
-
-
-FIVE = [5.0, 5.0, 5.0]
-TWO, THREE, SIX = [2.0, 2.1, 1.9], [3.0, 3.1, 2.9], [6.0, 6.1, 6.2]
-WIDE = [2.0, 7.0, 4.0]
 
 
 def at_steps(few: dict, many: dict) -> dict:
@@ -70,7 +70,31 @@ def attention(f32: list[float], f32_without: list[float], bf16: list[float],
                            "loss": each} for arm, each in arms.items()}}  # fmt: skip
 
 
+def following(rf: list[float], others: list[float], one: list[float] | None = None) -> dict:
+    """Lengths, or errors at each number of steps, alike on both fields; but `one` is EDM's on that
+    of trained networks, after 10 steps."""
+    names = dict.fromkeys(sd3_straightness.FOLLOWED, others)
+    names |= dict.fromkeys(sd3_straightness.RECTIFIED, rf)
+    errors = {name: [each] * 4 for name, each in names.items()}
+    last = {"edm(0, 0.6)": one or others}
+    late = {"edm(0, 0.6)": [others, one or others, others, others]}
+    return {"lengths": {"exact": names, "trained": names | last},
+            "errors": {"exact": errors, "trained": errors | late}}  # fmt: skip
+
+
+FOLLOWING = [
+    (following(TWO, SIX), "supported"),
+    (following(TWO, SIX, THREE), "supported"),
+    (following(THREE, SIX, TWO), "refuted"),
+    (following(SIX, TWO), "refuted"),
+    (following(TWO, SIX, TWO), "undecided"),
+    (following(TWO, SIX, WIDE), "undecided"),
+    (following([2.0], [3.0]), "undecided"),
+]
+
 CASES = {
+    "x-sd3-straight": FOLLOWING,
+    "x-sd3-straight-steps": FOLLOWING,
     "x-sd3-qk-norm": [
         (attention([5, 5], [10, 20], [5, 6], [10, 12]), "supported"),
         (attention([5, 5], [10, 9.9], [5, 6], [10, 12]), "undecided"),
@@ -329,3 +353,45 @@ def test_norm_runs_once_for_both(tiny_run, out):
         assert all(0 < x <= 1 for series in one["entropy"] for x in series)
     assert len({one["largest"][0][-1] for one in arms.values()}) == 4  # each arm is its own
     assert results["training_seconds"] > 0
+
+
+# --- straight paths -----------------------------------------------------------------------------
+
+
+def test_scales():
+    """Of data and noise with deviation 1, diffusion's has 1 all along; EDM's keeps the image."""
+    t = torch.tensor([0.2, 0.5, 0.8])
+    rf, eps, v, edm = map(sd3_straightness.own_scale, ("rf", "eps/linear", "v/cos", "edm(0, 0.6)"))
+    assert (rf(t) == 1).all() and torch.equal(eps(t), v(t))
+    torch.testing.assert_close(v(t) ** 2, 1 / (t**2 + (1 - t) ** 2))
+    torch.testing.assert_close(edm(t) * (1 - t), torch.ones(3))
+
+
+def test_lines_are_followed_exactly():
+    """To a single point trajectories are lines, and Euler's end points right, whatever the steps;
+    drawn to unit variance the line is an arc."""
+
+    def velocity(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (z - point) / t
+
+    point, noise = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    for name in sd3_straightness.FOLLOWED:
+        ratio, errors = sd3_straightness.followed(name, velocity, noise, 100)
+        assert max(errors) < 1e-3
+        if name in ("rf", "edm(0, 0.6)"):
+            assert ratio == pytest.approx(1, abs=1e-3)
+        if name in ("eps/linear", "v/cos"):
+            assert 1.02 < ratio < 1.6
+
+
+def test_following_runs_once_for_both(tiny_run, out):
+    results = quickly("x-sd3-straight", out, tiny_run)
+    assert quickly("x-sd3-straight-steps", out, tiny_run) == results
+    for field in ("exact", "trained"):
+        lengths, errors = results["lengths"][field], results["errors"][field]
+        assert list(lengths) == list(errors) == list(sd3_straightness.FOLLOWED)
+        assert all(len(each) == 2 and min(each) > 0.999 for each in lengths.values())
+        assert all([len(row) for row in rows] == [2] * 4 for rows in errors.values())
+    for one, other in (("rf", "v/cos"), ("eps/linear", "edm(0, 0.6)")):  # steps of their own
+        exact = results["errors"]["exact"]
+        assert exact[one] != exact[other]

@@ -1,0 +1,173 @@
+"""Are rectified flow's paths the straightest, and need they the fewest steps? (arXiv 2403.03206)
+
+On the exact field of a small data set all formulations share one set of trajectories: they only
+draw them to different scales, and stop in different places. Trained networks have a field each.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
+from nanosd3.claims.fm_straightness import images_and_noise, length_over_chord
+from nanosd3.claims.sd3_grounds import asked_of, open_grounds
+from nanosd3.claims.sd3_networks import flow_of, trained_by
+from nanosd3.related.formulations import FORMULATIONS, deviation
+from nanosd3.related.paths import PATHS, exact_velocity
+from nanosd3.samplers import Velocity, euler
+from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
+
+FOLLOWED = {  # and the style of its line
+    "rf": "-o",
+    "rf/lognorm(0, 1)": "-^",
+    "eps/linear": "--s",
+    "v/cos": ":v",
+    "edm(0, 0.6)": "-.D",
+}
+EXACT_AND_TRAINED = ("exact", "trained")
+EULER_STEPS = (5, 10, 20, 50)
+RECTIFIED = ("rf", "rf/lognorm(0, 1)")
+
+
+def own_scale(name: str) -> Callable[[Tensor], Tensor]:
+    """How large a formulation's authors draw z: rectified flow's is as it is, diffusion's has unit
+    variance, and of EDM's the image stays as it is while noise is added."""
+    if name in RECTIFIED:
+        return torch.ones_like
+    if name.startswith("edm"):
+        return lambda t: 1 / (1 - t)
+    return lambda t: 1 / deviation(t)
+
+
+@torch.no_grad()
+def followed(name: str, velocity: Velocity, noise: Tensor, fine: int) -> tuple[float, list[float]]:
+    """Length over chord in a formulation's own scale, and the errors (r.m.s.) of Euler's end points
+    by few of its own steps."""
+    steps = FORMULATIONS[name].steps
+    z = steps(1)[0] * noise
+    end, ratio = length_over_chord(velocity, z, steps(fine), own_scale(name))
+    ends = [euler(velocity, z, steps(n)) for n in EULER_STEPS]
+    return ratio, [float((each - end).square().mean().sqrt()) for each in ends]
+
+
+def following_study(conditions: Conditions) -> dict:
+    """Both, on both fields, by formulation and seed."""
+    fine, (ground, _) = 20 if conditions.fast else 250, open_grounds(conditions)
+    lengths: dict[str, dict[str, list[float]]] = {
+        f: {n: [] for n in FOLLOWED} for f in EXACT_AND_TRAINED
+    }
+    errors: dict[str, dict[str, list[list[float]]]] = {
+        field: {name: [[] for _ in EULER_STEPS] for name in FOLLOWED} for field in EXACT_AND_TRAINED
+    }
+    seconds = 0.0
+    for seed in conditions.seeds:
+        points, noise = images_and_noise(conditions, seed)
+        points = (points - points.mean()) / points.std()
+        exact = exact_velocity(PATHS["ot"], points)
+        what = asked_of(ground, seed, 20 if conditions.fast else 100)
+        for name in FOLLOWED:
+            trained = trained_by(ground, name, seed)
+            seconds += trained.seconds
+            velocity = flow_of(FORMULATIONS[name], trained.average, what.pooled)
+            for field, (v, start) in zip(
+                EXACT_AND_TRAINED, ((exact, noise), (velocity, what.noise)), strict=True
+            ):
+                ratio, found = followed(name, v, start, fine)
+                lengths[field][name].append(ratio)
+                for row, error in zip(errors[field][name], found, strict=True):
+                    row.append(error)
+    rows = [
+        [f"{name}, {field}", lengths[field][name], *errors[field][name]]
+        for field in EXACT_AND_TRAINED
+        for name in FOLLOWED
+    ]
+    columns = ["field", "length / chord", *(f"error, {n} steps" for n in EULER_STEPS)]
+    return {
+        "lengths": lengths,
+        "errors": errors,
+        "training_seconds": seconds,
+        "table": table_of(columns, rows),
+    }
+
+
+def decide_straightest(results: dict) -> Verdict:
+    leads = [
+        lead(by_name["rf"], by_name[name])
+        for by_name in results["lengths"].values()
+        for name in FOLLOWED
+        if name not in RECTIFIED
+    ]
+    return verdict(all(m > s for m, s in leads), any(m < -s for m, s in leads))
+
+
+def decide_fewest(results: dict) -> Verdict:
+    leads = [
+        lead(by_name["rf"][k], by_name[name][k])
+        for by_name in results["errors"].values()
+        for name in FOLLOWED
+        if name not in RECTIFIED
+        for k in (EULER_STEPS.index(5), EULER_STEPS.index(10))
+    ]
+    return verdict(all(m > s for m, s in leads), any(m < -s for m, s in leads))
+
+
+def plot_following(results: dict, path: Path) -> None:
+    figure, axes = new_figure(10, 3)
+    for i, (field, style) in enumerate(zip(EXACT_AND_TRAINED, ("s", "o"), strict=True)):
+        for k, name in enumerate(FOLLOWED):
+            excess = [ratio - 1 for ratio in results["lengths"][field][name]]
+            label = "" if k else field
+            face = "white" if i else "black"
+            place = [k + 0.15 * (2 * i - 1)] * len(excess)
+            axes[0].plot(place, excess, style, markerfacecolor=face, markersize=5, label=label)
+    axes[0].set_xticks(range(len(FOLLOWED)), list(FOLLOWED), rotation=60)
+    axes[0].set_yscale("log")
+    axes[0].set(title="Length / chord - 1")
+    axes[0].legend()
+    for axis, field in zip(axes[1:], EXACT_AND_TRAINED, strict=True):
+        for name, style in FOLLOWED.items():
+            means = [sum(each) / len(each) for each in results["errors"][field][name]]
+            axis.plot(EULER_STEPS, means, style, markersize=5, label=name)
+        label_counts(axis, EULER_STEPS)
+        plain_logarithm(axis)
+        axis.set(title=f"Error of end points, {field}", xlabel="steps (Euler)")
+    axes[1].legend()
+    save_plot(figure, path)
+
+
+FIELDS_FOLLOWED = (
+    "Two fields: the exact one of 1000 MNIST images (no training), and those of the networks of "
+    "x-sd3-formulations in the main job's latents (averaged weights, no guidance). "
+)
+
+STRAIGHTEST = Experiment(
+    name="x-sd3-straight",
+    claim="Sampling trajectories are straightest with rectified flow.",
+    source="SD3, arXiv 2403.03206, abstract and section 2",
+    measured=FIELDS_FOLLOWED + "Trajectories by 250 midpoint steps: their length over the distance "
+    "between their ends, each formulation drawn in its own scale.",
+    rule="Supported if on both fields rectified flow's (uniform times) is below that of "
+    "eps/linear, v/cos and edm(0, 0.6) by more than the spread over seeds. Refuted if on either "
+    "field one of theirs is below its by more than that.",
+    minutes=10,
+    run=following_study,
+    decide=decide_straightest,
+    plot=plot_following,
+)
+
+FEWEST = Experiment(
+    name="x-sd3-straight-steps",
+    claim="With rectified flow fewer steps are needed for the same accuracy.",
+    source="SD3, arXiv 2403.03206, sections 1 and 2",
+    measured=FIELDS_FOLLOWED + "The error (r.m.s.) of Euler's end points after 5 and 10 steps, "
+    "where each formulation has them, against 250 midpoint steps.",
+    rule="Supported if at 5 and at 10 steps and on both fields rectified flow's error (uniform "
+    "times) is below that of eps/linear, v/cos and edm(0, 0.6) by more than the spread over seeds. "
+    "Refuted if one of theirs is below its by more than that at either and on either field.",
+    minutes=10,
+    run=following_study,
+    decide=decide_fewest,
+    plot=plot_following,
+)
