@@ -13,6 +13,7 @@ from mutation.faults_network import ACCELERATE, CHANNELS_LAST, LAYERS, MATMUL, M
 from mutation.faults_related_consistency import FAULTS_CONSISTENCY
 from mutation.faults_related_dit import FAULTS_DIT
 from mutation.faults_related_fm import FAULTS_FM
+from mutation.faults_related_formulations import FAULTS_FORMULATIONS
 from mutation.faults_related_hdit import FAULTS_HDIT
 from mutation.faults_related_muse import FAULTS_MUSE
 from mutation.faults_related_video import FAULTS_VIDEO
@@ -218,7 +219,10 @@ PATCHIFY = [
      "rows and columns of the buffer"),
 ]  # fmt: skip
 
-RELATED = (FAULTS_DIT, FAULTS_FM, FAULTS_CONSISTENCY, FAULTS_HDIT, FAULTS_MUSE, FAULTS_VIDEO)
+RELATED = (
+    *(FAULTS_DIT, FAULTS_FM, FAULTS_CONSISTENCY, FAULTS_HDIT, FAULTS_MUSE, FAULTS_VIDEO),
+    FAULTS_FORMULATIONS,
+)
 FAULTS = [
     Fault(file, *entry)
     for file, entries in (

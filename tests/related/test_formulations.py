@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from nanosd3.flow import cosmap, interpolate, logit_normal
+from nanosd3.flow import cosmap, interpolate, logit_normal, velocity_target
 from nanosd3.related import formulations
 from nanosd3.related.ddpm import ddim, spaced_steps
 from nanosd3.related.dit_lessons import flow_times
@@ -46,6 +46,15 @@ def test_the_right_answer_is_the_velocity(name):
         z = interpolate(x0, noise, t)
         answer = formulation.target(x0, noise, t)
         torch.testing.assert_close(formulation.to_velocity(answer, z, t), noise - x0)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("rf")])
+def test_rectified_flow_is_the_core(name):
+    x0, noise = pair()
+    t = torch.linspace(0.05, 0.9, 5).double()
+    target = FORMULATIONS[name].target(x0, noise, t)
+    torch.testing.assert_close(target, velocity_target(x0, noise))
+    assert torch.equal(FORMULATIONS[name].shown(x0, t), x0)
 
 
 @EACH
