@@ -22,7 +22,7 @@ from nanosd3.training.loop import StepRNG, fit
 from nanosd3.training.stages import Job, build, finish, last_loss, training_of
 from nanosd3.training.train_flow import flow_step
 
-HIGH_RATE = Recipe(steps=200, batch=32, lr=3e-2, warmup=20, weight_decay=0.0, decay="constant")
+HIGH_RATE = Recipe(steps=120, batch=32, lr=3e-2, warmup=20, weight_decay=0.0, decay="constant")
 LOOKS = 30  # times that attention is looked at during training
 LOOKED_AT = 32  # images
 SeenHeads = dict[str, Tensor]  # queries and keys by the name of their norm, (B, heads, L, 64)

@@ -87,7 +87,7 @@ def plot_norm(results: dict, path: Path) -> None:
 
 NORM_COMPARED = (
     "The main job's transformer with and without QK-norm, in float32 and in bfloat16 (products and "
-    "activations), 200 steps of AdamW at 3e-2, four times its rate. "
+    "activations), 120 steps of AdamW at 3e-2, four times its rate. "
 )
 
 LOGITS = Experiment(
@@ -99,7 +99,7 @@ LOGITS = Experiment(
     rule="Supported if in every seed and in both precisions the largest logit after training is at "
     "least twice as large without as with it. Refuted if in either precision it is no larger "
     "without in any seed. (One seed decides nothing.)",
-    minutes=4,
+    minutes=3,
     run=norm_study,
     decide=decide_growth,
     plot=plot_norm,
@@ -114,7 +114,7 @@ STABILITY = Experiment(
     "and bfloat16 without it costs more than 1% of float32's loss in some seed. Refuted if the "
     "loss with it is higher by more than the spread, or bfloat16 without it costs no more than 1% "
     "in any seed.",
-    minutes=4,
+    minutes=3,
     run=norm_study,
     decide=decide_stability,
     plot=plot_norm,

@@ -54,7 +54,7 @@ def followed(name: str, velocity: Velocity, noise: Tensor, fine: int) -> tuple[f
 
 def following_study(conditions: Conditions) -> dict:
     """Both, on both fields, by formulation and seed."""
-    fine, (ground, _) = 20 if conditions.fast else 250, open_grounds(conditions)
+    fine, (ground, _) = 20 if conditions.fast else 125, open_grounds(conditions)
     lengths: dict[str, dict[str, list[float]]] = {
         f: {n: [] for n in FOLLOWED} for f in EXACT_AND_TRAINED
     }
@@ -66,7 +66,7 @@ def following_study(conditions: Conditions) -> dict:
         points, noise = images_and_noise(conditions, seed)
         points = (points - points.mean()) / points.std()
         exact = exact_velocity(PATHS["ot"], points)
-        what = asked_of(ground, seed, 20 if conditions.fast else 100)
+        what = asked_of(ground, seed, 20 if conditions.fast else 64)
         for name in FOLLOWED:
             trained = trained_by(ground, name, seed)
             seconds += trained.seconds
@@ -146,7 +146,7 @@ STRAIGHTEST = Experiment(
     name="x-sd3-straight",
     claim="Sampling trajectories are straightest with rectified flow.",
     source="SD3, arXiv 2403.03206, abstract and section 2",
-    measured=FIELDS_FOLLOWED + "Trajectories by 250 midpoint steps: their length over the distance "
+    measured=FIELDS_FOLLOWED + "Trajectories by 125 midpoint steps: their length over the distance "
     "between their ends, each formulation drawn in its own scale.",
     rule="Supported if on both fields rectified flow's (uniform times) is below that of "
     "eps/linear, v/cos and edm(0, 0.6) by more than the spread over seeds. Refuted if on either "
@@ -162,7 +162,7 @@ FEWEST = Experiment(
     claim="With rectified flow fewer steps are needed for the same accuracy.",
     source="SD3, arXiv 2403.03206, sections 1 and 2",
     measured=FIELDS_FOLLOWED + "The error (r.m.s.) of Euler's end points after 5 and 10 steps, "
-    "where each formulation has them, against 250 midpoint steps.",
+    "where each formulation has them, against 125 midpoint steps.",
     rule="Supported if at 5 and at 10 steps and on both fields rectified flow's error (uniform "
     "times) is below that of eps/linear, v/cos and edm(0, 0.6) by more than the spread over seeds. "
     "Refuted if one of theirs is below its by more than that at either and on either field.",

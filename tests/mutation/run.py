@@ -108,6 +108,12 @@ def stages_of(copy: Path) -> Stages:
     others = [n for n in there if n not in {*QUICK, *SECOND} and not n.startswith(LEFT_OUT)]
 
     def stages(file: str) -> list[list[str]]:
+        if file.startswith("claims/"):
+            claims = [n for n in there if n.startswith("claims/")]
+            family = Path(file).stem.split("_")[0]
+            nearest = [n for n in claims if f"_{family}_" in n]
+            others_there = [n for n in claims if n not in nearest]
+            return [[f"tests/{name}" for name in row] for row in (nearest, others_there) if row]
         if file.startswith(("related/", "training/")) or file == "few_steps.py":
             stem = Path(file).stem
             nearest = [n for n in there if Path(n).stem == f"test_{stem}"]
