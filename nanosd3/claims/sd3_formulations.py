@@ -18,7 +18,7 @@ from nanosd3.training.figures import PALE, new_figure, save_plot
 
 PLAIN, WEIGHTED = "rf", "rf/lognorm(0, 1)"
 STEPS_MADE, FAST_STEPS_MADE = {"few": 5, "many": 50}, {"few": 1, "many": 2}
-SETTINGS = [  # data set, steps, guidance, weights; the last weights' hardly differ: one set is enough
+SETTINGS = [  # data set, steps, guidance, weights (the last differ little: on one set only)
     *product(("latents",), STEPS_MADE, (1.0, 2.0), ("average", "last")),
     *product(("pixels",), STEPS_MADE, (1.0, 2.0), ("average",)),
 ]
