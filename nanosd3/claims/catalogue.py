@@ -19,7 +19,12 @@ from nanosd3.claims.muse_masks import MASKS
 from nanosd3.claims.muse_speed import FASTER_THAN_CAUSAL, FASTER_THAN_FLOW, FEW_ENOUGH
 from nanosd3.claims.sd3_card import CARD
 from nanosd3.claims.muse_speed import FASTER_THAN_FLOW, FEW_ENOUGH
-from nanosd3.claims.sd3_formulations import BEST, FEW_OR_MANY
+from nanosd3.claims.sd3_formulations import (
+    BEST,
+    BEST_OF_PIXELS,
+    FEW_OR_MANY,
+    FEW_OR_MANY_OF_PIXELS,
+)
 from nanosd3.claims.sd3_middle import MIDDLE
 from nanosd3.claims.sd3_qk_norm import LOGITS, STABILITY
 from nanosd3.claims.sd3_straightness import FEWEST, STRAIGHTEST
@@ -28,7 +33,8 @@ from nanosd3.claims.video_clips import COHERENCE, LENGTHS, OTHER_SIZES_KEPT
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        *(MIDDLE, BEST, FEW_OR_MANY, STRAIGHTEST, FEWEST, LOGITS, STABILITY),  # Stable Diffusion 3
+        *(MIDDLE, BEST, FEW_OR_MANY, BEST_OF_PIXELS, FEW_OR_MANY_OF_PIXELS),  # Stable Diffusion 3
+        *(STRAIGHTEST, FEWEST, LOGITS, STABILITY),
         *(DIT_BLOCKS, GATES, DIT_COMPUTE, LOSS_SWAP),  # DiT
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),

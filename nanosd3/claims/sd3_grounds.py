@@ -21,7 +21,6 @@ from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import Draw, Scorer, draw_prompts, to_digits
 from nanosd3.training.loop import StepRNG
 
-SETS = ("latents", "pixels")
 EDGE, PATCH_OF_HALVED = 2, 3
 
 

@@ -18,6 +18,7 @@ from nanosd3.config import CONFIGS
 from nanosd3.mmdit import MMDiT
 from nanosd3.related.formulations import FORMULATIONS
 from nanosd3.training import train_flow
+from nanosd3.training.stages import Job
 
 FAMILY = [name for name in EXPERIMENTS if name.startswith("x-sd3-")]
 
@@ -141,6 +142,10 @@ CASES = {
 }
 
 
+CASES["x-sd3-pixels"] = CASES["x-sd3-formulations"]
+CASES["x-sd3-pixels-steps"] = CASES["x-sd3-formulations-steps"]
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_rules_of_sd3(name):
     for results, expected in CASES[name]:
@@ -203,22 +208,25 @@ def test_average_ranks():
 
 
 def test_typical_are_those_without_guidance():
-    found = [int(each[0]) for each in typical([[(0.5, float(i))] for i in range(len(SETTINGS))])]
-    assert [SETTINGS[i] for i in found] == [
-        (images, count, 1.0, "average") for images in ("latents", "pixels")
-        for count in ("few", "many")]  # fmt: skip
+    settings = SETTINGS["latents"]
+    found = typical([[(0.5, float(i))] for i in range(len(settings))], settings)
+    assert found[1] == found[3] == [0.5]
+    assert [settings[int(found[k][0])] for k in (0, 2)] == [
+        ("few", 1.0, "average"), ("many", 1.0, "average")]  # fmt: skip
 
 
-def test_formulations_run_once_for_both(tiny_run, out):
+@pytest.mark.parametrize(("name", "settings"), [("x-sd3-formulations", 8), ("x-sd3-pixels", 4)])
+def test_formulations_run_once_for_both(tiny_run, out, name, settings):
     """What one experiment has trained, the other finds; every formulation is its own."""
-    results = quickly("x-sd3-formulations", out, tiny_run)
+    results = quickly(name, out, tiny_run)
     networks = {p: p.stat().st_mtime_ns for p in (out / "fast/networks").glob("*/*.*s*")}
-    assert quickly("x-sd3-formulations-steps", out, tiny_run) == results
-    assert len(networks) >= 3 * 2 * 2 * len(COMPARED_FAST)
+    assert quickly(f"{name}-steps", out, tiny_run) == results
+    assert len(networks) >= 3 * 2 * len(COMPARED_FAST)
     assert all(path.stat().st_mtime_ns == time for path, time in networks.items())
-    assert len(results["settings"]) == 12 and set(results["scores"]) == set(COMPARED_FAST)
+    assert len(results["settings"]) == settings
+    assert set(results["scores"]) == set(COMPARED_FAST)
     for by_setting in results["scores"].values():
-        assert [len(each) for each in by_setting] == [2] * 12
+        assert [len(each) for each in by_setting] == [2] * settings
     ratios = [ratio for by in results["scores"].values() for each in by for _, ratio in each]
     assert len(set(ratios)) == len(ratios)  # no two settings are the same
     assert results["training_seconds"] > 0
@@ -303,6 +311,45 @@ def test_guidance_and_text_reach_the_samples(tiny_run, out):
     assert made[0].shape == what.noise.shape and not torch.allclose(*made)
     other = sd3_grounds.Asked(what.draw, what.pooled.flip(0), what.noise, what.floor)
     assert not torch.allclose(made[0], sd3_networks.sample_by(formulation, model, other, 2, 1.0))
+
+
+class Recorder:
+    """A network that answers zero, and what it was given."""
+
+    def __init__(self, config):
+        self.config, self.given = config, []
+
+    def __call__(self, z, t, context, pooled):
+        self.given.append((z, t, pooled))
+        return torch.zeros_like(z)
+
+
+def test_a_training_step(tiny_run, out):
+    """What the network is shown has unit variance, a tenth has no text, and guessing zero costs
+    the answer's variance."""
+    ground, size = grounds(tiny_run, out)[1], 1000
+    recipe = replace(sd3_networks.FAST_SHORT, batch=size)
+    config = ground.finished.config
+    config = replace(config, training=replace(config.training, flow=recipe))
+    run, source = ground.finished.run, ground.finished.source
+    job, model = Job(run, config, source, torch.device("cpu"), 0), Recorder(ground.mmdit)
+    step_rng = sd3_networks.StepRNG((0, "step"), range(size))
+    formulation = FORMULATIONS["v/cos"]
+    losses = sd3_networks.formulation_step(formulation, ground, job, model, step_rng)
+    ((z, t, pooled),) = model.given
+    assert z.var().item() == pytest.approx(1, abs=0.03)
+    assert losses.shape == (size,) and losses.mean().item() == pytest.approx(1, abs=0.03)
+    assert (pooled == 0).all(1).float().mean().item() == pytest.approx(0.1, abs=0.03)
+    assert 0 < t.min() and t.max() < 1 and t.median().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_samples_start_where_the_steps_do(tiny_run, out):
+    ground = grounds(tiny_run, out)[1]
+    what, model = sd3_grounds.asked_of(ground, 0, 20), Recorder(ground.mmdit)
+    late = replace(FORMULATIONS["rf"], steps=lambda n: torch.linspace(0.5, 0, n + 1))
+    made = sd3_networks.sample_by(late, model, what, 3, 1.0)
+    assert len(model.given) == 3
+    torch.testing.assert_close(made, what.noise / 2)
 
 
 # --- QK-norm ------------------------------------------------------------------------------------
