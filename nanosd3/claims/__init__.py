@@ -18,7 +18,8 @@ Modules, each of which imports only from those above it:
     sd3_middle          x-sd3-middle: where on the path there is most to learn
     sd3_grounds         two data sets of digits for the same small transformer
     sd3_networks        transformers trained by each formulation
-    sd3_formulations    x-sd3-formulations: which is best, and at how many steps
+    sd3_ranks           sorting by two scores in many settings
+    sd3_formulations    x-sd3-formulations, x-sd3-pixels: which is best, and at how many steps
     sd3_straightness    x-sd3-straight: whose paths are straightest, and need fewest steps
     sd3_attention       attention's logits, seen while a network trains
     sd3_qk_norm         x-sd3-qk-norm: what it bounds, and what it is good for

@@ -79,4 +79,6 @@ def cell(value: object) -> str:
     if isinstance(value, list):
         low, middle, high = (cell(float(f(value))) for f in (min, statistics.mean, max))
         return middle if low == high else f"{middle} ({low} to {high})"
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)

@@ -122,7 +122,7 @@ def plot_following(results: dict, path: Path) -> None:
             face = "white" if i else "black"
             place = [k + 0.15 * (2 * i - 1)] * len(excess)
             axes[0].plot(place, excess, style, markerfacecolor=face, markersize=5, label=label)
-    axes[0].set_xticks(range(len(FOLLOWED)), list(FOLLOWED), rotation=60)
+    axes[0].set_xticks(range(len(FOLLOWED)), list(FOLLOWED), rotation=40, ha="right")
     axes[0].set_yscale("log")
     axes[0].set(title="Length / chord - 1")
     axes[0].legend()
@@ -133,7 +133,7 @@ def plot_following(results: dict, path: Path) -> None:
         label_counts(axis, EULER_STEPS)
         plain_logarithm(axis)
         axis.set(title=f"Error of end points, {field}", xlabel="steps (Euler)")
-    axes[1].legend()
+    axes[2].legend(fontsize="small")
     save_plot(figure, path)
 
 
@@ -155,6 +155,10 @@ STRAIGHTEST = Experiment(
     run=following_study,
     decide=decide_straightest,
     plot=plot_following,
+    remark="Straightness is a matter of scale. EDM starts from noise of 80 times the data's "
+    "deviation, beside which every bend is small. Against diffusion drawn to unit variance, "
+    "rectified flow's trajectories are straighter on the exact field, and less straight in trained "
+    "networks.",
 )
 
 FEWEST = Experiment(
@@ -170,4 +174,7 @@ FEWEST = Experiment(
     run=following_study,
     decide=decide_fewest,
     plot=plot_following,
+    remark="It is the exact field that refutes: there LDM's steps, which begin at t = 0.94 and lie "
+    "closer near noise, are better placed. In trained networks rectified flow has the smallest "
+    "error at 5 and at 10 steps, and with times from logit-normal(0, 1) a smaller one still.",
 )

@@ -12,7 +12,8 @@ from nanosd3.claims import __main__ as command
 from nanosd3.claims import sd3_attention, sd3_grounds, sd3_middle, sd3_networks, sd3_straightness
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.sd3_formulations import COMPARED_FAST, SETTINGS, average_ranks, fronts, typical
+from nanosd3.claims.sd3_formulations import COMPARED_FAST, SETTINGS, typical
+from nanosd3.claims.sd3_ranks import average_ranks, fronts
 from nanosd3.cli import run_main
 from nanosd3.config import CONFIGS
 from nanosd3.mmdit import MMDiT

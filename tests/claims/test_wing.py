@@ -288,8 +288,8 @@ def test_verdict():
 
 
 def test_cells():
-    shown = [cell(x) for x in (0.12345, 1234.5, 7, "OT", [1.0, 2.0, 3.0], [2.0, 2.0])]
-    assert shown == ["0.123", "1234.5", "7", "OT", "2 (1 to 3)", "2"]
+    shown = [cell(x) for x in (0.12345, 1234.6, 7, "OT", [1.0, 2.0, 3.0], [2.0, 2.0])]
+    assert shown == ["0.123", "1235", "7", "OT", "2 (1 to 3)", "2"]
     assert table_of(["a", "b"], [[1, 0.5]]) == {"columns": ["a", "b"], "rows": [["1", "0.5"]]}
 
 

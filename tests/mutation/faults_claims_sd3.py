@@ -2,7 +2,8 @@
 in the rules that decide."""
 
 MIDDLE_FILE, GROUNDS_FILE = "claims/sd3_middle.py", "claims/sd3_grounds.py"
-NETWORKS_FILE, RANKS_FILE = "claims/sd3_networks.py", "claims/sd3_formulations.py"
+NETWORKS_FILE, RANKS_FILE = "claims/sd3_networks.py", "claims/sd3_ranks.py"
+FORMULATIONS_RULES = "claims/sd3_formulations.py"
 ATTENTION_FILE, NORM_FILE = "claims/sd3_attention.py", "claims/sd3_qk_norm.py"
 STRAIGHT_FILE = "claims/sd3_straightness.py"
 
@@ -75,13 +76,13 @@ FAULTS_CLAIMS_SD3 = [
         "fronts that have been taken off still beat",
     ),
     (
-        RANKS_FILE,
+        FORMULATIONS_RULES,
         "any(m < -s for m, s in leads))",
         "any(m < s for m, s in leads))",
         "refuted within the spread",
     ),
     (
-        RANKS_FILE,
+        FORMULATIONS_RULES,
         "lead(few[WEIGHTED], many[WEIGHTED])",
         "lead(many[WEIGHTED], few[WEIGHTED])",
         "many steps before few",
