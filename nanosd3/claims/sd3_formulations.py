@@ -159,8 +159,8 @@ FEW_OR_MANY = replace(
     "spread over seeds, and with logit-normal ones it is not. Refuted if with uniform times it is "
     "better by more than that, or with logit-normal ones worse by more than that.",
     decide=decide_few,
-    remark="The fall is small, under one rank. That of logit-normal(0, 1) stands still: behind it at "
-    "5 steps, level with it at 50.",
+    remark="The fall is small, under one rank. Times from logit-normal(0, 1) stand still: behind "
+    "uniform ones at 5 steps, level with them at 50.",
 )
 
 PIXELS_COMPARED = formulations_compared("digits of 12 x 12 pixels", "the averaged weights", 4)

@@ -133,7 +133,7 @@ def plot_following(results: dict, path: Path) -> None:
         label_counts(axis, EULER_STEPS)
         plain_logarithm(axis)
         axis.set(title=f"Error of end points, {field}", xlabel="steps (Euler)")
-    axes[2].legend(fontsize="small")
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower right", ncols=5)
     save_plot(figure, path)
 
 
