@@ -432,6 +432,20 @@ def test_lines_are_followed_exactly():
             assert 1.02 < ratio < 1.6
 
 
+def test_trajectories_start_where_the_steps_do():
+    given = []
+
+    def velocity(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        given.append((z, t))
+        return torch.ones_like(z)
+
+    noise = torch.ones(2, 3)
+    sd3_straightness.followed("eps/linear", velocity, noise, 4)
+    first = FORMULATIONS["eps/linear"].steps(4)[0]
+    torch.testing.assert_close(given[0][0], first * noise)
+    assert given[0][1] == first < 0.95
+
+
 def test_following_runs_once_for_both(tiny_run, out):
     results = quickly("x-sd3-straight", out, tiny_run)
     assert quickly("x-sd3-straight-steps", out, tiny_run) == results
