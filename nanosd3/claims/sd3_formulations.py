@@ -171,8 +171,8 @@ BEST_OF_PIXELS = replace(
     "formulations.",
     measured=PIXELS_COMPARED,
     run=partial(formulation_study, "pixels"),
-    remark="Again v-prediction with the cosine schedule is in the first front everywhere. Of rectified "
-    "flow's own times logit-normal(0, 1) and mode come first here.",
+    remark="Again v-prediction with the cosine schedule is in the first front everywhere. Of "
+    "rectified flow's times logit-normal(0, 1) and mode come first here.",
 )
 
 FEW_OR_MANY_OF_PIXELS = replace(

@@ -245,6 +245,9 @@ def test_halved_digits():
     small = sd3_grounds.halved(digits)
     assert small.shape == (1, 1, 12, 12) and small.sum() == 4
     assert (small[0, 0, 4:6, 2:4] == 1).all()
+    single = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    single[0, 5, 7] = 255
+    assert sd3_grounds.halved(single).sum() == 0.25  # the mean of four
     large = sd3_grounds.doubled(small)
     assert large.shape == digits.shape and large.dtype == torch.uint8
     rows, columns = large[0].float().sum(1), large[0].float().sum(0)
