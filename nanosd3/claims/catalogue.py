@@ -18,7 +18,6 @@ from nanosd3.claims.muse_edits import FREE_EDITING, REPAINTING
 from nanosd3.claims.muse_masks import MASKS
 from nanosd3.claims.muse_speed import FASTER_THAN_CAUSAL, FASTER_THAN_FLOW, FEW_ENOUGH
 from nanosd3.claims.sd3_card import CARD
-from nanosd3.claims.muse_speed import FASTER_THAN_FLOW, FEW_ENOUGH
 from nanosd3.claims.sd3_formulations import (
     BEST,
     BEST_OF_PIXELS,
