@@ -33,7 +33,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
         *(MIDDLE, BEST, FEW_OR_MANY, BEST_OF_PIXELS, FEW_OR_MANY_OF_PIXELS),  # Stable Diffusion 3
-        *(STRAIGHTEST, FEWEST, LOGITS, STABILITY),
+        *(STRAIGHTEST, FEWEST, LOGITS, STABILITY, CARD),
         *(DIT_BLOCKS, GATES, DIT_COMPUTE, LOSS_SWAP),  # DiT
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),
@@ -42,6 +42,5 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(OTHER_SIZES_KEPT, LENGTHS, COHERENCE),  # spacetime patches
         *(MASKS, FEW_ENOUGH, FASTER_THAN_FLOW, FASTER_THAN_CAUSAL),  # Muse
         *(CASCADE, REPAINTING, FREE_EDITING, LARGER_DECODERS),
-        CARD,  # Stable Diffusion 3
     )
 }
