@@ -117,7 +117,7 @@ def open_grounds(conditions: Conditions) -> list[Latents]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedImages:
     """Prompts, what tells the network of them, noise to start from: the same for all."""
 
     draw: Draw
@@ -126,15 +126,15 @@ class Asked:
     floor: float
 
 
-def asked_of(ground: Latents, seed: int, count: int) -> Asked:
+def asked_of(ground: Latents, seed: int, count: int) -> AskedImages:
     draw, config = draw_prompts(ground.finished.source, count, seed), ground.mmdit
     pooled = torch.stack([ground.features[text][1] for text in draw.prompts])
     shape = config.latent_channels, *(config.grid_sample * config.patch_size,) * 2
     noise = torch.randn(len(draw.prompts), *shape, generator=rng(seed, "samples"))
-    return Asked(draw, pooled, noise, ground.scorer.floor(draw))
+    return AskedImages(draw, pooled, noise, ground.scorer.floor(draw))
 
 
-def judged(ground: Latents, samples: Tensor, what: Asked) -> tuple[float, float]:
+def judged(ground: Latents, samples: Tensor, what: AskedImages) -> tuple[float, float]:
     """Share of samples read as asked, and their Frechet distance over that of real images."""
     accuracy, distance = ground.scorer.score(ground.to_digits(samples), what.draw)
     return accuracy, distance / what.floor

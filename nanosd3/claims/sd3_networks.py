@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanosd3.claims.sd3_grounds import Asked, Latents
+from nanosd3.claims.sd3_grounds import AskedImages, Latents
 from nanosd3.config_types import Recipe
 from nanosd3.flow import interpolate, stratified
 from nanosd3.mmdit import MMDiT
@@ -117,7 +117,7 @@ def flow_of(
 
 @torch.no_grad()
 def sample_by(
-    formulation: Formulation, model: MMDiT, what: Asked, steps: int, guidance: float
+    formulation: Formulation, model: MMDiT, what: AskedImages, steps: int, guidance: float
 ) -> Tensor:
     """Samples (B, C, h, w) by Euler's method."""
     times, samples = formulation.steps(steps), []

@@ -136,11 +136,11 @@ def operations(config, patches, words):
 
 
 for name, config in CONFIGS.items():
-    size, rows = config.mmdit, config.image_size // config.vae.factor // 2
-    words = config.text.clip_l.length + config.text.t5.length
+    size, side = config.mmdit, config.image_size // config.vae.factor
+    rows, words = side // size.patch_size, config.text.clip_l.length + config.text.t5.length
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         text = torch.empty(1, words, size.context_dim), torch.empty(1, size.pooled_dim)
-        models[name](torch.empty(1, size.latent_channels, 2 * rows, 2 * rows), torch.ones(1), *text)
+        models[name](torch.empty(1, size.latent_channels, side, side), torch.ones(1), *text)
     total = operations(size, rows**2, words)
     assert total == counter.get_total_flops() == costs.forward_flops(size, 1, rows, rows, words)
     print(f"{name:18} {config.image_size:4} pixels: {total:.1e} operations")

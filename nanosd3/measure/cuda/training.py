@@ -210,6 +210,8 @@ def main_job(setting: Setting) -> Iterator[Row]:
 
 def main_job_float32(setting: Setting) -> Iterator[Row]:
     """train_mnist.py from start to finish, in float32."""
+    if setting.device.type != "cuda":
+        raise Unavailable("a CPU trains in float32 only: see main-job")
     return train_mnist(setting, "float32", setting.folder / "mnist-float32")
 
 
