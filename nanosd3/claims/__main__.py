@@ -64,10 +64,11 @@ def show_list(out: Path) -> None:
         file, _ = paths_of(out, name)
         if file.exists():
             verdicts[name] = read_record(file)["verdict"]
+    width = max(map(len, EXPERIMENTS))
     for name, experiment in EXPERIMENTS.items():
         word = EMPHASIS.get(verdicts.get(name, ""), "not run yet")
-        print(f"{name:16} {word:12} {experiment.minutes:4g} min  {experiment.claim}")
-        print(f"{'':38}{experiment.source}")
+        print(f"{name:{width}} {word:12} {experiment.minutes:4g} min  {experiment.claim}")
+        print(f"{'':{width + 22}}{experiment.source}")
 
 
 def run_one(name: str, conditions: Conditions) -> None:

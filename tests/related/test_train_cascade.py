@@ -14,6 +14,7 @@ from nanosd3.cli import run_main
 from nanosd3.related import __main__ as related
 from nanosd3.related import cascade_lessons as lessons
 from nanosd3.related import command as related_command
+from nanosd3.related import muse_lessons
 from nanosd3.related import train_cascade as module
 from nanosd3.related.muse import MASK
 from nanosd3.related.muse_editing import Tokeniser
@@ -131,6 +132,31 @@ def test_every_option_counts(cascade, tiny_run, muse, tmp_path, unmeasured):
         for i in (0, 2):
             assert (found[name][i] != found["default"][i]) == (name == "seed")
     assert len({w[1] for w in found.values()}) == len(found)
+
+
+def test_what_it_learns_from(tiny_run, muse, tmp_path, monkeypatch, unmeasured):
+    """The base tokens of the images whose fine tokens are hidden."""
+    seen, images = [], []
+
+    class Watched(lessons.SuperResolution):
+        def forward(self, *inputs):
+            seen.append(inputs)
+            return super().forward(*inputs)
+
+    original = muse_lessons.unpadded
+    monkeypatch.setattr(lessons, "SuperResolution", Watched)
+    monkeypatch.setattr(
+        muse_lessons, "unpadded", lambda x, p: images.append(original(x, p)) or images[-1]
+    )
+    out = tmp_path / "x"
+    assert command("--run", tiny_run, "--muse", muse, "--out", out, "--steps", 1) == 0
+    finished = related_command.open_finished_run(tiny_run, None, torch.device("cpu"))
+    painter = module.open_cascade(Run.read(out), finished)
+    tokens, base, *_ = seen[0]
+    x = images[-1]  # of the step, the tokeniser's own are before it
+    assert base.equal(painter.base.tokens(x)) and len(base.unique()) > 1
+    known = tokens != MASK
+    assert tokens[known].equal(painter.tokens(x)[known])
 
 
 def test_samples(cascade, tiny_run, tmp_path):
