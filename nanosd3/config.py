@@ -199,28 +199,17 @@ SMALL = Config(  # colour, for a folder of one's own images
 )
 
 # Digits in colour, composed by caption: the pixels of `mnist` thrice, and captions twice as long.
-SCENES = Config(
+SCENES = replace(
+    MNIST,  # 32 x 32, and 32 x 48
     name="scenes",
-    image_size=32,  # and 32 x 48
     padding=0,
-    mmdit=MMDiTConfig(
-        depth=2,
-        latent_channels=4,
-        patch_size=4,
-        context_dim=128,
-        pooled_dim=96,
-        grid=8,
-        grid_sample=4,
-        grid_span=4,
-        qk_norm=True,
-        dual_attention=(),
-    ),
-    vae=VAEConfig(3, (16, 32), 1, latent_channels=4, norm_groups=8, shift=0.0, scale=1.0),
-    text=TextConfig(
-        clip_l=CLIPConfig(32, 2, 2, "quick_gelu", 1024, 12, projection=False, pad=-1),
-        clip_g=CLIPConfig(64, 2, 2, "gelu", 1024, 12, projection=True, pad=0),
-        t5=T5Config(128, 2, 4, head_dim=32, hidden=256, vocab=256, length=12),
-        empty_is_zero=True,
+    mmdit=replace(MNIST.mmdit, patch_size=4),
+    vae=replace(MNIST.vae, image_channels=3, channels=(16, 32)),
+    text=replace(
+        MNIST.text,
+        clip_l=replace(MNIST.text.clip_l, vocab=1024, length=12),
+        clip_g=replace(MNIST.text.clip_g, vocab=1024, length=12),
+        t5=replace(MNIST.text.t5, vocab=256, length=12),
     ),
     sampling=Sampling(steps=20, guidance=3.0, shift=1.0, sampler="heun"),
     training=Training(

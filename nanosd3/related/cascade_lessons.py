@@ -7,15 +7,8 @@ from torch import Tensor
 
 from nanosd3.data.sources import Digits
 from nanosd3.random_streams import rng
-from nanosd3.related.muse import (
-    MASK,
-    Conditioning,
-    MuseConfig,
-    cosine_share,
-    fill_hidden,
-    guided_logits,
-)
-from nanosd3.related.muse_editing import TOKENS_AT_ONCE, Tokeniser, TokenPainter, unpadded
+from nanosd3.related.muse import Conditioning, Logits, MuseConfig, cosine_share, guided_logits
+from nanosd3.related.muse_editing import Tokeniser, TokenPainter, unpadded
 from nanosd3.related.muse_lessons import guessing_loss
 from nanosd3.related.super_resolution import SuperResolution, with_decoder
 from nanosd3.related.vq import VQAutoencoder
@@ -41,7 +34,7 @@ def train_super_resolution(
 
     network = build(job, SUPER_RESOLUTION, make).to(job.device)
 
-    def guess(seen: Tensor, x: Tensor, *text: Tensor) -> Tensor:
+    def guess(seen: Tensor, tokens: Tensor, x: Tensor, *text: Tensor) -> Tensor:
         with torch.no_grad():
             given = base.vq.tokenise(x)
         return network(seen, given, *text)
@@ -57,7 +50,7 @@ def train_decoder(
     job: Job, vq: VQAutoencoder, channels: tuple[int, ...], stage: str = LARGER_DECODER
 ) -> VQAutoencoder:
     """Train a decoder of these widths for the same tokens, or load the one that the run has."""
-    larger = build(job, stage, lambda: with_decoder(vq, channels)).to(job.device)
+    decoding = build(job, stage, lambda: with_decoder(vq, channels)).to(job.device)
     recipe = job.training.autoencoder
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
@@ -65,14 +58,14 @@ def train_decoder(
         x = unpadded(job.source.pixels(index), job.config.padding).to(job.device)
         with torch.no_grad():
             tokens = vq.tokenise(x)
-        return (larger.decode(tokens) - x).square().flatten(1).sum(1), {}
+        return (decoding.decode(tokens) - x).square().flatten(1).sum(1), {}
 
     def train() -> dict:
-        fit(job.run, stage, larger, loss_of, recipe, job.seed)
+        fit(job.run, stage, decoding, loss_of, recipe, job.seed)
         return {"loss": last_loss(job, stage)}
 
-    finish_or_load(job, stage, larger, train)
-    return larger
+    finish_or_load(job, stage, decoding, train)
+    return decoding
 
 
 class CascadePainter(Tokeniser):
@@ -93,11 +86,12 @@ class CascadePainter(Tokeniser):
         negative: str = "",
     ) -> Tensor:
         """Fine tokens (B, H, W) for base tokens (B, h, w) and a prompt each."""
-        side, generator, found = self.network.config.grid, rng(seed, SUPER_RESOLUTION), []
-        for rows in torch.arange(len(base)).split(TOKENS_AT_ONCE):
-            prompt, without = self.texts([prompts[i] for i in rows], negative)
+
+        def logits_of(rows: Tensor, prompt: Conditioning, without: Conditioning) -> Logits:
             given = base[rows]
-            logits = guided_logits(self.network, (given, *prompt), (given, *without))
-            hidden = torch.full((len(rows), side, side), MASK, device=self.device)
-            found.append(fill_hidden(logits, hidden, steps, guidance, temperature, generator))
-        return torch.cat(found)
+            return guided_logits(self.network, (given, *prompt), (given, *without))
+
+        side, generator = self.network.config.grid, rng(seed, SUPER_RESOLUTION)
+        return self.fill(
+            logits_of, side, prompts, generator, steps, guidance, temperature, negative
+        )

@@ -11,6 +11,8 @@ Few tokens at a time see most of the old image and keep to it; guidance is stron
 likeliest tokens are drawn, so that the drift has a direction.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -82,6 +84,26 @@ class Tokeniser:
         context, pooled = (x.expand(len(prompts), *x.shape[1:]) for x in encode([negative]))
         return encode(prompts), (context, pooled)
 
+    def fill(
+        self,
+        logits_of: Callable[[Tensor, Conditioning, Conditioning], Logits],
+        side: int,
+        prompts: list[str],
+        generator: torch.Generator,
+        steps: int,
+        guidance: float,
+        temperature: float,
+        negative: str,
+    ) -> Tensor:
+        """Tokens (B, side, side) for prompts, all of them drawn, a part of the batch at a time.
+        `logits_of` is told which rows, their texts and those to guide them away from."""
+        found = []
+        for rows in torch.arange(len(prompts)).split(TOKENS_AT_ONCE):
+            logits = logits_of(rows, *self.texts([prompts[i] for i in rows], negative))
+            hidden = torch.full((len(rows), side, side), MASK, device=self.device)
+            found.append(fill_hidden(logits, hidden, steps, guidance, temperature, generator))
+        return torch.cat(found)
+
     @torch.no_grad()
     def images(self, tokens: Tensor) -> np.ndarray:
         """Tokens (B, h, w) to images uint8 (B, H, W) or (B, H, W, C)."""
@@ -116,13 +138,16 @@ class TokenPainter(Tokeniser):
         negative: str = "",
     ) -> Tensor:
         """Tokens (B, h, w) for prompts."""
-        side, generator, found = self.muse.config.grid, rng(seed, "muse"), []
-        for i in range(0, len(prompts), TOKENS_AT_ONCE):
-            some = prompts[i : i + TOKENS_AT_ONCE]
-            hidden = torch.full((len(some), side, side), MASK, device=self.device)
-            logits = self.logits(some, negative)
-            found.append(fill_hidden(logits, hidden, steps, guidance, temperature, generator))
-        return torch.cat(found)
+        return self.fill(
+            lambda rows, *texts: guided_logits(self.muse, *texts),
+            self.muse.config.grid,
+            prompts,
+            rng(seed, "muse"),
+            steps,
+            guidance,
+            temperature,
+            negative,
+        )
 
 
 def passes(steps: int, guidance: float) -> int:

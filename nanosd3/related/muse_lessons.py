@@ -75,7 +75,7 @@ def train_muse(
     """
     muse = build(job, "muse", lambda: Muse(config)).to(job.device)
 
-    def guess(seen: Tensor, x: Tensor, *text: Tensor) -> Tensor:
+    def guess(seen: Tensor, tokens: Tensor, x: Tensor, *text: Tensor) -> Tensor:
         return muse(seen, *text)
 
     loss_of = guessing_loss(job, source, vq, texts, share_of, guess)
@@ -92,8 +92,8 @@ def guessing_loss(
     share_of: Callable[[Tensor], Tensor],
     guess: Callable[..., Tensor],
 ) -> StepLoss:
-    """The loss of a step of training a network, `guess(seen, x, context, pooled)`, that is told the
-    tokens of images x with some hidden, the images and their captions."""
+    """The loss of a step of training a network by its logits, `guess(seen, tokens, x, context,
+    pooled)`: the tokens of images x with some hidden, all of them, the images and their texts."""
     recipe = job.training.flow
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
@@ -109,7 +109,7 @@ def guessing_loss(
         seen = hide(tokens, share, places)
         context, pooled = (text[captions.to(job.device)] for text in texts)
         context, pooled = context * keep[:, None, None], pooled * keep[:, None]
-        return masked_loss(guess(seen, x, context, pooled), tokens, seen), {}
+        return masked_loss(guess(seen, tokens, x, context, pooled), tokens, seen), {}
 
     return loss_of
 
@@ -125,9 +125,7 @@ def train_causal(
     """Train a transformer to write the same tokens one after the other, or load the one there."""
     network = build(job, stage, lambda: CausalMuse(config)).to(job.device)
 
-    def guess(seen: Tensor, x: Tensor, *text: Tensor) -> Tensor:
-        with torch.no_grad():
-            tokens = vq.tokenise(x)
+    def guess(seen: Tensor, tokens: Tensor, x: Tensor, *text: Tensor) -> Tensor:
         return network(tokens, *text)
 
     loss_of = guessing_loss(job, source, vq, texts, torch.ones_like, guess)  # all count

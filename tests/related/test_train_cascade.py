@@ -14,7 +14,7 @@ from nanosd3.cli import run_main
 from nanosd3.related import __main__ as related
 from nanosd3.related import cascade_lessons as lessons
 from nanosd3.related import command as related_command
-from nanosd3.related import muse_lessons
+from nanosd3.related import muse_editing, muse_lessons
 from nanosd3.related import train_cascade as module
 from nanosd3.related.muse import MASK
 from nanosd3.related.muse_editing import Tokeniser
@@ -186,7 +186,7 @@ def test_what_fine_tokens_are_guessed_from(cascade, tiny_run, monkeypatch):
     finished = related_command.open_finished_run(tiny_run, None, torch.device("cpu"))
     painter, given = module.open_cascade(Run.read(cascade), finished), []
     assert isinstance(painter, Tokeniser) and painter.vq.config.factor == 2
-    monkeypatch.setattr(lessons, "TOKENS_AT_ONCE", 2)
+    monkeypatch.setattr(muse_editing, "TOKENS_AT_ONCE", 2)
     original = painter.network.forward
     painter.network.forward = lambda *inputs: given.append(inputs) or original(*inputs)
     prompts = ["3", "a bold seven", "8"]
