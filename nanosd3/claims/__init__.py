@@ -23,6 +23,11 @@ Modules, each of which imports only from those above it:
     sd3_straightness    x-sd3-straight: whose paths are straightest, and need fewest steps
     sd3_attention       attention's logits, seen while a network trains
     sd3_qk_norm         x-sd3-qk-norm: what it bounds, and what it is good for
+    sd3_one_way         MMDiTs whose streams do not both read each other
+    sd3_variants        the main job's transformer, trained shortly in variants
+    sd3_scaling         x-sd3-scaling, -predicts, -steps: what size does
+    sd3_two_way         x-sd3-two-way: text and image that read each other, or not
+    sd3_without_t5      x-sd3-t5: leaving out the largest encoder
     consistency_students   students of several seeds, and their samples
     consistency_steps   x-cm-0, x-cm-1: distillation, and whether more steps help
     hdit_costs          x-hd-1: what a pass costs as images grow

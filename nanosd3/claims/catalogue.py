@@ -26,14 +26,18 @@ from nanosd3.claims.sd3_formulations import (
 )
 from nanosd3.claims.sd3_middle import MIDDLE
 from nanosd3.claims.sd3_qk_norm import LOGITS, STABILITY
+from nanosd3.claims.sd3_scaling import FEWER_STEPS, PREDICTS, SMOOTH
 from nanosd3.claims.sd3_straightness import FEWEST, STRAIGHTEST
+from nanosd3.claims.sd3_two_way import CUT, TWO_WAY
+from nanosd3.claims.sd3_without_t5 import WITH_DROPOUT, WITHOUT_T5
 from nanosd3.claims.video_clips import COHERENCE, LENGTHS, OTHER_SIZES_KEPT
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
         *(MIDDLE, BEST, FEW_OR_MANY, BEST_OF_PIXELS, FEW_OR_MANY_OF_PIXELS),  # Stable Diffusion 3
-        *(STRAIGHTEST, FEWEST, LOGITS, STABILITY, CARD),
+        *(STRAIGHTEST, FEWEST, TWO_WAY, CUT, SMOOTH, PREDICTS, FEWER_STEPS),
+        *(LOGITS, STABILITY, WITHOUT_T5, WITH_DROPOUT, CARD),
         *(DIT_BLOCKS, GATES, DIT_COMPUTE, LOSS_SWAP),  # DiT
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),

@@ -1,14 +1,18 @@
 """DiT's scaling: more multiply-adds, lower error, wherever they come from (arXiv 2212.09748)."""
 
-import math
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 from nanosd3.claims.dit_networks import Classroom
-from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
+from nanosd3.claims.experiment import (
+    Conditions,
+    Experiment,
+    Verdict,
+    lead,
+    rank_correlation,
+    table_of,
+    verdict,
+)
 from nanosd3.related.dit import multiply_adds
 from nanosd3.related.dit_lessons import Lesson, steps_evenly
 from nanosd3.training.figures import new_figure, save_plot
@@ -51,12 +55,6 @@ def compute(conditions: Conditions) -> dict:
         "training_seconds": sum(map(sum, seconds)),
         "table": table_of(columns, rows),
     }
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's: the correlation of ranks. For values that are all different."""
-    ranks = torch.tensor([a, b], dtype=torch.float64).argsort(1).argsort(1).double()
-    return float(torch.corrcoef(ranks)[0, 1]) if len(a) > 1 else math.nan
 
 
 def decide_compute(results: dict) -> Verdict:

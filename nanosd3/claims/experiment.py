@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 Verdict = Literal["supported", "refuted", "undecided"]
 
 
@@ -64,6 +66,13 @@ def lead(better: Sequence[float], worse: Sequence[float]) -> tuple[float, float]
     differences = [b - a for a, b in zip(better, worse, strict=True)]
     alone = len(differences) < 2
     return statistics.mean(differences), float("inf") if alone else statistics.stdev(differences)
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's: the correlation of ranks, equal values sharing theirs. 0 if all are equal."""
+    x = torch.tensor([a, b], dtype=torch.float64)
+    ranks = (x[:, :, None] > x[:, None]).sum(2) + (x[:, :, None] == x[:, None]).sum(2) / 2
+    return float(torch.corrcoef(ranks)[0, 1].nan_to_num()) if len(a) > 1 else 0.0
 
 
 def table_of(columns: Sequence[object], rows: Sequence[Sequence[object]]) -> dict:

@@ -8,8 +8,9 @@ import torch
 
 from nanosd3.claims import __main__ as command
 from nanosd3.claims.dit_blocks import DIT_BLOCKS, GATES
-from nanosd3.claims.dit_compute import CELLS, DIT_COMPUTE, rank_correlation
+from nanosd3.claims.dit_compute import CELLS, DIT_COMPUTE
 from nanosd3.claims.dit_loss_swap import ARMS, LOSS_SWAP, middle_levels
+from nanosd3.claims.experiment import rank_correlation
 from nanosd3.cli import run_main
 
 

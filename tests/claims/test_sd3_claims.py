@@ -12,7 +12,6 @@ from nanosd3.claims import __main__ as command
 from nanosd3.claims import sd3_attention, sd3_grounds, sd3_middle, sd3_networks, sd3_straightness
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.sd3_card import CARD  # it has tests of its own
 from nanosd3.claims.sd3_formulations import COMPARED_FAST, SETTINGS, typical
 from nanosd3.claims.sd3_ranks import average_ranks, fronts
 from nanosd3.cli import run_main
@@ -21,8 +20,6 @@ from nanosd3.mmdit import MMDiT
 from nanosd3.related.formulations import FORMULATIONS
 from nanosd3.training import train_flow
 from nanosd3.training.stages import Job
-
-FAMILY = [name for name in EXPERIMENTS if name.startswith("x-sd3-") and name != CARD.name]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +145,7 @@ CASES["x-sd3-pixels"] = CASES["x-sd3-formulations"]
 CASES["x-sd3-pixels-steps"] = CASES["x-sd3-formulations-steps"]
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", CASES)
 def test_rules_of_sd3(name):
     for results, expected in CASES[name]:
         assert EXPERIMENTS[name].decide(results) == expected, (results, expected)

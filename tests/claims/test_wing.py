@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nanosd3.claims import __main__ as command
+from nanosd3.claims import catalogue, records
 from nanosd3.claims import page as page_module
-from nanosd3.claims import records
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions, Experiment, cell, lead, table_of, verdict
 from nanosd3.claims.page import PAGE, committed, page, take_over
@@ -271,6 +271,14 @@ def test_catalogue():
         assert all(text.strip() for text in experiment.declaration.values())
         assert experiment.minutes <= 10
         assert "upported if" in experiment.rule and "efuted if" in experiment.rule
+
+
+def test_every_rule_is_tested():
+    """Some test names each experiment, or the constant that it is."""
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("*.py"))
+    constants = {id(v): k for k, v in vars(catalogue).items() if isinstance(v, Experiment)}
+    for name, experiment in EXPERIMENTS.items():
+        assert f'"{name}"' in tests or constants[id(experiment)] in tests, name
 
 
 def test_lead():

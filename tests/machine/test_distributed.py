@@ -51,7 +51,7 @@ def torchrun(processes: int, folder: Path, scenarios: list[dict]) -> subprocess.
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
 
 
