@@ -24,7 +24,7 @@ from nanosd3.errors import InputError
 from nanosd3.exercises import EXERCISES
 from nanosd3.exercises.grader import grading, sandbox
 from nanosd3.exercises.grader.grading import missing_limits
-from nanosd3.exercises.grader.hand_ins import parsed
+from nanosd3.exercises.grader.notebook_cells import parsed
 from nanosd3.machine import device
 from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.official.export import export

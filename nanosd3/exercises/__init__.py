@@ -2,7 +2,8 @@
 
     from nanosd3.exercises import check, show
     show("patchify")                         # print the task
-    check("patchify", patchify)              # check your answer
+    check("patchify", patchify)              # check your answer; True if it is right
+    guess("It will be blurred.")             # note what you expect to see
 
 Each exercise has a specification in plain loops, the package's own function as reference, test
 cases with distinct sizes along all axes, and the wrong answers that students really give, each
@@ -44,6 +45,7 @@ from nanosd3.exercises import (
 )
 from nanosd3.exercises.grader.checker import judge
 from nanosd3.exercises.grader.exercise import Exercise
+from nanosd3.exercises.grader.predictions import is_written
 
 MODULES = (  # in learning order
     rectified_flow,
@@ -101,7 +103,14 @@ def show(name: str) -> None:
     print(task_of(exercise))
 
 
-def check(name: str, answer: Callable) -> None:
-    """Check an answer and print the verdict. Raises KeyError for an unknown name."""
+def check(name: str, answer: Callable) -> bool:
+    """Check an answer, print the verdict, and return whether it is right. Raises KeyError for an
+    unknown name."""
     verdict = judge(find(name), answer)
     print(f"{MARKS[verdict.status]} {name} ({verdict.points}/{verdict.out_of}): {verdict.message}")
+    return verdict.status == "right"
+
+
+def guess(text: str) -> None:
+    """Note what you expect. It stays in the notebook, where grading finds it."""
+    print("Noted." if is_written(str(text)) else "No prediction yet.")

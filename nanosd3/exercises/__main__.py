@@ -4,6 +4,7 @@ python -m nanosd3.exercises list
 python -m nanosd3.exercises start hw.py --only flow             write a file of stubs
 python -m nanosd3.exercises grade hw.py                         print a table of verdicts
 python -m nanosd3.exercises grade-all FOLDER --csv grades.csv   one row per file
+python -m nanosd3.exercises status FOLDER                       what is done in its notebooks
 
 Files of answers are .py files or notebooks (.ipynb); grade-all looks into subfolders too. Without
 --only, grading asks for the exercises that the files name, or for all.
@@ -34,6 +35,8 @@ from nanosd3.exercises.grader.gradebook import (
 )
 from nanosd3.exercises.grader.grading import grade, missing_limits
 from nanosd3.exercises.grader.hand_ins import MARK, SUFFIXES, HandIn, read_hand_in
+from nanosd3.exercises.grader.predictions import to_csv as predictions_csv
+from nanosd3.exercises.grader.progress import progress
 from nanosd3.machine.device import cores
 from nanosd3.storage.files import write_file
 
@@ -98,16 +101,21 @@ def asked(file: Path, hand_in: HandIn, only: Sequence[str]) -> list[Exercise]:
     return select(only) if only else select(hand_in.exercises, f"{file}: {MARK.strip()}")
 
 
+def read_ones(hand_ins: dict[Path, HandIn | InputError]) -> list[tuple[Path, HandIn]]:
+    """Those of a class's files that could be read."""
+    return [(file, h) for file, h in hand_ins.items() if isinstance(h, HandIn)]
+
+
 def named_by(hand_ins: dict[Path, HandIn | InputError]) -> list[str]:
     """The exercises that a class's files name, if any of them does, and all that are answered."""
-    read = {file: h for file, h in hand_ins.items() if isinstance(h, HandIn)}
+    read = read_ones(hand_ins)
     found: set[str] = set()
-    for file, hand_in in read.items():
+    for file, hand_in in read:
         try:
             found.update(e.name for e in asked(file, hand_in, []) if hand_in.exercises)
         except InputError as error:  # a name that does not exist costs nobody a point
             hand_ins[file] = replace(hand_in, notes=(*hand_in.notes, str(error)))
-    return sorted(found.union(*(h.answered for h in read.values()))) if found else []
+    return sorted(found.union(*(h.answered for _, h in read))) if found else []
 
 
 def not_graded(hand_in: HandIn, exercises: list[Exercise]) -> list[str]:
@@ -117,9 +125,9 @@ def not_graded(hand_in: HandIn, exercises: list[Exercise]) -> list[str]:
     return [*hand_in.notes, *(extra if outside else [])]
 
 
-def show(verdicts: list[Verdict], notes: list[str]) -> None:
+def show(verdicts: list[Verdict], notes: list[str], predictions: str) -> None:
     """Print a table of the attempted exercises, the names of the others, what of the file is not
-    graded, and the score."""
+    graded, the number of predictions and the score."""
     for v in verdicts:
         if v.status != "not attempted":
             print(f"{MARKS[v.status]} {v.name:22} {v.points:2}/{v.out_of:<2}  {v.message}")
@@ -128,6 +136,8 @@ def show(verdicts: list[Verdict], notes: list[str]) -> None:
         print(textwrap.fill(text, 100, subsequent_indent="  "))
     for note in notes:
         print(f"note: {note}")
+    if predictions:
+        print(f"predictions: {predictions}")
     total = summary(verdicts)
     print(f"score: {total['score']} of {total['out_of']}")
 
@@ -144,27 +154,42 @@ def grade_file(file: Path, only: list[str], open_book: bool, as_json: bool) -> N
     exercises = asked(file, hand_in, only)
     warn_of_missing_limits()
     verdicts, notes = grade(file, exercises, open_book), not_graded(hand_in, exercises)
+    predictions = str(hand_in.predictions or "")
     if as_json:
-        print(json.dumps(summary(verdicts) | {"notes": notes}))
+        print(json.dumps(summary(verdicts) | {"predictions": predictions, "notes": notes}))
     else:
-        show(verdicts, notes)
+        show(verdicts, notes, predictions)
 
 
-def grade_all(folder: Path, target: Path, only: list[str], open_book: bool) -> None:
-    """Grade all files of answers in a folder and its subfolders, and write a CSV table."""
-    files, left_out = find_hand_ins(folder, target) if folder.is_dir() else ([], [])
+def read_class(
+    folder: Path, tables: Sequence[Path], open_book: bool
+) -> tuple[dict[Path, HandIn | InputError], list[str]]:
+    """The files of answers in a folder, and the names of all else. Raises InputError if there are
+    none."""
+    files, left_out = find_hand_ins(folder, tables) if folder.is_dir() else ([], [])
     if not files:
         found = f"; found only {listed(left_out)}" if left_out else ""
         expected = " or ".join(f"*{suffix}" for suffix in SUFFIXES)
         raise InputError(f"{folder}: not a folder with files of answers ({expected}){found}")
-    if target.is_dir():
-        raise InputError(f"--csv {target}: is a folder; name a file")
     hand_ins: dict[Path, HandIn | InputError] = {}
     for file in files:
         try:
             hand_ins[file] = read_hand_in(file, list(EXERCISES), open_book)
         except InputError as error:
             hand_ins[file] = error
+    return hand_ins, left_out
+
+
+def grade_all(
+    folder: Path, target: Path, predictions: Path | None, only: list[str], open_book: bool
+) -> None:
+    """Grade all files of answers in a folder and its subfolders, and write a CSV table, and one of
+    their predictions if asked for."""
+    for option, table in (("--csv", target), ("--predictions", predictions)):
+        if table and table.is_dir():
+            raise InputError(f"{option} {table}: is a folder; name a file")
+    tables = [target, predictions] if predictions else [target]
+    hand_ins, left_out = read_class(folder, tables, open_book)
     exercises = select(only or named_by(hand_ins))
     warn_of_missing_limits()
 
@@ -172,48 +197,62 @@ def grade_all(folder: Path, target: Path, only: list[str], open_book: bool) -> N
         name, hand_in = file.relative_to(folder).as_posix(), hand_ins[file]
         if isinstance(hand_in, InputError):
             return refused_row(name, exercises, str(hand_in))
+        written = str(hand_in.predictions or "")
         try:
             verdicts = grade(file, exercises, open_book)
         except Exception as error:  # one bad file must not stop the rest
-            return refused_row(name, exercises, f"{file}: {error}")
-        return Row(name, verdicts, notes=not_graded(hand_in, exercises))
+            return refused_row(name, exercises, f"{file}: {error}", written)
+        return Row(name, verdicts, notes=not_graded(hand_in, exercises), predictions=written)
 
     with ThreadPoolExecutor(cores()) as pool:
-        rows = list(tqdm(pool.map(row, files), "grading", total=len(files)))
+        rows = list(tqdm(pool.map(row, hand_ins), "grading", total=len(hand_ins)))
     write_file(target, to_csv(rows, exercises))
+    if predictions:
+        found = {f.relative_to(folder).as_posix(): h.predictions for f, h in read_ones(hand_ins)}
+        write_file(predictions, predictions_csv({f: p for f, p in found.items() if p}))
     print(to_text(rows, exercises))
     if not only:
         print(f"asked for {len(exercises)} exercises, as the files do; --only asks for others")
     refused = sum(bool(row.error) for row in rows)
     others = f" ({listed(left_out)})" if left_out else ""
     counts = f"graded {len(rows) - refused} files, refused {refused}, left out {len(left_out)}"
-    print(f"{counts}{others}; wrote {target}")
+    print(f"{counts}{others}; wrote {' and '.join(map(str, tables))}")
+
+
+def default_folder() -> Path:
+    """The folder of the notebooks, seen from the repository or from within."""
+    return Path("notebooks") if Path("notebooks").is_dir() else Path()
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("python -m nanosd3.exercises", "Self-grading exercises.")
     add = parser.add_argument
-    add("command", choices=("list", "start", "grade", "grade-all"))
+    add("command", choices=("list", "start", "grade", "grade-all", "status"))
     add("path", type=Path, nargs="?", help="file of answers (.py or .ipynb), or a folder")
     add("--only", nargs="+", default=[], metavar="NAME", help="topics or exercises")
     add("--open-book", action="store_true", help="grade, grade-all: let answers import the package")
     add("--json", action="store_true", help="grade: print the score and all verdicts as JSON")
     add("--csv", type=Path, help="grade-all: the table to write (required)")
+    add("--predictions", type=Path, help="grade-all: a table of all predictions to write, too")
     args = parser.parse_args(arguments)
     if args.command == "list":
         for e in select(args.only):
             print(f"{e.topic:12}{e.name:22}{e.points:2} points, {'*' * e.difficulty}")
         return 0
-    if args.path is None:
+    if args.path is None and args.command != "status":
         raise InputError(f"{args.command} needs a path (see --help)")
     if bool(args.csv) != (args.command == "grade-all"):
         raise InputError("--csv FILE is required by grade-all and not used by other commands")
-    if args.command == "start":
+    if args.predictions and not args.csv:
+        raise InputError("--predictions FILE is used by grade-all only")
+    if args.command == "status":
+        print(progress(args.path or default_folder(), EXERCISES, args.open_book))
+    elif args.command == "start":
         start(args.path, args.only)
     elif args.command == "grade":
         grade_file(args.path, args.only, args.open_book, args.json)
     else:
-        grade_all(args.path, args.csv, args.only, args.open_book)
+        grade_all(args.path, args.csv, args.predictions, args.only, args.open_book)
     return 0
 
 

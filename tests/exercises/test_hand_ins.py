@@ -10,8 +10,8 @@ import pytest
 from support.commands import refused
 
 from nanosd3.errors import InputError
-from nanosd3.exercises import EXERCISES, __main__
-from nanosd3.exercises.grader import grading
+from nanosd3.exercises import EXERCISES, __main__, guess
+from nanosd3.exercises.grader import grading, progress
 from nanosd3.exercises.grader.checker import Verdict
 from nanosd3.exercises.grader.hand_ins import read_hand_in
 
@@ -138,6 +138,134 @@ def test_no_notebook(tmp_path, content):
         read_hand_in(tmp_path / "a.ipynb", list(EXERCISES))
 
 
+# --- predictions --------------------------------------------------------------------------------
+
+
+def asking(path: Path, *cells: str) -> Path:
+    """A notebook of these cells: of text where they begin with #, else of code."""
+    both = [{"cell_type": "markdown" if c.startswith("#") else "code", "source": c} for c in cells]
+    path.write_text(json.dumps({"cells": both, "nbformat": 4, "metadata": {}}), encoding="utf-8")
+    return path
+
+
+def predicted(path: Path, *cells: str):
+    return read_hand_in(asking(path / "hw.ipynb", *cells), list(EXERCISES)).predictions
+
+
+def test_predictions_belong_to_their_questions(tmp_path):
+    found = predicted(
+        tmp_path,
+        "# Write where you see **PREDICT**.",
+        "# A line.\n#\n**PREDICT.** Will the loss\ngo to zero? Or to 1.5 or so?",
+        "%%time\nguess('No:\\n it  cannot.')\nraise SystemExit",
+        "# **PREDICT.** Which is 1.5 times as large",
+        'guess_2 = "..."',
+        "# **PREDICT.** Where? And why?",
+        "x = 1",
+        'guess("é" "t")\nguess(text="é")',
+        "# No question.",
+        'guess_3 = """far\nout"""',
+        "# **PREDICT.** Last.",
+    )
+    assert found.found == (
+        ("Will the loss go to zero?", "No: it cannot."),
+        ("Which is 1.5 times as large", ""),
+        ("Where?", "ét / é / far out"),
+        ("Last.", ""),
+    )
+    assert str(found) == "2 of 4" and not found.notes
+
+
+@pytest.mark.parametrize("empty", ['guess("")', 'guess("...")', 'guess(" … ")', 'guess_1 = " "'])
+def test_an_empty_field_is_no_prediction(tmp_path, empty):
+    assert str(predicted(tmp_path, "# **PREDICT.** What?", empty)) == "0 of 1"
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["guess(it is)", "guess(answer)", "guess(f'{exit()}')", "guess('a' + 'b')", "guess()",
+     "guess('a', 'b')", "guess(b'a')", "guess(3)", "guess(*'a')", "guess_1 = 3",
+     "guess('it's')", f"guess({'(' * 100_000}", "guess('a')" + "+guess('b')" * 100_000],
+    ids=range(13),
+)  # fmt: skip
+def test_what_is_not_text_is_not_run_and_not_counted(tmp_path, field):
+    found = predicted(tmp_path, "# **PREDICT.** What?", field)
+    assert str(found) == "0 of 1"
+    if "+guess" not in field:  # that is no field
+        assert found.notes == ("predictions that are not text in quotes, in code cells 1",)
+
+
+def test_hostile_predictions(tmp_path):
+    long = "a" * 10**6
+    field = f'guess("=1+1\\x1b[2J\\0\\ud800{long}")'
+    found = predicted(tmp_path, "# **PREDICT.** " + long, *["guess_1 = 1"] * 50, field)
+    question, text = found.found[0]
+    assert len(question) == len(text) == 2000 and text.isprintable()
+    assert text.startswith("=1+1[2Ja") and text.endswith("a…")
+    assert found.notes[0].endswith("code cells 1, 2, 3, 4, 5, 6, 7, 8, 9, 10")
+
+
+def test_an_answer_field_says_whether_it_is_filled_in(capsys):
+    for text in ("", "...", " ", "It is 3.", 3):
+        guess(text)
+    assert capsys.readouterr().out == "No prediction yet.\n" * 3 + "Noted.\n" * 2
+
+
+def test_predictions_are_collected(tmp_path, capsys, fake):
+    folder, table = tmp_path / "class", tmp_path / "t.csv"
+    folder.mkdir()
+    questions = ["# **PREDICT.** Where? Why?", "# **PREDICT.** =How?", 'check("shift", shift)']
+    asking(folder / "=a.ipynb", questions[0], 'guess("@home")', *questions[1:])
+    asking(folder / "b.ipynb", questions[0], 'guess(" -é ")', questions[1], 'guess("so")')
+    (folder / "c.py").write_text('guess_1 = "here"\n' + answer(shift="right"))
+    (folder / "d.ipynb").write_bytes("guess('é')".encode("latin-1"))
+    command = ["grade-all", folder, "--csv", table, "--predictions", folder / "p.csv"]
+    for _ in range(2):  # the second time over the table of the first
+        assert __main__.main(list(map(str, command))) == 0
+    rows = {row["file"]: row for row in csv.DictReader(table.open(encoding="utf-8"))}
+    counts = [rows[name]["predictions"] for name in ("'=a.ipynb", "b.ipynb", "c.py", "d.ipynb")]
+    assert counts == ["1 of 2", "2 of 2", "", ""]
+    assert list(csv.reader((folder / "p.csv").open(encoding="utf-8"))) == [
+        ["file", "question", "prediction"],
+        ["'=a.ipynb", "Where?", "'@home"],
+        ["b.ipynb", "Where?", "'-é"],
+        ["b.ipynb", "'=How?", "so"],
+    ]
+    assert f"left out 0; wrote {table} and {folder / 'p.csv'}" in capsys.readouterr().out
+    assert __main__.main(["grade", str(folder / "=a.ipynb"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["predictions"] == "1 of 2"
+    assert __main__.main(["grade", str(folder / "=a.ipynb")]) == 0
+    assert "\npredictions: 1 of 2\nscore: 0 of 1\n" in capsys.readouterr().out
+    assert __main__.main(["grade", str(folder / "c.py"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["predictions"] == ""
+    line = refused(capsys, __main__.main, "grade", folder / "c.py", "--predictions", table)
+    assert "--predictions FILE is used by grade-all only" in line
+    line = refused(capsys, __main__.main, *command[:-1], folder)
+    assert f"--predictions {folder}: is a folder" in line
+
+
+def test_status(tmp_path, capsys, fake, monkeypatch):
+    asking(tmp_path / "01.ipynb", "# **PREDICT.** A?", 'guess("b")', 'check("mode", mode)',
+           answer(shift="right", mode="wrong"))  # fmt: skip
+    asking(tmp_path / "02.ipynb", "# **PREDICT.** A?", "guess(3)", 'ok = check("heun", heun)')
+    asking(tmp_path / "03.ipynb", "# Notes of mine.")
+    (tmp_path / "04.ipynb").write_text("{")
+    (tmp_path / "hw.py").write_text(answer(shift="right"))
+    assert __main__.main(["status", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in (*lines[1:3], lines[4])] == [
+        ["01", *"1 of 2 1 of 1".split(), "mode"],
+        ["02", *"0 of 1 0 of 1".split(), "heun"],
+        ["all", *"1 of 3 1 of 2".split()],
+    ]
+    assert "not a Jupyter notebook" in lines[3] and len(lines) == 5
+    monkeypatch.chdir(tmp_path)
+    assert __main__.main(["status"]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == lines[:3]
+    line = refused(capsys, __main__.main, "status", tmp_path / "nowhere")
+    assert "nowhere: not a folder with notebooks that set exercises" in line
+
+
 # --- Python files -------------------------------------------------------------------------------
 
 
@@ -194,6 +322,7 @@ def fake(monkeypatch):
         return verdicts
 
     monkeypatch.setattr(__main__, "grade", grade)
+    monkeypatch.setattr(progress, "grade", grade)
 
 
 def answer(**statuses: str) -> str:

@@ -27,6 +27,7 @@ import build  # noqa: E402
 SOURCES = build.sources()
 NAMES = [source.stem for source in SOURCES]
 NUMBERS = [f"{i:02d}" for i in range(11)]
+CHECK = re.compile(r'^(?:\w+ = )?check\("(\w+)", (\w+)\)$', re.MULTILINE)
 
 
 @pytest.fixture(scope="module", params=SOURCES, ids=NAMES)
@@ -41,6 +42,11 @@ def notebook(source):
 
 def code_of(notebook) -> list[str]:
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def set_in(source: Path) -> list[str]:
+    """The exercises that a notebook sets."""
+    return [name for name, _ in CHECK.findall(source.read_text())]
 
 
 def prose_of(notebook) -> str:
@@ -75,7 +81,7 @@ def test_shape(notebook, source):
     assert notebook.cells[1].source == build.INSTALL.format(repository=build.REPOSITORY)
     assert prose.count("**PREDICT.**") >= 3
     assert "What was left out" in prose and "2403.03206" in prose
-    checked = re.findall(r'^check\("(\w+)", (\w+)\)$', code, re.MULTILINE)
+    checked = CHECK.findall(code)
     assert 2 <= len(checked) <= 4
     for name, answer in checked:
         assert name == answer and name in EXERCISES and f'show("{name}")' in code
@@ -112,7 +118,7 @@ def functions_of(source: Path) -> list[ast.FunctionDef]:
 
 def test_no_notebook_prints_an_answer():
     """No function that a notebook defines solves an exercise that a notebook sets."""
-    used = {name for s in SOURCES for name in re.findall(r'^check\("(\w+)"', s.read_text(), re.M)}
+    used = {name for s in SOURCES for name in set_in(s)}
     case_of = {name: EXERCISES[name].drawn()[1] for name in used}
     expected = {name: result_of(EXERCISES[name].reference, case) for name, case in case_of.items()}
     compared = 0
@@ -137,18 +143,14 @@ def test_flow_needs_no_package():
 
 
 def test_no_exercise_in_two_notebooks():
-    used = [name for s in SOURCES for name in re.findall(r'^check\("(\w+)"', s.read_text(), re.M)]
+    used = [name for s in SOURCES for name in set_in(s)]
     assert len(set(used)) == len(used)
 
 
 def test_teachers_page(capsys):
     """The tables match the exercise registry and the notebooks, and the example runs."""
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
-    place = {
-        name: s.stem[:2]
-        for s in SOURCES
-        for name in re.findall(r'^check\("(\w+)"', s.read_text(), re.M)
-    }
+    place = {name: s.stem[:2] for s in SOURCES for name in set_in(s)}
     for e in EXERCISES.values():
         mistakes = ", ".join(mutant.name.replace("_", " ") for mutant in e.mutants)
         start = re.escape(f"| `{e.name}` | {e.topic} | {e.points} | {place.get(e.name, '')} |")
@@ -180,7 +182,7 @@ def test_runs(notebook, source, monkeypatch, notebook_cache):
     stub is not attempted, and the reference gets its tick."""
     notebook, checks = copy.deepcopy(notebook), {}
     for cell in notebook.cells:
-        if match := re.search(r'^check\("(\w+)", \w+\)$', cell.source, re.MULTILINE):
+        if match := CHECK.search(cell.source):
             checks[match[1]] = EXERCISES[match[1]]
             cell.source += WITH_REFERENCE.format(name=match[1])
     monkeypatch.setenv("NANOSD3_FAST", "1")
@@ -193,7 +195,7 @@ def test_runs(notebook, source, monkeypatch, notebook_cache):
     printed = "\n".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )
-    assert list(checks) == re.findall(r'^check\("(\w+)"', source.read_text(), re.MULTILINE)
+    assert list(checks) == set_in(source)
     for name, exercise in checks.items():
         assert f"· {name} (0/{exercise.points}): not attempted yet" in printed
         assert f"✓ {name} ({exercise.points}/{exercise.points}): {exercise.why}" in printed

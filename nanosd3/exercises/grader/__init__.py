@@ -5,8 +5,11 @@ Modules, each of which imports only from those above it:
     sandbox         runs answers in a restricted process and records the results
     comparison      compares results and says in what way they differ
     checker         judges recorded results and says what is wrong
+    notebook_cells  reads the cells of notebooks
+    predictions     finds the predictions in a notebook
     hand_ins        reads files of answers, Python and notebooks
     grading         grades whole files
     gradebook       the grades of a class
+    progress        what is done in a folder of notebooks
     student_tests   `pytest --student=FILE`
 """

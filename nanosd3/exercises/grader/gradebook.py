@@ -11,6 +11,7 @@ from pathlib import Path
 from nanosd3.exercises.grader.checker import Verdict
 from nanosd3.exercises.grader.exercise import Exercise
 from nanosd3.exercises.grader.hand_ins import SUFFIXES
+from nanosd3.exercises.grader.predictions import plain
 
 STATES = ("right", "wrong", "timed out", "refused", "not attempted")
 SHOWN = 10  # names in a list
@@ -24,17 +25,20 @@ class Row:
     verdicts: Sequence[Verdict]
     error: str = ""
     notes: Sequence[str] = ()
+    predictions: str = ""  # "5 of 6"; empty where none were asked for
 
 
-def refused_row(file: str, exercises: Sequence[Exercise], error: str) -> Row:
+def refused_row(file: str, exercises: Sequence[Exercise], error: str, predictions: str = "") -> Row:
     """The row of a file that cannot be graded."""
-    return Row(file, [Verdict(e.name, "refused", 0, e.points, error) for e in exercises], error)
+    verdicts = [Verdict(e.name, "refused", 0, e.points, error) for e in exercises]
+    return Row(file, verdicts, error, predictions=predictions)
 
 
-def find_hand_ins(folder: Path, written: Path) -> tuple[list[Path], list[str]]:
+def find_hand_ins(folder: Path, written: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """Files of answers in a folder and its subfolders, and the names of all else that is there,
-    except for the table `written` itself. Links to folders are not followed."""
+    except for the tables `written` themselves. Links to folders are not followed."""
     files, left_out = [], []
+    tables = [path.resolve() for path in written]
 
     def unreadable(error: OSError) -> None:
         left_out.append(f"{Path(error.filename).relative_to(folder).as_posix()}/")
@@ -49,7 +53,7 @@ def find_hand_ins(folder: Path, written: Path) -> tuple[list[Path], list[str]]:
             path = here / name
             if path.suffix.lower() in SUFFIXES and not is_machinery(name) and not is_special(path):
                 files.append(path)
-            elif path.resolve() != written.resolve():
+            elif path.resolve() not in tables:
                 left_out.append(path.relative_to(folder).as_posix())
     return sorted(files), sorted(left_out)
 
@@ -80,22 +84,21 @@ def to_csv(rows: Sequence[Row], exercises: Sequence[Exercise]) -> bytes:
     below it a row per state with the number of files in it."""
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(["file", "score", "out_of", "error", *(e.name for e in exercises), "notes"])
+    head = ["file", "score", "out_of", "predictions", "error"]
+    writer.writerow([*head, *(e.name for e in exercises), "notes"])
     out_of = sum(e.points for e in exercises)
     for row in rows:
         cells = [v.points if v.status == "right" else v.status for v in row.verdicts]
         score = sum(v.points for v in row.verdicts)
         notes = "; ".join(row.notes)
-        writer.writerow([plain(row.file), score, out_of, plain(row.error), *cells, plain(notes)])
+        first = [plain(row.file), score, out_of, row.predictions, plain(row.error)]
+        writer.writerow([*first, *cells, plain(notes)])
     counts = states(rows, exercises)
     for state in STATES:
-        writer.writerow([f"(files: {state})", "", "", "", *(count[state] for count in counts), ""])
+        writer.writerow(
+            [f"(files: {state})", "", "", "", "", *(count[state] for count in counts), ""]
+        )
     return buffer.getvalue().encode(errors="replace")
-
-
-def plain(text: str) -> str:
-    """Text that a spreadsheet does not take for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def to_text(rows: Sequence[Row], exercises: Sequence[Exercise]) -> str:

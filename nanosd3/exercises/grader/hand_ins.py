@@ -16,16 +16,15 @@ import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nanosd3.errors import InputError
-from nanosd3.storage.files import parse_json, read_regular
+from nanosd3.exercises.grader.notebook_cells import Cell, parsed, read_cells
+from nanosd3.exercises.grader.predictions import Predictions, find_predictions
+from nanosd3.storage.files import read_regular
 from nanosd3.storage.user_files import decode_text
 
 SUFFIXES = (".py", ".ipynb")
 MARK = "# exercises: "  # the line of a file of stubs that names what it was made for
-PYTHON_MAGICS = ("%%time", "%%capture")  # first lines of cells that are still Python
-MOST_MAGICS = 100  # lines in a cell that are IPython's
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class HandIn:
     refused: dict[str, str] = field(default_factory=dict)  # why an answer cannot be run
     notes: tuple[str, ...] = ()  # what is not graded
     places: tuple[str, ...] = ()  # where in the notebook each line of `source` is from
+    predictions: Predictions | None = None  # of a notebook
 
     def place(self, line: int) -> str:
         """A line of the source in words: "line 3", or where it is in the notebook."""
@@ -51,7 +51,7 @@ def read_hand_in(file: Path, names: Collection[str], open_book: bool = False) ->
     """
     content = read_regular(file)
     if file.suffix.lower() == ".ipynb":
-        return of_notebook(code_cells(file, content), names, open_book)
+        return of_notebook(read_cells(file, content), names, open_book)
     text, tree = compiled(file, content)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     mark = re.search(rf"^{MARK}(.+)$", text, re.MULTILINE)
@@ -113,19 +113,6 @@ def near_misses(functions: list[ast.FunctionDef], names: Collection[str]) -> tup
 # --- notebooks ----------------------------------------------------------------------------------
 
 
-def code_cells(file: Path, content: bytes) -> list[str]:
-    """The text of a notebook's code cells. Raises InputError if it is not a notebook."""
-    text = decode_text(content, file)
-    try:
-        notebook: Any = parse_json(text, file)
-        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        return ["".join(cell["source"]).replace("\r\n", "\n") for cell in cells]
-    except (InputError, KeyError, TypeError):
-        raise InputError(
-            f"{file}: not a Jupyter notebook of format 4; open it in Jupyter and save it again"
-        ) from None
-
-
 @dataclass(frozen=True, eq=False)
 class Statement:
     """A top-level statement of a notebook that binds names: import, function, class, constant."""
@@ -154,9 +141,10 @@ class Statement:
         return None
 
 
-def of_notebook(cells: list[str], names: Collection[str], open_book: bool) -> HandIn:
-    """The answers in a notebook, with what they need. Of two answers to an exercise the last
-    counts, as in the notebook itself."""
+def of_notebook(notebook: list[Cell], names: Collection[str], open_book: bool) -> HandIn:
+    """The answers in a notebook, with what they need, and its predictions. Of two answers to an
+    exercise the last counts, as in the notebook itself."""
+    cells = [cell.text for cell in notebook if cell.is_code]
     statements: list[Statement] = []
     refused: dict[str, str] = {}
     for number, cell in enumerate(cells, 1):
@@ -183,35 +171,18 @@ def of_notebook(cells: list[str], names: Collection[str], open_book: bool) -> Ha
     twice = [name for name in answers if [n for n, _ in given].count(name) > 1]
     notes += [f"{name} is defined more than once; the last one counts" for name in twice]
     functions = [s.node for s in statements if isinstance(s.node, ast.FunctionDef)]
-    checked = re.findall(r"""^check\(["'](\w+)["']""", "\n".join(cells), re.MULTILINE)
+    checked = re.findall(r"""^(?:\w+ = )?check\(["'](\w+)["']""", "\n".join(cells), re.MULTILINE)
     written = [name for name, answer in answers.items() if not is_stub(answer.node)]
+    predictions = find_predictions(notebook)
     return HandIn(
         "".join(f"{line}\n" for line in lines.values()).encode(errors="replace"),
         exercises=in_order(names, {*checked, *answers, *refused}),
         answered=in_order(names, {*written, *refused}),
         refused=refused,
-        notes=(*notes, *near_misses(functions, names)),
+        notes=(*notes, *near_misses(functions, names), *predictions.notes),
+        predictions=predictions,
         places=tuple(f"code cell {cell}, line {line}" for cell, line in lines),
     )
-
-
-def parsed(cell: str) -> tuple[ast.Module, list[str]]:
-    """A cell's syntax tree and lines, with IPython's own lines (%magic, !shell, help?) replaced by
-    `pass`. Raises SyntaxError if it is not Python."""
-    lines = cell.split("\n")
-    if lines[0].startswith("%%") and not lines[0].startswith(PYTHON_MAGICS):
-        return ast.parse(""), []  # another language
-    with warnings.catch_warnings(action="ignore"):
-        for _ in range(MOST_MAGICS):
-            try:
-                return ast.parse("\n".join(lines)), lines
-            except SyntaxError as error:
-                at = (error.lineno or 1) - 1
-                line, number = re.subn(r"^(\s*)([%!?].*|\S+\?)$", r"\1pass", lines[at])
-                if not number:
-                    raise
-                lines[at] = line
-    raise SyntaxError("too many lines that are not Python")
 
 
 def bindings(tree: ast.Module, lines: list[str], cell: int) -> Iterator[Statement]:

@@ -1,0 +1,60 @@
+"""The cells of Jupyter notebooks, and the Python in them."""
+
+import ast
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanosd3.errors import InputError
+from nanosd3.storage.files import parse_json
+from nanosd3.storage.user_files import decode_text
+
+PYTHON_MAGICS = ("%%time", "%%capture")  # first lines of cells that are still Python
+MOST_MAGICS = 100  # lines in a cell that are IPython's
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of code or of text."""
+
+    is_code: bool
+    text: str
+
+
+def read_cells(file: Path, content: bytes) -> list[Cell]:
+    """The cells of a notebook. Raises InputError if it is not one."""
+    text = decode_text(content, file)
+    try:
+        notebook: Any = parse_json(text, file)
+        return [
+            Cell(
+                cell["cell_type"] == "code",
+                "".join(cell["source"]).replace("\r\n", "\n"),
+            )
+            for cell in notebook["cells"]
+        ]
+    except (InputError, KeyError, TypeError):
+        raise InputError(
+            f"{file}: not a Jupyter notebook of format 4; open it in Jupyter and save it again"
+        ) from None
+
+
+def parsed(cell: str) -> tuple[ast.Module, list[str]]:
+    """A cell's syntax tree and lines, with IPython's own lines (%magic, !shell, help?) replaced by
+    `pass`. Raises SyntaxError if it is not Python."""
+    lines = cell.split("\n")
+    if lines[0].startswith("%%") and not lines[0].startswith(PYTHON_MAGICS):
+        return ast.parse(""), []  # another language
+    with warnings.catch_warnings(action="ignore"):
+        for _ in range(MOST_MAGICS):
+            try:
+                return ast.parse("\n".join(lines)), lines
+            except SyntaxError as error:
+                at = (error.lineno or 1) - 1
+                line, number = re.subn(r"^(\s*)([%!?].*|\S+\?)$", r"\1pass", lines[at])
+                if not number:
+                    raise
+                lines[at] = line
+    raise SyntaxError("too many lines that are not Python")
