@@ -203,7 +203,7 @@ SCENES = replace(
     MNIST,  # 32 x 32, and 32 x 48
     name="scenes",
     padding=0,
-    mmdit=replace(MNIST.mmdit, patch_size=4),
+    mmdit=replace(MNIST.mmdit, depth=3, patch_size=4),
     vae=replace(MNIST.vae, image_channels=3, channels=(16, 32)),
     text=replace(
         MNIST.text,
@@ -219,8 +219,8 @@ SCENES = replace(
         autoencoder=Recipe(steps=300, batch=32, lr=4e-3, warmup=50, weight_decay=0.0),
         clip=Recipe(steps=1500, batch=128, lr=4e-3, warmup=50, weight_decay=1e-2),
         t5=Recipe(steps=250, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
-        flow=Recipe(steps=4000, batch=64, lr=1e-2, warmup=100, weight_decay=0.0, optimizer="muon"),
-        kl_weight=1e-2,
+        flow=Recipe(steps=8000, batch=64, lr=1e-2, warmup=100, weight_decay=0.0, optimizer="muon"),
+        kl_weight=1e-3,  # most of a scene is black: with more, most of a latent is noise
         time_mean=0.8,
         time_std=1.0,
         encoder_dropout=0.464,
