@@ -102,11 +102,19 @@ class Tokenizers:
         )
 
     def unknown_words(self, prompts: Collection[str]) -> list[str]:
-        """Words of the prompts that occur in no caption, each once, in order."""
+        """Words of the prompts that occur in no caption, each once, in order. A number is not
+        unknown if its digits are not, and captions have numbers as long."""
         if not self.words:
             return []
+        numbers = [word for word in self.words if word.isdecimal()]
+        longest, digits = max(map(len, numbers), default=0), set("".join(numbers))
+
+        def is_known(word: str) -> bool:
+            spelled = word.isdecimal() and len(word) <= longest and digits.issuperset(word)
+            return word in self.words or spelled
+
         said = [word for prompt in prompts for word in prompt.lower().split()]
-        return [word for word in dict.fromkeys(said) if word not in self.words]
+        return [word for word in dict.fromkeys(said) if not is_known(word)]
 
 
 def make_encoders(config: TextConfig) -> nn.ModuleDict:

@@ -9,7 +9,6 @@ No score of a model can be higher than the judge is right, so real scenes with t
 scored too; that is the ceiling. Scenes encoded and decoded again say what the autoencoder loses.
 """
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -99,12 +98,9 @@ def sample_scenes(
     seed: int,
     guidance: float | None = None,
 ) -> Tensor:
-    """Samples uint8 (B, H, W, 3), without a warning of new words: most numbers are, but their
-    digits are not."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        height, width = canvas
-        images = pipeline(prompts, seed=seed, guidance=guidance, height=height, width=width)
+    """Samples uint8 (B, H, W, 3)."""
+    height, width = canvas
+    images = pipeline(prompts, seed=seed, guidance=guidance, height=height, width=width)
     return torch.as_tensor(images)
 
 

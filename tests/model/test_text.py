@@ -1,5 +1,7 @@
 """The three encoders joined: order, padding, dropping."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -129,6 +131,15 @@ def test_empty_prompt_is_zero(text):
 def test_unknown_encoder(text):
     with pytest.raises(InputError, match="no encoder 'bert'"):
         text.encode(["7"], drop=["bert"])
+
+
+def test_numbers_are_known_by_their_digits(text):
+    seen = ["the number 40", "the number 175", "the number seven"]
+    known = replace(text.tokenizers, words=frozenset(" ".join(seen).split()))
+    assert known.unknown_words(["the number 510 or 7"]) == ["or"]
+    assert known.unknown_words(["5104 28 4.0"]) == ["5104", "28", "4.0"]  # long; new digits
+    assert text.tokenizers.unknown_words(["38"]) == ["38"]  # captions have single digits
+    assert replace(known, words=frozenset(["seven"])).unknown_words(["7"]) == ["7"]
 
 
 def test_unknown_words_and_long_prompts(text):
