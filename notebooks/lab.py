@@ -1,4 +1,4 @@
-"""Shared code of the notebooks: a small trained model, a cache and plotting functions.
+"""Shared code of the notebooks: a small trained model, a cache, and the drawing of figures.py.
 
 `trained()` returns a small Stable Diffusion 3 trained on MNIST. The first notebook that calls it
 trains the model (about four minutes on two cores); the others load it from the cache, the folder
@@ -9,24 +9,19 @@ With NANOSD3_FAST=1 in the environment everything is scaled down: all cells run 
 assertion holds, but the model learns nothing. This is for tests only.
 
 NANOSD3_THREADS or OMP_NUM_THREADS sets the number of CPU threads. Everything runs on the CPU, even
-where there is a GPU, so that a whole classroom gets the same results. All figures are
-black on white, have labelled axes and a caption below.
+where there is a GPU, so that a whole classroom gets the same results.
 """
 
 import contextlib
 import os
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from cycler import cycler
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from figures import clouds, curves, densities, finish, images, lines, maps, panels, to_numpy, ways
 from torch import Tensor
 
 from nanosd3.config import CONFIGS, Config, Training
@@ -44,28 +39,16 @@ from nanosd3.training.encoders import get_encoders
 from nanosd3.training.stages import Job
 from nanosd3.training.train_flow import train_flow
 
+__all__ = ["CACHE", "FAST", "Lesson", "begin_job", "cached", "lesson_config", "pick", "trained"]
+__all__ += ["clouds", "curves", "densities", "finish", "images", "lines", "maps", "panels"]
+__all__ += ["to_numpy", "ways"]
+
 FAST = os.environ.get("NANOSD3_FAST", "") not in ("", "0")
 CACHE = Path(os.environ.get("NANOSD3_CACHE") or Path(__file__).parent / "cache") / (
     "fast" if FAST else "full"
 )
 
 torch.set_num_threads(1 if FAST else default_threads("NANOSD3_THREADS"))
-
-plt.rcParams.update(
-    {
-        "figure.figsize": (6.4, 3.2),
-        "figure.dpi": 100,
-        "figure.constrained_layout.use": True,
-        "font.size": 9,
-        "axes.titlesize": 10,
-        "axes.formatter.min_exponent": 3,  # 0.01 rather than 10^-2
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.prop_cycle": cycler(color=["0", "0.55"]) * cycler(linestyle=["-", "--", ":", "-."]),
-        "image.cmap": "gray",
-        "legend.frameon": False,
-    }
-)
 
 T = TypeVar("T")
 
@@ -181,78 +164,3 @@ def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors({key: value.contiguous() for key, value in make().items()}, path)
     return read_tensors(path)
-
-
-# --- figures ------------------------------------------------------------------------------------
-
-
-def finish(figure: Figure, caption: str) -> None:
-    """Add the caption below and show the figure."""
-    width = int(figure.get_size_inches()[0] * 16)
-    figure.supxlabel(textwrap.fill(caption, width), fontsize=9, style="italic")
-    plt.show()
-
-
-def panels(count: int, width: float = 3.2, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` axes side by side."""
-    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
-    return figure, list(axes[0])
-
-
-def to_numpy(x: Tensor | np.ndarray | Sequence) -> np.ndarray:
-    """A detached copy or view of `x` on the CPU as an array."""
-    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
-
-
-def lines(
-    curves: Mapping[str, tuple[Sequence, Sequence]],
-    xlabel: str,
-    ylabel: str,
-    caption: str,
-    log: str = "",
-) -> None:
-    """Plot curves given as name -> (x, y). `log` may be "x", "y" or "xy"."""
-    figure, (axis,) = panels(1, 6.4, 3.4)
-    for mark, (name, (x, y)) in zip("os^vDxP*" * 4, curves.items(), strict=False):
-        marker = mark if len(x) <= 20 else ""
-        axis.plot(to_numpy(x), to_numpy(y), marker=marker, markersize=4, label=name)
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.set_xscale("log" if "x" in log else "linear")
-    axis.set_yscale("log" if "y" in log else "linear")
-    if len(curves) > 1:
-        axis.legend()
-    finish(figure, caption)
-
-
-def images(rows: Mapping[str, Tensor | np.ndarray], caption: str, cell: float = 0.6) -> None:
-    """Show rows of images, given as label -> (n, H, W), inverted: dark strokes on white."""
-    columns = max(len(row) for row in rows.values())
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.6 + columns * cell, len(rows) * cell + 0.5), squeeze=False
-    )
-    for line, (label, row) in zip(axes, rows.items(), strict=True):
-        for axis in line:
-            axis.axis("off")
-        for axis, image in zip(line, row, strict=False):
-            axis.imshow(-to_numpy(image).astype(float), interpolation="nearest")
-        style = {"transform": line[0].transAxes, "ha": "right", "va": "center"}
-        line[0].text(-0.15, 0.5, textwrap.fill(label, 22), **style)
-    finish(figure, caption)
-
-
-def maps(
-    tables: Mapping[str, Tensor | np.ndarray], xlabel: str, ylabel: str, caption: str, unit: str
-) -> None:
-    """Show matrices side by side as heat maps on one grey scale; dark is large."""
-    arrays = {name: to_numpy(table) for name, table in tables.items()}
-    low = min(float(a.min()) for a in arrays.values())
-    high = max(float(a.max()) for a in arrays.values())
-    figure, axes = panels(len(arrays), 2.6, 2.9)
-    for axis, (name, array) in zip(axes, arrays.items(), strict=True):
-        heatmap = axis.imshow(
-            array, cmap="gray_r", vmin=low, vmax=high, interpolation="nearest", aspect="auto"
-        )
-        axis.set(title=name, xlabel=xlabel, ylabel=ylabel if axis is axes[0] else "")
-        axis.locator_params(integer=True)
-    figure.colorbar(heatmap, ax=axes, label=unit, shrink=0.8)
-    finish(figure, caption)

@@ -1,7 +1,8 @@
 """Image grids with captions, animations, and what all plots share.
 
 Grids and animations are drawn with Pillow, plots with matplotlib, which is imported only where it
-is used. Lines in plots can be told apart without colour.
+is used. Lines in plots can be told apart without colour. Four colours have a meaning, the same in
+notebooks and plots of runs; they differ for the colour-blind too (a test simulates three kinds).
 """
 
 import io
@@ -25,6 +26,8 @@ CELL = 56  # smaller images are enlarged to about this height, in pixels
 GAP = 4  # pixels between images
 COLUMNS = 16  # images in a row, at most
 INK, GREY, PALE = "black", "0.6", "0.8"  # of lines in plots
+MEANINGS = {"data": "#0072B2", "noise": "#8C8C8C", "prompt": "#C77F00", "prediction": "#A3004F"}
+SERIES = ("black", "#009E73", "#CC79A7", "#56B4E9")  # of other curves, Okabe and Ito's
 SHADES = " .:-=+*#%@"  # characters from dark to light, on a dark terminal
 
 

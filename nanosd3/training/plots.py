@@ -8,7 +8,9 @@ import numpy as np
 from nanosd3.training.figures import (
     GREY,
     INK,
+    MEANINGS,
     PALE,
+    SERIES,
     label_counts,
     new_figure,
     save_plot,
@@ -35,12 +37,13 @@ def plot_loss(log: list[dict], path: Path) -> None:
     axes[0].plot(
         np.arange(window - 1, len(losses)), smooth(losses, window), label=f"mean of {window}"
     )
-    for key, style, label in (
-        ("validation", ":o", "held out, mean latents, even t"),
-        ("validation_ema", "--s", "the same, averaged weights"),
+    for key, style, colour, label in (
+        ("validation", ":o", SERIES[1], "held out, mean latents, even t"),
+        ("validation_ema", "--s", SERIES[2], "the same, averaged weights"),
     ):
         means = [float(np.mean(entry[key])) for entry in held_out]
-        axes[0].plot([e["step"] for e in held_out], means, style, markersize=4, label=label)
+        steps_of = [entry["step"] for entry in held_out]
+        axes[0].plot(steps_of, means, style, color=colour, markersize=4, label=label)
         losses += means  # for the axis limits
     axes[0].set(xlabel="step", ylabel="velocity loss (per latent)", title="Loss")
     low, high = np.quantile(losses, [0.0, 0.98])
@@ -54,14 +57,16 @@ def plot_loss(log: list[dict], path: Path) -> None:
 
 def plot_loss_by_time(held_out: list[dict], axis: "Axes") -> None:
     """Plot the validation loss of the EMA weights against t: early, halfway and at the end."""
-    for style, entry in zip(
+    for style, colour, entry in zip(
         (":o", "--s", "-^"),
+        (SERIES[1], SERIES[2], INK),
         [held_out[0], held_out[len(held_out) // 2], held_out[-1]],
         strict=True,
     ):
         losses = entry["validation_ema"]
         times = (np.arange(len(losses)) + 0.5) / len(losses)
-        axis.plot(times, losses, style, markersize=4, label=f"after step {entry['step'] + 1}")
+        label = f"after step {entry['step'] + 1}"
+        axis.plot(times, losses, style, color=colour, markersize=4, label=label)
     axis.set(
         xlabel="t   (0 data, 1 noise)",
         ylabel="velocity loss (per latent)",
@@ -75,8 +80,9 @@ def plot_samplers(errors: dict[str, list[tuple[int, float]]], path: Path) -> Non
     """Plot each sampler's error, (evaluations, distance from the exact solution) points."""
     figure, (axis,) = new_figure(5.5, 1)
     styles = {"euler": "-o", "heun": "--s", "dpmpp_2m": ":^"}
-    for sampler, points in errors.items():
-        axis.loglog(*zip(*points, strict=True), styles[sampler], markersize=5, label=sampler)
+    for (sampler, points), colour in zip(errors.items(), SERIES, strict=False):
+        style = {"color": colour, "markersize": 5, "label": sampler}
+        axis.loglog(*zip(*points, strict=True), styles[sampler], **style)
     label_counts(axis, [n for n, _ in errors["euler"]])
     axis.set(
         xlabel="network evaluations per image",
@@ -92,14 +98,15 @@ def plot_frontier(points: list[tuple[float, float, float]], real: float, path: P
     `real` is the accuracy of the classifier on real images."""
     figure, (axis,) = new_figure(5.5, 1)
     _, accuracies, ratios = zip(*points, strict=True)
-    axis.plot([100 * a for a in accuracies], ratios, "-o", markersize=5)
+    axis.plot([100 * a for a in accuracies], ratios, "-o", color=MEANINGS["prediction"])
     for guidance, accuracy, ratio in points:
         place = 100 * accuracy, ratio
         axis.annotate(
             f"{guidance:g}", place, xytext=(-6, 5), textcoords="offset points", ha="right"
         )
-    axis.axvline(100 * real, color=GREY, linestyle=":", label="real images, read correctly")
-    axis.axhline(1, color=GREY, linestyle="--", label="real images, distance")
+    data = MEANINGS["data"]
+    axis.axvline(100 * real, color=data, linestyle=":", label="real images, read correctly")
+    axis.axhline(1, color=data, linestyle="--", label="real images, distance")
     axis.margins(0.12)
     axis.set_ylim(bottom=0)
     axis.set(
