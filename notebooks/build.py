@@ -1,33 +1,44 @@
 """Build the notebooks from their sources: `python notebooks/build.py`.
 
 The sources in notebooks/src are plain Python in the percent format: easy to read, diff and search.
-Each is converted to an .ipynb file next to this script, without outputs and with cell ids derived
-from cell positions, so the build is deterministic; a test compares the committed files with it.
+Each is converted to an .ipynb file next to this script, with cell ids derived from cell positions,
+so the build is deterministic; a test compares the committed files with it.
 
-The same first cell is inserted after every title. It makes the package importable, and on Colab,
-where only the notebook itself is present, it clones the rest from REPOSITORY.
+`--execute` runs the notebooks whose outputs are older than their code, or those that are named
+(`--execute 01 06`, `--execute all`), and keeps the outputs. A build without it keeps the outputs of
+cells whose code has not changed and names the notebooks that ought to be executed again. `--site
+FOLDER` makes pages to read in a browser.
+
+The same first cell is inserted after every title. It makes the package importable. If REPOSITORY is
+set, it also clones it on Colab, where only the notebook itself is present.
 """
 
+import argparse
+import hashlib
+import os
 import re
 import sys
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import jupytext
 import nbformat
+from nbformat import NotebookNode
 
 HERE = Path(__file__).parent
 REPOSITORY = ""  # URL of your published copy; Colab clones the package from it
 
-INSTALL = """# Run this first. (On Colab it clones the package; elsewhere it installs nothing.)
-import os, sys
+COLAB = """
 if "google.colab" in sys.modules and not os.path.exists("lab.py"):
-    repository = {repository!r}
-    assert repository, "put the URL of the repository between the quotes above"
-    !git clone --quiet --depth 1 {{repository}} nanosd3
+    !git clone --quiet --depth 1 {repository} nanosd3
     %cd nanosd3/notebooks
+"""
+INSTALL = """import os, sys
+{colab}
 sys.path[:0] = [os.path.abspath(".."), os.path.abspath(".")]
 import nanosd3  # before torch: on a busy machine, threads that wait then leave it their core"""
 FORMATTER_PRAGMA = re.compile(r"  # fmt: skip$", re.MULTILINE)  # clutter for a reader
+MARK = "nanosd3_executed"  # in the metadata: the digest of the code that made the outputs
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -36,10 +47,15 @@ def sources() -> list[Path]:
     return sorted((HERE / "src").glob("*.py"))
 
 
-def build(source: Path) -> str:
-    """Convert one source file to the text of its .ipynb file."""
+def install(repository: str = REPOSITORY) -> str:
+    """The code of the first cell."""
+    return INSTALL.format(colab=COLAB.format(repository=repository) if repository else "")
+
+
+def convert(source: Path) -> NotebookNode:
+    """The notebook of one source file, without outputs."""
     notebook = jupytext.read(source, fmt="py:percent")
-    notebook.cells.insert(1, nbformat.v4.new_code_cell(INSTALL.format(repository=REPOSITORY)))
+    notebook.cells.insert(1, nbformat.v4.new_code_cell(install()))
     for i, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{i:02d}", {}
         if cell.cell_type == "code":
@@ -48,15 +64,136 @@ def build(source: Path) -> str:
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     nbformat.validate(notebook)
+    return notebook
+
+
+def text_of(notebook: NotebookNode) -> str:
+    """The content of its file."""
     return nbformat.writes(notebook) + "\n"
 
 
-def main() -> int:
-    for source in sources():
-        target = HERE / f"{source.stem}.ipynb"
-        target.write_text(build(source), encoding="utf-8")
-        print(target.name)
-    return 0
+def build(source: Path) -> str:
+    """The content of the file of one notebook, without outputs."""
+    return text_of(convert(source))
+
+
+def write(notebook: NotebookNode, path: Path) -> None:
+    """Write under a temporary name, then rename: never half a notebook."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text_of(notebook), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# --- outputs ------------------------------------------------------------------------------------
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def digest(notebook: NotebookNode) -> str:
+    """A digest of the code, which an executed notebook carries in its metadata."""
+    code = "\0".join(cell.source for cell in code_cells(notebook))
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def keep_outputs(notebook: NotebookNode, path: Path) -> None:
+    """Take over the outputs of the file at `path`, of each cell whose code is the same there."""
+    try:
+        before = nbformat.read(path, as_version=4)
+    except (OSError, nbformat.reader.NotJSONError):
+        return
+    if MARK in before.metadata:
+        notebook.metadata[MARK] = before.metadata[MARK]
+    old, new = code_cells(before), code_cells(notebook)
+    matcher = SequenceMatcher(None, [c.source for c in old], [c.source for c in new], False)
+    for a, b, size in matcher.get_matching_blocks():
+        for was, cell in zip(old[a : a + size], new[b : b + size], strict=True):
+            cell.outputs, cell.execution_count = was.outputs, was.execution_count
+
+
+def state(notebook: NotebookNode) -> str:
+    """What is wrong with the outputs: "", or why the notebook ought to be executed."""
+    if MARK not in notebook.metadata:
+        return "no outputs"
+    return "" if notebook.metadata[MARK] == digest(notebook) else "outputs older than the code"
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def chosen(names: list[str], states: dict[str, str]) -> list[str]:
+    """The notebooks to execute: by number or name, "all", or those whose outputs are not current.
+
+    Raises ValueError for a name that is none of them.
+    """
+    if not names:
+        return [stem for stem, reason in states.items() if reason]
+    if names == ["all"]:
+        return list(states)
+    found = {name: [stem for stem in states if stem.split("_")[0] == name or stem == name]
+             for name in (Path(name).stem for name in names)}  # fmt: skip
+    if missing := [name for name, stems in found.items() if not stems]:
+        raise ValueError(f"no notebook {missing[0]}; there are {', '.join(states)}")
+    return [stem for stem in states if any(stem in stems for stems in found.values())]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="build.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--execute", nargs="*", metavar="NUMBER", help="run them, keep outputs")
+    parser.add_argument("--threads", type=int, help="CPU threads of an execution (default: all)")
+    parser.add_argument("--out", type=Path, default=HERE, help="where notebooks are written")
+    parser.add_argument("--site", type=Path, metavar="FOLDER", help="make a site of them there")
+    options = parser.parse_args(argv)
+    if options.execute is not None and options.out == HERE and fast():
+        parser.error("NANOSD3_FAST is set: a model that learned nothing draws no outputs to keep; "
+                     "unset it, or write elsewhere with --out")  # fmt: skip
+    return options
+
+
+def fast() -> bool:
+    return os.environ.get("NANOSD3_FAST", "") not in ("", "0")
+
+
+def run(notebooks: dict[str, NotebookNode], folder: Path, threads: int | None) -> bool:
+    """Execute notebooks; each is written as soon as it is done. False if one failed."""
+    import execute  # needs nbclient and a kernel; a build does not
+
+    if any("trained(" in cell.source for n in notebooks.values() for cell in code_cells(n)):
+        if not execute.prepare(threads):
+            return False
+    done = {}
+    for stem, notebook in notebooks.items():
+        done[stem] = execute.execute(notebook, stem, threads)
+        if done[stem]:
+            notebook.metadata[MARK] = digest(notebook)
+            write(notebook, folder / f"{stem}.ipynb")
+    return all(done.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    notebooks = {source.stem: convert(source) for source in sources()}
+    for stem, notebook in notebooks.items():
+        keep_outputs(notebook, options.out / f"{stem}.ipynb")
+        write(notebook, options.out / f"{stem}.ipynb")
+    failed = False
+    if options.execute is not None:
+        try:
+            stems = chosen(options.execute, {s: state(n) for s, n in notebooks.items()})
+        except ValueError as error:
+            print(f"build.py: {error}", file=sys.stderr)
+            return 2
+        failed = not run({s: notebooks[s] for s in stems}, options.out, options.threads)
+    for stem, notebook in notebooks.items():
+        print(": ".join(filter(None, (f"{stem}.ipynb", state(notebook)))))
+    if options.site:
+        import pages
+
+        pages.make(options.out, options.site)
+        print(options.site / "index.html")
+    return int(failed)
 
 
 if __name__ == "__main__":

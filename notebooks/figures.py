@@ -33,7 +33,7 @@ WORDS = {  # in a label, and what they stand for
 plt.rcParams.update(
     {
         "figure.figsize": (6.4, 3.2),
-        "figure.dpi": 100,
+        "figure.dpi": 120,
         "figure.constrained_layout.use": True,
         "font.size": 9,
         "axes.titlesize": 10,
