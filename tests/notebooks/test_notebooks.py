@@ -69,8 +69,8 @@ def test_committed_notebooks_match_their_sources(source):
 
 def test_size(notebook):
     cells, code = len(notebook.cells), code_of(notebook)
-    assert 25 <= cells <= 40
-    assert sum(len(text.splitlines()) for text in code) <= 220
+    assert 25 <= cells <= 55  # a third of them fields for predictions, tasks, answers, rewards,
+    assert sum(len(text.splitlines()) for text in code) <= 240  # of which 30 to 50 lines are theirs
     assert max(len(text.splitlines()) for text in code) <= 20
     assert all(len(line) <= 100 for text in code for line in text.splitlines())
 
@@ -84,7 +84,7 @@ def test_shape(notebook, source):
     assert prose.count("**PREDICT.**") >= 3
     assert "What was left out" in prose and "2403.03206" in prose
     checked = CHECK.findall(code)
-    assert 2 <= len(checked) <= 4
+    assert 2 <= len(checked) <= 5
     for name, answer in checked:
         assert name == answer and name in EXERCISES and f'show("{name}")' in code
     for node in ast.walk(ast.parse("\n".join(code_of(notebook)[1:]))):
@@ -177,16 +177,22 @@ from nanosd3.exercises.grader import sandbox
 sandbox.devices_of = lambda *_: ["meta"]  # the same in every notebook, and slow to import
 check("{name}", EXERCISES["{name}"].reference)
 """
+WITH_SOLUTION = '\n{name}, solved = EXERCISES["{name}"].reference, True\n'
 
 
 def test_runs(notebook, source, monkeypatch, notebook_cache):
     """Runs from top to bottom in a fresh kernel, in fast mode. In every exercise's own cell the
-    stub is not attempted, and the reference gets its tick."""
-    notebook, checks = copy.deepcopy(notebook), {}
+    stub is not attempted, and the reference gets its tick. A cell that draws with an answer says
+    so if there is none, and draws with the reference."""
+    notebook, checks, rewards = copy.deepcopy(notebook), {}, {}
     for cell in notebook.cells:
         if match := CHECK.search(cell.source):
             checks[match[1]] = EXERCISES[match[1]]
             cell.source += WITH_REFERENCE.format(name=match[1])
+        elif re.search(r"^if solved:|^reward\(", cell.source, re.MULTILINE):
+            name = list(checks)[-1]
+            rewards[name] = cell
+            cell.source += WITH_SOLUTION.format(name=name) + cell.source
     monkeypatch.setenv("NANOSD3_FAST", "1")
     monkeypatch.setenv("NANOSD3_CACHE", str(notebook_cache))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -201,6 +207,9 @@ def test_runs(notebook, source, monkeypatch, notebook_cache):
     for name, exercise in checks.items():
         assert f"· {name} (0/{exercise.points}): not attempted yet" in printed
         assert f"✓ {name} ({exercise.points}/{exercise.points}): {exercise.why}" in printed
+    for name, cell in rewards.items():
+        assert any(f"Solve `{name}`" in output.get("text", "") for output in cell.outputs), name
+        assert any("image/png" in output.get("data", {}) for output in cell.outputs), name
     for match in re.finditer(r'^show\("(\w+)"\)$', source.read_text(), re.MULTILINE):
         assert EXERCISES[match[1]].signature in printed
 
