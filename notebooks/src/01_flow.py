@@ -29,13 +29,15 @@ def data(n, generator):
 
 
 # %% [markdown]
-# ## The question, as a picture
-#
-# Noise on the left, data on the right. We want a *motion* that carries the first cloud into the
-# second. We may look at as many points of each as we like, but the points do not come in pairs.
+# Three functions that only draw; skip them.
 
 
 # %%
+def finish(figure, caption):
+    figure.supxlabel(caption, fontsize=9, style="italic")
+    plt.show()
+
+
 def clouds(parts, caption):
     """Scatter plots side by side, given as title -> points (n, 2)."""
     figure, axes = plt.subplots(1, len(parts), figsize=(2.4 * len(parts), 2.9), squeeze=False)
@@ -43,10 +45,28 @@ def clouds(parts, caption):
         axis.scatter(*points.T, s=3, color="0")
         axis.set(title=title, xlim=(-3, 3), ylim=(-3, 3), xlabel="first coordinate", aspect="equal")
     axes[0][0].set_ylabel("second coordinate")
-    figure.supxlabel(caption, fontsize=9, style="italic")
-    plt.show()
+    finish(figure, caption)
 
 
+# %%
+def tracks(paths, caption):
+    """Sixty paths (steps, n, 2) from t = 1 to t = 0."""
+    figure, axis = plt.subplots(figsize=(4.2, 3.6))
+    axis.plot(paths[:, :60, 0], paths[:, :60, 1], color="0.6", linewidth=0.6)
+    axis.scatter(*paths[-1, :60].T, s=12, color="0", label="t = 0")
+    axis.scatter(*paths[0, :60].T, s=12, facecolors="white", edgecolors="0", label="t = 1")
+    axis.set(xlabel="first coordinate", ylabel="second coordinate")
+    axis.legend(frameon=False)
+    finish(figure, caption)
+
+
+# %% [markdown]
+# ## The question, as a picture
+#
+# Noise on the left, data on the right. We want a *motion* that carries the first cloud into the
+# second. We may look at as many points of each as we like, but the points do not come in pairs.
+
+# %%
 g = torch.Generator().manual_seed(0)
 x0, noise = data(800, g), torch.randn(800, 2, generator=g)
 clouds({"noise, t = 1": noise, "data, t = 0": x0}, "Where we start and where we want to end.")
@@ -54,9 +74,13 @@ clouds({"noise, t = 1": noise, "data, t = 0": x0}, "Where we start and where we 
 # %% [markdown]
 # ## A line for every pair
 #
-# The trick of flow matching is to form the pairs **at random**. Join each data point `x0` to some
-# noise by a straight line and let `t` say where on the line we are: 0 at the data, 1 at the noise.
-# In plain loops:
+# The trick of flow matching is to form the pairs **at random**. Join each data point $x_0$ to some
+# noise $\epsilon$ by a straight line, and let the time $t$ say where on the line we are, 0 at the
+# data and 1 at the noise:
+#
+# $$z_t = (1 - t) x_0 + t \epsilon$$
+#
+# (equation 13 of the paper, arXiv 2403.03206). In plain loops:
 
 
 # %%
@@ -88,30 +112,27 @@ clouds(snapshots, "The cloud of z at four times: mixtures of noise and data.")
 # %% [markdown]
 # ## What the network learns
 #
-# Along its line each point moves at a constant velocity, `dz/dt = noise - x0`. The network sees a
-# position and a time and has to predict that velocity. But many lines pass through the same place,
-# in different directions.
+# Along its line each point moves at a constant **velocity**,
 #
-# **PREDICT.** A network is trained with the mean square error on lines that cross. What does it
-# predict at a crossing?
+# $$v = \frac{dz_t}{dt} = \epsilon - x_0$$
+#
+# The network $v_\theta(z, t)$, with weights $\theta$, sees a position and a time and has to predict
+# that velocity. Its loss is the mean square error over data, noise and times:
+#
+# $$L(\theta) = E | v_\theta(z_t, t) - (\epsilon - x_0) |^2$$
+#
+# But many lines pass through the same place, in different directions.
 
 # %%
-figure, axis = plt.subplots(figsize=(4.2, 3.6))
-for a, b in zip(x0[:60], noise[:60], strict=True):
-    axis.plot(*torch.stack([a, b]).T, color="0.6", linewidth=0.6)
-axis.scatter(*x0[:60].T, s=12, color="0", label="data")
-axis.scatter(*noise[:60].T, s=12, facecolors="white", edgecolors="0", label="noise")
-axis.set(xlabel="first coordinate", ylabel="second coordinate")
-axis.legend(frameon=False)
-figure.supxlabel("Sixty of the lines. They cross everywhere.", fontsize=9, style="italic")
-plt.show()
+tracks(torch.stack([noise, x0]), "Sixty of the lines.")
 
 # %% [markdown]
-# The least-squares answer to contradictory targets is their **mean**: at (z, t) the network learns
-# `E[noise - x0 | z_t = z]`. That is enough! A cloud that follows the mean velocity has the right
-# density at every time, although no single point stays on its line. (This is the theorem behind the
-# whole method: Lipman et al., arXiv 2210.02747, theorem 2.)
-#
+# **PREDICT.** What does a network trained with the mean square error predict where lines cross?
+
+# %%
+guess_1 = "..."  # write your answer between the quotes, then go on
+
+# %% [markdown]
 # A small network, whose inputs are the point and a few sines and cosines of the time:
 
 
@@ -154,7 +175,36 @@ def train(target, steps=60 if FAST else 3000):
 net, losses = train(lambda x0, noise: noise - x0)
 
 # %% [markdown]
+# Many lines, and those of them that pass close to one place at $t = 0.5$: their velocities, and
+# what the network says there.
+
+# %%
+place, half = torch.tensor([0.5, 0.5]), torch.full((400_000,), 0.5)
+many, others = data(400_000, g), torch.randn(400_000, 2, generator=g)
+near = (line(many, others, half) - place).norm(dim=1) < 0.05
+velocities = (others - many)[near]
+print(f"{len(velocities)} lines; the first three:", velocities[:3].tolist())
+print("mean", velocities.mean(0).tolist(), "deviation", velocities.std(0).tolist())
+print("network", net(place[None], half[:1]).tolist())
+
+# %% [markdown]
+# <details><summary>What happened</summary>
+#
+# The least-squares answer to contradictory targets is their **mean**. At $(z, t)$ the network
+# learns the mean velocity $u$ of all lines that pass there:
+#
+# $$u(z, t) = E[\epsilon - x_0 | z_t = z]$$
+#
+# That is enough! A cloud that follows $u$ has the right density at every time, although no single
+# point stays on its line. (This is the theorem behind the whole method: Lipman et al., arXiv
+# 2210.02747, theorem 2.)
+#
+# </details>
+#
 # **PREDICT.** Will the loss go to zero?
+
+# %%
+guess_2 = "..."
 
 # %%
 figure, axis = plt.subplots(figsize=(5.5, 2.8))
@@ -162,18 +212,25 @@ window = 30
 mean = torch.tensor(losses).unfold(0, window, 1).mean(1)
 axis.plot(range(window, len(losses) + 1), mean, color="0")
 axis.set(xlabel="step", ylabel="loss (mean square of velocity)", ylim=(0, None))
-figure.supxlabel(f"Mean of {window} steps. It stays far above zero.", fontsize=9, style="italic")
-plt.show()
+finish(figure, f"Loss while training, mean of {window} steps.")
 
 # %% [markdown]
+# <details><summary>What happened</summary>
+#
 # It cannot: the velocities of crossing lines differ, and their variance remains as loss. The loss
-# of a flow says little about its samples; only *comparing* two losses at the same t means
+# of a flow says little about its samples; only *comparing* two losses at the same $t$ means
 # something.
+#
+# </details>
 #
 # ## Follow the velocity
 #
-# To sample, start at noise, t = 1, and follow the velocity backwards until t = 0. The time step is
-# negative.
+# To sample, start at noise, $t = 1$, and follow the velocity backwards until $t = 0$, in steps from
+# a time $t$ to the next one $t'$:
+#
+# $$z_{t'} = z_t + (t' - t) v_\theta(z_t, t)$$
+#
+# The time step $t' - t$ is negative. This is Euler's method.
 
 
 # %%
@@ -193,29 +250,32 @@ clouds({"start": path[0], "halfway": path[25], "end": path[-1], "real data": x0}
        "Fifty Euler steps from noise to data.")  # fmt: skip
 
 # %% [markdown]
-# **PREDICT.** The lines we trained on are straight. Are the paths of the samples straight, too?
+# **PREDICT.** The lines we trained on are straight, and they cross. Are the paths of the samples
+# straight? Do they cross?
 
 # %%
-figure, axis = plt.subplots(figsize=(4.2, 3.6))
-for i in range(60):
-    axis.plot(*path[:, i].T, color="0.5", linewidth=0.7)
-axis.scatter(*path[-1, :60].T, s=12, color="0", label="end (t = 0)")
-axis.scatter(*path[0, :60].T, s=12, facecolors="white", edgecolors="0", label="start (t = 1)")
-axis.set(xlabel="first coordinate", ylabel="second coordinate")
-axis.legend(frameon=False)
-figure.supxlabel("Paths bend, and they never cross.", fontsize=9, style="italic")
-plt.show()
+guess_3 = "..."
+
+# %%
+tracks(path, "Paths of sixty samples.")
 
 # %% [markdown]
-# Two paths cannot cross: at the crossing the velocity would have to have two values at once. Far
-# from the data the mean velocity points to the centre of the data; only later does a point move
-# towards one of the arcs. Because of that bend, one step is not enough.
+# <details><summary>What happened</summary>
+#
+# They bend. Two of them cannot be in one place at one time and then part: there the velocity would
+# need two values. Far from the data the mean velocity points to the centre of the data; only later
+# does a point move towards one of the arcs. Because of that bend, one step is not enough.
+#
+# </details>
 #
 # ## Against a known answer
 #
 # For Gaussian data the mean velocity has a closed form, so we can check that all this is right and
-# does not just look good. Take data N(m, s^2): at time t the cloud has mean (1 - t) m and variance
-# (1 - t)^2 s^2 + t^2, and the velocity that carries it is linear in z.
+# does not just look good. Take data $N(m, s^2)$, of mean $m$ and deviation $s$. At time $t$ the
+# cloud has mean $(1 - t) m$ and variance $\sigma_t^2 = (1 - t)^2 s^2 + t^2$, and the velocity that
+# carries it is linear in $z$:
+#
+# $$u(z, t) = \frac{t - (1 - t) s^2}{\sigma_t^2} (z - (1 - t) m) - m$$
 
 
 # %%
@@ -234,48 +294,66 @@ def error(steps):
 
 
 # %% [markdown]
-# **PREDICT.** Euler's method is of first order. If you double the number of steps, what fraction of
-# the error remains?
+# **PREDICT.** If you double the number of Euler's steps, what fraction of the error remains?
+
+# %%
+guess_4 = "..."
 
 # %%
 counts = [10, 20, 40, 80, 160]
 errors = [error(n) for n in counts]
 figure, axis = plt.subplots(figsize=(5.5, 2.8))
 axis.loglog(counts, errors, "k-o", label="measured")
-axis.loglog(counts, [errors[0] * counts[0] / n for n in counts], "k:", label="halved each time")
+for order, style in ((1, "k:"), (2, "k--")):
+    slope = [errors[0] / 2 * (counts[0] / n) ** order for n in counts]
+    axis.loglog(counts, slope, style, linewidth=0.8, label=f"order {order}")
 axis.set(xlabel="steps", ylabel="error at t = 0", xticks=counts, xticklabels=counts)
 axis.minorticks_off()
 axis.legend(frameon=False)
-figure.supxlabel("Twice the steps, half the error.", fontsize=9, style="italic")
-plt.show()
-assert 1.8 < errors[-2] / errors[-1] < 2.2
+finish(figure, "Error of Euler's method, and lines to compare the slope with.")
 
 # %% [markdown]
+# <details><summary>What happened</summary>
+#
+# Half of it: Euler's method is of first order. The line of order 2 falls to a quarter each time;
+# notebook 06 has methods that follow it. The next cell asserts the factor.
+#
+# </details>
+#
 # ## Break it
 #
-# The most common mistake is the sign: in half of the papers t runs from noise to data. Train with
-# `x0 - noise` and sample as before.
+# The most common mistake is the sign: in half of the papers $t$ runs from noise to data. Train with
+# $x_0 - \epsilon$ and sample as before.
 #
-# **PREDICT.** Where will the points go?
+# **PREDICT.** Where will the points go? And where do they end if the sign is right, but one step
+# must do?
 
 # %%
+guess_5 = "..."
+
+# %%
+assert 1.8 < errors[-2] / errors[-1] < 2.2
 wrong, _ = train(lambda x0, noise: x0 - noise)
 strays = sample(wrong, start, 50)[-1]
-clouds({"right sign": path[-1], "wrong sign": strays}, "The wrong sign drives the points away.")
-
-# %% [markdown]
-# And with too few steps the path cuts the corner.
+clouds({"right sign": path[-1], "wrong sign": strays}, "Samples after fifty steps.")
 
 # %%
 few = {f"{n} steps": sample(net, start, n)[-1] for n in (1, 2, 4, 16)}
-clouds(few, "One step lands on averages of the data, where there is no data.")
+clouds(few, "Right sign, the same start, and fewer steps.")
 
 # %% [markdown]
+# <details><summary>What happened</summary>
+#
+# With the wrong sign the points are driven away from the data; many leave the picture. With one
+# step they land on averages of the data, between the arcs, where there is no data: the first
+# velocity points there, and nobody looks again.
+#
+# </details>
+#
 # ## Exercises
 #
-# Now we import the package: these are three of the functions that you have just read, for data of
-# any shape, tested on inputs whose sizes all differ. First a check that the notebook agrees with
-# the package:
+# Now we import the package: these are functions that you have just read, for data of any shape,
+# tested on inputs whose sizes all differ. First a check that the notebook agrees with the package:
 
 # %%
 import sys
@@ -294,7 +372,34 @@ def interpolate(x0, noise, t):
     raise NotImplementedError("your code here")
 
 
-check("interpolate", interpolate)
+solved = check("interpolate", interpolate)
+
+# %%
+if solved:
+    moments = torch.linspace(1, 0, 6)
+    clouds(
+        {f"t = {s:.1f}": interpolate(x0, noise, s) for s in moments}, "Your lines, at six times."
+    )
+else:
+    print("Solve `interpolate`, and this cell draws the cloud at six times with it.")
+
+# %%
+show("velocity_target")
+
+
+# %%
+def velocity_target(x0, noise):
+    raise NotImplementedError("your code here")
+
+
+solved = check("velocity_target", velocity_target)
+
+# %%
+if solved:
+    mine, _ = train(velocity_target)
+    tracks(sample(mine, start, 50), "Paths of a network that was trained on your target.")
+else:
+    print("Solve `velocity_target`, and this cell trains a network on it and draws its paths.")
 
 # %%
 show("flow_loss")
@@ -305,18 +410,20 @@ def flow_loss(velocity, x0, noise):
     raise NotImplementedError("your code here")
 
 
-check("flow_loss", flow_loss)
+solved = check("flow_loss", flow_loss)
 
 # %%
-show("euler")
-
-
-# %%
-def euler(velocity, z, ts):
-    raise NotImplementedError("your code here")
-
-
-check("euler", euler)
+if solved:
+    t = torch.arange(800) / 800
+    with torch.no_grad():
+        per_sample = flow_loss(net(line(x0, noise, t), t), x0, noise)
+    figure, axis = plt.subplots(figsize=(5.5, 2.8))
+    axis.plot(t, per_sample, ".", color="0.7", markersize=2)
+    axis.plot(t.view(20, 40).mean(1), per_sample.view(20, 40).mean(1), "k-o", markersize=4)
+    axis.set(xlabel="t (0 data, 1 noise)", ylabel="loss of a sample", ylim=(0, 8))
+    finish(figure, "Your loss, sample by sample, and its mean in twenty intervals of t.")
+else:
+    print("Solve `flow_loss`, and this cell draws at which times the network is good.")
 
 # %% [markdown]
 # **Open questions.** *Reflow*: pair each noise with the sample that the trained network makes of
@@ -326,5 +433,5 @@ check("euler", euler)
 # ## What was left out
 #
 # Which times to train at (notebook 02), images instead of points (03 to 05), better solvers (06).
-# Rectified flow is sections 2 and 3.1 of the paper, arXiv 2403.03206; the other paths (EDM, cosine,
-# LDM-linear) are also in section 2 of the paper, but not in this package.
+# Rectified flow is in sections 2 and 3 of the paper, arXiv 2403.03206, beside the other paths (EDM,
+# cosine, LDM-linear); the package has those in `nanosd3/related/formulations.py`.
