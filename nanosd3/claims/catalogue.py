@@ -24,9 +24,11 @@ from nanosd3.claims.sd3_formulations import (
     FEW_OR_MANY,
     FEW_OR_MANY_OF_PIXELS,
 )
+from nanosd3.claims.sd3_guidance import GUIDANCE_TRADE
 from nanosd3.claims.sd3_middle import MIDDLE
 from nanosd3.claims.sd3_qk_norm import LOGITS, STABILITY
 from nanosd3.claims.sd3_scaling import FEWER_STEPS, PREDICTS, SMOOTH
+from nanosd3.claims.sd3_shift import TIMES_SHIFT
 from nanosd3.claims.sd3_straightness import FEWEST, STRAIGHTEST
 from nanosd3.claims.sd3_two_way import CUT, TWO_WAY
 from nanosd3.claims.sd3_without_t5 import WITH_DROPOUT, WITHOUT_T5
@@ -37,7 +39,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     for experiment in (
         *(MIDDLE, BEST, FEW_OR_MANY, BEST_OF_PIXELS, FEW_OR_MANY_OF_PIXELS),  # Stable Diffusion 3
         *(STRAIGHTEST, FEWEST, TWO_WAY, CUT, SMOOTH, PREDICTS, FEWER_STEPS),
-        *(LOGITS, STABILITY, WITHOUT_T5, WITH_DROPOUT, CARD),
+        *(LOGITS, STABILITY, WITHOUT_T5, WITH_DROPOUT, TIMES_SHIFT, GUIDANCE_TRADE, CARD),
         *(DIT_BLOCKS, GATES, DIT_COMPUTE, LOSS_SWAP),  # DiT
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),
