@@ -1,0 +1,267 @@
+"""Static pages of the notebooks: `python notebooks/build.py --site FOLDER`.
+
+nbconvert turns the committed .ipynb files, outputs included, into HTML; latex2mathml turns their
+formulas into MathML, which browsers draw themselves. So the pages need no script, no font and no
+network, and open from a disk as well as from a server. Added here: a frame with contents, previous
+and next; the glossary, the claims and the teachers' page; links that lead to pages, and pictures
+that are described in words.
+"""
+
+import html
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from bs4 import BeautifulSoup, Tag
+from latex2mathml.converter import convert as to_mathml
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from pygments.formatters import HtmlFormatter
+
+HERE = Path(__file__).parent.resolve()
+ROOT = HERE.parent
+TITLE = "Stable Diffusion 3 from scratch"
+FRAME = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="pages.css">
+</head>
+<body>
+<a class="skip" href="#text">Skip to the text</a>
+<header><nav aria-label="Site">{menu}</nav></header>
+<main id="text">
+{body}
+</main>
+<footer><nav aria-label="Neighbours">{neighbours}</nav></footer>
+</body>
+</html>
+"""
+EXTRA = {  # pages made of Markdown: their file, and their name in the menu
+    "glossary.html": (HERE / "glossary.md", "Glossary"),
+    "claims.html": (ROOT / "nanosd3" / "claims" / "README.md", "Claims"),
+    "teachers.html": (HERE / "README.md", "For teachers"),
+}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of the site."""
+
+    name: str  # of its file
+    source: Path  # the .ipynb or Markdown file, against which its links are read
+    title: str
+    question: str  # "" for pages that are no notebooks
+    body: str
+
+
+# --- from Markdown ------------------------------------------------------------------------------
+
+
+class Renderer(IPythonRenderer):
+    """Markdown as in Jupyter, with formulas as MathML."""
+
+    def block_math(self, body: str) -> str:
+        return f'<div class="formula" tabindex="0">{to_mathml(body, display="block")}</div>'
+
+    def inline_math(self, body: str) -> str:
+        return to_mathml(body)
+
+    def latex_environment(self, name: str, body: str) -> str:
+        return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
+
+
+def to_html(markdown: str) -> str:
+    return MarkdownWithMath(Renderer(escape=False, exclude_anchor_links=True)).render(markdown)
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def notebook_page(path: Path) -> Page:
+    """The page of one notebook. Its title and question are in the first cell."""
+    notebook = nbformat.read(path, as_version=4)
+    exporter = HTMLExporter(
+        template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
+    )
+    exporter.register_filter("markdown2html", to_html)
+    show_animations(notebook)
+    first = notebook.cells[0].source
+    question = re.search(r"\*\*(.+?)\*\*", first, re.DOTALL)
+    body, _ = exporter.from_notebook_node(notebook)
+    title = first.split("\n")[0].lstrip("# ")
+    asked = " ".join(question[1].split()) if question else ""
+    return Page(f"{path.stem}.html", HERE / path.name, title, asked, body)
+
+
+def show_animations(notebook: nbformat.NotebookNode) -> None:
+    """Write GIFs as HTML, since nbconvert does not know them."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if gif := output.get("data", {}).get("image/gif"):
+                words = html.escape(output.metadata.get("image/gif", {}).get("alt", ""))
+                image = f'<img src="data:image/gif;base64,{"".join(gif.split())}" alt="{words}">'
+                output.data = {"text/html": image}
+
+
+def contents(pages: list[Page], others: list[Page]) -> Page:
+    """The first page: every notebook with its question."""
+    rows = "\n".join(
+        f'<li><a href="{page.name}">{html.escape(page.title)}</a>'
+        f"<br>{html.escape(page.question)}</li>"
+        for page in pages
+    )
+    rest = "\n".join(f'<li><a href="{page.name}">{page.title}</a></li>' for page in others)
+    body = f"""<h1>{TITLE}</h1>
+<p>Notebooks with one question each, in teaching order. Every idea is first a loop that can be read,
+then checked against the code of nanosd3, then tried on a model that draws digits on a laptop. These
+pages show the notebooks as they ran; to run them yourself, open the files of the same names in the
+folder <code>notebooks</code>.</p>
+<ol class="contents">\n{rows}\n</ol>
+<h2 id="more">Beside them</h2>
+<ul>\n{rest}\n</ul>"""
+    return Page("index.html", HERE / "README.md", TITLE, "", body)
+
+
+# --- links, pictures, tables --------------------------------------------------------------------
+
+
+class Finisher:
+    """What all pages have in common, applied to one of them after another."""
+
+    def __init__(self, pages: list[Page], out: Path):
+        self.out = out
+        self.names = {page.source: page.name for page in pages if page.name != "index.html"}
+
+    def finish(self, page: Page) -> str:
+        """The body of a page with its headings, links, pictures and tables in order."""
+        soup = BeautifulSoup(page.body, "html.parser")
+        section = page.title
+        for tag in soup.find_all(["script", "link", "iframe", "img", "video", "source"]):
+            address = str(tag.get("src") or tag.get("href") or "")
+            if re.match(r"(https?:)?//", address):
+                raise ValueError(f"{page.source.name}: loads {address}")
+        for tag in soup.find_all(["h1", "h2", "h3", "a", "img", "table", "pre", "p"]):
+            if tag.name in ("h1", "h2", "h3"):
+                section = tag.get_text()
+                tag["id"] = slug(section)
+            elif tag.name == "a":
+                self.link(tag, page)
+            elif tag.name == "img":
+                self.picture(tag, page, section)
+            elif tag.name == "table":
+                tag.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
+            elif tag.name == "pre":
+                tag["tabindex"] = "0"  # may be wider than the page: scrolled by keyboard
+            elif page.name == "glossary.html" and isinstance(first := tag.contents[0], Tag):
+                tag["id"] = slug(first.get_text())
+        return str(soup)
+
+    def file(self, target: str, page: Page) -> Path:
+        return (page.source.parent / target).resolve()
+
+    def link(self, tag: Tag, page: Page) -> None:
+        """Links to pages of the site lead there; those to other files of the repository become
+        text; those to the outside stay."""
+        target, _, anchor = str(tag.get("href", "")).partition("#")
+        if re.match(r"[a-z]+:", target) or target.endswith(".html") or not target:
+            return
+        name = self.names.get(self.file(target, page))
+        if name is None:
+            tag.unwrap()
+        else:
+            tag["href"] = f"{name}#{anchor}" if anchor else name
+
+    def picture(self, tag: Tag, page: Page, section: str) -> None:
+        """Files are copied into the site; a picture without a description gets its section's."""
+        source = str(tag["src"])
+        if not str(tag.get("alt", "")).strip() or str(tag["alt"]).startswith("No description"):
+            tag["alt"] = f"Picture in the section: {section}"
+        if source.startswith("data:"):
+            return
+        path = self.file(source, page)
+        if not path.is_relative_to(ROOT) or not path.is_file():
+            raise FileNotFoundError(f"{page.source.name}: no picture {source}")
+        copied = self.out / "pictures" / "-".join(path.relative_to(ROOT).parts)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copied)
+        tag["src"] = f"pictures/{copied.name}"
+
+
+# --- the site -----------------------------------------------------------------------------------
+
+
+def on_this_page(body: str) -> str:
+    """The sections of a page, folded, if there are more than two."""
+    found = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body, re.DOTALL)
+    rows = "".join(f'<li><a href="#{anchor}">{heading}</a></li>' for anchor, heading in found)
+    folded = f"<details><summary>On this page</summary><ul>{rows}</ul></details>"
+    return folded if len(found) > 2 else ""
+
+
+def neighbours(page: Page, pages: list[Page]) -> str:
+    """Links to the pages before and after, in the order of the contents."""
+    i = pages.index(page)
+    links = []
+    if i > 0:
+        before = pages[i - 1]
+        links.append(f'<a rel="prev" href="{before.name}">← {html.escape(before.title)}</a>')
+    if i + 1 < len(pages):
+        after = pages[i + 1]
+        links.append(f'<a rel="next" href="{after.name}">{html.escape(after.title)} →</a>')
+    return "\n".join(links)
+
+
+def menu(page: Page, shown: list[Page]) -> str:
+    """Links to the pages in the head of each page."""
+    here = ' aria-current="page"'
+    return "\n".join(
+        f'<a href="{other.name}"{here if other is page else ""}>'
+        f"{'Contents' if other.name == 'index.html' else html.escape(other.title)}</a>"
+        for other in shown
+    )
+
+
+def style() -> str:
+    """The style sheet: pages.css, and the colours of code on light and on dark pages."""
+    light, dark = (
+        HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("xcode", "github-dark")
+    )
+    css = (HERE / "pages.css").read_text(encoding="utf-8")
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{css}"
+
+
+def make(notebooks: Path, out: Path) -> None:
+    """Write the site of the .ipynb files in a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    lessons = [notebook_page(path.resolve()) for path in sorted(notebooks.glob("*.ipynb"))]
+    others = []
+    for name, (source, title) in EXTRA.items():
+        body = to_html(source.read_text(encoding="utf-8"))
+        others.append(Page(name, source, title, "", body))
+    pages = [contents(lessons, others), *lessons, *others]
+    finisher = Finisher(pages, out)
+    for page in pages:
+        body = finisher.finish(page)
+        title = page.title if page.name == "index.html" else f"{page.title} · {TITLE}"
+        frame = FRAME.format(
+            title=html.escape(title),
+            menu=menu(page, [pages[0], *others]),
+            neighbours=neighbours(page, pages),
+            body=with_sections(body),
+        )
+        (out / page.name).write_text(frame, encoding="utf-8")
+    (out / "pages.css").write_text(style(), encoding="utf-8")
+
+
+def with_sections(body: str) -> str:
+    """The list of sections after the title."""
+    return re.sub(r"(</h1>)", lambda m: m[1] + on_this_page(body), body, count=1)
