@@ -23,17 +23,21 @@ from nanosd3.exercises import (
     dropping,
     editing,
     final,
+    formulations,
     guidance,
     joint_attention,
     latents,
+    likelihood,
     metrics,
     multistep,
     norms,
     patches,
+    paths,
     positions,
     qk_norm,
     rectified_flow,
     residual,
+    runge_kutta,
     scaling,
     schedule,
     solvers,
@@ -42,6 +46,7 @@ from nanosd3.exercises import (
     tokenizers,
     training,
     unigram,
+    verdicts,
 )
 from nanosd3.exercises.grader.checker import judge
 from nanosd3.exercises.grader.exercise import Exercise
@@ -77,6 +82,11 @@ MODULES = (  # in learning order
     accumulation,
     bucketing,
     metrics,
+    paths,
+    runge_kutta,
+    likelihood,
+    formulations,
+    verdicts,
 )
 EXERCISES: dict[str, Exercise] = {
     entry.name: entry for module in MODULES for entry in module.EXERCISES

@@ -70,7 +70,12 @@ def test_a_pasted_specification_is_too_slow(exercise):
 
 def test_where_a_loop_is_the_answer_there_is_nothing_to_paste():
     formulas = [e for e in EXERCISES.values() if e.formulas]
-    assert {e.name for e in formulas if e.topic == "solvers"} == {"euler", "heun", "dpmpp_2m"}
+    assert {e.name for e in formulas if e.topic == "solvers"} == {
+        "euler",
+        "heun",
+        "dpmpp_2m",
+        "rk4",
+    }
     assert len(formulas) + len(LOOPED) == len(EXERCISES)
     for exercise in formulas:
         assert inspect.getsource(exercise.specification) not in task_of(exercise)
