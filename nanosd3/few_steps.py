@@ -47,7 +47,6 @@ def consistency(
     """
     rows = z if noise is None else noise
     streams = [rng("fresh noise", zlib.crc32(x.float().cpu().numpy().tobytes())) for x in rows]
-    kept = math.sqrt(1 - fresh**2)
     for i, (t, t_next) in enumerate(pairwise(ts)):
         x0 = z - t * velocity(z, t)
         if callback:
@@ -55,9 +54,18 @@ def consistency(
         if t_next == 0:
             return x0
         drawn = torch.stack([torch.randn(z.shape[1:], generator=stream) for stream in streams])
-        found = (z - (1 - t) * x0) / t
-        z = (1 - t_next) * x0 + t_next * (fresh * drawn.to(z) + kept * found)
+        z = renoised(x0, z, t, t_next, drawn.to(z), fresh)
     return z
+
+
+def renoised(
+    x0: Tensor, z: Tensor, t: Tensor, t_next: Tensor, drawn: Tensor, fresh: float
+) -> Tensor:
+    """The image x0 that z at time t jumped to, with noise of time t_next: `fresh` of it drawn, and
+    as much of what stood in z as keeps its variance."""
+    found = (z - (1 - t) * x0) / t
+    kept = math.sqrt(1 - fresh**2)
+    return (1 - t_next) * x0 + t_next * (fresh * drawn + kept * found)
 
 
 def inpainting_afresh(velocity: Velocity, mask: Tensor, x0: Tensor) -> Velocity:

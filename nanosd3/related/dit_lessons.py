@@ -99,9 +99,14 @@ def dit_step(
     keep = step_rng.take(torch.rand(size, generator=generator) >= DROPPED_LABELS)
     u = step_rng.take(stratified(size, generator))
     x0, noise = features.latents_and_noise(images, step_rng)  # (B, C, h, w) each
-    y = torch.where(keep, labels[images], network.config.null)
+    y = drop_labels(labels[images], keep, network.config.null)
     x0, noise, u, y = (x.to(job.device) for x in (x0, noise, u, y))
     return lesson.errors(network, x0, noise, u, y)
+
+
+def drop_labels(y: Tensor, keep: Tensor, null: int) -> Tensor:
+    """Labels y (B,) where keep (B,) is true, and the null class elsewhere."""
+    return torch.where(keep, y, null)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from nanosd3.exercises import EXERCISES, check
 from nanosd3.exercises.grader.checker import assess, close, judge, result_of
 from nanosd3.exercises.grader.sandbox import record, record_values
+from nanosd3.related.consistency import huber_constant, pseudo_huber, teacher_step
 
 MUTANTS = [(e, m) for e in EXERCISES.values() for m in e.mutants]
 
@@ -179,6 +180,18 @@ def test_a_second_call_must_give_the_same():
         return total[weight.shape].to(weight.dtype)
 
     assert "a second call" in judge(exercise, keeps_accumulating).message
+
+
+def test_a_target_that_moves_is_found_by_its_gradient():
+    """The same loss, but the target is trained as well."""
+
+    def distillation_loss(student, teacher, z, t, s):
+        z_s = teacher_step(teacher, z, t, s)
+        answer, target = z - t * student(z, t), z_s - s * student(z_s, s)
+        return pseudo_huber(answer, target, huber_constant(z[0].numel()))
+
+    message = judge(EXERCISES["distillation_loss"], distillation_loss).message
+    assert message.startswith("gradient: the values are right, but the gradient with respect to z")
 
 
 @pytest.mark.parametrize("name", ["train_bpe", "best_split"])
