@@ -1,4 +1,5 @@
-"""The book's drawings: `python notebooks/draw.py` writes them all to nanosd3/assets/pictures.
+"""The book's drawings: `python notebooks/draw.py` writes them all to nanosd3/assets/pictures, those
+that move and their stills as well.
 
 They are written as text, without a library; sizes come from the configs and curves from the
 package's functions, and tests compare them with the modules. Two runs are the same byte for byte.
@@ -10,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from drawings import blocks, flow, latents, overview, text  # noqa: E402
+from drawings import blocks, flow, latents, motion, overview, text  # noqa: E402
 
 FOLDER = ROOT / "nanosd3" / "assets" / "pictures"
 DRAWINGS = {
@@ -24,11 +25,14 @@ DRAWINGS = {
     "guidance.svg": flow.guidance,
     "vae.svg": latents.autoencoder,
     "encoders.svg": text.encoders,
+    "moons_still.svg": motion.moons_still,
+    "following_still.svg": motion.following_still,
 }
+MOVING = {"moons.svg": motion.moons_moving, "following.svg": motion.following}
 
 
 def main() -> None:
-    for name, draw in DRAWINGS.items():
+    for name, draw in (DRAWINGS | MOVING).items():
         (FOLDER / name).write_bytes(draw().encode())
 
 

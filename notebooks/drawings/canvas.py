@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from drawings.sizes import MODELS, written
+from nanosd3.training.figures import MEANINGS
 
 KINDS = {  # fill and stroke on a light page, then on a dark one
-    "text": ("#fdf0d5", "#b45f06", "#3d2a0c", "#f0a441"),  # and the prompt
-    "image": ("#dfebfb", "#1f5fbf", "#12294a", "#6fa8f5"),  # and the data
-    "noise": ("#eceff2", "#6e7781", "#262d35", "#9aa4af"),
-    "guess": ("#fbe3ef", "#b0216f", "#431329", "#f58fc0"),  # what a network predicts
+    "text": ("#fdf0d5", MEANINGS["prompt"], "#3d2a0c", "#f0a441"),  # and the prompt
+    "image": ("#dfebfb", MEANINGS["data"], "#12294a", "#6fa8f5"),  # and the data
+    "noise": ("#eceff2", MEANINGS["noise"], "#262d35", "#9aa4af"),
+    "guess": ("#fbe3ef", MEANINGS["prediction"], "#431329", "#f58fc0"),  # what a network predicts
     "cond": ("#ddf3e4", "#1a7f4b", "#10331f", "#5ccb8b"),
     "both": ("#ece6f6", "#6b4fa0", "#2a2140", "#b39ae0"),
 }
@@ -178,14 +179,14 @@ class Drawing:
         self.label(x, y - height - 8, names[1], "symbol", "start")
         return Axes(x, y, width, height)
 
-    def svg(self, title: str, description: str) -> str:
+    def svg(self, title: str, description: str, style: str = "") -> str:
         w, h = self.width, self.height
         head = f'xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" viewBox="0 0 {w} {h}"'
         return (
             f'<svg {head} role="img" aria-labelledby="title desc">\n'
             f'<title id="title">{title}</title>\n<desc id="desc">{description}</desc>\n'
             f"<style>\n{LINES}{colours(dark=False)}"
-            f"@media(prefers-color-scheme:dark){{\n{colours(dark=True)}}}\n</style>\n"
+            f"@media(prefers-color-scheme:dark){{\n{colours(dark=True)}}}\n{style}</style>\n"
             f'<rect class="paper" x=".5" y=".5" width="{w - 1}" height="{h - 1}" rx="10"/>\n'
             + "\n".join([*self.parts, "</svg>\n"])
         )

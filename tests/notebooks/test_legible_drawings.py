@@ -13,9 +13,21 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 
 import draw
 
+ALL = draw.DRAWINGS | draw.MOVING
 SVG = "{http://www.w3.org/2000/svg}"
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # DejaVu, a wide one
 WIDE = ("model.svg", "joint_block.svg")  # two lanes more than fit on a phone in this size
+
+
+def page(name: str) -> ET.Element:
+    """A drawing; of one that moves, the last frame."""
+    if name in draw.DRAWINGS:
+        return ET.fromstring(draw.DRAWINGS[name]())
+    root = ET.fromstring(draw.MOVING[name]())
+    for parent in list(root.iter()):
+        for frame in [e for e in parent if e.get("class") == "f"]:
+            parent.remove(frame)
+    return root
 
 
 class Place(NamedTuple):
@@ -47,9 +59,9 @@ def shape_of(e: ET.Element) -> Place | None:
     return Place(x, y, x + w, y + h)
 
 
-@pytest.mark.parametrize("name", draw.DRAWINGS)
+@pytest.mark.parametrize("name", ALL)
 def test_labels_do_not_overlap(name):
-    root = ET.fromstring(draw.DRAWINGS[name]())
+    root = page(name)
     width, height = (float(root.get(side)) for side in ("width", "height"))
     taken: list[Place] = []
     for label in root.iter(f"{SVG}text"):
@@ -62,10 +74,10 @@ def test_labels_do_not_overlap(name):
         taken.append(a)
 
 
-@pytest.mark.parametrize("name", draw.DRAWINGS)
+@pytest.mark.parametrize("name", ALL)
 def test_labels_stay_in_their_boxes(name):
     """No border runs through a label, but for those covered by what the label lies on."""
-    elements = list(ET.fromstring(draw.DRAWINGS[name]()).iter())
+    elements = list(page(name).iter())
     shapes = {i: shape for i, e in enumerate(elements) if (shape := shape_of(e))}
     for at, label in enumerate(elements):
         if label.tag != f"{SVG}text":
@@ -84,8 +96,8 @@ def test_labels_stay_in_their_boxes(name):
         assert not crossed, (label.text, ground, [shapes[i] for i in crossed])
 
 
-@pytest.mark.parametrize("name", draw.DRAWINGS)
+@pytest.mark.parametrize("name", ALL)
 def test_letters_are_large_enough_on_a_phone(name):
     """Ten pixels where the page is 400 pixels wide."""
-    width = float(ET.fromstring(draw.DRAWINGS[name]()).get("width"))
+    width = float(page(name).get("width"))
     assert 13 * 400 / width >= (6.5 if name in WIDE else 10)
