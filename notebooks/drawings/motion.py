@@ -102,13 +102,13 @@ def moons_moving() -> str:
 
 def moons_still() -> str:
     """The cloud at four times."""
-    d = Drawing(WIDTH, 476)
+    d = Drawing(WIDTH, 452)
     times, zs, _ = trails(noise(140, seed=5), STEPS)
     d.label(24, 34, "two moons out of noise", "name")
     for k, at in enumerate((1.0, 0.6, 0.3, 0.0)):
         i = int((times - at).abs().argmin())
         plane = Plane(130 + 225 * (k % 2), 146 + 208 * (k // 2), 34)
-        d.label(round(plane.x), round(plane.y) - 86, f"t = {float(times[i]):.1f}", "ink", "middle")
+        d.label(round(plane.x) - 100, round(plane.y) - 66, f"t = {float(times[i]):.1f}", "ink")
         d.dots("image pale", plane.place(MOONS), 3)
         d.dots("image" if at == 0 else "noise", plane.place(zs[i]), 4)
     return d.svg(
