@@ -9,14 +9,14 @@
 # %%
 import copy
 import math
+from unittest.mock import patch
 
 import torch
-from lab import finish, images, lines, maps, panels, pick, trained
+from lab import images, lines, maps, pick, trained
 
 from nanosd3 import layers
-from nanosd3.exercises import check, show
+from nanosd3.exercises import check, guess, show
 from nanosd3.flow import flow_loss, interpolate
-from nanosd3.layers import attention, timestep_embedding
 from nanosd3.mmdit import Attention, MMDiT, join_streams
 from nanosd3.samplers import euler, guided
 
@@ -29,13 +29,30 @@ g = torch.Generator().manual_seed(0)
 rows = {prompt: pipeline([prompt] * 8, seed=4) for prompt in ("a thin 3", "a bold 3", "a bold 8")}
 images(rows, "Down a column the noise is the same. All differences come from the words.")
 
+
+# %%
+def reward(solved, name, replaced):  # the same, with an answer in place of a package's function
+    if not solved:
+        print(f"Solve `{name}`, and this cell draws with it in the trained model.")
+        return
+    with replaced:
+        images({p: pipeline([p] * 8, seed=4) for p in rows}, f"Drawn with your `{name}`.")
+
+
 # %% [markdown]
 # ## Attention
 #
 # Each token asks all tokens a question (its **query**). Each of them offers a **key**, which says
-# what it has, and a **value**, the content itself. The better query and key match, the more of the
-# value is taken. One head in plain loops, for vectors of 64 numbers; the package's `attention`
-# takes all heads and samples at once:
+# what it has, and a **value**, the content itself. The better query $q$ and key $k_i$ match, the
+# more of the value $v_i$ is taken. The matches $a_i$ are the **logits**; the softmax turns them
+# into weights $w_i$ that sum to 1, and the output is $o$:
+#
+# $$a_i = \frac{q \cdot k_i}{\sqrt{64}}, \quad w_i = \frac{e^{a_i}}{\sum_j e^{a_j}}$$
+#
+# $$o = \sum_i w_i v_i$$
+#
+# One head in plain loops, for vectors of 64 numbers; the package's `layers.attention` takes all
+# heads and samples at once:
 
 
 # %%
@@ -50,15 +67,31 @@ def attention_slowly(queries, keys, values):
 
 q, k, v = torch.randn(3, 1, 2, 5, 64, generator=g)  # two heads, five tokens
 second = attention_slowly(q[0, 1], k[0, 1], v[0, 1])
-torch.testing.assert_close(attention(q, k, v)[0, :, 64:], second, atol=1e-5, rtol=1e-4)
+torch.testing.assert_close(layers.attention(q, k, v)[0, :, 64:], second, atol=1e-5, rtol=1e-4)
+show("attention")
+
+
+# %%
+def attention(q, k, v):
+    raise NotImplementedError("your code here")
+
+
+solved = check("attention", attention)
+
+# %%
+reward(solved, "attention", patch("nanosd3.mmdit.attention", attention))
 
 # %% [markdown]
 # ## Two streams, one attention
 #
 # Image and text are different things, so each has its own weights for computing queries, keys and
 # values. If each attended only to itself, no word would ever reach the image. SD3 concatenates the
-# tokens of both, text first, and attends once. To reproduce that on real numbers we need the inputs
-# of the blocks of the trained model. A forward hook records them and changes nothing.
+# tokens of both, text $y$ first and then image $x$, and attends once:
+#
+# $$Q = [Q_y, Q_x], \quad K = [K_y, K_x], \quad V = [V_y, V_x]$$
+#
+# To reproduce that on real numbers we need the inputs of the blocks of the trained model. A forward
+# hook records them and changes nothing.
 
 
 # %%
@@ -85,7 +118,10 @@ def joint(block, x, y, c):
 # %% [markdown]
 # **PREDICT.** Our prompt has 17 text tokens, 9 from the CLIPs and 8 from T5, and the picture has 16
 # patches. How many queries and how many keys are there in the first of the two blocks? And in the
-# last, where nobody would read the text output?
+# last, where nobody would read the text output? How far off would the output be without the text?
+
+# %%
+guess("...")
 
 # %%
 prompt, B = "a bold 3", pick(8, 2)
@@ -99,19 +135,24 @@ def at(t):
 
 for block, inputs in block_inputs(*at(0.9), *text):
     (q, k, v), attended = joint(block, *inputs)
-    torch.testing.assert_close(attention(q, k, v), attended, atol=1e-4, rtol=1e-4)
-    image_only = attention(q[:, :, -16:], k[:, :, 17:], v[:, :, 17:])  # image attends to image
+    torch.testing.assert_close(layers.attention(q, k, v), attended, atol=1e-4, rtol=1e-4)
+    image_only = layers.attention(q[:, :, -16:], k[:, :, 17:], v[:, :, 17:])  # image to image
     change = (image_only - attended[:, -16:]).norm() / attended[:, -16:].norm()
     print(f"{q.shape[2]} queries, {k.shape[2]} keys; image without text: off by {change:.0%}")
 
 # %% [markdown]
-# Without the text, the attention output of the image tokens would be off by about a half.
+# <details><summary>What happened</summary>
 #
-# In the last block the text has only keys and values. Its output would never be read, so it has no
-# queries. (Official files contain weights for them all the same; no gradient ever reached those.)
+# Every token of both streams asks every other: 33 queries and 33 keys. In the last block the text
+# has only keys and values. Its output would never be read, so it has no queries. (Official files
+# contain weights for them all the same; no gradient ever reached those.) Without the text, the
+# attention output of the image tokens would be off by a half or more.
+#
+# </details>
+#
 # The attention matrix of the first block has four **quadrants**: queries run down, keys run across.
-# Look for the image tokens that attend to themselves and to their neighbours, and for the dark
-# columns: a few text tokens that everybody attends to.
+# Look for the image tokens that attend to themselves and to their neighbours, and for dark columns:
+# tokens that everybody attends to.
 
 
 # %%
@@ -123,17 +164,44 @@ def attention_weights(t, text):
 
 weights = attention_weights(0.9, text)[0]
 torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
-figure, axes = panels(2, 3.6, 3.6)
-for head, axis in enumerate(axes):
-    heatmap = axis.imshow(weights[head].sqrt(), cmap="gray_r", vmin=0)
-    axis.plot([-0.5, 32.5, None, 16.5, 16.5], [16.5, 16.5, None, -0.5, 32.5], "k-", linewidth=0.8)
-    axis.set(title=f"head {head}", xlabel="key: 17 of text, 16 of image", ylabel="query")
-figure.colorbar(heatmap, ax=axes, label="square root of the weight", shrink=0.8)
-finish(figure, "Block 0 at t = 0.9. Queries of text in the upper rows, of image in the lower.")
+maps({f"head {h}": weights[h].sqrt() for h in range(2)}, "key: 17 of text, 16 of image", "query",
+     "Block 0 at t = 0.9. Queries of text in the upper rows, of image in the lower.",
+     "square root of the weight", border=17)  # fmt: skip
+
+# %%
+show("joint_attention")
+
+
+# %%
+def joint_attention(q_text, k_text, v_text, q_image, k_image, v_image):
+    raise NotImplementedError("your code here")
+
+
+solved = check("joint_attention", joint_attention)
+
+# %% [markdown]
+# If the value of token $i$ is 1 in place $i$ and 0 elsewhere, the output is the weights: your
+# function then draws the picture above.
+
+# %%
+if solved:
+    block, inputs = block_inputs(*at(0.9), *text)[0]
+    (q, k, _), _ = joint(block, *inputs)
+    ones = torch.eye(64)[:33].expand_as(q)
+    parts = [x[:, :, part] for part in (slice(17), slice(17, 33)) for x in (q, k, ones)]
+    for_image, for_text = joint_attention(*parts)
+    table = torch.cat([for_text, for_image], dim=1).mean(0).view(33, 2, 64)[..., :33].sqrt()
+    maps({f"head {h}": table[:, h] for h in range(2)}, "key", "query", "Weights, drawn by you.",
+         "square root of the weight", border=17)  # fmt: skip
+else:
+    print("Solve `joint_attention`, and this cell draws its weights.")
 
 # %% [markdown]
 # **PREDICT.** The attention weights of an image token sum to 100%. What share goes to the text, and
 # is it larger when the picture is noise (t = 0.9) or when it is nearly done (t = 0.1)?
+
+# %%
+guess("...")
 
 # %%
 ts = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
@@ -146,9 +214,15 @@ lines(curves, "t (0 data, 1 noise)", "attention from image to text (%)", "Equal 
       "to all 33 tokens would give 52%.")  # fmt: skip
 
 # %% [markdown]
-# The first block, above all its head 0, attends to the words while there is nothing to see and
-# turns to the picture as it takes shape. The second block gives the words a sixth to a quarter at
-# all times. And which words?
+# <details><summary>What happened</summary>
+#
+# Less than an equal share, and most of it while there is nothing to see. The first block then turns
+# to the picture as it takes shape, and hardly hears the words below t = 0.4. The second block gives
+# them a tenth to a fifth at all times.
+#
+# </details>
+#
+# And which words?
 
 # %%
 t5_only = pipeline.encode_text([prompt] * B, drop=("clip_l", "clip_g"))
@@ -157,16 +231,15 @@ labels = []
 for name, tokenizer, length in pieces:
     words = [tokenizer.decode([i]) or "(special)" for i in tokenizer.encode(prompt)]
     labels += [f"{name} {word}" for word in words + ["(pad)"] * (length - len(words))]
-figure, axes = panels(2, 4.4, 3.4)
-for axis, name, part in zip(axes, ("all encoders", "T5 alone"), (text, t5_only), strict=True):
-    table = torch.stack([attention_weights(t, part)[0][:, -16:, :17].mean((0, 1)) for t in ts])
-    heatmap = axis.imshow(100 * table, cmap="gray_r", aspect="auto", vmin=0, vmax=12)
-    axis.set(title=name, xlabel="text token", ylabel="t", yticks=range(len(ts)), yticklabels=ts)
-    axis.set_xticks(range(17), labels, rotation=90, fontsize=7)
-figure.colorbar(heatmap, ax=axes, label="attention (%)")
-finish(figure, "What the image tokens of block 0 attend to, mean of both heads. On the right the "
-       "CLIPs are dropped: their tokens are zeros.")  # fmt: skip
+tables = {}
+for name, part in {"all encoders": text, "T5 alone": t5_only}.items():
+    shares = [attention_weights(t, part)[0][:, -16:, :17].mean((0, 1)) for t in ts]
+    tables[name] = 100 * torch.stack(shares)
+maps(tables, "text token", "t", "What the image tokens of block 0 attend to, mean of both heads. "
+     "On the right the CLIPs are dropped: their tokens are zeros.", "attention (%)",
+     xticks=labels, yticks=ts)  # fmt: skip
 
+# %%
 threes = {"CLIP's 3": 3, "T5's 3": 11}
 tables = {f"{name}, head {h}": 100 * weights[0.5][0][h, token, 17:].view(4, 4)
           for name, token in threes.items() for h in range(2)}  # fmt: skip
@@ -178,15 +251,20 @@ maps(tables, "column", "row", "Which of the 4 x 4 patches the token 3 attends to
 # padding: CLIP reads from left to right, so its later tokens know everything that came before, and
 # nobody masks padding.
 #
-# The lower row shows the other direction, text attending to the image (at t = 0.5): the words are
-# updated as the picture takes shape. T5's 3 attends to a corner with one head and to the right
-# border with the other.
+# The last figure shows the other direction, text attending to the image (at t = 0.5): the words are
+# updated as the picture takes shape, and each head looks at a few patches of its own.
 #
 # ## The other way: modulation
 #
 # The *pooled* text, one vector for the whole prompt, is added to the embedding of the time. From
-# the sum each block computes a **shift**, a **scale** and a **gate** for each of its two branches.
-# A LayerNorm without weights comes first, then scale and shift. In plain loops, for one sample:
+# the sum $c$ each block computes, with a linear layer, a **shift** $\beta$, a **scale** $\gamma$
+# and a **gate** $\alpha$ for each of its two branches. A LayerNorm without weights comes first,
+# which takes off the mean $\mu$ of a token $x$ and divides by its deviation $\sigma$, then scale
+# and shift (DiT, arXiv 2212.09748, section 3.2):
+#
+# $$m(x) = (1 + \gamma) \frac{x - \mu}{\sqrt{\sigma^2 + 10^{-6}}} + \beta$$
+#
+# In plain loops, for one sample:
 
 
 # %%
@@ -203,6 +281,18 @@ def modulate_slowly(x, shift, scale):
 x, shift, scale = (torch.randn(size, generator=g) for size in ((2, 3, 8), (2, 8), (2, 8)))
 ours = modulate_slowly(x[0], shift[0], scale[0])
 torch.testing.assert_close(ours, layers.modulate(x, shift, scale)[0], atol=1e-5, rtol=1e-4)
+show("modulate")
+
+
+# %%
+def modulate(x, shift, scale):
+    raise NotImplementedError("your code here")
+
+
+solved = check("modulate", modulate)
+
+# %%
+reward(solved, "modulate", patch("nanosd3.mmdit.modulate", modulate))
 
 # %% [markdown]
 # ## Words against words
@@ -217,6 +307,9 @@ torch.testing.assert_close(ours, layers.modulate(x, shift, scale)[0], atol=1e-5,
 #
 # **PREDICT.** The context says d, the pooled vector says d + 5. Which digit is drawn? And how well
 # does each do without the other?
+
+# %%
+guess("...")
 
 # %%
 digits = torch.arange(pick(100, 10)) % 10
@@ -239,59 +332,102 @@ for name, case in cases.items():
 images(drawn, "d = 0 to 9, from the same noise.")
 
 # %% [markdown]
-# The pooled vector wins in 97 of 100 cases, and alone it does as well as together with the context.
-# That is no law of attention but a result of these captions and this short training: which of ten
-# digits, thin or bold, leaning or not, fits into one vector of 96 numbers, and a vector that
-# modulates every layer is hard to ignore. A sentence about three cats and a red chair does not fit;
-# that is what the context is for. In training T5 was sometimes the only encoder left, with a pooled
-# vector of zeros. So the model has learned to use the context alone, though not nearly as well
-# (longer training gets further, see the README).
+# <details><summary>What happened</summary>
 #
-# ## Gates, and why a fresh model predicts zero
+# The pooled vector wins in more than 90 of 100 cases, and alone it does nearly as well as together
+# with the context. That is no law of attention but a result of these captions and this short
+# training: which of ten digits, thin or bold, leaning or not, fits into one vector of 96 numbers,
+# and a vector that modulates every layer is hard to ignore. A sentence about three cats and a red
+# chair does not fit; that is what the context is for. In training T5 was sometimes the only encoder
+# left, with a pooled vector of zeros. So the model has learned to use the context alone, though not
+# nearly as well (longer training gets further, see the README).
 #
-# **PREDICT.** All modulations of a fresh model are zero: zero shift, zero scale, zero gate. What
-# does it predict for any input, and what is its first loss, for data of variance 1?
+# </details>
+#
+# ## Gates, and a fresh model
+#
+# A branch $f$, attention or MLP, reads the modulated tokens, and its result goes through the gate
+# before it is added:
+#
+# $$x \leftarrow x + \alpha f(m(x))$$
+#
+# **PREDICT.** All modulations of a fresh model are zero: zero shift, zero scale, zero gate; and so
+# is its last layer. What does it predict for any input, and what is its first loss, for data of
+# variance 1? What will training do to the gates?
+
+# %%
+guess("...")
 
 # %%
 torch.manual_seed(0)
 fresh = MMDiT(mmdit.config)
 x0 = torch.randn(clean.shape, generator=g)
 z, t = interpolate(x0, noise, torch.tensor(0.5)), torch.tensor(0.5)
-random_end = copy.deepcopy(fresh)
-torch.nn.init.xavier_uniform_(random_end.final_layer.linear.weight)
-outputs = {"fresh": fresh(z, t, *text), "last layer not zero": random_end(z, t, *text)}
-assert outputs["fresh"].abs().max() == 0
-print({name: round(flow_loss(v, x0, noise).mean().item(), 2) for name, v in outputs.items()})
+v = fresh(z, t, *text)
+print(f"largest |v|: {v.abs().max():.3f}, loss: {flow_loss(v, x0, noise).mean():.3f}")
 
-tokens, words, c = (torch.randn(*size, 128, generator=g) for size in ((2, 16), (2, 17), (2,)))
-torch.testing.assert_close(fresh.joint_blocks[0](tokens, words, c), (tokens, words))
-
-# %% [markdown]
-# Zero, and 1 + 1 = 2. A last layer that is not zero starts with noise of its own on top. A block
-# adds `gate * branch` to its input; with gate 0 it is the identity, and the signal passes unchanged
-# through a network of any depth. That is *adaLN-Zero*. Training opens the gates:
-
-# %%
 times = torch.linspace(0, 1, 21)
-c = mmdit.t_embedder(timestep_embedding(times)) + mmdit.y_embedder(text[1][:1])
+c = mmdit.t_embedder(layers.timestep_embedding(times)) + mmdit.y_embedder(text[1][:1])
 curves = {
     f"block {b}, {branch}": (times, on.gate.abs().mean(1))
     for b, block in enumerate(mmdit.joint_blocks)
     for branch, on in zip(("attention", "MLP"), block.x_block.modulation(c), strict=True)
 }
-lines(curves, "t (0 data, 1 noise)", "mean |gate|", f"Gates of the image stream for {prompt!r}.")
+lines(curves, "t (0 data, 1 noise)", "mean |gate|", f"Gates of the trained model's image stream, "
+      f"for {prompt!r}.")  # fmt: skip
+
+# %% [markdown]
+# <details><summary>What happened</summary>
+#
+# It predicts zero, and the loss is 1 + 1 = 2: the variance of the noise and that of the data. With
+# gate 0 a block is the identity, and the signal passes unchanged through a network of any depth.
+# That is *adaLN-Zero*. Training opens the gates.
+#
+# </details>
+
+# %%
+tokens, words, c = (torch.randn(*size, 128, generator=g) for size in ((2, 16), (2, 17), (2,)))
+torch.testing.assert_close(fresh.joint_blocks[0](tokens, words, c), (tokens, words))
+show("gated_mlp")
+
+
+# %%
+def gated_mlp(x, shift, scale, gate, w1, b1, w2, b2):
+    raise NotImplementedError("your code here")
+
+
+solved = check("gated_mlp", gated_mlp)
+
+# %%
+if solved:
+    mlp, curves = fresh.joint_blocks[0].x_block.mlp, {}
+    for gate in (0.0, 0.2, 1.0):
+        x = [tokens]
+        for _ in range(30):
+            x.append(gated_mlp(x[-1], 0 * c, 0 * c, 0 * c + gate, *mlp.parameters()))
+        curves[f"gate {gate}"] = (range(31), [y.std() for y in x])
+    lines(curves, "depth", "deviation of the tokens", "Thirty of your MLPs, one after the other.")
+else:
+    print("Solve `gated_mlp`, and this cell stacks thirty of them.")
 
 # %% [markdown]
 # ## When logits grow
 #
 # In long training the weights of queries and keys grow, and the logits grow with the product of
-# both. At some point the softmax puts all its weight on one token, and learning stops. The 3.5
-# models (and ours) first divide each query and key by its root mean square, `RMSNorm`. A normalised
-# vector of 64 numbers has length 8, so no logit can exceed 8 times the largest product of the two
+# both. At some point the softmax puts all its weight on one token, and learning stops (paper, arXiv
+# 2403.03206, section 5.3.2). The 3.5 models (and ours) first divide each query and key by its root
+# mean square and multiply it by a learned weight $g$, `RMSNorm`:
+#
+# $$r(q) = \frac{q}{\sqrt{(q_1^2 + \ldots + q_{64}^2) / 64 + 10^{-6}}} g$$
+#
+# Without $g$ the result has length 8, so no logit can exceed 8 times the largest product of the two
 # norms' weights.
 #
 # **PREDICT.** We multiply the weights by 2, 4, 8 and 16. By what factor do the logits grow, with
 # and without the norm?
+
+# %%
+guess("...")
 
 # %%
 normed, plain = mmdit.joint_blocks[0].x_block.attn, Attention(128, qk_norm=False)
@@ -309,11 +445,17 @@ for name, attn in {"without norm": plain, "with RMSNorm": normed}.items():
     curves[name] = (factors, largest)
 assert max(curves["with RMSNorm"][1]) <= bound
 curves["bound"] = (factors, [bound] * 5)
-lines(curves, "factor on weights", "largest logit", "Random tokens. Without the norm, doubling the "
-      "weights quadruples the logits; with it nothing changes.", "xy")  # fmt: skip
+lines(curves, "factor on weights", "largest logit", "Random tokens.", "xy", ticks=factors)
 
 # %% [markdown]
-# ## Exercises
+# <details><summary>What happened</summary>
+#
+# Without the norm, doubling the weights quadruples the logits, since queries and keys both double.
+# With it nothing changes.
+#
+# </details>
+#
+# ### Exercise: the norm
 
 # %%
 show("rms_norm")
@@ -324,40 +466,19 @@ def rms_norm(x, weight):
     raise NotImplementedError("your code here")
 
 
-check("rms_norm", rms_norm)
+solved = check("rms_norm", rms_norm)
 
 # %%
-show("joint_attention")
-
-
-# %%
-def joint_attention(q_text, k_text, v_text, q_image, k_image, v_image):
-    raise NotImplementedError("your code here")
-
-
-check("joint_attention", joint_attention)
-
-# %%
-show("modulate")
-
-
-# %%
-def modulate(x, shift, scale):
-    raise NotImplementedError("your code here")
-
-
-check("modulate", modulate)
-
-# %%
-show("gated_mlp")
-
-
-# %%
-def gated_mlp(x, shift, scale, gate, w1, b1, w2, b2):
-    raise NotImplementedError("your code here")
-
-
-check("gated_mlp", gated_mlp)
+if solved:
+    unit = torch.ones(64)
+    q, k, _ = plain.project(tokens)
+    products = [rms_norm(f * q, unit) @ rms_norm(f * k, unit).mT / 8 for f in factors]
+    curves = {"without": (factors, [f * f * (q @ k.mT / 8).abs().max() for f in factors])}
+    curves["with your norm"] = (factors, [product.abs().max() for product in products])
+    lines(curves, "factor on queries and keys", "largest logit", "Once more, with your norm.", "xy",
+          ticks=factors)  # fmt: skip
+else:
+    print("Solve `rms_norm`, and this cell draws the last figure with it.")
 
 # %% [markdown]
 # **Open questions.** Leave out the padding (cut the context to its first tokens): what changes?
