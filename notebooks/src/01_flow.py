@@ -29,10 +29,13 @@ def data(n, generator):
 
 
 # %% [markdown]
-# Three functions that only draw; skip them.
-
+# Three functions that only draw; skip them. In all notebooks data is blue, noise grey, and what a
+# network makes of it dark red.
 
 # %%
+COLOURS = {"data": "#0072B2", "noise": "#808080", "samples": "#A3004F"}
+
+
 def finish(figure, caption):
     figure.supxlabel(caption, fontsize=9, style="italic")
     plt.show()
@@ -42,19 +45,21 @@ def clouds(parts, caption):
     """Scatter plots side by side, given as title -> points (n, 2)."""
     figure, axes = plt.subplots(1, len(parts), figsize=(2.4 * len(parts), 2.9), squeeze=False)
     for axis, (title, points) in zip(axes[0], parts.items(), strict=True):
-        axis.scatter(*points.T, s=3, color="0")
+        colour = next((COLOURS[name] for name in COLOURS if name in title), "black")
+        axis.scatter(*points.T, s=3, color=colour)
         axis.set(title=title, xlim=(-3, 3), ylim=(-3, 3), xlabel="first coordinate", aspect="equal")
     axes[0][0].set_ylabel("second coordinate")
     finish(figure, caption)
 
 
 # %%
-def tracks(paths, caption):
-    """Sixty paths (steps, n, 2) from t = 1 to t = 0."""
+def tracks(paths, caption, end):
+    """Sixty paths (steps, n, 2) from noise at t = 1 to what is at t = 0."""
     figure, axis = plt.subplots(figsize=(4.2, 3.6))
     axis.plot(paths[:, :60, 0], paths[:, :60, 1], color="0.6", linewidth=0.6)
-    axis.scatter(*paths[-1, :60].T, s=12, color="0", label="t = 0")
-    axis.scatter(*paths[0, :60].T, s=12, facecolors="white", edgecolors="0", label="t = 1")
+    axis.scatter(*paths[-1, :60].T, s=12, color=COLOURS[end], label=f"{end}, t = 0")
+    style = {"facecolors": "white", "edgecolors": COLOURS["noise"], "label": "noise, t = 1"}
+    axis.scatter(*paths[0, :60].T, s=12, **style)
     axis.set(xlabel="first coordinate", ylabel="second coordinate")
     axis.legend(frameon=False)
     finish(figure, caption)
@@ -124,7 +129,7 @@ clouds(snapshots, "The cloud of z at four times: mixtures of noise and data.")
 # But many lines pass through the same place, in different directions.
 
 # %%
-tracks(torch.stack([noise, x0]), "Sixty of the lines.")
+tracks(torch.stack([noise, x0]), "Sixty of the lines.", "data")
 
 # %% [markdown]
 # **PREDICT.** What does a network trained with the mean square error predict where lines cross?
@@ -246,7 +251,7 @@ def sample(net, z, steps):
 
 start = torch.randn(800, 2, generator=g)
 path = sample(net, start, 50)
-clouds({"start": path[0], "halfway": path[25], "end": path[-1], "real data": x0},
+clouds({"noise": path[0], "halfway": path[25], "samples": path[-1], "real data": x0},
        "Fifty Euler steps from noise to data.")  # fmt: skip
 
 # %% [markdown]
@@ -257,7 +262,7 @@ clouds({"start": path[0], "halfway": path[25], "end": path[-1], "real data": x0}
 guess_3 = "..."
 
 # %%
-tracks(path, "Paths of sixty samples.")
+tracks(path, "Paths of sixty samples.", "samples")
 
 # %% [markdown]
 # <details><summary>What happened</summary>
@@ -397,7 +402,7 @@ solved = check("velocity_target", velocity_target)
 # %%
 if solved:
     mine, _ = train(velocity_target)
-    tracks(sample(mine, start, 50), "Paths of a network that was trained on your target.")
+    tracks(sample(mine, start, 50), "From a network trained on your target.", "samples")
 else:
     print("Solve `velocity_target`, and this cell trains a network on it and draws its paths.")
 
