@@ -12,20 +12,19 @@ import math
 from dataclasses import replace
 
 import torch
-from lab import CACHE, begin_job, images, lines, maps, pick, trained
+from lab import CACHE, begin_job, finish, images, lines, maps, panels, pick, trained
 
 from nanosd3.data import buckets
 from nanosd3.data.mnist import to_uint8
-from nanosd3.exercises import check, show
+from nanosd3.exercises import check, guess, show
 from nanosd3.flow import flow_loss, interpolate, logit_normal, stratified
 from nanosd3.mmdit import MMDiT
 from nanosd3.random_streams import rng
 from nanosd3.storage.run import Run
 from nanosd3.text import drop_encoders
+from nanosd3.training import optimizer as tuning
 from nanosd3.training.ema import make_ema, update_ema
 from nanosd3.training.loop import StepRNG, fit
-from nanosd3.training.optimizer import decay_groups
-from nanosd3.training.optimizer import learning_rate as rate_at
 
 # %% [markdown]
 # ## 1. Data: images, and captions that describe them
@@ -46,17 +45,33 @@ print(*(source.texts[i] for i in index), sep="\n")
 # %% [markdown]
 # **PREDICT.** Each image has many captions that fit it. Why draw a new one at every step, instead
 # of fixing one per image?
+
+# %%
+guess("...")
+
+# %% [markdown]
+# <details><summary>One answer</summary>
 #
-# (Because the model should understand every way to say it; with one caption per image it could
-# memorise images by their captions.)
+# The model should understand every way to say it. With one caption per image it could memorise
+# images by their captions.
+#
+# </details>
 #
 # The digits all have one size. Photographs do not, but a batch is one tensor.
 # `python -m nanosd3.train --data FOLDER`, which trains the same stages on your own pictures,
-# assigns each picture to the nearest of a few sizes of *about equal area*, a **bucket**, and draws
-# each batch from one bucket. So all batches have about the same number of tokens.
+# assigns each picture to the nearest of a few sizes, a **bucket**, and draws each batch from one
+# bucket. Their heights $H$ and widths $W$ have about the area of the square of side $S$ (paper,
+# arXiv 2403.03206, section 5.3.2),
+#
+# $$H W \approx S^2$$
+#
+# so that all batches have about the same number of tokens.
 #
 # **PREDICT.** If a 3:2 photograph is cropped to its central square, how much of it is lost? And if
-# it is cropped to the nearest of the sizes below?
+# it is cropped to the nearest of the sizes that the next cell prints?
+
+# %%
+guess("...")
 
 # %%
 sizes = buckets.bucket_sizes(1024, 64, 2048)
@@ -64,18 +79,61 @@ print(", ".join(f"{h}x{w}" for h, w in sizes))
 tokens = [h * w // 16**2 for h, w in sizes]
 assert 0.97 * 64**2 < min(tokens) and max(tokens) < 1.03 * 64**2
 shapes = torch.logspace(-1, 1, 201, base=2)  # height / width, from 1:2 to 2:1
+heights = (1e6 * shapes).int().tolist()  # of photographs that are a million pixels wide
+square = [buckets.cropped_share((1, 1), h, 10**6) for h in heights]
+bucketed = [buckets.cropped_share(buckets.nearest(sizes, h, 10**6), h, 10**6) for h in heights]
+curves = {"the central square": (shapes, square), "the nearest size": (shapes, bucketed)}
+ticks = [0.5, 0.67, 1, 1.5, 2]
+lines(curves, "height / width", "share cropped", "Shapes from 1:2 to 2:1.", "x", ticks)
+
+# %% [markdown]
+# <details><summary>What happened</summary>
+#
+# A 3:2 photograph has height / width 2/3, or 3/2 if it is upright. The square loses a third of it,
+# the nearest size a fortieth.
+#
+# </details>
+#
+# ### Exercises: buckets
+
+# %%
+show("bucket_sizes")
 
 
-def lost(height, width, shape):  # share lost when an image is scaled and cropped to a size
-    factor = float(shape) * width / height
-    return 1 - min(factor, 1 / factor)
+# %%
+def bucket_sizes(side, multiple, most, ratio):
+    raise NotImplementedError("your code here")
 
 
-bucketed = [lost(*buckets.nearest(sizes, int(1e6 * shape), 10**6), shape) for shape in shapes]
-curves = {"the central square": (shapes, [lost(1, 1, shape) for shape in shapes]),
-          "the nearest of nine sizes": (shapes, bucketed)}  # fmt: skip
-caption = "For a 3:2 photograph the square loses a third, the nearest size a fortieth."
-lines(curves, "height / width", "share cropped", caption, "x")
+solved = check("bucket_sizes", bucket_sizes)
+
+# %%
+if solved:
+    figure, (axis,) = panels(1, 3.4, 3.4)
+    for h, w in bucket_sizes(512, 64, 1024, 2.0):
+        axis.plot([0, w, w], [h, h, 0], color="0", linestyle="-", linewidth=0.7)
+    axis.set(xlabel="width", ylabel="height", aspect="equal")
+    finish(figure, "Top and right edges of your sizes for 512 x 512, in multiples of 64.")
+else:
+    print("Solve `bucket_sizes`, and this cell draws the sizes.")
+
+# %%
+show("nearest_bucket")
+
+
+# %%
+def nearest_bucket(sizes, height, width):
+    raise NotImplementedError("your code here")
+
+
+solved = check("nearest_bucket", nearest_bucket)
+
+# %%
+if solved:
+    mine = [buckets.cropped_share(nearest_bucket(sizes, h, 10**6), h, 10**6) for h in heights]
+    lines({"mine": (shapes, mine)}, "height / width", "share cropped", "By you.", "x", ticks)
+else:
+    print("Solve `nearest_bucket`, and this cell draws how much your choice crops.")
 
 # %% [markdown]
 # ## 2. Autoencoder and text encoders
@@ -108,12 +166,17 @@ print("of", len(first), "images: latents", tuple(latents[0].shape), "context", t
 # %% [markdown]
 # ## 3. One step
 #
-# Draw images, captions, times and noise; move to the point on the line; compare the velocity. All
-# random numbers come from generators that are seeded by the step: step 17 draws the same numbers
-# today and tomorrow, whatever happened before it. That is why an interrupted run can be resumed
-# exactly. The package calls the random numbers of a step a `StepRNG`. Its `generator()` is for
-# draws that all processes share; each row of its `noise` has its own generator, so that processes
-# which share a batch only need to draw their own rows.
+# Draw images with captions $c$, their latents $x_0$, times $t$ and noise $\epsilon$; move to the
+# point on the line, $z_t = (1 - t) x_0 + t \epsilon$; compare the velocity $v_\theta$ that the
+# network with weights $\theta$ predicts with the one along the line:
+#
+# $$L(\theta) = E | v_\theta(z_t, t, c) - (\epsilon - x_0) |^2$$
+#
+# All random numbers come from generators that are seeded by the step: step 17 draws the same
+# numbers today and tomorrow, whatever happened before it. That is why an interrupted run can be
+# resumed exactly. The package calls the random numbers of a step a `StepRNG`. Its `generator()` is
+# for draws that all processes share; each row of its `noise` has its own generator, so that
+# processes which share a batch only need to draw their own rows.
 
 
 # %%
@@ -137,7 +200,7 @@ print("x0", tuple(x0.shape), "t", [round(x, 2) for x in t.tolist()])
 
 # %% [markdown]
 # `encoder_dropout` drops each text encoder independently with probability 0.464, so that about a
-# tenth of all samples has no text at all: 0.464 to the power of 3. Guidance will need that.
+# tenth of all samples has no text at all: $0.464^3 = 0.0999$. Guidance will need that.
 #
 # The loss in plain loops, and the package's:
 
@@ -155,36 +218,51 @@ model = MMDiT(job.config.mmdit)
 velocity = model(interpolate(x0, noise, t), t, *conditioning)
 loss = flow_loss(velocity, x0, noise).mean()
 torch.testing.assert_close(loss, loss_slowly(velocity, x0, noise))
+assert float(velocity.detach().abs().max()) == 0
 
 # %% [markdown]
 # **PREDICT.** A fresh MMDiT predicts exactly 0 (its gates and last layer are zero). Latents have
 # mean 0 and deviation 1, and so does the noise. What is the loss before any training?
 
 # %%
-print(f"loss of a fresh model: {loss.item():.3f}")
-print(f"1 + mean of x0^2, on average over the noise: {1 + float(x0.square().mean()):.3f}")
-assert float(velocity.detach().abs().max()) == 0
+guess("...")
+
+# %%
+print(f"loss of a fresh model, for the six images: {loss.item():.3f}")
 
 # %% [markdown]
+# <details><summary>What happened</summary>
+#
+# It is the mean of $(\epsilon - x_0)^2$, which is 1 + 1 = 2 on average. Six images are few, so this
+# batch is off by a little.
+#
+# </details>
+#
 # ## 4. The loop
 #
 # Around the step there is what every training loop has: AdamW, a warm-up and a cosine schedule for
 # the learning rate, gradient clipping, and an **exponential moving average of the weights** (EMA),
-# which is what we sample from. The package's loop also has the log, a progress bar, checkpoints, a
-# clean stop at Ctrl-C, skipping of steps whose loss is not finite, and data parallelism. And it
-# trains most matrices of the digit model with Muon instead of AdamW, in half the steps
-# (`nanosd3/training/muon.py`).
+# $\bar\theta$, which is what we sample from. After step $k$, counted from 0, it moves towards the
+# weights:
+#
+# $$\bar\theta \leftarrow d \bar\theta + (1 - d) \theta$$
+#
+# with $d = \min(0.999, (1 + k) / (10 + k))$.
+#
+# The package's loop also has the log, a progress bar, checkpoints, a clean stop at Ctrl-C, skipping
+# of steps whose loss is not finite, and data parallelism. And it trains most matrices of the digit
+# model with Muon instead of AdamW, in half the steps (`nanosd3/training/muon.py`).
 
 
 # %%
 def train_by_hand(model, recipe, watch=lambda step, ema: None):
     ema, losses = make_ema(model), []
     # Matrices decay, biases and norms do not.
-    groups = decay_groups(model.parameters(), recipe.weight_decay)
+    groups = tuning.decay_groups(model.parameters(), recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, recipe)
+            group["lr"] = tuning.learning_rate(step, recipe)
         x0, noise, t, conditioning = batch(StepRNG((0, "flow", step), range(recipe.batch)))
         loss = flow_loss(model(interpolate(x0, noise, t), t, *conditioning), x0, noise).mean()
         loss.backward()
@@ -217,13 +295,61 @@ assert logged == by_hand, "the same losses, bit for bit"
 print([round(x, 4) for x in logged])
 
 # %% [markdown]
+# ### Exercises: two parts of the loop
+#
+# The learning rate, and a batch that does not fit into memory: the gradient of a mean over samples
+# can be collected piece by piece.
+
+# %%
+show("learning_rate")
+
+
+# %%
+def learning_rate(step, steps, warmup, lr):
+    raise NotImplementedError("your code here")
+
+
+solved = check("learning_rate", learning_rate)
+
+# %%
+if solved:
+    rates = {f"warm-up {w}": (range(600), [learning_rate(k, 600, w, 1e-3) for k in range(600)])
+             for w in (10, 50, 200)}  # fmt: skip
+    lines(rates, "step", "learning rate", "Your schedule, for three lengths of the warm-up.")
+else:
+    print("Solve `learning_rate`, and this cell draws the schedule.")
+
+# %%
+show("accumulate_gradient")
+
+
+# %%
+def accumulate_gradient(weight, x0, noise, t, size):
+    raise NotImplementedError("your code here")
+
+
+solved = check("accumulate_gradient", accumulate_gradient)
+
+# %%
+if solved:
+    g = torch.Generator().manual_seed(0)
+    some = [torch.randn(20, 12, generator=g) for _ in range(2)] + [torch.rand(20, generator=g)]
+    tables = {f"{n} at once": accumulate_gradient(torch.eye(12), *some, n) for n in (20, 7, 1)}
+    maps(tables, "output", "input", "Your gradient of the same 20 samples.", "gradient")
+else:
+    print("Solve `accumulate_gradient`, and this cell draws the gradient for three sizes.")
+
+# %% [markdown]
 # ## 5. Watch it learn
 #
 # A new model, a few hundred steps, and a look at what its averaged weights would draw along the
 # way.
 #
 # **PREDICT.** What comes first: samples that look like strokes, samples that look like digits, or
-# samples that are the requested digit?
+# samples that are the requested digit? And how will the loss fall meanwhile?
+
+# %%
+guess("...")
 
 # %%
 torch.manual_seed(1)
@@ -249,13 +375,17 @@ smooth = torch.tensor(losses).unfold(0, window, 1).mean(1)
 lines(
     {"training loss": (torch.arange(window, len(losses) + 1), smooth)},
     "step", "velocity loss (per latent)",
-    f"Mean of {window} steps. It starts at 2, falls fast, then slowly; digits appear late.",
+    f"Mean of {window} steps.",
 )  # fmt: skip
 
 # %% [markdown]
-# The loss falls fast while the model learns what all digits have in common, and hardly moves while
-# it learns to tell them apart. **When the loss has flattened out, the model may still be
-# improving.**
+# <details><summary>What happened</summary>
+#
+# Strokes come first, then digits, and only then the requested ones. The loss starts at 2. It falls
+# fast while the model learns what all digits have in common, and hardly moves while it learns to
+# tell them apart. **When the loss has flattened out, the model may still be improving.**
+#
+# </details>
 #
 # ## 6. The whole run
 #
@@ -265,7 +395,11 @@ lines(
 # themselves, `validation_ema` for their average. (They are lower than in training, since here the
 # latents are the encoder's means, without its own noise, which no network can predict.)
 #
-# **PREDICT.** At which t is the loss largest, at which smallest?
+# **PREDICT.** At which $t$ is the loss largest, at which smallest? And at which $t$ does it fall
+# most in the course of training?
+
+# %%
+guess("...")
 
 # %%
 log = [entry["validation_ema"] for entry in job.run.read_log() if "validation_ema" in entry]
@@ -278,14 +412,20 @@ with torch.no_grad():
     by_hand = [flow_loss(pipeline.mmdit(interpolate(x0, noise, t), t, *text), x0, noise).mean()
                for t in ts]  # fmt: skip
 torch.testing.assert_close(torch.stack(by_hand), torch.tensor(log[-1]), atol=1e-3, rtol=0)
-curves = {"after a tenth of the run": (ts, log[0]), "at the end": (ts, log[-1])}
-lines(curves, "t (0 data, 1 noise)", "velocity loss (per latent)",
-      "Near t = 0 so small a model cannot tell noise from data; near t = 1 it can only predict "
-      "the average digit; in between, training helps most.")  # fmt: skip
-maps({"held-out loss": torch.tensor(log).T}, "tenth of training", "eighth of t (0 data, 7 noise)",
-     "Dark is a large loss. It falls everywhere, near noise first.", "loss")  # fmt: skip
+curves = {"after a fifth of the run": (ts, log[0]), "at the end": (ts, log[-1])}
+lines(curves, "t (0 data, 1 noise)", "velocity loss (per latent)", "Held-out images.")
+maps({"held-out loss": torch.tensor(log).T}, "evaluation", "eighth of t (0 data, 7 noise)",
+     "The same, for every evaluation in the run.", "loss")  # fmt: skip
 
 # %% [markdown]
+# <details><summary>What happened</summary>
+#
+# Largest near $t = 0$, where so small a model cannot tell noise from data, and smallest in the
+# middle. Near $t = 1$ it can only predict the average digit, and learns that first: after a fifth
+# of the run the loss hardly falls there. It falls most around $t = 0.3$.
+#
+# </details>
+#
 # ## 7. Is it any good?
 #
 # A classifier reads the samples: is it the requested digit? On its own that rewards blur, so
@@ -301,8 +441,9 @@ for name, network in (("600 steps", average), ("trained model", pipeline.mmdit))
 print({name: f"{value:.1%}" for name, value in accuracy.items()})
 
 # %% [markdown]
-# Why does the decay of the average *increase* during training? With a fixed decay of 0.999, after
-# 600 steps half of the average would still be the random initial weights.
+# Why does the decay $d$ of the average *increase* during training? With a fixed decay of 0.999,
+# after 600 steps half of the average would still be the random initial weights, since
+# $0.999^{600} = 0.55$.
 
 
 # %%
@@ -318,20 +459,6 @@ curves = {
 lines(curves, "steps", "share of the initial weights",
       "How much of the random initial weights is left in the average.", log="x")  # fmt: skip
 
-# %% [markdown]
-# ## Exercises
-
-# %%
-show("learning_rate")
-
-
-# %%
-def learning_rate(step, steps, warmup, lr):
-    raise NotImplementedError("your code here")
-
-
-check("learning_rate", learning_rate)
-
 # %%
 show("ema_update")
 
@@ -341,29 +468,17 @@ def ema_update(average, weights, step, decay):
     raise NotImplementedError("your code here")
 
 
-check("ema_update", ema_update)
+solved = check("ema_update", ema_update)
 
 # %%
-show("accumulate_gradient")
-
-
-# %%
-def accumulate_gradient(weight, x0, noise, t, size):
-    raise NotImplementedError("your code here")
-
-
-check("accumulate_gradient", accumulate_gradient)
-
-# %%
-show("bucket_sizes")
-
-
-# %%
-def bucket_sizes(side, multiple, most, ratio):
-    raise NotImplementedError("your code here")
-
-
-check("bucket_sizes", bucket_sizes)
+if solved:
+    steps, mine = range(len(losses)), [torch.tensor(losses[0])]
+    for step in steps:
+        mine.append(ema_update(mine[-1], torch.tensor(losses[step]), step, 0.95))
+    curves = {"the losses": (steps, losses), "your average": (steps, mine[1:])}
+    lines(curves, "step", "velocity loss (per latent)", "Losses this time, not weights.")
+else:
+    print("Solve `ema_update`, and this cell smooths the loss of your training with it.")
 
 # %% [markdown]
 # **Open questions.** Train with `encoder_dropout = 0` and sample with guidance: what goes wrong?
