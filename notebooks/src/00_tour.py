@@ -261,6 +261,9 @@ images({"no text at all": without}, "Eight samples without text.")
 #
 # </details>
 #
+# ![Diagram of guidance: one call for both prompts, and the line through the two
+# velocities](../nanosd3/assets/pictures/guidance.svg)
+#
 # ### Exercise: guidance
 
 # %%

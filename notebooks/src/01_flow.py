@@ -273,6 +273,11 @@ tracks(path, "Paths of sixty samples.", "samples")
 #
 # </details>
 #
+# All of it in one drawing, made with the package's functions:
+#
+# ![A straight line from data to noise and its velocity; lines of random pairs, which cross; paths
+# of their mean velocity](../nanosd3/assets/pictures/rectified_flow.svg)
+#
 # ## Against a known answer
 #
 # For Gaussian data the mean velocity has a closed form, so we can check that all this is right and

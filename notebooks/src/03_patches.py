@@ -439,6 +439,11 @@ images(rows, "The digits 1 to 8 on larger canvases.", cell=0.9)
 #
 # </details>
 #
+# Patches, tokens and positions in one drawing, with the sizes of our model and of the official one:
+#
+# ![Diagram of latents cut into patches, tokens and back, and of the position grid with the middle
+# that an image takes](../nanosd3/assets/pictures/patches.svg)
+#
 # ### Exercise: cropping
 
 # %%

@@ -148,6 +148,9 @@ for block, inputs in block_inputs(*at(0.9), *text):
 # contain weights for them all the same; no gradient ever reached those.) Without the text, the
 # attention output of the image tokens would be off by a half or more.
 #
+# ![Diagram of the last block: text gives keys and values
+# only](../nanosd3/assets/pictures/last_block.svg)
+#
 # </details>
 #
 # The attention matrix of the first block has four **quadrants**: queries run down, keys run across.
@@ -382,6 +385,9 @@ lines(curves, "t (0 data, 1 noise)", "mean |gate|", f"Gates of the trained model
 # It predicts zero, and the loss is 1 + 1 = 2: the variance of the noise and that of the data. With
 # gate 0 a block is the identity, and the signal passes unchanged through a network of any depth.
 # That is *adaLN-Zero*. Training opens the gates.
+#
+# ![Diagram of adaLN-Zero: shift, scale and gate of a branch, and the layers that start at
+# zero](../nanosd3/assets/pictures/adaln_zero.svg)
 #
 # </details>
 
