@@ -11,6 +11,7 @@ import copy
 import os
 import shutil
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from lab import CACHE, images, lines, pick, trained
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanosd3 import components, layers, weights
 from nanosd3.config import CONFIGS, Recipe
-from nanosd3.exercises import check, show
+from nanosd3.exercises import check, guess, show
 from nanosd3.measure import costs
 from nanosd3.official import checkpoint, export, key_names
 from nanosd3.random_streams import rng
@@ -30,13 +31,16 @@ from nanosd3.training.train_flow import train_flow
 # ## One dial
 #
 # A transformer has many sizes: width, heads, layers, the hidden layer of its MLPs. SD3 ties them
-# all to one number. **Depth d** means d blocks, width 64 d, d heads of 64 features, and MLPs four
-# times as wide as the model.
+# all to one number. **Depth $d$** means $d$ blocks of width $h = 64 d$, with $d$ heads of 64
+# features and MLPs four times as wide as the model.
 #
 # To count eight billion parameters you need not store them. On PyTorch's *meta* device a tensor has
 # a shape but no memory: `on_meta` builds any model in a moment.
 #
 # **PREDICT.** If you double the depth, by what factor does the number of parameters grow?
+
+# %%
+guess("...")
 
 # %%
 models = {name: components.on_meta(config, "mmdit") for name, config in CONFIGS.items()}
@@ -46,20 +50,25 @@ for name, config in CONFIGS.items():
 family = ["sd3-d15", "sd3-d18", "sd3-d21", "sd3-medium", "sd3-d30", "sd3-d38"]
 d = torch.tensor([CONFIGS[name].mmdit.depth for name in family], dtype=torch.float64)
 counted = torch.tensor([count[name] for name in family], dtype=torch.float64)
-lines({"counted": (d, counted), "proportional to d cubed": (d, counted[0] * (d / 15) ** 3)},
-      "depth d", "parameters", "The lines coincide.", log="xy")  # fmt: skip
+powers = {f"power {n} of d": (d, counted[0] * (d / 15) ** n) for n in (2, 3, 4)}
+lines(powers | {"counted": (d, counted)}, "depth d", "parameters", "From depth 15.", log="xy")
 
 # %% [markdown]
-# Every matrix grows with the width squared, and there are d blocks of them: d cubed. From 15 to 30
-# the count grows by 7.99, just below 8, since a few layers around the blocks grow more slowly.
+# <details><summary>What happened</summary>
+#
+# The line is that of $d^3$. Every matrix grows with the width squared, and there are $d$ blocks of
+# them. From 15 to 30 the count grows by 7.99, just below 8, since a few layers around the blocks
+# grow more slowly.
+#
+# </details>
 #
 # ## Counting by hand
 #
-# A linear layer from a to b has a b weights and b biases. Here is the whole transformer as a list
-# of such layers, in a plain loop over the blocks, with the two exceptions that the code has too:
-# the text stream of the last block has no output, and some models have a second attention in the
-# image stream (`dual_attention`). The third entry says what passes through the layer; we need it
-# below.
+# A linear layer from $a$ features to $b$ has $a b$ weights and $b$ biases. Here is the whole
+# transformer as a list of such layers, in a plain loop over the blocks, with the two exceptions
+# that the code has too: the text stream of the last block has no output, and some models have a
+# second attention in the image stream (`dual_attention`). The third entry says what passes through
+# the layer; we need it below.
 
 
 # %%
@@ -83,25 +92,37 @@ def linears(config):
 for name, config in CONFIGS.items():
     size = config.mmdit
     norms = (4 * size.depth + 2 * len(size.dual_attention)) * 64 * size.qk_norm
-    assert sum(a * b + b for a, b, _ in linears(size)) + norms == count[name], name
-    assert costs.parameters(size) == count[name], "the package's own formula"
+    by_hand = sum(a * b + b for a, b, _ in linears(size)) + norms
+    assert by_hand == count[name] == costs.parameters(size), name
 
 h = 64 * d  # and for the paper's models all at once
-outer, last = 4 * h**2 + 6536 * h + 64, 5 * h**2 + 5 * h  # stem and head; the last block's text
-formula = (2 * d - 1) * (18 * h**2 + 15 * h) + last + outer
+formula = (2 * d - 1) * (18 * h**2 + 15 * h) + 9 * h**2 + 6541 * h + 64
 torch.testing.assert_close(formula, counted, atol=0, rtol=0)
 
 # %% [markdown]
-# Exact to the last parameter, for every configuration from `tiny` to 8B.
+# Exact to the last parameter, for every configuration from `tiny` to 8B. For the paper's models of
+# depth $d$ and width $h$ the sum over all layers is
+#
+# $$(2 d - 1) (18 h^2 + 15 h) + 9 h^2 + 6541 h + 64$$
+#
+# A block has two streams of $18 h^2 + 15 h$, a modulation, an attention and an MLP each. The last
+# block has one and a rest of the other; what is left are the layers before and after the blocks.
 #
 # ## What it costs: memory
 #
 # A parameter takes two bytes in bfloat16, four in float32. Training needs more: float32 weights,
-# their gradients, two AdamW moments, and the moving average that we sample from. That makes **20
-# bytes** per parameter before the first activation. (`python train_mnist.py --config sd3-medium`
+# their gradients, two AdamW moments, and the moving average that we sample from, together
+#
+# $$4 (1 + 1 + 2 + 1) = 20$$
+#
+# bytes per parameter before the first activation. (`python train_mnist.py --config sd3-medium`
 # adds the memory of the activations, `nanosd3/measure/training_memory.py`, and refuses to start.)
 #
-# **PREDICT.** You have 16 GB. Which of these could you train? Which could you sample from?
+# **PREDICT.** You have 16 GB. Which of these could you train: depth 2 (`mnist`), 15, 24
+# (`sd3-medium`) or 38 (`sd3.5-large`)? Which could you sample from?
+
+# %%
+guess("...")
 
 # %%
 print(f"{'GB':12}{'bfloat16':>10}{'float32':>10}{'training':>10}")
@@ -112,15 +133,20 @@ for part in ("clip_l", "clip_g", "t5", "vae"):
     print(f"{part:12}{2 * n / 1e9:10.3f}{4 * n / 1e9:10.3f}{'frozen':>10}")
 
 # %% [markdown]
+# <details><summary>What happened</summary>
+#
 # The 0.5B model trains in 10 GB; the 2B model needs 41 GB, the 8B model 161 GB. Sampling needs
 # memory for the largest *part*, not for the sum, because the parts run one after the other; and in
 # SD3 medium that is not the transformer but T5, a text encoder more than twice its size.
 #
+# </details>
+#
 # ## What it costs: arithmetic
 #
-# A multiplication and an addition for every weight and every token that passes through it: two
-# operations. In attention, two products for every pair of tokens. The conditioning is computed once
-# per image.
+# A multiplication and an addition for every weight and every token that passes through it: for $n$
+# tokens through a layer from $a$ to $b$, $2 n a b$ operations. In attention there are two products
+# for every pair of tokens, of $n$ queries with $m$ keys of width $h$ and of the weights with the
+# values: $4 n m h$. The conditioning is computed once per image.
 
 
 # %%
@@ -155,14 +181,17 @@ for name, config in CONFIGS.items():
 #
 # The paper trains depths 15 to 38 on the same data for the same 500,000 steps. On a laptop we can
 # do the same with depths 1 to 4 and 300 steps, with the same latents, text and batches for all.
-# Only the learning rate is 0.02 / d, because wider layers need smaller steps.
+# Only the learning rate is $0.02 / d$, because wider layers need smaller steps.
 #
 # **PREDICT.** Depth 4 has 62 times the parameters of depth 1. After the same 300 steps of 64
 # images, is it ahead, or has the small one learned faster?
 
 # %%
+guess("...")
+
+# %%
 lesson = trained()
-pipeline, steps = lesson.pipeline, pick(300, 4)
+pipeline, steps, prompts = lesson.pipeline, pick(300, 4), [f"the digit {i}" for i in range(10)]
 
 
 def train_depth(depth):
@@ -179,30 +208,41 @@ trainings = {str(depth): train_depth(depth) for depth in pick((1, 2, 3, 4), (1, 
 trainings["2, longer"] = lesson.job, pipeline.mmdit  # the model of all notebooks
 
 # %% [markdown]
-# We use the paper's measure: the loss on held-out images at equally spaced times, with the same
-# noise for every model. Each run's log ends with it (notebook 05 computes it by hand).
+# We use the paper's measure: the loss on held-out images $x_0$ with noise $\epsilon$ at equally
+# spaced times $t_i$, with the same noise for every model. The mean $E$ is over the images:
+#
+# $$L_i = E | v(z_{t_i}, t_i) - (\epsilon - x_0) |^2, \quad t_i = \frac{2 i + 1}{16}$$
+#
+# Each run's log ends with it (notebook 05 computes it by hand).
 
 # %%
 ts = (torch.arange(8) + 0.5) / 8
-logs = [job.run.read_log() for job, _ in trainings.values()]
-loss = torch.tensor([log[-1]["validation_ema"] for log in logs])
+loss = torch.tensor([job.run.read_log()[-1]["validation_ema"] for job, _ in trainings.values()])
 sizes = [sum(p.numel() for p in model.parameters()) for _, model in trainings.values()]
 for depth, n, row in zip(trainings, sizes, loss, strict=True):
     print(f"depth {depth}: {n:9,} parameters, loss {row.mean():.3f}")
 lines({"": (sizes[:-1], loss[:-1].mean(1))}, "parameters", "held-out loss, mean of 8 times",
       f"Depths 1, 2, 3, ... after {steps} steps each.", log="x")  # fmt: skip
 lines({f"depth {depth}": (ts, row) for depth, row in zip(trainings, loss, strict=True)},
-      "t (0 data, 1 noise)", "held-out loss", "The middle gains most.")  # fmt: skip
+      "t (0 data, 1 noise)", "held-out loss", "The same, time by time.")  # fmt: skip
 
 # %% [markdown]
+# <details><summary>What happened</summary>
+#
 # At an equal number of *steps* every larger model has a lower loss, the largest only by a little.
 # Depth helps most in the middle of the path, where the content of the image is decided; near t = 0
 # the noise cannot be predicted, by anyone. So far this is the paper's result. But a step at depth 4
-# also costs as much as eighty at depth 1 (a training step counts as three forward passes: the
-# backward pass costs two).
+# also costs as much as eighty at depth 1.
+#
+# </details>
+#
+# A training step counts as three forward passes: the backward pass costs two.
 #
 # **PREDICT.** Now the same runs plotted against the number of *operations*, together with the model
 # of all notebooks: depth 2, 900 steps of 128. Which has the lowest loss in the end?
+
+# %%
+guess("...")
 
 # %%
 width, curves = pick(30, 2), {}
@@ -212,15 +252,19 @@ for depth, (job, model) in trainings.items():
     spent = step * torch.arange(width, len(logged) + 1)
     print(f"depth {depth}: {step:.1e} operations per step, {float(spent[-1]):.1e} in total")
     curves[f"d = {depth}"] = (spent, logged.unfold(0, width, 1).mean(1))
-lines(curves, "operations", "training loss", "Grey: depth 2 for 900 steps of 128.", log="x")
+lines(curves, "operations", "training loss", f"Means of {width} steps.", log="x")
 
 # %% [markdown]
+# <details><summary>What happened</summary>
+#
 # At an equal number of operations the smaller model leads almost everywhere: a shallow network that
 # has seen more beats a deep one that has only just started. Depth 3 catches up with the long run of
 # depth 2 at the end, when its own learning rate has decayed and the other's has not; depth 4 stays
 # behind. Size pays off if there are enough steps to use it, and half a million is a different
 # budget from 300. (One seed, and a rule for the learning rate that was not tuned: do not trust the
 # third digit.)
+#
+# </details>
 #
 # ## The official layout
 #
@@ -242,8 +286,12 @@ for name, tensor in single.items():
 
 # %% [markdown]
 # Names are the easy half. What neither name nor shape can tell is order. Queries, keys and values
-# are one matrix of 3 D rows: all of q, then all of k, then all of v, and within each one head after
-# the other. In plain loops:
+# are one matrix of $3 h$ rows: all of q, then all of k, then all of v, and within each one head
+# after the other. Feature $i$ of head $k$, from 0 to 63, of part $p$ (0 for q, 1, 2) is in row
+#
+# $$h p + 64 k + i$$
+#
+# In plain loops:
 
 
 # %%
@@ -260,6 +308,29 @@ def split_slowly(x, parts):
 x = torch.randn(2, 5, 3 * 4 * 64, generator=rng("heads"))
 torch.testing.assert_close(torch.stack(layers.split_heads(x, 3)), split_slowly(x, 3))
 
+
+def reward(solved, name, replaced):
+    """Draw ten digits while the package uses an answer, or say what the cell would draw."""
+    if not solved:
+        return print(f"Solve `{name}`, and this cell draws ten digits with it.")
+    with replaced:
+        images({"digits 0 to 9": pipeline(prompts, seed=1)}, f"Drawn with your `{name}`.")
+
+
+# %%
+show("split_heads")
+
+
+# %%
+def split_heads(x, parts):
+    raise NotImplementedError("your code here")
+
+
+solved = check("split_heads", split_heads)
+
+# %%
+reward(solved, "split_heads", patch("nanosd3.mmdit.split_heads", split_heads))
+
 # %% [markdown]
 # Another implementation might read the rows as (heads, 3, 64). And diffusers' modules expect
 # (scale, shift) from the modulation of the final layer, where the official file has (shift, scale).
@@ -268,7 +339,10 @@ torch.testing.assert_close(torch.stack(layers.split_heads(x, 3)), split_slowly(x
 # **PREDICT.** Which of the two is worse?
 
 # %%
-prompts, rows = [f"the digit {i}" for i in range(10)], {}
+guess("...")
+
+# %%
+rows = {}
 mistakes = {
     "right": ("nothing", None),
     "qkv read by heads": (".qkv.", lambda p: p.unflatten(0, (-1, 3, 64)).transpose(0, 1)),
@@ -283,10 +357,62 @@ for name, (part, change) in mistakes.items():
 images(rows, "Two wrong readings of the same file, neither with an error message.")
 
 # %% [markdown]
+# <details><summary>What happened</summary>
+#
 # Reading by heads mixes queries with keys and values, and little is left. The swapped halves only
-# smudge some digits; you might take the result for a weak model. So a table of key names must also
-# record how the tensor itself changes. The package has one such table and uses it in both
-# directions: the official names on the left, those of diffusers on the right.
+# smudge some digits; you might take the result for a weak model.
+#
+# </details>
+
+# %%
+show("final_layer")
+
+
+# %%
+def final_layer(x, c, w_on, b_on, w, b):
+    raise NotImplementedError("your code here")
+
+
+solved = check("final_layer", final_layer)
+
+
+# %%
+def forward(layer, x, c):
+    on, out = layer.adaLN_modulation[1], layer.linear
+    return final_layer(x, c, on.weight, on.bias, out.weight, out.bias)
+
+
+reward(solved, "final_layer", patch("nanosd3.mmdit.FinalLayer.forward", forward))
+
+# %% [markdown]
+# Another such place is the last block, whose text is used by nobody: it has no queries of text. In
+# the official file the rows are there all the same, and are never used.
+
+# %%
+show("last_joint_attention")
+
+
+# %%
+def last_joint_attention(k_text, v_text, q_image, k_image, v_image):
+    raise NotImplementedError("your code here")
+
+
+solved = check("last_joint_attention", last_joint_attention)
+
+
+# %%
+def attend(q, k, v):
+    M = k.shape[2] - q.shape[2]  # words, in the last block; 0 in the others
+    parts = k[:, :, :M], v[:, :, :M], q, k[:, :, M:], v[:, :, M:]
+    return last_joint_attention(*parts) if M else layers.attention(q, k, v)
+
+
+reward(solved, "last_joint_attention", patch("nanosd3.mmdit.attention", attend))
+
+# %% [markdown]
+# So a table of key names must also record how each tensor itself changes. The package has one such
+# table and uses it in both directions: the official names on the left, those of diffusers on the
+# right.
 
 # %%
 print(key_names.BLOCK, key_names.STEM)
@@ -307,9 +433,8 @@ for path in (folder / "mnist.safetensors", folder / "diffusers"):
 # SD3 medium and SD3.5 medium have the same depth. Comparing their tensors shows every difference.
 
 # %%
-before, after = (
-    components.shapes(CONFIGS[name], "mmdit") for name in ("sd3-medium", "sd3.5-medium")
-)
+pair = ("sd3-medium", "sd3.5-medium")
+before, after = (components.shapes(CONFIGS[name], "mmdit") for name in pair)
 added = {}
 for key, shape in after.items():
     if before.get(key) != shape and not key.endswith(".bias"):
@@ -349,10 +474,16 @@ else:
     print("NANOSD3_WEIGHTS is not set: nothing to load.")
 
 # %% [markdown]
-# ## Exercises
+# ## How it is sampled
 #
-# `schedule` is how a large model is sampled: shifted, and at its low end shifted twice. The other
-# three are places where weights load without a warning and mean something else.
+# At $N$ times $t_i$, shifted towards noise by $\alpha$ (3 for the official models). With the shift
+# $s(u)$ (paper, eq. 23),
+#
+# $$s(u) = \frac{\alpha u}{1 + (\alpha - 1) u}$$
+#
+# $$t_i = s\left(1 - \frac{i}{N - 1} (1 - s(0.001))\right)$$
+#
+# for $i$ from 0 to $N - 1$, and then $t_N = 0$. So the low end is shifted twice.
 
 # %%
 show("schedule")
@@ -363,40 +494,10 @@ def schedule(steps, alpha):
     raise NotImplementedError("your code here")
 
 
-check("schedule", schedule)
+solved = check("schedule", schedule)
 
 # %%
-show("split_heads")
-
-
-# %%
-def split_heads(x, parts):
-    raise NotImplementedError("your code here")
-
-
-check("split_heads", split_heads)
-
-# %%
-show("last_joint_attention")
-
-
-# %%
-def last_joint_attention(k_text, v_text, q_image, k_image, v_image):
-    raise NotImplementedError("your code here")
-
-
-check("last_joint_attention", last_joint_attention)
-
-# %%
-show("final_layer")
-
-
-# %%
-def final_layer(x, c, w_on, b_on, w, b):
-    raise NotImplementedError("your code here")
-
-
-check("final_layer", final_layer)
+reward(solved, "schedule", patch("nanosd3.request.schedule", schedule))
 
 # %% [markdown]
 # **Open questions.** Train depth 1 and depth 2 until their curves are flat: where do they cross? Is
