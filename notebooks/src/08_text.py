@@ -10,7 +10,7 @@ from collections import Counter
 from itertools import pairwise
 
 import torch
-from lab import cached, images, lines, maps, pick, trained
+from lab import cached, finish, images, lines, maps, panels, pick, trained
 
 from nanosd3 import t5
 from nanosd3 import text as conditioning
@@ -52,7 +52,6 @@ for word, count in counts.items():
     for pair in pairwise(symbols):
         pairs[pair] += count
 print("the most frequent pairs:", pairs.most_common(5))
-
 learned = BPE.train(captions.texts, 514 + 40).merges
 assert pairs[learned[0]] == max(pairs.values())
 print("the first merges:", learned[:10])
@@ -173,10 +172,13 @@ solved = check("best_split", best_split)
 if solved:
     scores = {piece: score for piece, (score, _) in unigram.score.items()}
     words = "cat photo boldest leaning xylophone handwritten photorealistic".split()
-    pieces = [len(best_split(f"▁{word}", scores)) for word in words]
-    lines({"": (words, pieces)}, "word", "pieces", "Seven words, cut by you.")
+    pieces = [" | ".join(best_split(f"▁{word}", scores)) for word in words]
+    figure, (axis,) = panels(1, 5.0, 2.2)
+    axis.axis("off")
+    axis.text(0.5, 0.5, "\n".join(pieces), ha="center", va="center", fontsize=11)
+    finish(figure, "Seven words, cut into T5's pieces by you.")
 else:
-    print("Solve `best_split`, and this cell counts the pieces of seven words.")
+    print("Solve `best_split`, and this cell draws the pieces of seven words.")
 
 # %% [markdown]
 # ## CLIP: match captions with their images
@@ -230,7 +232,7 @@ if solved:
         contrastive_loss(*points, 5.0).backward()
         adam.step()
     maps({"": torch.cosine_similarity(points[0][:, None], points[1][None], dim=2)}, "caption",
-         "image", "Vectors in the plane, moved by your loss.", "cosine")  # fmt: skip
+         "image", "Eight pairs, moved by your loss.", "cosine")  # fmt: skip
 else:
     print("Solve `contrastive_loss`, and this cell moves eight images to their captions.")
 
@@ -322,9 +324,9 @@ print(f"T5 padded to 12 tokens instead of 8: the states of the words change by {
 #
 # CLIP reads forwards: its states change from the digit on, which is token 3, after the start token
 # and two words. T5 reads in both directions: all its states change, also those before the digit,
-# which is token 2. Overwriting the padding did not change CLIP's pooled vector. But nothing masks the padding in
-# T5, so the states of the words themselves depend on how much of it there is: a little here. The
-# padded length is part of the input.
+# which is token 2. Overwriting the padding did not change CLIP's pooled vector. But nothing masks
+# the padding in T5, so the states of the words themselves depend on how much of it there is: a
+# little here. The padded length is part of the input.
 #
 # </details>
 #
