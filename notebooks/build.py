@@ -25,7 +25,7 @@ import jupytext
 import nbformat
 from nbformat import NotebookNode
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.resolve()
 REPOSITORY = ""  # URL of your published copy; Colab clones the package from it
 
 COLAB = """
@@ -38,6 +38,7 @@ INSTALL = """import os, sys
 sys.path[:0] = [os.path.abspath(".."), os.path.abspath(".")]
 import nanosd3  # before torch: on a busy machine, threads that wait then leave it their core"""
 FORMATTER_PRAGMA = re.compile(r"  # fmt: skip$", re.MULTILINE)  # clutter for a reader
+QUESTION, EXPLANATION = "**PREDICT.**", "<details>"  # which is folded in the text
 MARK = "nanosd3_executed"  # in the metadata: the digest of the code that made the outputs
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
@@ -61,10 +62,26 @@ def convert(source: Path) -> NotebookNode:
         if cell.cell_type == "code":
             cell.source = FORMATTER_PRAGMA.sub("", cell.source)
             cell.outputs, cell.execution_count = [], None
+    hide_answers(notebook)
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     nbformat.validate(notebook)
     return notebook
+
+
+def hide_answers(notebook: NotebookNode) -> None:
+    """Fold the outputs between a question to be answered first and the text that explains them, or
+    the next text. JupyterLab opens them when the cell is run, the site at a click."""
+    texts = [cell.source for cell in notebook.cells]
+    asked = False
+    for i, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code":
+            if asked and not cell.source.startswith("guess"):  # the field of the answer
+                cell.metadata["jupyter"] = {"outputs_hidden": True}
+            continue
+        ahead = next((t for t in texts[i:] if QUESTION in t or EXPLANATION in t), "")
+        explained = EXPLANATION in ahead.split(QUESTION)[0]
+        asked = QUESTION in cell.source or (asked and explained and EXPLANATION not in cell.source)
 
 
 def text_of(notebook: NotebookNode) -> str:
@@ -145,6 +162,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=HERE, help="where notebooks are written")
     parser.add_argument("--site", type=Path, metavar="FOLDER", help="make a site of them there")
     options = parser.parse_args(argv)
+    options.out = options.out.resolve()
     if options.execute is not None and options.out == HERE and fast():
         parser.error("NANOSD3_FAST is set: a model that learned nothing draws no outputs to keep; "
                      "unset it, or write elsewhere with --out")  # fmt: skip

@@ -94,6 +94,9 @@ def notebook_page(path: Path) -> Page:
     )
     exporter.register_filter("markdown2html", to_html)
     show_animations(notebook)
+    for cell in notebook.cells:
+        if cell.metadata.pop("jupyter", {}).get("outputs_hidden"):  # nbconvert would drop them
+            cell.metadata["tags"] = ["answer"]  # a class of the cell's element
     first = notebook.cells[0].source
     question = re.search(r"\*\*(.+?)\*\*", first, re.DOTALL)
     body, _ = exporter.from_notebook_node(notebook)
@@ -144,11 +147,15 @@ class Finisher:
     def finish(self, page: Page) -> str:
         """The body of a page with its headings, links, pictures and tables in order."""
         soup = BeautifulSoup(page.body, "html.parser")
-        section = page.title
         for tag in soup.find_all(["script", "link", "iframe", "img", "video", "source"]):
             address = str(tag.get("src") or tag.get("href") or "")
             if re.match(r"(https?:)?//", address):
                 raise ValueError(f"{page.source.name}: loads {address}")
+        for answer in soup.select(".celltag_answer .output_wrapper"):
+            folded = answer.wrap(soup.new_tag("details"))
+            folded.insert(0, summary := soup.new_tag("summary"))
+            summary.string = "Predicted? Then see what happened"
+        section = page.title
         for tag in soup.find_all(["h1", "h2", "h3", "a", "img", "table", "pre", "p"]):
             if tag.name in ("h1", "h2", "h3"):
                 section = tag.get_text()

@@ -141,6 +141,57 @@ def test_execution(folder, capsys):
     assert printed(folder) == ["", "one\n", ""]
 
 
+ASKED = """# %% [markdown]
+# # 01 · One
+
+# %%
+before
+
+# %% [markdown]
+# **PREDICT.** What?
+
+# %%
+guess_1 = "..."
+
+# %% [markdown]
+# A step between.
+
+# %%
+answer
+
+# %% [markdown]
+# <details><summary>What happened</summary> ... </details>
+#
+# **PREDICT.** And then?
+
+# %%
+second
+
+# %% [markdown]
+# No fold.
+
+# %%
+after
+
+# %% [markdown]
+# **PREDICT.** Last?
+
+# %%
+last
+"""
+
+
+def test_answers_are_folded_until_they_are_asked_for(folder):
+    """The outputs between a question and its explanation, or the next text."""
+    source = folder / "src" / "01_one.py"
+    source.write_text(ASKED)
+    cells = build.code_cells(build.convert(source))
+    hidden = [
+        cell.source for cell in cells if cell.metadata.get("jupyter") == {"outputs_hidden": True}
+    ]
+    assert hidden == ["answer", "second", "last"]
+
+
 # --- tidying ------------------------------------------------------------------------------------
 
 

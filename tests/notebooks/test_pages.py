@@ -63,7 +63,9 @@ def site(tmp_path_factory) -> Path:
             "display_data", {"image/gif": picture(9)}, metadata={"image/gif": {"alt": "Moves"}}
         ),
     ]
-    one = new_notebook(cells=[new_markdown_cell(FIRST), code])
+    answer = new_code_cell("1", metadata={"jupyter": {"outputs_hidden": True}})
+    answer.outputs = [new_output("stream", text="the answer")]
+    one = new_notebook(cells=[new_markdown_cell(FIRST), code, answer])
     two = new_notebook(cells=[new_markdown_cell("# 02 · Two\n\n**And then?**\n\n## Exercises")])
     for name, notebook in (("01_one", one), ("02_two", two)):
         build.write(notebook, folder / f"{name}.ipynb")
@@ -126,6 +128,12 @@ def test_pictures_are_there_and_described(site):
     words = [image["alt"] for image in found["01_one.html"].find_all("img")]
     section = "Picture in the section: A formula & a drawing"
     assert words == ["The whole model", "Nine digits & a caption.", section, "Moves"]
+
+
+def test_an_answer_is_folded(site):
+    one = soups(site)["01_one.html"].main
+    (folded,) = one.select(".cell details")
+    assert folded.summary and "the answer" in folded.get_text() and "open" not in folded.attrs
 
 
 def test_a_missing_picture_is_an_error(tmp_path):
