@@ -269,7 +269,7 @@ lines(curves, "Euler steps", "error at the end (r.m.s.)", "Against the exact end
 # been known for a century. The *midpoint* method tries half a step, asks for the velocity there,
 # and takes the whole step along that: with $h = t' - t$,
 #
-# $$z_{t'} = z_t + h\, v\big(z_t + \tfrac{h}{2} v(z_t, t),\ t + \tfrac{h}{2}\big).$$
+# $$z_{t'} = z_t + h\, v\big(z_t + \frac{h}{2} v(z_t, t),\ t + \frac{h}{2}\big).$$
 #
 # Two evaluations a step, and an error of order $h^2$ instead of $h$. RK4 takes four and has $h^4$.
 
