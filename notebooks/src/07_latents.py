@@ -235,7 +235,8 @@ print("off, in percent, after 1, 10, 100, 1000 draws:", off[[0, 9, 99, 999]].tol
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# One. The two logarithms are sums over 256 latents, whose deviations from the mean cancel.
+# Few: here the first is close already. The two logarithms are sums over 256 latents, and what is
+# too large in one is too small in another.
 #
 # </details>
 

@@ -375,14 +375,11 @@ def final_layer(x, c, w_on, b_on, w, b):
 
 solved = check("final_layer", final_layer)
 
-
 # %%
-def forward(layer, x, c):
-    on, out = layer.adaLN_modulation[1], layer.linear
-    return final_layer(x, c, on.weight, on.bias, out.weight, out.bias)
-
-
-reward(solved, "final_layer", patch("nanosd3.mmdit.FinalLayer.forward", forward))
+last = pipeline.mmdit.final_layer
+learned = [p for part in (last.adaLN_modulation[1], last.linear) for p in (part.weight, part.bias)]
+yours = patch.object(last, "forward", lambda x, c: final_layer(x, c, *learned))
+reward(solved, "final_layer", yours)
 
 # %% [markdown]
 # Another such place is the last block, whose text is used by nobody: it has no queries of text. In
