@@ -14,7 +14,7 @@ from nanosd3.flow import interpolate
 sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 
 import draw
-from drawings import plane
+from drawings import flow, plane
 
 NUMBER = r"(-?[\d.]+) (-?[\d.]+)"
 
@@ -100,6 +100,8 @@ def test_guided_velocities_lie_on_the_line_through_both():
     """Of each model as far from the negative's as its scale says."""
     scales = [CONFIGS[name].sampling.guidance for name in ("mnist", "sd3.5-large")]
     ((start, end),) = curves("guidance.svg", "guess dashed")
+    assert start[1] > end[1]  # the negative's is the lower one on the page, AWAY
+    assert flow.AWAY[1] < flow.TOWARDS[1]
     tip = rf'class="(noise|text|guess) solid" d="M{NUMBER}L[\d. ]+L[\d. ]+Z"'
     tips = re.findall(tip, draw.DRAWINGS["guidance.svg"]())[-4:]
     along = [(torch.tensor([float(x), float(y)]) - start) / (end - start) for _, x, y in tips]
@@ -115,6 +117,10 @@ def test_the_pair_lies_on_its_line():
     for (place,), t in zip(places, (0.2, 0.4, 0.8), strict=True):
         expected = interpolate(x0, noise, torch.tensor(t))
         torch.testing.assert_close(place, expected, atol=0.11, rtol=0)
+    head = re.search(rf'class="guess solid" d="M{NUMBER}', draw.DRAWINGS["rectified_flow.svg"]())
+    tip = torch.tensor([float(x) for x in head.groups()]).double()
+    ahead = x0 + (0.6 + 0.25) * (noise - x0)  # from z at t = 0.6 towards the noise
+    torch.testing.assert_close(tip, ahead, atol=0.11, rtol=0)
 
 
 def test_the_exact_velocity_is_the_mean_over_pairs():
