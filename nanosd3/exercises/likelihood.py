@@ -27,7 +27,7 @@ def linear_cases(generator: torch.Generator) -> list[Case]:
 def log_likelihood_spec(A: Tensor, x0: Tensor, ts: Tensor) -> Tensor:
     D, found = len(A), []
     for z in x0:
-        spread = 0.0  # the integral of the divergence
+        spread = A.new_zeros(())  # the integral of the divergence
         for k in range(len(ts) - 1):
             t, h = ts[k], ts[k + 1] - ts[k]
             spread = spread + h * sum(t * A[i, i] for i in range(D))

@@ -372,8 +372,8 @@ stops(begun, "Where each step of the adaptive solver begins, and how many there 
 # ## How probable is a point?
 #
 # The ODE also runs backwards, from a data point to the one noise it comes from. On the way the
-# volume around the point grows at a rate of the divergence $\nabla \cdot v = \sum_i \partial v_i /
-# \partial z_i$, and so (Chen et al., arXiv 1806.07366)
+# volume around the point grows at a rate of the divergence, the sum
+# $\nabla \cdot v = \sum_i \partial v_i / \partial z_i$, and so (Chen et al., arXiv 1806.07366)
 #
 # $$\log p(x_0) = \log \mathcal{N}(z_1; 0, 1) + \int_0^1 \nabla \cdot v(z_t, t)\, dt.$$
 
