@@ -181,7 +181,10 @@ images(rows, "One sample on its way from t = 1 (left) to t = 0.1 (right).")
 #
 # The first guess is the average of the latents of bold threes: the network cannot know yet which
 # one it will be. (Decoded, an average of latents is a plain 3 and not a blur, as an average of
-# pixels would be.) Then it settles on one of them.
+# pixels would be.) Then it settles on one of them. In the plane, where data are two half circles:
+#
+# ![A point on its way from noise to data, with its velocity and the clean x0 that it points to,
+# which starts at the mean of the data](../nanosd3/assets/pictures/following.svg)
 #
 # </details>
 #

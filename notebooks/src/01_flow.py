@@ -267,6 +267,9 @@ tracks(path, "Paths of sixty samples.", "samples")
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
+# ![A cloud of noise follows the velocity from t = 1 to t = 0 and becomes two interleaved half
+# circles](../nanosd3/assets/pictures/moons.svg)
+#
 # They bend. Two of them cannot be in one place at one time and then part: there the velocity would
 # need two values. Far from the data the mean velocity points to the centre of the data; only later
 # does a point move towards one of the arcs. Because of that bend, one step is not enough.

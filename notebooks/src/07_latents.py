@@ -60,7 +60,13 @@ print("pairs of pixels' patches for each of latents' patches:", float(pixels[0] 
 # ## The block everything is made of
 #
 # Encoder and decoder are stacks of one residual block: (group norm, SiLU, 3 x 3 convolution) twice,
-# added to the input. *Group norm* takes groups of neighbouring channels of one image and, with the
+# added to the input; between some of them the sides halve, or double:
+#
+# ![The autoencoder: the encoder halves the image level by level down to a mean and a log-variance,
+# a latent is drawn and normalised, and the decoder doubles it
+# back](../nanosd3/assets/pictures/vae.svg)
+#
+# *Group norm* takes groups of neighbouring channels of one image and, with the
 # mean $\mu$ and the variance $\sigma^2$ of a group, normalises each of its values $x$, so that
 # nothing depends on the other images of the batch. *SiLU* is the activation $a(x)$:
 #

@@ -387,6 +387,10 @@ for corrupted, target in list(zip(inputs, targets, strict=True))[:4]:
 # $$c_1 = (l_1, g_1, 0), \quad c_2 = (l_2, g_2, 0), \ldots, \quad s_1, \quad s_2, \ldots$$
 #
 # No separator marks where one ends.
+#
+# ![The context to scale: CLIP-L and CLIP-G side by side with zeros up to T5's width, T5's tokens
+# below, and the pooled vectors of the two CLIPs side by
+# side](../nanosd3/assets/pictures/encoders.svg)
 
 
 # %%
