@@ -241,7 +241,9 @@ def test_pictures_get_smaller_and_look_the_same():
     plot[10:20, :, :3], plot[30:40, :, :3] = (0, 114, 178), (163, 0, 79)
     photo = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
     photo[..., 3] = 255
-    for pixels, mode in ((grey, "LP"), (plot, "P"), (photo, "RGB")):
+    sparks = np.full((64, 64, 4), 255, np.uint8)  # few pixels, of which each counts
+    sparks[::10, ::10] = photo[::10, ::10]
+    for pixels, mode in ((grey, "LP"), (plot, "P"), (photo, "RGB"), (sparks, ("P", "RGB"))):
         content = base64.b64decode(encoded(pixels))
         small = execute.small_png(content)
         assert len(small) <= len(content)
