@@ -1,0 +1,84 @@
+"""Drawings for notebook 17: ranks by seed, pairs of results, two scores at once, who beats whom."""
+
+from collections.abc import Mapping, Sequence
+
+from figures import finish, panels, to_numpy
+from torch import Tensor
+
+from nanosd3.training.figures import INK, PALE
+
+
+def by_seed(ranks: Mapping[str, Sequence[float]], ylabel: str, caption: str) -> None:
+    """A line for each name through its values, seed by seed; 1, the best, on top."""
+    figure, (axis,) = panels(1, 6.4, 3.6)
+    for name, values in ranks.items():
+        seeds = range(len(values))
+        axis.plot(seeds, values, "-o", color=PALE, markerfacecolor=INK, markeredgecolor=INK)
+        axis.text(-0.08, values[0], name, ha="right", va="center")
+        axis.text(len(values) - 0.92, values[-1], name, va="center")
+    count = max(len(values) for values in ranks.values())
+    axis.set_xticks(range(count), [f"seed {seed}" for seed in range(count)])
+    axis.set(ylabel=ylabel, xlim=(-0.9, count - 0.1))
+    axis.margins(y=0.08)
+    axis.invert_yaxis()
+    finish(figure, caption, f"Lines from seed to seed: {', '.join(ranks)}")
+
+
+def pairs(parts: Mapping[str, Mapping[str, Sequence[float]]], ylabel: str, caption: str) -> None:
+    """Results of two methods side by side, those of one seed joined by a line; a plot for each of
+    `parts`."""
+    figure, axes = panels(len(parts), 3.2, 3.0)
+    for axis, (title, results) in zip(axes, parts.items(), strict=True):
+        for row in zip(*results.values(), strict=True):
+            axis.plot(range(len(row)), row, "-o", color=PALE, mfc=INK, mec=INK)
+        axis.set_xticks(range(len(results)), list(results))
+        axis.set(title=title, xlim=(-0.4, len(results) - 0.6))
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylabel(ylabel)
+    finish(figure, caption, f"Results joined seed by seed: {', '.join(parts)}")
+
+
+def two_scores(
+    scores: Tensor, names: Sequence[str], caption: str, fronts: Sequence[int] | None = None
+) -> None:
+    """Points (accuracy, Frechet ratio) with their names; members of a front are joined. Those with
+    far larger ratios than the best would hide what is between the others, and are only named."""
+    figure, (axis,) = panels(1, 6.4, 3.8)
+    points = to_numpy(scores)
+    near = points[:, 1] < 1.3 * points[:, 1].min()
+    labels = [f"{n}: {k}" for n, k in zip(names, fronts, strict=True)] if fronts else list(names)
+    for i in near.nonzero()[0]:
+        axis.annotate(labels[i], points[i], (0, 6), textcoords="offset points", ha="center")
+    for number in sorted(set(fronts or ())):
+        own = points[near & (to_numpy(fronts or ()) == number)]
+        axis.plot(*own[own[:, 0].argsort()].T, "-", color=PALE)
+    axis.plot(*points[near].T, "o", color=INK, linestyle="")
+    axis.set(xlabel="share read as asked (more is better)", ylabel="Frechet ratio (less is better)")
+    axis.margins(0.15)
+    far = ", ".join(label for label, close in zip(labels, near, strict=True) if not close)
+    finish(figure, f"{caption} Far above: {far}." if far else caption, "Points with names")
+
+
+def who_beats_whom(signs: Tensor, names: Sequence[str], caption: str) -> None:
+    """A square for each pair: black where the row beats the column, white where it loses."""
+    figure, (axis,) = panels(1, 6.4, 3.8)
+    axis.imshow(to_numpy(signs), cmap="gray_r", vmin=-1, vmax=1)
+    axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axis.set_yticks(range(len(names)), names)
+    axis.spines[["top", "right"]].set_visible(True)
+    finish(figure, caption, f"Who beats whom among {', '.join(names)}")
+
+
+def bars_and_line(
+    centres: Sequence[float], bars: Sequence[float], line: Sequence[float], caption: str
+) -> None:
+    """Shares of draws as bars, and a line of what is left to learn, on axes of their own."""
+    figure, (axis,) = panels(1, 6.4, 3.2)
+    axis.bar(centres, to_numpy(bars), width=0.11, color=PALE, label="share of draws")
+    axis.set(xlabel="t (0 data, 1 noise)", ylabel="share of draws (bars)", xlim=(0, 1))
+    other = axis.twinx()
+    other.plot(centres, to_numpy(line), "-o", color=INK, markersize=4)
+    other.set_ylabel("left to learn (line)")
+    other.set_ylim(bottom=0)
+    other.spines["right"].set_visible(True)
+    finish(figure, caption, "Bars and a line over eight intervals of t")
