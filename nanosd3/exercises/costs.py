@@ -1,6 +1,7 @@
 """An exercise on what a transformer block costs."""
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -32,6 +33,7 @@ def block_cost_spec(side: int, patch: int, width: int) -> int:
     return cost
 
 
+@cache
 def block_cost(side: int, patch: int, width: int) -> int:
     """What the second of two blocks adds, counted by running both on the meta device."""
     heads = max(1, width // 64)

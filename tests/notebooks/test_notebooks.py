@@ -26,7 +26,7 @@ import build  # noqa: E402
 
 SOURCES = build.sources()
 NAMES = [source.stem for source in SOURCES]
-NUMBERS = [f"{i:02d}" for i in (*range(11), 12, 17)]
+NUMBERS = [f"{i:02d}" for i in (*range(14), 17)]
 CHECK = re.compile(r'^(?:\w+ = )?check\("(\w+)", (\w+)\)$', re.MULTILINE)
 
 
