@@ -298,7 +298,7 @@ free, untaught, total = PointNet(128), PointNet(128), pick(1500, 20)
 learned("free", free, unbounded, total, lr=5e-3)
 learned("alone", untaught, alone, total, lr=5e-3)
 drawn = {"no boundary": free(noise, torch.ones(())), "no teacher": jump(untaught)}
-clouds({"data": data} | drawn, "One evaluation each.", 2.2)
+clouds({"data": data} | drawn, "One evaluation each. A cloud may lie outside.", 2.2)
 losses = [float(loss(rng("held out"), total - 1).mean()) for loss in (unbounded, alone)]
 print("losses", [round(x, 4) for x in losses])
 print({name: round(distance(z, data), 3) for name, z in drawn.items()})
@@ -306,10 +306,12 @@ print({name: round(distance(z, data), 3) for name, z in drawn.items()})
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Without the boundary nothing says *where* a path ends, only that all its points agree. A network
-# that answers the same for all of them satisfies that at no cost: the loss is small, and the
-# picture is a heap. Without a teacher the loss stays larger, since a data point and noise that were
-# paired at random do not lie on one path, and the picture is that of data.
+# Without the boundary nothing says *where* a path ends. The target is the network's own answer,
+# nothing holds it, and the answers wander off together: here to about 200 from the data, far
+# outside of the picture. The loss, which compares neighbours only, does not tell: it is four times
+# that of the other. Without a teacher the picture is that of data, blurred: a data point and noise
+# that were paired at random do not lie on one path, and the average over all pairs takes more
+# training to find.
 #
 # </details>
 #
@@ -368,9 +370,11 @@ lines(curves, "evaluations", "distance to data", "Four levels.", "xy", (1, 2, 4,
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# With $r = 0$ many jumps are many small steps of Euler along a velocity that was trained at four
-# times only. Fresh noise gives a point that went wrong another chance. The table of the main job's
-# student, in [LOG.md](../LOG.md), has $r$ between: half of the amplitude is best there.
+# Only with all of the noise fresh do more jumps help, and not by much: a point that the first jump
+# put between the arcs gets another chance. With $r = 0$ the student's errors are taken along and
+# add up. For the digits below it is the other way round: guidance is built into their student, and
+# all fresh noise makes images alike. There half of the amplitude is best, as the table in
+# [LOG.md](../LOG.md) shows.
 #
 # </details>
 #
