@@ -211,7 +211,7 @@ SCENES = replace(
         clip_g=replace(MNIST.text.clip_g, vocab=1024, length=12),
         t5=replace(MNIST.text.t5, vocab=256, length=12),
     ),
-    sampling=Sampling(steps=20, guidance=3.0, shift=1.0, sampler="heun"),
+    sampling=Sampling(steps=20, guidance=4.5, shift=1.0, sampler="heun"),
     training=Training(
         train_images=20000,  # scenes
         test_images=10000,

@@ -37,7 +37,7 @@ def stops(times: Mapping[str, Sequence[float]], caption: str) -> None:
     finish(figure, caption, f"Marks on axes of time: {', '.join(times)}")
 
 
-def densities(tables: Mapping[str, Tensor], side: float, caption: str) -> None:
+def log_density_maps(tables: Mapping[str, Tensor], side: float, caption: str) -> None:
     """Log densities (n, n) on squares from -side to side, rows from the bottom; dark is dense."""
     figure, axes = panels(len(tables), 3.0, 3.0)
     for axis, (name, table) in zip(axes, tables.items(), strict=True):

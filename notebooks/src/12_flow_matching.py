@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 from lab import images, lines, pick, ways
-from trajectories import arrows, densities, stops
+from trajectories import arrows, log_density_maps, stops
 
 from nanosd3 import flow, samplers
 from nanosd3.claims.fm_straightness import length_over_chord
@@ -428,7 +428,7 @@ squares = torch.cdist(grid, arcs).square() / (2 * 0.1**2)
 known = torch.logsumexp(-squares, 1) - math.log(len(arcs) * 2 * math.pi * 0.1**2)
 square = (len(side), len(side))
 tables = {"by the flow": found.view(square), "known": known.view(square)}
-densities(tables, 2.5, "Two half circles.")
+log_density_maps(tables, 2.5, "Two half circles.")
 z = solvers.rk4(velocity, arcs, torch.linspace(0, 1, pick(101, 21), dtype=torch.float64))
 prior = likelihood.prior_log_density(z, 1.0).mean()
 total = likelihood.log_likelihood(velocity, arcs, ts[[0, -1]]).mean()
@@ -463,7 +463,7 @@ if solved:
     flows = {"turned": [[1.0, -2.0], [2.0, 1.0]], "stretched": [[1.5, 2.0], [0.0, -1.5]]}
     tables = {name: log_likelihood(torch.tensor(A).double(), grid, ts) for name, A in flows.items()}
     tables = {name: table.view(square) for name, table in tables.items()}
-    densities(tables, 2.5, "Your log densities of two linear flows.")
+    log_density_maps(tables, 2.5, "Your log densities of two linear flows.")
 else:
     print("Solve `log_likelihood`, and this cell draws the densities of two linear flows with it.")
 

@@ -56,7 +56,7 @@ def test_densities_lie_where_their_points_are(shown):
     side = torch.linspace(-2, 2, 5)
     grid = torch.cartesian_prod(side, side).flip(1)
     table = -(grid - torch.tensor([2.0, -1.0])).square().sum(1).view(5, 5)  # peak right, below
-    trajectories.densities({"one": table}, 2, "caption")
+    trajectories.log_density_maps({"one": table}, 2, "caption")
     picture = shown[0][0].axes[0].get_images()[0]
     row, column = np.unravel_index(picture.get_array().argmax(), (5, 5))
     assert picture.origin == "lower" and picture.get_extent() == [-2, 2, -2, 2]
