@@ -3,6 +3,7 @@
 import ast
 import copy
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -180,11 +181,26 @@ check("{name}", EXERCISES["{name}"].reference)
 WITH_SOLUTION = '\n{name}, solved = EXERCISES["{name}"].reference, True\n'
 
 
-def test_runs(notebook, source, monkeypatch, notebook_cache):
-    """Runs from top to bottom in a fresh kernel, in fast mode. In every exercise's own cell the
-    stub is not attempted, and the reference gets its tick. A cell that draws with an answer says
-    so if there is none, and draws with the reference."""
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """A client with one kernel for all notebooks, which imports the libraries once."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    settings = {"NANOSD3_FAST": "1", "NANOSD3_CACHE": cache, "OMP_NUM_THREADS": "1"}
+    resources = {"metadata": {"path": str(FOLDER)}}
+    client = nbclient.NotebookClient(nbformat.v4.new_notebook(), timeout=1000, resources=resources)
+    with client.setup_kernel(env={**os.environ, **settings}):
+        yield client
+
+
+EMPTY = "%reset -f\nimport matplotlib.pyplot as plt\nplt.close('all')\ndel plt"
+
+
+def test_runs(notebook, source, client):
+    """Runs from top to bottom, in fast mode, with no names left by another. In every exercise's own
+    cell the stub is not attempted, and the reference gets its tick. A cell that draws with an
+    answer says so if there is none, and draws with the reference."""
     notebook, checks, rewards = copy.deepcopy(notebook), {}, {}
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(EMPTY))
     for cell in notebook.cells:
         if match := CHECK.search(cell.source):
             checks[match[1]] = EXERCISES[match[1]]
@@ -193,13 +209,9 @@ def test_runs(notebook, source, monkeypatch, notebook_cache):
             name = list(checks)[-1]
             rewards[name] = cell
             cell.source += WITH_SOLUTION.format(name=name) + cell.source
-    monkeypatch.setenv("NANOSD3_FAST", "1")
-    monkeypatch.setenv("NANOSD3_CACHE", str(notebook_cache))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    client = nbclient.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}
-    )
-    client.execute()
+    client.nb = notebook
+    for i, cell in enumerate(notebook.cells):
+        client.execute_cell(cell, i)
     printed = "\n".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )
@@ -212,8 +224,3 @@ def test_runs(notebook, source, monkeypatch, notebook_cache):
         assert any("image/png" in output.get("data", {}) for output in cell.outputs), name
     for match in re.finditer(r'^show\("(\w+)"\)$', source.read_text(), re.MULTILINE):
         assert EXERCISES[match[1]].signature in printed
-
-
-@pytest.fixture(scope="session")
-def notebook_cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
