@@ -102,7 +102,8 @@ def lines(
     figure, (axis,) = panels(1, 6.4, 3.4)
     for i, (name, (x, y)) in enumerate(curves.items()):
         style: dict[str, Any] = {"marker": MARKS[i % len(MARKS)] if len(x) <= 20 else ""}
-        style |= {"linestyle": DASHES[i % len(DASHES)], "markersize": 4, "label": name}
+        turn = i + i // len(SERIES)  # the fifth has the first's colour, and other dashes
+        style |= {"linestyle": DASHES[turn % len(DASHES)], "markersize": 4, "label": name}
         colour = colour_of(name, SERIES[i % len(SERIES)])
         axis.plot(to_numpy(x), to_numpy(y), color=colour, **style)
     axis.set(xlabel=xlabel, ylabel=ylabel)

@@ -257,10 +257,10 @@ lines(curves, "operations", "training loss", f"Means of {width} steps.", log="x"
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# At an equal number of operations the smaller model leads almost everywhere: a shallow network that
-# has seen more beats a deep one that has only just started. Depth 3 catches up with the long run of
-# depth 2 at the end, when its own learning rate has decayed and the other's has not; depth 4 stays
-# behind. Size pays off if there are enough steps to use it, and half a million is a different
+# At an equal number of operations the smaller model leads everywhere: a shallow network that has
+# seen more beats a deep one that has only just started. Depths 3 and 4 stay behind the long run of
+# depth 2 to their end, although their own learning rate has decayed by then and that of the other
+# has not. Size pays off if there are enough steps to use it, and half a million is a different
 # budget from 300. (One seed, and a rule for the learning rate that was not tuned: do not trust the
 # third digit.)
 #

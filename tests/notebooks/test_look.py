@@ -115,3 +115,10 @@ def test_without_a_notebook_a_figure_is_shown(monkeypatch):
     figures.finish(figure, "words " * 40)
     assert calls == [1] and "\n" in figure.get_supxlabel()
     plt.close("all")
+
+
+def test_no_two_curves_look_alike(shown):
+    """More curves than colours: the dashes differ."""
+    figures.lines({f"curve {i}": (range(30), range(30)) for i in range(8)}, "x", "y", "caption")
+    curves = shown[-1][0].axes[0].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == 8

@@ -192,7 +192,11 @@ def client(tmp_path_factory):
         yield client
 
 
-EMPTY = "%reset -f\nimport matplotlib.pyplot as plt\nplt.close('all')\ndel plt"
+EMPTY = """%reset -f
+import matplotlib.pyplot, torch
+matplotlib.pyplot.close("all")
+torch.set_grad_enabled(True)
+del matplotlib, torch"""
 
 
 def test_runs(notebook, source, client):
