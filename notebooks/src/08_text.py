@@ -455,7 +455,7 @@ images(rows, "'a bold 0' to 'a bold 9'. Percentages are of 100 samples, bold and
 #
 # The CLIPs suffice, even CLIP-L on its own. T5 alone is followed, but not well: only one of its
 # tokens in the context of 17 names the digit, and attention has to find it, while the CLIPs' pooled
-# vectors reach every block. In so short a training it lags behind (28% here, 63% in another run of
+# vectors reach every block. In so short a training it lags behind (67% here, 28% in another run of
 # ours); longer training gets further, see the README. In the paper, too, T5 is dispensable: without
 # it people like the pictures as much (50% of wins), find that they follow the prompt somewhat less
 # (46%), and miss it where text is drawn (38%).

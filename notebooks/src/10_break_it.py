@@ -287,7 +287,7 @@ compare({"right": pipeline.decode(latents)} | decoded, "5: What the decoder make
 #
 # 4: The points run away from the data, to noise of a size that the decoder has never seen.
 #
-# 5: Our latents happen to have deviation 0.96 and mean -0.01, so forgetting is invisible: the
+# 5: Our latents happen to have deviation 0.98 and mean 0.00, so forgetting is invisible: the
 # mistake waits for the next autoencoder. SD3's numbers thin the strokes, SD 1's turn the background
 # grey, and the classifier reads them all: accuracy does not see contrast.
 #
@@ -326,7 +326,7 @@ lines({"": (times, losses(restored(runs["E"]), words) / losses(right, words))},
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# One per cent gained where the density is large, six lost near the data, where the density is small
+# One per cent gained where the density is large, seven lost near the data, where the density is small
 # and fine detail is decided.
 #
 # </details>
@@ -465,8 +465,8 @@ lines(curves, "shift in sampling", "Frechet distance to real digits", "100 digit
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# With more steps a wrong shift costs less. A shift of 3 costs seven per cent at 5 steps and one at
-# 15; at 5 the best of these is 1, not the 2.2 of training. So at this size the mistake is mild,
+# With more steps a wrong shift costs less. At 5 steps a shift of 3 costs nine per cent against the
+# best of these, which is 1 and not the 2.2 of training; at 15 the two are within two per cent. So at this size the mistake is mild,
 # until someone copies 12.
 #
 # </details>
@@ -520,7 +520,7 @@ compare(rows, "Strong guidance, and CLIP-L alone.")
 # <details><summary>What happened</summary>
 #
 # Without text F is useless (a loss above 1 where A has 0.8), so guidance moves away from nonsense:
-# at 6 some of its digits are torn or stained, though all can be read. And F cannot do without an
+# at 6 some of its digits are torn or stained, though nearly all can be read. And F cannot do without an
 # encoder: A follows CLIP-L alone, F does not.
 #
 # </details>
