@@ -96,6 +96,7 @@ def hunt(root: Path, faults: list[Fault], *words: str) -> int:
     return run_main(lambda: mutation.main(list(words), root, faults))
 
 
+@pytest.mark.slow
 def test_caught_and_survived(toy, capfd):
     assert hunt(toy, [CAUGHT]) == 0
     assert "1 of 1 faults caught (100.0%)" in capfd.readouterr().out
@@ -114,6 +115,7 @@ def test_a_hang_is_caught(toy, monkeypatch, capsys):
     assert "100.0%), 1 of them because the tests hung" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tests_that_fail_anyway(toy, capsys):
     (toy / "tests/model/test_flow.py").write_text(TESTS.replace("== 4", "== 5"))
     assert hunt(toy, [CAUGHT]) == 2
@@ -151,6 +153,7 @@ def test_ctrl_c(toy, monkeypatch, capsys):
 # --- and on the spine itself --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_spine_is_watched(tmp_path):
     """One real fault, one real test file; without the fault the file is as before."""
     copy = tmp_path / "copy"
