@@ -326,8 +326,8 @@ lines({"": (times, losses(restored(runs["E"]), words) / losses(right, words))},
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# One per cent gained where the density is large, seven lost near the data, where the density is small
-# and fine detail is decided.
+# One per cent gained where the density is large, seven lost near the data, where the density is
+# small and fine detail is decided.
 #
 # </details>
 #
@@ -466,8 +466,8 @@ lines(curves, "shift in sampling", "Frechet distance to real digits", "100 digit
 # <details><summary>What happened</summary>
 #
 # With more steps a wrong shift costs less. At 5 steps a shift of 3 costs nine per cent against the
-# best of these, which is 1 and not the 2.2 of training; at 15 the two are within two per cent. So at this size the mistake is mild,
-# until someone copies 12.
+# best of these, which is 1 and not the 2.2 of training; at 15 the two are within two per cent. So
+# at this size the mistake is mild, until someone copies 12.
 #
 # </details>
 #
@@ -520,8 +520,8 @@ compare(rows, "Strong guidance, and CLIP-L alone.")
 # <details><summary>What happened</summary>
 #
 # Without text F is useless (a loss above 1 where A has 0.8), so guidance moves away from nonsense:
-# at 6 some of its digits are torn or stained, though nearly all can be read. And F cannot do without an
-# encoder: A follows CLIP-L alone, F does not.
+# at 6 some of its digits are torn or stained, though nearly all can be read. And F cannot do
+# without an encoder: A follows CLIP-L alone, F does not.
 #
 # </details>
 #
