@@ -188,6 +188,8 @@ def grade_all(
     for option, table in (("--csv", target), ("--predictions", predictions)):
         if table and table.is_dir():
             raise InputError(f"{option} {table}: is a folder; name a file")
+    if predictions and predictions.resolve() == target.resolve():
+        raise InputError(f"--predictions {predictions}: is --csv's file; name another")
     tables = [target, predictions] if predictions else [target]
     hand_ins, left_out = read_class(folder, tables, open_book)
     exercises = select(only or named_by(hand_ins))

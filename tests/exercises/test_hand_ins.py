@@ -242,6 +242,10 @@ def test_predictions_are_collected(tmp_path, capsys, fake):
     assert "--predictions FILE is used by grade-all only" in line
     line = refused(capsys, __main__.main, *command[:-1], folder)
     assert f"--predictions {folder}: is a folder" in line
+    same = ("grade-all", folder, "--csv", table, "--predictions", folder / ".." / table.name)
+    before = table.read_bytes()
+    assert "is --csv's file; name another" in refused(capsys, __main__.main, *same)
+    assert table.read_bytes() == before
 
 
 def test_status(tmp_path, capsys, fake, monkeypatch):
