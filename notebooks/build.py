@@ -177,7 +177,8 @@ def run(notebooks: dict[str, NotebookNode], folder: Path, threads: int | None) -
     """Execute notebooks; each is written as soon as it is done. False if one failed."""
     import execute  # needs nbclient and a kernel; a build does not
 
-    if any("trained(" in cell.source for n in notebooks.values() for cell in code_cells(n)):
+    cells = [cell.source for n in notebooks.values() for cell in code_cells(n)]
+    if any(re.search(r"^from lab import .*\btrained\b", code, re.MULTILINE) for code in cells):
         if not execute.prepare(threads):
             return False
     done = {}

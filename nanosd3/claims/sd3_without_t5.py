@@ -131,8 +131,9 @@ WITHOUT_T5 = Experiment(
     run=t5_study,
     decide=decide_without,
     plot=plot_t5,
-    remark="Digits and looks hold, as claimed, and so do attributes: the CLIPs read captions of this "
-    "length as well as T5 does. What T5 is for, long prompts and written text, is not in this data.",
+    remark="Digits and looks hold, as claimed, and so do attributes: the CLIPs read captions of "
+    "this length as well as T5 does. What T5 is for, long prompts and written text, is not in "
+    "these data.",
 )
 
 WITH_DROPOUT = Experiment(
@@ -146,6 +147,6 @@ WITH_DROPOUT = Experiment(
     run=t5_study,
     decide=decide_dropout,
     plot=plot_t5,
-    remark="Even networks that heard all encoders in training lose next to nothing without T5: what "
-    "it says is in the CLIPs' pooled vectors, too.",
+    remark="Even networks that heard all encoders in training lose next to nothing without T5: "
+    "what it says is in the CLIPs' pooled vectors, too.",
 )
