@@ -37,7 +37,7 @@ for name, record in about_sd3.items():
 
 # %% [markdown]
 # These are claims of the paper of Stable Diffusion 3 (arXiv 2403.03206) and of its announcement,
-# each in a sentence that can turn out false. Most were tried on a transformer of one block, for 600
+# each in a sentence that can turn out false. Many were tried on a transformer of one block, for 600
 # steps on handwritten digits, with three seeds.
 #
 # **PREDICT.** How many of them are supported, how many refuted, how many remain undecided? Which
