@@ -16,7 +16,7 @@ from pathlib import Path
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
 from nanosd3.claims.page import PAGE, committed, take_over, write_page
-from nanosd3.claims.records import EMPHASIS, carry_out, finished, folder_of, paths_of, read_record
+from nanosd3.claims.records import EMPHASIS, carry_out, finished, paths_of, read_record
 from nanosd3.cli import Parser, positive, run_main
 from nanosd3.errors import InputError, shown
 from nanosd3.machine.device import set_up
@@ -75,7 +75,7 @@ def run_one(name: str, conditions: Conditions) -> None:
     """Run an experiment, unless its record is there."""
     experiment = EXPERIMENTS[name]
     if record := finished(experiment, conditions):
-        file, _ = paths_of(folder_of(conditions), name)
+        file, _ = paths_of(conditions.records, name)
         print(f"{name}: {EMPHASIS[record['verdict']]}, by {file}; delete it to run it again")
         return
     carry_out(experiment, conditions)

@@ -26,6 +26,16 @@ class Conditions:
     run: Path  # a finished run of train_mnist.py
     out: Path  # where networks are trained; what is finished there is not trained again
 
+    @property
+    def records(self) -> Path:
+        """Where records go: those of `fast` have a folder of their own, and replace no others."""
+        return self.out / "fast" if self.fast else self.out
+
+    @property
+    def networks(self) -> Path:
+        """Where small networks are kept, beside the records."""
+        return self.records / "networks"
+
 
 @dataclass(frozen=True)
 class Experiment:

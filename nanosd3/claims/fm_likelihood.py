@@ -92,9 +92,8 @@ def trained_field(
     path, recipe = BOTH[name], POINTS_RECIPE if kind == "points" else PIXELS_RECIPE
     if conditions.fast:
         recipe = replace(recipe, steps=3, batch=16, warmup=1)
-    folder = conditions.out / ("fast" if conditions.fast else "") / "networks"
     identity = {"config": asdict(recipe) | {"name": kind}, "path": name, "seed": seed}
-    run = Run.open(folder / f"{kind}-{name}-{seed}", identity)
+    run = Run.open(conditions.networks / f"{kind}-{name}-{seed}", identity)
     file, ema = run.folder / "flow.safetensors", make_ema(network)
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:

@@ -73,8 +73,7 @@ def job_for(material: Material, name: str, seed: int) -> Job:
         "data": source.fingerprint,
         "encoders": material.features.encoders.name,
     }
-    folder = conditions.out / ("fast" if conditions.fast else "") / "networks" / f"{name}-{seed}"
-    run = Run.open(folder, identity)
+    run = Run.open(conditions.networks / f"{name}-{seed}", identity)
     return Job(run, config, source, torch.device("cpu"), seed)
 
 

@@ -23,11 +23,6 @@ def paths_of(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / f"{name}.json", folder / f"{name}.png"
 
 
-def folder_of(conditions: Conditions) -> Path:
-    """Where records go: those of `--fast` have a folder of their own, and replace no others."""
-    return conditions.out / "fast" if conditions.fast else conditions.out
-
-
 def declared(experiment: Experiment) -> str:
     """The declaration, to be printed before the run."""
     lines = [f"{key:9} {text}" for key, text in experiment.declaration.items()]
@@ -36,7 +31,7 @@ def declared(experiment: Experiment) -> str:
 
 def carry_out(experiment: Experiment, conditions: Conditions) -> dict:
     """Print the declaration, run, decide, draw, and write the record, which is returned."""
-    file, plot = paths_of(folder_of(conditions), experiment.name)
+    file, plot = paths_of(conditions.records, experiment.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     check_writable(file)
     print(declared(experiment), flush=True)
@@ -63,7 +58,7 @@ def finished(experiment: Experiment, conditions: Conditions) -> dict | None:
 
     Raises InputError if the record there is another's: of another rule, or of other seeds.
     """
-    file, plot = paths_of(folder_of(conditions), experiment.name)
+    file, plot = paths_of(conditions.records, experiment.name)
     if not (file.exists() and plot.exists()):
         return None
     record = read_record(file)

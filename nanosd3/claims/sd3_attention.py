@@ -115,8 +115,7 @@ def trained_with(
         "finished": finished.fingerprint,
         "seed": seed,
     }
-    folder = conditions.out / ("fast" if conditions.fast else "") / "networks"
-    run = Run.open(folder / f"{norm}-qk-norm-{precision}-{seed}", identity)
+    run = Run.open(conditions.networks / f"{norm}-qk-norm-{precision}-{seed}", identity)
     job = Job(run, config, finished.source, finished.device, seed)
     with run.alone():
         if "flow" not in run.stages:

@@ -42,8 +42,7 @@ def beginner(
     )
     config = replace(finished.config, training=training)
     identity = {"config": asdict(config), "finished": finished.fingerprint, "seed": seed}
-    folder = conditions.out / ("fast" if conditions.fast else "") / "networks"
-    run = Run.open(folder / f"beginner-{seed}", identity)
+    run = Run.open(conditions.networks / f"beginner-{seed}", identity)
     with run.alone():
         job = Job(run, config, finished.source, finished.device, seed)
         model = build(job, "flow", lambda: MMDiT(config.mmdit))

@@ -59,8 +59,7 @@ def trained_by(ground: Latents, name: str, seed: int) -> Trained:
         "seed": seed,
     }
     plain = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
-    folder = conditions.out / ("fast" if conditions.fast else "") / "networks"
-    run = Run.open(folder / f"{ground.name}-{plain}-{seed}", identity)
+    run = Run.open(conditions.networks / f"{ground.name}-{plain}-{seed}", identity)
     with run.alone():
         print(f"{ground.name}, {name}, seed {seed}", flush=True)
         job = Job(run, config, finished.source, finished.device, seed)

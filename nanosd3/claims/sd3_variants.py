@@ -101,8 +101,7 @@ def trained_variant(
         "finished": finished.fingerprint,
         "seed": seed,
     }
-    folder = conditions.out / ("fast" if conditions.fast else "") / "networks"
-    run = Run.open(folder / f"{variant.name}-{seed}", identity)
+    run = Run.open(conditions.networks / f"{variant.name}-{seed}", identity)
     job = Job(run, config, finished.source, finished.device, seed)
     model = build(job, "flow", lambda: variant.make(mmdit))
     with run.alone():
