@@ -216,4 +216,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(HERE.parent))
+    from nanosd3.cli import run_main  # folders of any name, streams of any encoding
+
+    sys.exit(run_main(main))

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -278,3 +280,15 @@ def test_the_first_cell_clones_only_where_there_is_something_to_clone():
     assert len(build.install("").splitlines()) == 4
     assert "colab" not in build.install("") and "clone" not in build.install("")
     assert "clone --quiet --depth 1 https://host/x nanosd3" in build.install("https://host/x")
+
+
+def test_a_folder_and_a_stream_of_other_alphabets(tmp_path):
+    """The path is printed, whatever the stream can encode."""
+    folder = tmp_path / "é"
+    done = subprocess.run(
+        [sys.executable, build.__file__, "--out", str(folder), "--site",
+         str(folder / "site")],
+        capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("index.html") and "\\xe9" in done.stdout
