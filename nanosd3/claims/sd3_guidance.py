@@ -39,13 +39,14 @@ def guidance_study(conditions: Conditions) -> dict:
     for seed in conditions.seeds:
         draw, floor = drawn(finished, count, 100 + seed)
         real = scorer.features(finished.source.images.train_images[draw.chosen])
+        real_spread = spread_within(real, draw.labels)
         rows = []
         for scale in SCALES:
             images = finished.pipeline(draw.prompts, seed=100 + seed, guidance=scale)
             digits = to_digits(torch.as_tensor(images))
             accuracy, distance = scorer.score(digits, draw)
             spread = spread_within(scorer.features(digits), draw.labels)
-            rows.append([accuracy, distance / floor, spread / spread_within(real, draw.labels)])
+            rows.append([accuracy, distance / floor, spread / real_spread])
         for key, values in zip(found, zip(*rows, strict=True), strict=True):
             found[key].append(list(values))
     rows_of_table = [

@@ -38,10 +38,12 @@ def two_way_study(conditions: Conditions) -> dict:
     finished, features = open_encoded(conditions)
     found: dict[str, dict[str, list[float]]] = {}
     seconds = 0.0
+    wholes = [
+        trained_variant(conditions, finished, features, Variant(), s) for s in conditions.seeds
+    ]
     for name, variant in READING.items():
         one: dict[str, list[float]] = {k: [] for k in ("trained", "cut", "accuracy", "ratio")}
-        for seed in conditions.seeds:
-            whole = trained_variant(conditions, finished, features, Variant(), seed)
+        for seed, whole in zip(conditions.seeds, wholes, strict=True):
             network = trained_variant(conditions, finished, features, variant, seed)
             seconds += network.seconds
             one["trained"].append(list(network.losses.values())[-1])
