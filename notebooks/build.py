@@ -7,7 +7,7 @@ so the build is deterministic; a test compares the committed files with it.
 `--execute` runs the notebooks whose outputs are older than their code, or those that are named
 (`--execute 01 06`, `--execute all`), and keeps the outputs. A build without it keeps the outputs of
 cells whose code has not changed and names the notebooks that ought to be executed again. `--site
-FOLDER` makes pages to read in a browser.
+FOLDER` makes pages to read in a browser. `--lesson` trains the model that they use, in `lesson`.
 
 The same first cell is inserted after every title. It makes the package importable. If REPOSITORY is
 set, it also clones it on Colab, where only the notebook itself is present.
@@ -161,9 +161,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads of an execution (default: all)")
     parser.add_argument("--out", type=Path, default=HERE, help="where notebooks are written")
     parser.add_argument("--site", type=Path, metavar="FOLDER", help="make a site of them there")
+    parser.add_argument("--lesson", action="store_true", help="train their model again")
     options = parser.parse_args(argv)
     options.out = options.out.resolve()
-    if options.execute is not None and options.out == HERE and fast():
+    if (options.lesson or (options.execute is not None and options.out == HERE)) and fast():
         parser.error("NANOSD3_FAST is set: a model that learned nothing draws no outputs to keep; "
                      "unset it, or write elsewhere with --out")  # fmt: skip
     return options
@@ -193,6 +194,11 @@ def run(notebooks: dict[str, NotebookNode], folder: Path, threads: int | None) -
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.lesson:
+        import execute
+
+        if not execute.make_lesson(HERE / "lesson", options.threads):
+            return 1
     notebooks = {source.stem: convert(source) for source in sources()}
     for stem, notebook in notebooks.items():
         keep_outputs(notebook, options.out / f"{stem}.ipynb")

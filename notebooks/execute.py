@@ -10,6 +10,7 @@ import copy
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,10 +33,30 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def prepare(threads: int | None) -> bool:
-    """Train the model of the lessons if it is not in the cache, so that every notebook loads it."""
-    code = "import sys; sys.path[:0] = ['..', '.']; from lab import trained; trained()"
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=HERE, env=environment(threads)).returncode == 0
+    """Load the model of the lessons once, so that its features are in the cache."""
+    return with_lab("from lab import trained; trained()", environment(threads))
+
+
+def make_lesson(folder: Path, threads: int | None) -> bool:
+    """Train the model of the lessons and put its run into `folder`; False if that fails."""
+    with tempfile.TemporaryDirectory() as cache:
+        code = "from lab import begin_job, train; train(begin_job())"
+        if not with_lab(code, environment(threads) | {"NANOSD3_CACHE": cache}):
+            return False
+        run = next(Path(cache).glob("*/model"))
+        (run / "text.safetensors").unlink()  # clip and t5 again, as they are put to work
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for path in sorted(run.iterdir()):
+            if path.suffix in (".json", ".safetensors"):
+                shutil.copy(path, folder)
+    return True
+
+
+def with_lab(code: str, env: dict[str, str]) -> bool:
+    """Run Python code that imports lab.py in a process of its own; True if it succeeds."""
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = ['..', '.']; {code}"]
+    return subprocess.run(command, cwd=HERE, env=env).returncode == 0
 
 
 def environment(threads: int | None) -> dict[str, str]:

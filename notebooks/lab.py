@@ -1,9 +1,10 @@
 """Shared code of the notebooks: a small trained model, a cache, and the drawing of figures.py.
 
-`trained()` returns a small Stable Diffusion 3 trained on MNIST. The first notebook that calls it
-trains the model (about four minutes on two cores); the others load it from the cache, the folder
-`cache` next to this file or the one named by NANOSD3_CACHE. The stages are those of
-train_mnist.py, run by the same functions with fewer steps.
+`trained()` returns a small Stable Diffusion 3 trained on MNIST, the run in the folder `lesson`.
+The first notebook that calls it encodes the images, in under a minute, and keeps them in the cache:
+the folder `cache` next to this file, or the one named by NANOSD3_CACHE. To make such a model
+yourself, `train(begin_job("mine"))`: the stages are those of train_mnist.py, run by the same
+functions with fewer steps, in about four minutes on two cores.
 
 With NANOSD3_FAST=1 in the environment everything is scaled down: all cells run in seconds and every
 assertion holds, but the model learns nothing. This is for tests only.
@@ -14,6 +15,7 @@ where there is a GPU, so that a whole classroom gets the same results.
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +33,7 @@ from nanosd3.errors import InputError
 from nanosd3.machine.device import default_threads
 from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
-from nanosd3.storage.files import read_tensors, save_tensors
+from nanosd3.storage.files import read_tensors, replacing, save_tensors
 from nanosd3.storage.run import Run
 from nanosd3.training.cached_features import Features, get_features
 from nanosd3.training.classifier import CLASSIFIER_SIZE, ConvNet, train_classifier
@@ -47,6 +49,7 @@ FAST = os.environ.get("NANOSD3_FAST", "") not in ("", "0")
 CACHE = Path(os.environ.get("NANOSD3_CACHE") or Path(__file__).parent / "cache") / (
     "fast" if FAST else "full"
 )
+LESSON = Path(__file__).parent / "lesson"  # written by `python notebooks/build.py --lesson`
 
 torch.set_num_threads(1 if FAST else default_threads("NANOSD3_THREADS"))
 
@@ -140,7 +143,11 @@ class Lesson:
 
 
 def trained() -> Lesson:
-    """The model of all notebooks: loaded from the cache, or trained now."""
+    """The model of all notebooks. With NANOSD3_FAST, one that is trained now, in seconds."""
+    if not FAST and not (CACHE / "model").exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with replacing(CACHE / "model") as folder:
+            shutil.copytree(LESSON, folder)
     job = begin_job()
     with contextlib.nullcontext() if "flow" in job.run.stages else job.run.alone():
         return train(job)

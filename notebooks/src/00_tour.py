@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 00 · A tour: from a sentence to a picture
 #
-# **How does "a bold 3" become an image?** This notebook trains a small Stable Diffusion 3, asks it
+# **How does "a bold 3" become an image?** This notebook asks a small Stable Diffusion 3
 # for digits, and then takes the path from words to pixels apart, one step at a time. The classes
 # are those of the 2-billion-parameter model; only the numbers in the configuration are smaller.
 #
@@ -21,10 +21,11 @@ from nanosd3.exercises import check, guess, show
 # %% [markdown]
 # ## The model
 #
-# The first run takes about four minutes on two cores: an autoencoder learns to compress digits, two
-# CLIPs and a T5 learn to read captions, and a transformer learns the flow from noise to digits. (A
-# classifier is trained as well. It is not part of the model; it reads the samples so that we can
-# count how many are correct.) The result is cached for all notebooks.
+# It comes trained, in four minutes on two cores: an autoencoder learned to compress digits, two
+# CLIPs and a T5 learned to read captions, and a transformer learned the flow from noise to digits.
+# (A classifier was trained as well. It is not part of the model; it reads the samples so that we
+# can count how many are correct.) The first run encodes all images, in under a minute, and keeps
+# them for all notebooks. To train it yourself: `lab.train(lab.begin_job("mine"))`.
 
 # %%
 lesson = trained()

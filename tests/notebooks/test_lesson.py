@@ -1,0 +1,71 @@
+"""The trained model that comes with the notebooks is the one that lab.py describes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = ROOT / "notebooks"
+LESSON = NOTEBOOKS / "lesson"
+STAGES = ["judge", "autoencoder", "clip", "t5", "flow"]
+
+LOAD = """
+import sys
+sys.path[:0] = ["..", "."]
+import lab
+lab.get_features = lambda job, encoders, prompts: encoders.open().text  # not the images: a minute
+lab.train_flow = lambda job, text: sys.exit(" ".join((job.config.name, *job.run.stages)))
+lab.trained()
+"""
+
+
+def run(code: str, cache: Path, **environment: str) -> subprocess.CompletedProcess:
+    command, env = [sys.executable, "-c", code], {**os.environ, **environment}
+    env |= {"NANOSD3_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=NOTEBOOKS, env=env, capture_output=True, text=True)
+
+
+def test_it_is_loaded_and_not_trained(tmp_path):
+    """Its config, data and seed are those of today, and no stage is missing."""
+    done = run(LOAD, tmp_path, NANOSD3_FAST="")
+    assert done.stderr.splitlines()[-1] == " ".join(["mnist", *STAGES])
+    assert {p.name for p in (tmp_path / "full/model").iterdir()} > {p.name for p in files()}
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["model"]  # nothing temporary
+
+
+def files() -> list[Path]:
+    return sorted(LESSON.iterdir())
+
+
+def test_it_is_small_and_complete():
+    weights = [f"{stage}.safetensors" for stage in STAGES]
+    assert [p.name for p in files()] == sorted([*weights, "run.json", "tokenizers.json"])
+    assert sum(p.stat().st_size for p in files()) < 10e6
+    stages = json.loads((LESSON / "run.json").read_text())["stages"]
+    assert list(stages) == STAGES and stages["judge"]["accuracy"] > 0.98
+
+
+def test_a_model_of_other_notebooks_is_named(tmp_path):
+    """One line says what to do, and the folder is left as it was."""
+    (tmp_path / "full/model").mkdir(parents=True)
+    other = json.loads((LESSON / "run.json").read_text()) | {"seed": 1}
+    (tmp_path / "full/model/run.json").write_text(json.dumps(other))
+    done = run(LOAD, tmp_path, NANOSD3_FAST="")
+    assert "holds a model of another version of the notebooks; delete" in done.stderr
+    assert [p.name for p in (tmp_path / "full/model").iterdir()] == ["run.json"]
+
+
+@pytest.mark.slow
+def test_it_can_be_made_again(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(NOTEBOOKS)
+    import execute
+
+    monkeypatch.setenv("NANOSD3_FAST", "1")
+    (tmp_path / "lesson").mkdir()
+    (tmp_path / "lesson/old").touch()
+    assert execute.make_lesson(tmp_path / "lesson", 1)
+    assert [p.name for p in sorted((tmp_path / "lesson").iterdir())] == [p.name for p in files()]
