@@ -65,7 +65,7 @@ def velocity_of(
 def consistency_study(conditions: Conditions) -> dict:
     """Students of several seeds and their teacher: scores by steps, and how consistent they are."""
     finished, features = open_encoded(conditions)
-    count = 20 if conditions.fast else 1000
+    fast, count = conditions.fast, 20 if conditions.fast else 1000
     scores: dict[str, dict[int, list[tuple[float, float]]]] = {
         way: {n: [] for n in (TEACHER_STEPS if way == "teacher" else STUDENT_STEPS)}
         for way in STUDENT_WAYS
@@ -81,7 +81,7 @@ def consistency_study(conditions: Conditions) -> dict:
                 generate = partial(sampled, pipeline, features, way=way, steps=steps)
                 score = score_samples(finished, generate, count, steps, draws=(100 + seed,))
                 found.append((score["prompt_accuracy"], score["frechet_ratio_to_real"]))
-        for name, value in spreads_of(finished, student, features, seed).items():
+        for name, value in spreads_of(finished, student, features, seed, fast).items():
             spreads[name].append(value)
     rows = [
         [
@@ -114,7 +114,7 @@ def student_pipeline(
 
 
 def spreads_of(
-    finished: FinishedRun, student: Pipeline, features: Features, seed: int
+    finished: FinishedRun, student: Pipeline, features: Features, seed: int, fast: bool
 ) -> dict[str, float]:
     """The variance of the answers along one trajectory of the teacher, as a share of the images':
     of where the student points, and of where the teacher's velocity does."""
@@ -127,10 +127,10 @@ def spreads_of(
     by_student = velocity_of(student, text, prompts)
 
     def record(step: int, t: Tensor, z: Tensor, x0: Tensor) -> None:
-        if step % 10 == 0:
+        if step % (2 if fast else 10) == 0:
             path.append((t, z))
 
-    euler(by_teacher, noise, even_schedule(100), record)
+    euler(by_teacher, noise, even_schedule(20 if fast else 100), record)
 
     def spread(velocity: Velocity) -> float:
         return inconsistency(lambda z, t: clean_image(velocity(z, t[0]), z, t), path)

@@ -110,9 +110,24 @@ def trained_by(processes: int, folder: Path, ways: list[dict] = WAYS) -> Path:
     return folder
 
 
+STOPPED = {"name": "stopped", "mode": "fsdp", "accumulate": 2}
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    return trained_by(2, tmp_path_factory.mktemp("two"), [*WAYS, *MUON])
+    """Every way, and two runs that were stopped and resumed: by SIGKILL of one of two processes
+    (killed/fsdp1; alone/fsdp1 is as the signal left it) and by SIGTERM (stopped). Processes are
+    started three times; each start takes some ten seconds."""
+    folder = tmp_path_factory.mktemp("two")
+    first = next(way for way in WAYS if way["name"] == "fsdp1")
+    killed(folder / "killed", first)
+    shutil.copytree(folder / "killed" / "fsdp1", folder / "alone" / "fsdp1")
+    shutil.copytree(folder / "killed" / "fsdp1", folder / "resumed")
+    resumed = {**first, "name": "resumed"}
+    stopped = torchrun(2, folder, [resumed, {**STOPPED, "stop_at": 2, "stop_by": "SIGTERM"}])
+    assert stopped.returncode == 0 and "stopped after step 3 of 6" in stopped.stderr
+    assert (folder / "stopped" / "state-00000003" / "state.json").exists()
+    return trained_by(2, folder, [*WAYS, *MUON, STOPPED])
 
 
 @pytest.fixture(scope="module")
@@ -206,30 +221,16 @@ def assert_same_bytes(a: Path, b: Path) -> None:
         assert (a / file).read_bytes() == (b / file).read_bytes(), file
 
 
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory) -> Path:
-    """Two runs that were stopped, one by SIGKILL and one by SIGTERM of one of two processes, and
-    resumed by two; in alone/ the first one as the signal left it."""
-    folder = tmp_path_factory.mktemp("resumed")
-    first, second = (way for way in WAYS if way["mode"] == "fsdp")
-    killed(folder, first)
-    shutil.copytree(folder / "fsdp1", folder / "alone" / "fsdp1")
-    stopped = torchrun(2, folder, [{**second, "stop_at": 2, "stop_by": "SIGTERM"}])
-    assert stopped.returncode == 0 and "stopped after step 3 of 6" in stopped.stderr
-    assert (folder / "fsdp2" / "state-00000003" / "state.json").exists()
-    return trained_by(2, folder, [first, second])
-
-
-def test_killed_and_resumed_to_the_same_bytes(two, resumed):
+def test_killed_and_resumed_to_the_same_bytes(two):
     """SIGKILL of one of two processes; two processes resume from the saved state, or one does."""
-    assert_same_bytes(resumed / "fsdp1", two / "fsdp1")
-    child.train(resumed / "alone", SINGLE_PROCESS, "fsdp1")
-    assert_same_run(resumed / "alone" / "fsdp1", two / "fsdp1")
+    assert_same_bytes(two / "resumed", two / "fsdp1")
+    child.train(two / "alone", SINGLE_PROCESS, "fsdp1")
+    assert_same_run(two / "alone" / "fsdp1", two / "fsdp1")
 
 
-def test_a_signal_to_one_stops_all_with_everything_saved(two, resumed):
+def test_a_signal_to_one_stops_all_with_everything_saved(two):
     """SIGTERM reaches one of two processes during a step; both stop after that step."""
-    assert_same_bytes(resumed / "fsdp2", two / "fsdp2")
+    assert_same_bytes(two / "stopped", two / "fsdp2")
 
 
 @pytest.mark.slow

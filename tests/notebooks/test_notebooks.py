@@ -193,10 +193,14 @@ def client(tmp_path_factory):
 
 
 EMPTY = """%reset -f
-import matplotlib.pyplot, torch
+%config InlineBackend.print_figure_kwargs = {"bbox_inches": None, "dpi": 20}
+import figures, matplotlib.pyplot, torch
+from nanosd3.training import train_flow
 matplotlib.pyplot.close("all")
+matplotlib.rcParams["figure.constrained_layout.use"] = False  # the pictures are not looked at
+train_flow.VALIDATIONS = 2
 torch.set_grad_enabled(True)
-del matplotlib, torch"""
+del figures, matplotlib, torch, train_flow"""
 
 
 def test_runs(notebook, source, client):
