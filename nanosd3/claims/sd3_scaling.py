@@ -18,10 +18,8 @@ from nanosd3.claims.experiment import (
     verdict,
 )
 from nanosd3.claims.material import open_encoded
-from nanosd3.claims.sd3_variants import TrainedVariant, Variant, trained_variant
-from nanosd3.config_types import Sampling
+from nanosd3.claims.sd3_variants import TrainedVariant, Variant, sample_scores, trained_variant
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.yardsticks import pipeline_scores
 from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
 from nanosd3.training.report import sample_latents, shown_prompts
 
@@ -56,21 +54,6 @@ def scaling_study(conditions: Conditions) -> dict:
     columns = ["depth", "parameters", "validation loss", "read as asked", "Frechet ratio"]
     columns += [f"error at {n} of {MANY} steps" for n in FEW]
     return {"depths": found, "training_seconds": seconds, "table": table_of(columns, rows)}
-
-
-def sample_scores(
-    conditions: Conditions, finished: FinishedRun, network: TrainedVariant, seed: int
-) -> tuple[float, float]:
-    """Share of samples read as asked, and their Frechet distance over that of real images."""
-
-    def measure() -> dict:
-        pipeline = network.features.pipeline(network.model, finished.device)
-        sampling = Sampling(steps=8, guidance=1.6, shift=1.0, sampler="heun")
-        count = 20 if conditions.fast else 500
-        return pipeline_scores(finished, pipeline, count, sampling, (100 + seed,))
-
-    scores = network.once("scores", measure)
-    return scores["prompt_accuracy"], scores["frechet_ratio_to_real"]
 
 
 def errors_of_few_steps(

@@ -10,8 +10,13 @@ from pathlib import Path
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.claims.material import open_encoded
-from nanosd3.claims.sd3_scaling import sample_scores
-from nanosd3.claims.sd3_variants import TrainedVariant, Variant, mean_loss, trained_variant
+from nanosd3.claims.sd3_variants import (
+    TrainedVariant,
+    Variant,
+    mean_loss,
+    sample_scores,
+    trained_variant,
+)
 from nanosd3.training.figures import new_figure, save_plot
 
 READING = {

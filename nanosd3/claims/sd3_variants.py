@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from nanosd3.claims.experiment import Conditions
 from nanosd3.claims.sd3_one_way import OneWayMMDiT
-from nanosd3.config_types import MMDiTConfig, Recipe
+from nanosd3.config_types import MMDiTConfig, Recipe, Sampling
 from nanosd3.mmdit import MMDiT
 from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.yardsticks import pipeline_scores
 from nanosd3.storage.run import Run
 from nanosd3.training.cached_features import Features
 from nanosd3.training.loop import StepRNG
@@ -132,3 +133,18 @@ def mean_loss(job: Job, features: Features, model: nn.Module) -> float:
     """The validation loss, a mean over its times."""
     losses = validation_loss(job, features, model)
     return sum(losses) / len(losses)
+
+
+def sample_scores(
+    conditions: Conditions, finished: FinishedRun, network: TrainedVariant, seed: int
+) -> tuple[float, float]:
+    """Share of samples read as asked, and their Frechet distance over that of real images."""
+
+    def measure() -> dict:
+        pipeline = network.features.pipeline(network.model, finished.device)
+        sampling = Sampling(steps=8, guidance=1.6, shift=1.0, sampler="heun")
+        count = 20 if conditions.fast else 500
+        return pipeline_scores(finished, pipeline, count, sampling, (100 + seed,))
+
+    scores = network.once("scores", measure)
+    return scores["prompt_accuracy"], scores["frechet_ratio_to_real"]
