@@ -59,7 +59,7 @@ def plot_steps(results: dict, path: Path) -> None:
 def plot_spreads(results: dict, path: Path) -> None:
     figure, (axis,) = new_figure(4.5, 1)
     for i, values in enumerate(results["spreads"].values()):
-        axis.semilogy([i] * len(values), values, "o", color="black")
+        axis.semilogy([i] * len(values), values, "o")
     axis.set_xticks(range(2), list(results["spreads"]))
     axis.margins(0.3)
     axis.set(ylabel="variance / that of images", title="Answers along a trajectory")

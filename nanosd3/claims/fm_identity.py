@@ -8,7 +8,7 @@ from torch import nn
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.random_streams import rng
 from nanosd3.related.paths import PATHS, exact_velocity, path_loss
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.figures import GREY, new_figure, save_plot
 
 
 def gradient_scores(name: str, other: str, seed: int, batches: int, draws: int) -> list[float]:
@@ -69,7 +69,7 @@ def plot_identity(results: dict, path: Path) -> None:
     data = [score for scores in shown for score in scores], results["scores"]["control"]
     titles = "the path's own marginal velocity", "another path's: the control"
     for axis, scores, title in zip(axes, data, titles, strict=True):
-        axis.hist(scores, bins=40, color="0.6")
+        axis.hist(scores, bins=40, color=GREY)
         axis.set(xlabel="difference of gradients (standard errors)", title=title)
     axes[0].set_ylabel("parameters")
     save_plot(figure, path)

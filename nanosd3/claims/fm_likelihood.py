@@ -27,7 +27,7 @@ from nanosd3.storage.files import load_weights, save_weights
 from nanosd3.storage.run import Run
 from nanosd3.storage.training_state import forget
 from nanosd3.training.ema import make_ema
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.figures import INK, new_figure, save_plot
 from nanosd3.training.loop import StepRNG, fit
 
 # Both begin where VP's noise is a tenth of a pixel's level.
@@ -174,7 +174,7 @@ def plot_likelihood(results: dict, path: Path) -> None:
         (axes[1], "bits", "MNIST", "bits a pixel"),
     ):
         for ot, vp in zip(results[key]["ot"], results[key]["vp"], strict=True):
-            axis.plot([0, 1], [ot, vp], "-o")
+            axis.plot([0, 1], [ot, vp], "-o", color=INK)
         axis.set_xticks([0, 1], [LABELS["ot"], LABELS["vp"]])
         axis.set_xlim(-0.5, 1.5)
         axis.set(ylabel=unit, title=f"{title} (a line for each seed)")

@@ -7,7 +7,7 @@ from nanosd3.claims.fm_networks import open_material, prompted, trained, trainin
 from nanosd3.claims.fm_straightness import LABELS
 from nanosd3.related.paths import PATHS
 from nanosd3.related.train_paths import LEARNED, path_latents
-from nanosd3.training.figures import GREY, PALE, label_counts, new_figure, save_plot
+from nanosd3.training.figures import SERIES, label_counts, new_figure, save_plot
 
 TOLERANCES = (1e-3, 1e-5)
 IMAGES = 64  # the step is common to a batch, so their number counts
@@ -91,10 +91,10 @@ def decide_order(results: dict) -> Verdict:
 def plot_adaptive(results: dict, path: Path) -> None:
     figure, (axis,) = new_figure(5.5, 1)
     width = 0.25
-    for i, (name, shade) in enumerate(zip(LEARNED, ("black", GREY, PALE), strict=True)):
+    for i, name in enumerate(LEARNED):
         means = [sum(each) / len(each) for each in results["taken"][name]]
         places = [k + width * (i - 1) for k in range(len(means))]
-        axis.bar(places, means, width, color=shade, label=LABELS[name])
+        axis.bar(places, means, width, color=SERIES[i], label=LABELS[name])
     axis.set_xticks(range(len(TOLERANCES)), [f"{x:g}" for x in TOLERANCES])
     axis.set(xlabel="tolerance", ylabel="evaluations", title="Dormand-Prince, adaptive")
     axis.legend()

@@ -10,7 +10,7 @@ from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of,
 from nanosd3.data.mnist import STROKE_WEIGHTS, bins, from_uint8, measure_strokes
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.training.evaluation import draw_prompts
-from nanosd3.training.figures import GREY, new_figure, save_plot
+from nanosd3.training.figures import INK, MEANINGS, SERIES, new_figure, save_plot
 from nanosd3.training.metrics import frechet_distance
 
 SHARE = 0.1  # of the generator's distance: what the autoencoder loses counts from here on
@@ -73,9 +73,9 @@ def plot_detail(results: dict, path: Path) -> None:
     figure, axes = new_figure(9, 2)
     samples = results["generated"]
     axes[0].bar(["lost by latents", "samples"], [results["lost"], sum(samples) / len(samples)],
-                color=GREY)  # fmt: skip
+                color=[SERIES[3], MEANINGS["prediction"]])  # fmt: skip
     axes[0].set(ylabel="Frechet distance", title="Before and after generating")
-    axes[1].plot(SIZES_OF_STROKES, results["psnr"], "o", color="black")
+    axes[1].plot(SIZES_OF_STROKES, results["psnr"], "o", color=INK)
     axes[1].set(ylabel="PSNR (dB)", title="Reconstructions by width of strokes")
     axes[1].margins(0.3)
     save_plot(figure, path)

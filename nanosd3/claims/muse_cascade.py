@@ -107,7 +107,7 @@ def plot_measures(results: dict, path: Path) -> None:
     titles = results["table"]["columns"][1:3]
     for i, (axis, title) in enumerate(zip(axes, titles, strict=True)):
         for j, scores in enumerate(results["scores"].values()):
-            axis.plot([j] * len(scores), np.array(scores)[:, i], "o", color="black")
+            axis.plot([j] * len(scores), np.array(scores)[:, i], "o")
         labels = [name.replace(", ", ",\n") for name in results["scores"]]
         axis.set_xticks(range(len(labels)), labels)
         axis.margins(0.25)

@@ -62,7 +62,7 @@ def plot_masks(results: dict, path: Path) -> None:
     figure, (axis,) = new_figure(5.5, 1)
     for i, name in enumerate(results["scores"]):
         ratios = ratios_of(results, name)
-        axis.semilogy([i] * len(ratios), ratios, "o", color="black")
+        axis.semilogy([i] * len(ratios), ratios, "o")
     axis.set_xticks(range(len(results["scores"])), list(results["scores"]))
     axis.margins(0.3)
     axis.set(ylabel="Frechet distance / that of real images", title="Hidden in training")

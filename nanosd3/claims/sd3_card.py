@@ -9,7 +9,7 @@ from nanosd3.config import CONFIGS
 from nanosd3.config_types import Config
 from nanosd3.measure.costs import forward_flops
 from nanosd3.measure.random_models import text_tokens
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.figures import INK, SERIES, new_figure, save_plot
 
 SIDE, STEPS = 1024, 50  # of the image in pixels, of sampling
 CARD_BYTES, CARD_FLOPS, CLAIMED_SECONDS = 24e9, 165.2e12, 34.0  # dense bfloat16, float32 sums
@@ -80,9 +80,9 @@ def plot_card(results: dict, path: Path) -> None:
         (axes[0], {"all": "all parts", "staged": "one part at a time"}, 1e9, CARD_BYTES / 1e9),
         (axes[1], {"likely": f"at {REACHED:.0%}", "least": "at 100%"}, 1.0, CLAIMED_SECONDS),
     ):
-        for (key, label), color in zip(keys.items(), ("0.75", "0.35"), strict=True):
+        for (key, label), color in zip(keys.items(), (SERIES[3], SERIES[1]), strict=True):
             axis.barh(names, [c[key] / unit for c in costs], color=color, label=label)
-        axis.axvline(limit, color="black", linestyle="--")
+        axis.axvline(limit, color=INK, linestyle="--")
         axis.invert_yaxis()
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     axes[0].set(xlabel="GB in bfloat16; dashed: the card's 24")

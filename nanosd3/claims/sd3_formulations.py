@@ -13,7 +13,7 @@ from nanosd3.claims.sd3_grounds import Latents, asked_of, judged, open_grounds
 from nanosd3.claims.sd3_networks import sample_by, trained_by
 from nanosd3.claims.sd3_ranks import BySetting, Score, average_ranks
 from nanosd3.related.formulations import FORMULATIONS
-from nanosd3.training.figures import PALE, new_figure, save_plot
+from nanosd3.training.figures import INK, PALE, SERIES, new_figure, save_plot
 
 PLAIN, WEIGHTED = "rf", "rf/lognorm(0, 1)"
 STEPS_MADE, FAST_STEPS_MADE = {"few": 5, "many": 50}, {"few": 1, "many": 2}
@@ -100,17 +100,16 @@ def plot_ranks(results: dict, path: Path) -> None:
     figure, (axis,) = new_figure(5.5, 1)
     ranks = results["ranks"]
     order = sorted(ranks["all"], key=lambda name: -sum(ranks["all"][name]))
-    for key, style, label in (
-        ("few", "o", f"{STEPS_MADE['few']} steps"),
-        ("many", "s", f"{STEPS_MADE['many']} steps"),
-        ("all", "D", "all settings"),
+    for key, style, colour, label in (
+        ("few", "o", SERIES[1], f"{STEPS_MADE['few']} steps"),
+        ("many", "s", SERIES[2], f"{STEPS_MADE['many']} steps"),
+        ("all", "D", INK, "all settings"),
     ):
         for i, name in enumerate(order):
             each = ranks[key][name]
             mean = sum(each) / len(each)
-            colour = "black" if key == "all" else "white"
             text = label if i == 0 else ""
-            axis.plot([mean], [i], style, markerfacecolor=colour, markersize=8, label=text)
+            axis.plot([mean], [i], style, color=colour, markersize=8, label=text)
             if key == "all":
                 axis.plot([min(each), max(each)], [i, i], "-", color=PALE, linewidth=6, zorder=0)
     axis.set_yticks(range(len(order)), order)

@@ -15,7 +15,7 @@ from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of,
 from nanosd3.claims.material import open_encoded
 from nanosd3.related.yardsticks import drawn
 from nanosd3.training.evaluation import to_digits
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.figures import INK, new_figure, save_plot
 
 SCALES = (1.0, 1.6, 2.5, 4.0, 7.0)
 
@@ -78,7 +78,7 @@ def plot_guidance(results: dict, path: Path) -> None:
     titles = ("Read as asked", "Frechet ratio", "Spread within a digit (real: 1)")
     for axis, key, title in zip(axes, ("accuracy", "ratio", "spread"), titles, strict=True):
         for values in results[key]:
-            axis.plot(SCALES, values, "-o", color="black", markersize=4, linewidth=0.8)
+            axis.plot(SCALES, values, "-o", color=INK, markersize=4, linewidth=0.8)
         axis.set_xscale("log")
         axis.minorticks_off()
         axis.set_xticks(SCALES, [f"{scale:g}" for scale in SCALES])

@@ -21,7 +21,7 @@ from nanosd3.mmdit import MMDiT
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.storage.run import Run
 from nanosd3.training.cached_features import Features
-from nanosd3.training.figures import GREY, new_figure, save_plot
+from nanosd3.training.figures import GREY, INK, PALE, new_figure, save_plot
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import CHUNK, Job, build, finish_or_load, fit_average, training_of
 from nanosd3.training.train_flow import VALIDATION_TIMES, Network, flow_step, losses_over_time
@@ -128,12 +128,12 @@ def plot_middle(results: dict, path: Path) -> None:
     axes[0].set(title="Loss", ylabel="velocity loss (per latent)")
     axes[0].set_ylim(bottom=0)
     for i, each in enumerate(results["left_to_learn"]):
-        axes[1].plot(times, each, "-", label="" if i else "left to learn, each seed")
+        axes[1].plot(times, each, "-", color=INK, label="" if i else "left to learn, each seed")
     highest = max(max(each) for each in results["left_to_learn"])
     scale = highest / max(results["shares"])
     shares = [scale * share for share in results["shares"]]
     label = "logit-normal(0, 1), to scale"
-    axes[1].bar(times, shares, 1 / len(times), color="0.9", edgecolor=GREY, label=label)
+    axes[1].bar(times, shares, 1 / len(times), color=PALE, edgecolor=GREY, label=label)
     axes[1].set(title="What is left to learn", ylabel="difference of the losses")
     axes[1].set_ylim(top=1.45 * highest)  # room for the legend
     for axis in axes:

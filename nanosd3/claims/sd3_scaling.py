@@ -117,10 +117,10 @@ def plot_scaling(results: dict, path: Path) -> None:
     for depth, mark in DEPTH_MARKS.items():
         one = results["depths"][str(depth)]
         means = [sum(each) / len(each) for each in zip(*one["losses"], strict=True)]
-        axes[0].plot(one["steps"], means, mark, color="black", markersize=5, label=f"depth {depth}")
-        axes[1].plot(last_losses(results, depth), one["ratio"], mark[0], color="black")
+        axes[0].plot(one["steps"], means, mark, markersize=5, label=f"depth {depth}")
+        axes[1].plot(last_losses(results, depth), one["ratio"], mark[0])
         errors = [sum(each) / len(each) for each in zip(*one["errors"], strict=True)]
-        axes[2].plot(FEW, errors, mark, color="black", markersize=5, label=f"depth {depth}")
+        axes[2].plot(FEW, errors, mark, markersize=5, label=f"depth {depth}")
     axes[0].set(title="Validation loss", xlabel="training steps")
     axes[0].legend()
     axes[1].set(title="Frechet ratio by loss", xlabel="validation loss, each network")

@@ -104,12 +104,10 @@ def plot_shift(results: dict, path: Path) -> None:
     for i, (axis, steps) in enumerate(zip(axes, STEPS_TO_SHIFT, strict=True)):
         for side, mark in SIDE_MARKS.items():
             rows = torch.tensor(results["errors"][str(side)][i])
-            axis.plot(
-                SHIFTS, rows.mean(0), mark, color="black", markersize=4, label=f"{side}x{side}"
-            )
+            (curve,) = axis.plot(SHIFTS, rows.mean(0), mark, markersize=4, label=f"{side}x{side}")
             for best in results["best"][str(side)][i]:
-                axis.axvline(best, color="0.8", zorder=0, linewidth=1)
-        axis.set(title=f"Error of {steps} Euler steps", xlabel="shift (grey: best of each seed)")
+                axis.axvline(best, color=curve.get_color(), alpha=0.3, zorder=0, linewidth=1)
+        axis.set(title=f"Error of {steps} Euler steps", xlabel="shift (upright: best of each seed)")
         axis.set_xscale("log", base=2)
         axis.set_xticks([0.5, 1, 2, 4, 8, 16, 32], ["0.5", "1", "2", "4", "8", "16", "32"])
         plain_logarithm(axis)

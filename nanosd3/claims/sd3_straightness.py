@@ -17,7 +17,7 @@ from nanosd3.claims.sd3_networks import flow_of, trained_by
 from nanosd3.related.formulations import FORMULATIONS, deviation
 from nanosd3.related.paths import PATHS, exact_velocity
 from nanosd3.samplers import Velocity, euler
-from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
+from nanosd3.training.figures import SERIES, label_counts, new_figure, plain_logarithm, save_plot
 
 FOLLOWED = {  # and the style of its line
     "rf": "-o",
@@ -119,9 +119,12 @@ def plot_following(results: dict, path: Path) -> None:
         for k, name in enumerate(FOLLOWED):
             excess = [ratio - 1 for ratio in results["lengths"][field][name]]
             label = "" if k else field
-            face = "white" if i else "black"
+            colour = SERIES[k % len(SERIES)]
+            face = "white" if i else colour
             place = [k + 0.15 * (2 * i - 1)] * len(excess)
-            axes[0].plot(place, excess, style, markerfacecolor=face, markersize=5, label=label)
+            axes[0].plot(
+                place, excess, style, color=colour, markerfacecolor=face, markersize=5, label=label
+            )
     axes[0].set_xticks(range(len(FOLLOWED)), list(FOLLOWED), rotation=40, ha="right")
     axes[0].set_yscale("log")
     axes[0].set(title="Length / chord - 1")

@@ -95,7 +95,7 @@ def plot_two_way(results: dict, path: Path) -> None:
     }
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for i, one in enumerate(results["arms"].values()):
-            axis.plot([i] * len(one[key]), one[key], "o", color="black", markersize=5)
+            axis.plot([i] * len(one[key]), one[key], "o", markersize=5)
         axis.set_xticks(range(len(labels)), labels)
         axis.margins(0.25)
         axis.set(title=title)

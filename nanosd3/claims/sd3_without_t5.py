@@ -18,7 +18,7 @@ from nanosd3.data.mnist import bins, measure_strokes
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.yardsticks import drawn
 from nanosd3.training.evaluation import to_digits
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.figures import SERIES, new_figure, save_plot
 from nanosd3.training.report import SLANT_WORDS, WEIGHT_WORDS, attribute_accuracy
 
 HEARD = {"all three": (), "without T5": ("t5",)}
@@ -96,12 +96,12 @@ def plot_t5(results: dict, path: Path) -> None:
     figure, axes = new_figure(10, 3)
     titles = ("Right digit", "Right attributes", "Frechet ratio")
     for axis, key, title in zip(axes, T5_SCORES, titles, strict=True):
-        for i, (training, face) in enumerate(zip(IN_TRAINING, ("black", "white"), strict=True)):
+        for i, (training, mark) in enumerate(zip(IN_TRAINING, "os", strict=True)):
             for j, heard in enumerate(HEARD):
                 values = results["scores"][training][heard][key]
                 places = [j + 0.16 * (2 * i - 1)] * len(values)
                 label = "" if j else f"in training {training}"
-                axis.plot(places, values, "ko", markerfacecolor=face, markersize=5, label=label)
+                axis.plot(places, values, mark, color=SERIES[i], markersize=5, label=label)
         axis.set_xticks(range(len(HEARD)), list(HEARD))
         axis.margins(0.25)
         axis.set(title=title)

@@ -19,7 +19,7 @@ from nanosd3.related.train_video import (
     trained_video,
 )
 from nanosd3.related.video_lessons import CLIP_SIZES, FRAMES_IN_PATCH, in_name
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.figures import PALE, new_figure, save_plot
 
 TRAINED_SIZES: tuple[ClipSize, ...] = tuple(
     size for size in dict.fromkeys(CLIP_SIZES) if size[0] > 1
@@ -125,11 +125,11 @@ def plot_scores(results: dict, path: Path) -> None:
     scores, ways = results["scores"], list(results["scores"])
     for key, style in zip(SHARES, ("o", "s", "^", "x"), strict=True):
         means = [sum(scores[way][key]) / len(scores[way][key]) for way in ways]
-        axis.plot(range(len(ways)), means, style, color="black", label=SHARES[key])
+        axis.plot(range(len(ways)), means, style, label=SHARES[key])
     axis.set_xticks(range(len(ways)), ways, rotation=30, ha="right")
     axis.set(ylabel="share of frames or clips", ylim=(-0.05, 1.05))
-    axis.axvline(len(TRAINED_SIZES) - 0.5, color="0.8")
-    axis.axvline(len(ways) - 1.5, color="0.8")
+    axis.axvline(len(TRAINED_SIZES) - 0.5, color=PALE)
+    axis.axvline(len(ways) - 1.5, color=PALE)
     axis.set_title("trained on | not trained on | frames by themselves")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     save_plot(figure, path)

@@ -27,7 +27,7 @@ GAP = 4  # pixels between images
 COLUMNS = 16  # images in a row, at most
 INK, GREY, PALE = "black", "0.6", "0.8"  # of lines in plots
 MEANINGS = {"data": "#0072B2", "noise": "#8C8C8C", "prompt": "#C77F00", "prediction": "#A3004F"}
-SERIES = ("black", "#009E73", "#CC79A7", "#56B4E9")  # of other curves, Okabe and Ito's
+SERIES = (INK, "#009E73", "#CC79A7", "#56B4E9")  # of other curves, Okabe and Ito's
 SHADES = " .:-=+*#%@"  # characters from dark to light, on a dark terminal
 
 
@@ -171,7 +171,8 @@ def save_plot(figure: "Figure", path: Path) -> None:
 
 
 def new_figure(width: float, columns: int, rows: int = 1) -> tuple["Figure", list["Axes"]]:
-    """A figure `width` inches wide and its axes, row by row."""
+    """A figure `width` inches wide and its axes, row by row. Curves take the colours of SERIES in
+    turn, so that the first of all axes has the same."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -179,7 +180,7 @@ def new_figure(width: float, columns: int, rows: int = 1) -> tuple["Figure", lis
     FigureCanvasAgg(figure)
     axes = list(np.ravel(figure.subplots(rows, columns)))
     for axis in axes:
-        axis.set_prop_cycle(color=[INK])
+        axis.set_prop_cycle(color=SERIES)
     return figure, axes
 
 

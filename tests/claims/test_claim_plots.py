@@ -1,0 +1,57 @@
+"""The plots of the claims have the palette of the notebooks, and can be told apart in it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.colors import to_hex
+
+from nanosd3.claims.catalogue import EXPERIMENTS
+from nanosd3.claims.page import committed
+from nanosd3.training.figures import GREY, INK, MEANINGS, PALE, SERIES
+
+PALETTE = {to_hex(colour) for colour in (INK, GREY, PALE, "white", *MEANINGS.values(), *SERIES)}
+RECORDS = committed(EXPERIMENTS)
+
+
+@pytest.fixture(scope="module")
+def axes():
+    """All axes that are drawn of the committed records, by experiment."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, record in RECORDS.items():
+            plot, seen = EXPERIMENTS[name].plot, []
+            module = sys.modules[plot.__module__]
+            patch.setattr(module, "save_plot", lambda figure, path, seen=seen: seen.append(figure))
+            plot(record["results"], Path("not written"))
+            found[name] = seen[0].axes
+    return found
+
+
+def faces(patches) -> set[str]:
+    return {to_hex(patch.get_facecolor()) for patch in patches}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_colours(axes, name):
+    for axis in axes[name]:
+        used = {to_hex(line.get_color()) for line in axis.get_lines()} | faces(axis.patches)
+        used |= {to_hex(line.get_markerfacecolor()) for line in axis.get_lines()}
+        assert used <= PALETTE
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_what_a_legend_tells_apart_differs(axes, name):
+    """By its colour, and without it by its dashes or points."""
+    for axis in axes[name]:
+        labelled = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
+        first = labelled[: len(SERIES)]
+        assert len({to_hex(line.get_color()) for line in first}) == len(first) or hollow(first)
+        looks = {(line.get_linestyle(), line.get_marker(), line.get_markerfacecolor() == "white")
+                 for line in labelled}  # fmt: skip
+        assert len(looks) == len(labelled)
+
+
+def hollow(lines) -> bool:
+    """Two that differ in being filled, each in the colours of its neighbours."""
+    return [line.get_markerfacecolor() == "white" for line in lines] == [False, True]
