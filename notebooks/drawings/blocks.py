@@ -7,35 +7,27 @@ from nanosd3.config import CONFIGS
 
 def joint_block() -> str:
     """Both streams of a block, what modulates them, and the attention that joins them."""
-    d = Drawing(730, 908)
-    d.rect("frame", 20, 435, 216, 457, 10)
-    d.arrow("cond", (300, 120), (300, 752))
-    d.lane("cond", 300, 124, "20+42 c (D)/conditioning", "80+42 SiLU, linear/6 D a stream")
-    texts, edges = ("shift, scale", "gate") * 2, (80, 10) * 2
+    d = Drawing(520, 1170)
+    d.rect("frame", 14, 435, 186, 457, 10)
+    d.arrow("cond", (260, 120), (260, 752))
+    d.lane("cond", 260, 124, "20+42 c (D)/conditioning", "80+42 SiLU, linear/6 D a stream")
+    texts, edges = ("shift, scale", "gate") * 2, (70, 10) * 2
     for y, text, edge in zip((152, 504, 634, 752), texts, edges, strict=True):
-        d.arrow("cond", (300, y), (140 + edge, y))
-        d.arrow("cond", (300, y), (460 - edge, y))
-        d.rect("box cond", 254, y - 13, 92, 26)
-        d.label(300, y + 5, text, "ink", "middle")
-    for kind, x, count in (("text", 60, "M"), ("image", 300, "N")):
-        d.rect(f"box {kind}", x, 336, 240, 30, 0)
-        d.label(x + 120, 356, f"q, k, v of {count} {kind} tokens", "ink", "middle")
-    d.box("both", 300, 366, 480, 58, "joint attention/M + N tokens see each other in d heads of 64")
-    draw_stream(d, "text", 140, 36, "y (M, D)")
-    draw_stream(d, "image", 460, 564, "x (N, D)")
-    d.arrow("image dashed", (557, 94), (650, 94), (650, 128))
-    d.lane("image dashed", 650, 124, "128+48 modulate/by c as well", "196+48 linear/to q, k, v",
-           "264+48 RMSNorm/of q and k", "366+58 attention/image alone", "446+34 linear",
-           "494+20 ×")  # fmt: skip
-    d.arrow("image dashed", (650, 514), (650, 535), (470, 535))
-    d.sign("image dashed", 460, 535, "+")
-    first, *_, last = CONFIGS["sd3.5-medium"].mmdit.dual_attention
-    d.label(650, 36, "dual attention", "name", "middle")
-    d.label(650, 55, f"in sd3.5-medium,\nblocks {first} to {last}", anchor="middle")
-    for top, look, (config, s) in zip((612, 682), ("small", "large"), MODELS, strict=True):
+        d.arrow("cond", (260, y), (114 + edge, y))
+        d.arrow("cond", (260, y), (406 - edge, y))
+        d.rect("box cond", 214, y - 13, 92, 26)
+        d.label(260, y + 5, text, "ink", "middle")
+    for kind, x, count in (("text", 44, "M"), ("image", 260, "N")):
+        d.rect(f"box {kind}", x, 336, 216, 30, 0)
+        d.label(x + 108, 356, f"q, k, v of {count} {kind} tokens", "ink", "middle")
+    d.box("both", 260, 366, 432, 58, "joint attention/M + N tokens see each other in d heads of 64")
+    draw_stream(d, "text", 114, 26, "y (M, D)")
+    draw_stream(d, "image", 406, 494, "x (N, D)")
+    d.label(29, 918, "dotted: missing in the last block; its text has no queries")
+    draw_dual(d)
+    for x, look, (config, s) in zip((24, 270), ("small", "large"), MODELS, strict=True):
         said = f"{config.name}\nd = {config.mmdit.depth}, D = {config.mmdit.width}\n"
-        d.label(582, top, said + f"M = {s['y'][0]}, N = {s['x'][0]}", look)
-    d.label(582, 766, "dotted: missing in\nthe last block; text\nhas no queries there")
+        d.label(x, 1114, said + f"M = {s['y'][0]}, N = {s['x'][0]}", look)
     return d.svg(
         "A joint block of the MMDiT",
         "Text and image tokens, each with weights of their own, are modulated and projected to "
@@ -44,10 +36,30 @@ def joint_block() -> str:
     )
 
 
+def draw_dual(d: Drawing) -> None:
+    """The image's second attention, below, and the place where it is added."""
+    first, *_, last = CONFIGS["sd3.5-medium"].mmdit.dual_attention
+    d.label(29, 950, "dashed: dual attention", "name")
+    d.label(246, 950, f"in sd3.5-medium, blocks {first} to {last}")
+    d.arrow("image dashed", (336, 535), (396, 535))
+    d.sign("image dashed", 406, 535, "+")
+    d.box("image dashed", 94, 964, 140, 48, "modulate/x, by c as well")
+    d.box("image dashed", 260, 964, 120, 48, "linear/to q, k, v")
+    d.box("image dashed", 426, 964, 140, 48, "RMSNorm/of q and k")
+    d.box("image dashed", 94, 1034, 140, 48, "attention/image alone")
+    d.box("image dashed", 260, 1034, 120, 48, "linear, ×/with a gate")
+    d.label(376, 1063, "to the dashed +")
+    d.arrow("image dashed", (164, 988), (200, 988))
+    d.arrow("image dashed", (320, 988), (356, 988))
+    d.arrow("image dashed", (426, 1012), (426, 1023), (94, 1023), (94, 1034))
+    d.arrow("image dashed", (164, 1058), (200, 1058))
+    d.arrow("image dashed", (320, 1058), (366, 1058))
+
+
 def draw_stream(d: Drawing, kind: str, x: int, skip: int, shape: str) -> None:
     """One modality's half of the block, around x; what is added again goes along `skip`."""
     modulate, tokens = "modulate/after a LayerNorm", f"{kind} tokens/{shape}"
-    d.lane(kind, x, 160, f"20+48 {tokens}", f"128+48 {modulate}", "196+48 linear/to q, k, v",
+    d.lane(kind, x, 140, f"20+48 {tokens}", f"128+48 {modulate}", "196+48 linear/to q, k, v",
            "264+48 RMSNorm/q and k, not in SD3", "336+88", "446+34 linear", "494+20 ×", "558+20 +",
            f"610+48 {modulate}", "678+48 MLP/D to 4 D to D", "742+20 ×", "782+20 +",
            f"832+48 {tokens}")  # fmt: skip

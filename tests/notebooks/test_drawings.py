@@ -266,5 +266,5 @@ def test_symbols_stand_in_the_same_order():
 def test_dual_attention_is_where_the_drawing_says():
     blocks = CONFIGS["sd3.5-medium"].mmdit.dual_attention
     assert blocks == tuple(range(len(blocks)))
-    assert f"blocks 0 to {len(blocks) - 1}" in labels("joint_block.svg", "note")
+    assert f"in sd3.5-medium, blocks 0 to {len(blocks) - 1}" in labels("joint_block.svg", "note")
     assert all(config.mmdit.qk_norm != name.startswith("sd3-") for name, config in CONFIGS.items())

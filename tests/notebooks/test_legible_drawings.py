@@ -16,7 +16,6 @@ import draw
 ALL = draw.DRAWINGS | draw.MOVING
 SVG = "{http://www.w3.org/2000/svg}"
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # DejaVu, a wide one
-WIDE = ("model.svg", "joint_block.svg")  # two lanes more than fit on a phone in this size
 
 
 def page(name: str) -> ET.Element:
@@ -100,4 +99,4 @@ def test_labels_stay_in_their_boxes(name):
 def test_letters_are_large_enough_on_a_phone(name):
     """Ten pixels where the page is 400 pixels wide."""
     width = float(page(name).get("width"))
-    assert 13 * 400 / width >= (6.5 if name in WIDE else 10)
+    assert 13 * 400 / width >= 10
