@@ -7,7 +7,9 @@ and next; the glossary, the claims and the teachers' page; links that lead to pa
 that are described in words.
 """
 
+import base64
 import html
+import io
 import re
 import shutil
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from bs4 import BeautifulSoup, Tag
 from latex2mathml.converter import convert as to_mathml
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from PIL import Image
 from pygments.formatters import HtmlFormatter
 
 HERE = Path(__file__).parent.resolve()
@@ -43,6 +46,7 @@ FRAME = """<!DOCTYPE html>
 </body>
 </html>
 """
+STOP = '<label><input type="checkbox"> stop the film</label>'
 EXTRA = {  # pages made of Markdown: their file, and their name in the menu
     "glossary.html": (HERE / "glossary.md", "Glossary"),
     "claims.html": (ROOT / "nanosd3" / "claims" / "README.md", "Claims"),
@@ -106,13 +110,35 @@ def notebook_page(path: Path) -> Page:
 
 
 def show_animations(notebook: nbformat.NotebookNode) -> None:
-    """Write GIFs as HTML, since nbconvert does not know them."""
+    """Write GIFs as HTML, since nbconvert does not know them; and what moves as an animated PNG
+    with its still, for paper and for whoever asks for it."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            if gif := output.get("data", {}).get("image/gif"):
-                words = html.escape(output.metadata.get("image/gif", {}).get("alt", ""))
-                image = f'<img src="data:image/gif;base64,{"".join(gif.split())}" alt="{words}">'
-                output.data = {"text/html": image}
+            for kind in ("image/gif", "image/png"):
+                data = "".join(output.get("data", {}).get(kind, "").split())
+                words = html.escape(output.get("metadata", {}).get(kind, {}).get("alt", ""))
+                if kind == "image/gif" and data:
+                    output.data = {"text/html": image_of(kind, data, words)}
+                elif data and (still := still_of(base64.b64decode(data))):
+                    frozen = base64.b64encode(still).decode()
+                    both = image_of(kind, data, words, "moving")
+                    both += image_of(kind, frozen, f"Still: {words}", "still")
+                    output.data = {"text/html": f'<div class="film">{STOP}{both}</div>'}
+
+
+def image_of(kind: str, data: str, words: str, look: str = "") -> str:
+    look = f' class="{look}"' if look else ""
+    return f'<img{look} src="data:{kind};base64,{data}" alt="{words}">'
+
+
+def still_of(content: bytes) -> bytes | None:
+    """The default image of an animated PNG; None if a PNG does not move."""
+    with Image.open(io.BytesIO(content)) as picture:
+        if not getattr(picture, "is_animated", False):
+            return None
+        buffer = io.BytesIO()
+        picture.save(buffer, "png", optimize=True, save_all=False)
+        return buffer.getvalue()
 
 
 def contents(pages: list[Page], others: list[Page]) -> Page:

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 from lab import images, lines, maps, pick, trained
+from moving import attention_seen, film
 
 from nanosd3 import layers
 from nanosd3.exercises import check, guess, show
@@ -242,20 +243,39 @@ maps(tables, "text token", "t", "What the image tokens of block 0 attend to, mea
      "On the right the CLIPs are dropped: their tokens are zeros.", "attention (%)",
      xticks=labels, yticks=ts)  # fmt: skip
 
-# %%
-threes = {"CLIP's 3": 3, "T5's 3": 11}
-tables = {f"{name}, head {h}": 100 * weights[0.5][0][h, token, 17:].view(4, 4)
-          for name, token in threes.items() for h in range(2)}  # fmt: skip
-maps(tables, "column", "row", "Which of the 4 x 4 patches the token 3 attends to.", "attention (%)")
-
 # %% [markdown]
 # With T5 alone the two words that matter, "bold" and "3", get nearly all the attention that goes to
 # the text. With all encoders the attention is spread over the CLIP tokens too, including the
 # padding: CLIP reads from left to right, so its later tokens know everything that came before, and
 # nobody masks padding.
 #
-# The last figure shows the other direction, text attending to the image (at t = 0.5): the words are
-# updated as the picture takes shape, and each head looks at a few patches of its own.
+# Attention goes the other way too: the words ask the picture, and are updated as it takes shape.
+#
+# **PREDICT.** Let us follow one word, T5's token for 3, while a picture forms from noise in 24
+# steps. Which of the 16 patches attend to it, and when? And to which patches does it attend?
+
+# %%
+guess("...")
+
+# %%
+states = []
+with attention_seen() as seen:  # all weights that the package computes, block after block
+    pipeline([prompt], seed=1, steps=24, callback=lambda step, t, z, x0: states.append((t, z[0])))
+times, zs = (torch.stack(part) for part in zip(*states, strict=True))
+first = torch.stack(seen[::2])[:, 0].mean(1)  # block 0, with the prompt, mean of both heads
+looks = {"patches ask 3": first[:, 17:, 11], "3 asks patches": first[:, 11, 17:]}
+film(dict.fromkeys(looks, pipeline.decode(zs)), [f"t = {t:.2f}" for t in times],
+     "Orange: the weight of the attention, on the picture that is forming.", looks)  # fmt: skip
+
+# %% [markdown]
+# <details><summary>What happened</summary>
+#
+# The patches in the middle ask the word, where the strokes will be. They do so while there is
+# noise, and hardly any does below t = 0.5. The word asks the picture all the time, and more and
+# more of one place: the upper left, where a 3 is open and an 8 closed. (That this is why is a
+# guess. How would you test it?)
+#
+# </details>
 #
 # ## The other way: modulation
 #

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from lab import CACHE, begin_job, finish, images, lines, maps, panels, pick, trained
+from moving import film
 
 from nanosd3.data import buckets
 from nanosd3.data.mnist import to_uint8
@@ -355,21 +356,28 @@ guess("...")
 torch.manual_seed(1)
 learner = MMDiT(job.config.mmdit)
 recipe = replace(training.flow, steps=pick(600, 6), warmup=pick(50, 2))
-snapshots = pick((24, 74, 149, 299, 599), (2, 5))
+watched = pick((1, 2, 5, *range(10, 150, 10), *range(150, 601, 25)), (2, 3, 5, 6))
 prompts = [f"the digit {i}" for i in range(10)]
-rows = {}
+drawn = {}
 
 
 def draw(step, ema):
-    if step in snapshots:
-        rows[f"step {step + 1}"] = lesson.pipeline_with(ema)(prompts, seed=2)
+    if step + 1 in watched:
+        drawn[f"step {step + 1}"] = lesson.pipeline_with(ema)(prompts, seed=2)
 
 
 average, losses = train_by_hand(learner, recipe, draw)
-rows["the trained model"] = pipeline(prompts, seed=2)
-images(rows, "The digits 0 to 9, sampled from the averaged weights at several steps.")
+some = {f"step {n}": drawn[f"step {n}"] for n in pick((20, 80, 150, 300, 600), (2, 6))}
+images(some | {"the trained model": pipeline(prompts, seed=2)}, "The digits 0 to 9, sampled from "
+       "the averaged weights at several steps.")  # fmt: skip
+
+# %% [markdown]
+# The same as a film, always from the same noise. Look for the moment at which a smear splits into
+# strokes, for digits that are read as another one first, and for what changes after step 300.
 
 # %%
+moments = zip(*drawn.values(), strict=True)  # of each digit
+film(dict(zip("0123456789", moments, strict=True)), [*drawn], "A new model learns to draw.")
 window = max(1, len(losses) // 30)
 smooth = torch.tensor(losses).unfold(0, window, 1).mean(1)
 lines(
