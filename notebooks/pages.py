@@ -110,8 +110,7 @@ def notebook_page(path: Path) -> Page:
 
 
 def show_animations(notebook: nbformat.NotebookNode) -> None:
-    """Write GIFs as HTML, since nbconvert does not know them; and what moves as an animated PNG
-    with its still, for paper and for whoever asks for it."""
+    """Write GIFs as HTML, which nbconvert does not know, and animated PNGs with their stills."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             for kind in ("image/gif", "image/png"):
@@ -121,14 +120,13 @@ def show_animations(notebook: nbformat.NotebookNode) -> None:
                     output.data = {"text/html": image_of(kind, data, words)}
                 elif data and (still := still_of(base64.b64decode(data))):
                     frozen = base64.b64encode(still).decode()
-                    both = image_of(kind, data, words, "moving")
+                    both = image_of(kind, data, words)
                     both += image_of(kind, frozen, f"Still: {words}", "still")
                     output.data = {"text/html": f'<div class="film">{STOP}{both}</div>'}
 
 
-def image_of(kind: str, data: str, words: str, look: str = "") -> str:
-    look = f' class="{look}"' if look else ""
-    return f'<img{look} src="data:{kind};base64,{data}" alt="{words}">'
+def image_of(kind: str, data: str, words: str, look: str = "moving") -> str:
+    return f'<img class="{look}" src="data:{kind};base64,{data}" alt="{words}">'
 
 
 def still_of(content: bytes) -> bytes | None:
@@ -182,7 +180,7 @@ class Finisher:
             folded.insert(0, summary := soup.new_tag("summary"))
             summary.string = "Predicted? Then see what happened"
         section = page.title
-        for tag in soup.find_all(["h1", "h2", "h3", "a", "img", "table", "pre", "p"]):
+        for tag in soup.find_all(["h1", "h2", "h3", "a", "img", "table", "pre", "p", "code"]):
             if tag.name in ("h1", "h2", "h3"):
                 section = tag.get_text()
                 tag["id"] = slug(section)
@@ -194,6 +192,8 @@ class Finisher:
                 tag.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
             elif tag.name == "pre":
                 tag["tabindex"] = "0"  # may be wider than the page: scrolled by keyboard
+            elif tag.name == "code" and len(tag.get_text()) <= 28:
+                tag["class"] = "short"  # not broken at the hyphens of an option
             elif page.name == "glossary.html" and isinstance(first := tag.contents[0], Tag):
                 tag["id"] = slug(first.get_text())
         return str(soup)
