@@ -1,4 +1,5 @@
-"""Shared code of the notebooks: a small trained model, a cache, and the drawing of figures.py.
+"""Shared code of the notebooks: a small trained model, a cache, and what figures.py and sliders.py
+give.
 
 `trained()` returns a small Stable Diffusion 3 trained on MNIST, the run in the folder `lesson`.
 The first notebook that calls it encodes the images, in under a minute, and keeps them in the cache:
@@ -24,6 +25,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from figures import clouds, curves, densities, finish, images, lines, maps, panels, to_numpy, ways
+from sliders import turn
 from torch import Tensor
 
 from nanosd3.config import CONFIGS, Config, Training
@@ -43,7 +45,7 @@ from nanosd3.training.train_flow import train_flow
 
 __all__ = ["CACHE", "FAST", "Lesson", "begin_job", "cached", "lesson_config", "pick", "trained"]
 __all__ += ["clouds", "curves", "densities", "finish", "images", "lines", "maps", "panels"]
-__all__ += ["to_numpy", "ways"]
+__all__ += ["to_numpy", "turn", "ways"]
 
 FAST = os.environ.get("NANOSD3_FAST", "") not in ("", "0")
 CACHE = Path(os.environ.get("NANOSD3_CACHE") or Path(__file__).parent / "cache") / (
