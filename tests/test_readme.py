@@ -95,9 +95,12 @@ def test_commands_that_install_bring_the_package():
             assert "-r requirements.txt" not in line or " -e ." in line, line
     offline = PAGES["notebooks/README.md"].split("pip download ")[1].split("```")[0]
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    assert all(f'"{name}"' in offline for name in build) and offline.count(" jupyterlab ") == 2
+    assert (
+        all(f'"{name}"' in offline for name in build)
+        and offline.count(" jupyterlab ipywidgets ") == 2
+    )
     assert offline.endswith(
-        "--no-index --find-links wheels -r requirements.txt jupyterlab -e .\n  "
+        "--no-index --find-links wheels -r requirements.txt jupyterlab ipywidgets -e .\n  "
     )
 
 
