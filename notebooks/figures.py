@@ -133,14 +133,15 @@ def curves(
 def densities(
     parts: Mapping[str, tuple[Sequence, Sequence, Sequence]], xlabel: str, caption: str
 ) -> None:
-    """Histograms side by side, each below a curve, given as title -> (draws, x, density)."""
-    figure, axes = panels(len(parts), 1.9, 2.6)
+    """Histograms of numbers in (0, 1) side by side, each below a curve, given as title ->
+    (draws, x, density)."""
+    figure, axes = panels(len(parts), max(1.9, 3.8 / len(parts)), 2.6)
     top = 1.1 * max(to_numpy(density).max() for _, _, density in parts.values())
     for axis, (title, (draws, x, density)) in zip(axes, parts.items(), strict=True):
-        span = float(to_numpy(x).min()), float(to_numpy(x).max())
-        axis.hist(to_numpy(draws), bins=40, range=span, density=True, color=PALE)
+        axis.hist(to_numpy(draws), bins=40, range=(0, 1), density=True, color=PALE)
         axis.plot(to_numpy(x), to_numpy(density), color=INK, linestyle="-", linewidth=1)
-        axis.set(title=title, xlabel=xlabel, ylim=(0, top))
+        axis.set(title=title, xlabel=xlabel, xlim=(0, 1), ylim=(0, top))
+        axis.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         axis.set_ylabel("density" if axis is axes[0] else "")
     finish(figure, caption, f"Histograms side by side, each with its curve: {', '.join(parts)}")
 

@@ -13,7 +13,7 @@
 from itertools import pairwise
 
 import torch
-from lab import images, lines, trained
+from lab import images, lines, trained, turn
 
 from nanosd3 import samplers
 from nanosd3.exercises import check, guess, show
@@ -389,6 +389,30 @@ images(rows, "Spread: deviation among the ten samples, averaged over the pixels 
 #
 # </details>
 #
+# ## Turn it yourself
+#
+# Here is the whole sampler once more, stopped at a time $t$. In a notebook that runs, the cell has
+# a box for the prompt and sliders, for the mouse or the arrow keys; on a page it shows a few of
+# their settings. Until which $t$ can you still change your mind about the prompt? With how few
+# steps? What does a negative scale draw?
+
+
+# %%
+def stopped(prompt, t, guidance, steps, seed):
+    texts = (pipeline.encode_text([text] * 6) for text in (prompt, ""))
+    velocity = samplers.guided(pipeline.mmdit, *texts, guidance)
+    z = pipeline.noise(6, seed, (8, 8))
+    for now, after in pairwise(torch.linspace(1, t, steps + 1)):
+        z = z + (after - now) * velocity(z, now)
+    x0 = z - t * velocity(z, torch.tensor(t))
+    return {"z": pipeline.decode(z), "x0, the guess": pipeline.decode(x0)}
+
+
+turn(stopped, images, "Six samples on their way.", [{"t": t} for t in (1.0, 0.8, 0.6, 0.0)],
+     prompt="a bold 3", t=(0.0, 1.0, 0.05, 0.8), guidance=(-2.0, 8.0, 0.1, 1.6),
+     steps=(1, 40, 1, 20), seed=(0, 99, 1, 1))  # fmt: skip
+
+# %% [markdown]
 # **Open questions.** What does a prompt with a word that the model has never seen give? Which of
 # the three encoders could you leave out (`drop=("t5",)`) without noticing?
 #

@@ -14,7 +14,7 @@ from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
-from lab import densities, images, lines, pick, trained
+from lab import densities, images, lines, pick, trained, turn
 
 from nanosd3 import flow
 from nanosd3.data.mnist import to_model
@@ -505,6 +505,23 @@ if solved:
     images(alike, "The last row at times that you shifted by 4.", cell=0.9, span=(-3, 3))
 else:
     print("Solve `shift`, and this cell hides the large digit as well as the small one.")
+
+# %% [markdown]
+# Mean, deviation and shift, to turn. Shift by 3, then turn the mean until the density is where it
+# was. Which function of 3 is that mean?
+
+
+# %%
+def shifted_draws(mean, std, shift):
+    def transform(u):
+        return flow.shift(flow.logit_normal(u, mean, std), shift)
+
+    return {"": (transform(u), *density(transform, even))}
+
+
+turn(shifted_draws, partial(densities, xlabel="t"), "20,000 draws of t, and the density.",
+     [{"mean": -0.8}, {"std": 0.5}, {"std": 2.0}, {"mean": 0.8}, {"shift": 3.0}],
+     mean=(-2.0, 2.0, 0.1, 0.0), std=(0.1, 3.0, 0.1, 1.0), shift=(0.2, 6.0, 0.2, 1.0))  # fmt: skip
 
 # %% [markdown]
 # **Open questions.** Measure when *bold* and *thin* are decided, with the prompt-switching

@@ -11,7 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from lab import images, lines, maps, pick, trained
+from lab import images, lines, maps, pick, trained, turn
 
 from nanosd3 import layers
 from nanosd3 import patchify as package
@@ -337,6 +337,21 @@ maps(similarity, "column", "row", "Inner products with the codes of two position
 #
 # </details>
 #
+# Turn the position, and the span $R$ that the coordinates of the grid run over. How far does a
+# position see its neighbours as similar? When do far ones look as similar as near ones?
+
+
+# %%
+def similar(row, column, span):
+    codes = package.sincos_positions(128, 16, 16, span).view(16, 16, 128)
+    return {"": codes @ codes[row, column] / 64}
+
+
+turn(similar, lambda x, caption: maps(x, "column", "row", caption, "product / 64", span=(0.4, 1)),
+     "Inner products with the code of one position.", [{"span": s} for s in (4, 16, 64)],
+     row=(0, 15, 1, 8), column=(0, 15, 1, 5), span=(1, 128, 1, 16))  # fmt: skip
+
+# %% [markdown]
 # And if the halves are exchanged? Again, nothing fails for a square image. But the model takes rows
 # for columns: it lays out the patches mirrored along the diagonal.
 

@@ -25,13 +25,13 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import torch
-from lab import cached, images, lines, maps, pick, trained
+from lab import cached, images, lines, maps, pick, trained, turn
 
 from nanosd3.config import Recipe
 from nanosd3.data.mnist import to_model
 from nanosd3.exercises import check, guess, show
 from nanosd3.flow import flow_loss, interpolate, logit_normal, schedule, shift, stratified
-from nanosd3.layers import attention, modulate, timestep_embedding
+from nanosd3.layers import RMSNorm, attention, modulate, timestep_embedding
 from nanosd3.mmdit import MMDiT
 from nanosd3.patchify import centre_crop, patchify, unpatchify
 from nanosd3.random_streams import rng
@@ -231,6 +231,24 @@ lines({name: (early, runs[k]["log"][early, 0]) for name, k in kinds.items()}, "s
 # 38 each block would disturb all that follow.
 #
 # </details>
+#
+# How far may queries grow? Turn their size, and the weight that the norm learns. At which size does
+# every token look at one other only? What can the weight do that the size cannot?
+
+
+# %%
+def looked_at(size, weight):
+    q, k = torch.randn(2, 6, 16, 64, generator=rng("to turn"))  # six heads, 16 tokens
+    norm = RMSNorm(64).requires_grad_(False)
+    normed = weight * norm(size * q), weight * norm(k)
+    logits = {"no norm": size * q @ k.mT / 8, "QK-norm": normed[0] @ normed[1].mT / 8}
+    return {f"{name}, largest logit {x.max():.1f}": x.softmax(-1) for name, x in logits.items()}
+
+
+turn(looked_at, lambda x, caption: images(x, caption, cell=1.0, span=(0, 1)), "Attention in six "
+     "heads: a row for each query, a column for each key; black is 0, white is 1.",
+     [{"size": 1.0}, {"size": 8.0}],
+     size=(0.5, 16.0, 0.5, 4.0), weight=(0.5, 3.0, 0.1, 1.0))  # fmt: skip
 
 # %%
 show("qk_norm_attention")
@@ -315,7 +333,6 @@ def losses(model, text):
     return torch.stack([flow_loss(v, clean, eps).mean() for v in predictions])
 
 
-# %%
 count, times = pick(512, 20), (torch.arange(8) + 0.5) / 8
 clean = pipeline.encode(to_model(lesson.images.test_images[:count], 28))
 eps = torch.randn(clean.shape, generator=rng("held out"))

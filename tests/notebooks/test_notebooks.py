@@ -28,6 +28,7 @@ import build  # noqa: E402
 SOURCES = build.sources()
 NAMES = [source.stem for source in SOURCES]
 NUMBERS = [f"{i:02d}" for i in (*range(14), 17)]
+TURN = re.compile(r"^turn\(", re.MULTILINE)
 CHECK = re.compile(r'^(?:\w+ = )?check\("(\w+)", (\w+)\)$', re.MULTILINE)
 
 
@@ -164,6 +165,19 @@ def test_teachers_page(capsys):
     assert capsys.readouterr().out == "right\n"
 
 
+def test_things_to_turn():
+    """In five notebooks; their files hold pictures in place of controls."""
+    found = [s.stem[:2] for s in SOURCES if TURN.search(s.read_text())]
+    assert found == ["00", "02", "03", "06", "10"]
+    for source in SOURCES:
+        committed = nbformat.read(FOLDER / f"{source.stem}.ipynb", as_version=4)
+        assert "widgets" not in committed.metadata
+        kinds = [(TURN.search(cell.source), kind) for cell in build.code_cells(committed)
+                 for output in cell.outputs for kind in output.get("data", {})]  # fmt: skip
+        assert not any("widget" in kind for _, kind in kinds)
+        assert {kind for turned, kind in kinds if turned} <= {"text/plain", "image/png"}
+
+
 def test_the_tests_named_in_the_gallery_exist():
     text = next(s for s in SOURCES if s.stem.startswith("10")).read_text()
     named = set(re.findall(r"`([\w/]+\.py)::(test_\w+)`", text))
@@ -186,6 +200,7 @@ def client(tmp_path_factory):
     """A client with one kernel for all notebooks, which imports the libraries once."""
     cache = str(tmp_path_factory.mktemp("cache"))
     settings = {"NANOSD3_FAST": "1", "NANOSD3_CACHE": cache, "OMP_NUM_THREADS": "1"}
+    settings["NANOSD3_STATIC"] = "1"
     resources = {"metadata": {"path": str(FOLDER)}}
     client = nbclient.NotebookClient(nbformat.v4.new_notebook(), timeout=1000, resources=resources)
     with client.setup_kernel(env={**os.environ, **settings}):
@@ -230,5 +245,8 @@ def test_runs(notebook, source, client):
     for name, cell in rewards.items():
         assert any(f"Solve `{name}`" in output.get("text", "") for output in cell.outputs), name
         assert any("image/png" in output.get("data", {}) for output in cell.outputs), name
+    for cell in notebook.cells:
+        if TURN.search(cell.source):  # without controls: one picture
+            assert ["image/png" in output.data for output in cell.outputs] == [True]
     for match in re.finditer(r'^show\("(\w+)"\)$', source.read_text(), re.MULTILINE):
         assert EXERCISES[match[1]].signature in printed
