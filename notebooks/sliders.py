@@ -67,8 +67,8 @@ def start_of(control: Control) -> float | str:
 
 
 def show_controls(draw: Draw, plot: Plot, caption: str, controls: Controls) -> None:
-    """Show the controls, a line that says what is going on, and the picture. Warnings (a word that
-    no caption had, say) and errors go to that line, too."""
+    """Show the controls, a line that says what is going on, and the picture. Warnings (of a prompt
+    that is cut, say) and errors go to that line, too."""
     import ipywidgets
     from IPython.display import clear_output, display
 
