@@ -181,6 +181,31 @@ else:
 # $$d(a, b) = \sqrt{|a - b|^2 + c^2} - c, \qquad c = 0.00054 \sqrt{n}$$
 
 # %%
+show("pseudo_huber")
+
+
+# %%
+def pseudo_huber(a, b, c):
+    raise NotImplementedError("your code here")
+
+
+solved = check("pseudo_huber", pseudo_huber)
+
+# %%
+if solved:
+    far = torch.stack([torch.linspace(-3, 3, 121), torch.zeros(121)], dim=1).requires_grad_(True)
+    curves = {"squares": far.square().sum(1)}
+    curves |= {f"yours, c = {c}": pseudo_huber(far, torch.zeros(121, 2), c) for c in (1.0, 0.1)}
+    pulls = {name: torch.autograd.grad(y.sum(), far)[0][:, 0] for name, y in curves.items()}
+    lines({name: (far[:, 0].detach(), pull) for name, pull in pulls.items()}, "place of a point",
+          "slope of its distance to 0", "How hard each distance pulls at a point.")  # fmt: skip
+else:
+    print("Solve `pseudo_huber`, and this cell draws how strongly it pulls at points far away.")
+
+# %% [markdown]
+# Now the loss itself.
+
+# %%
 show("distillation_loss")
 
 
