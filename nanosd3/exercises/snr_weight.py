@@ -104,7 +104,7 @@ SOFT_MIN_SNR = Exercise(
         Mutant(time_the_other_way, "t = 0 is data, t = 1 noise."),
     ),
     why="Where there is little noise, nothing counts more than g: the eye does not, either.",
-    where="nanosd3/related/hdit.py, soft_min_snr (arXiv 2401.11605, section 4.6)",
+    where="nanosd3/related/hdit.py, soft_min_snr (arXiv 2401.11605)",
     names=("t", "data_std"),
 )
 
