@@ -58,6 +58,12 @@ class Film:
     titles: Sequence[str]
     tint: np.ndarray | None  # (moments, pictures, h, w), 0 to 1: how much of the prompt's colour
 
+    def __post_init__(self) -> None:
+        count = len(self.titles), len(self.names)
+        for x in (self.frames, self.tint):
+            if x is not None and x.shape[:2] != count:
+                raise ValueError(f"{x.shape[:2]} moments and pictures, {count} titles and names")
+
     def picture(self, moment: int, number: int, scale: int) -> Image.Image:
         """One picture at one moment, enlarged."""
         pixels = np.repeat(self.frames[moment, number, ..., None].astype(float), 3, axis=-1)
@@ -148,7 +154,7 @@ def draw_still(film: Film, caption: str) -> Page:
 
 def palette(film: Film) -> Image.Image:
     """The colours of all pages: greys, the same with the tint, and those that have a meaning."""
-    greys = np.linspace(0, 255, 16)[:, None].repeat(3, axis=1)
+    greys = np.linspace(0, 255, 10 if film.tint is None else 16)[:, None].repeat(3, axis=1)
     prompt = np.array(ImageColor.getrgb(MEANINGS["prompt"]))
     tints = np.linspace(0, STRONGEST, 1 if film.tint is None else 14)
     colours = [greys + share * (prompt - greys) for share in tints]

@@ -258,14 +258,14 @@ maps(tables, "text token", "t", "What the image tokens of block 0 attend to, mea
 guess("...")
 
 # %%
-states = []
+states, keep = [], lambda step, t, z, x0: states.append((t, z[0]))
 with attention_seen() as seen:  # all weights that the package computes, block after block
-    pipeline([prompt], seed=1, steps=24, callback=lambda step, t, z, x0: states.append((t, z[0])))
+    pipeline([prompt], seed=1, steps=24, sampler="euler", callback=keep)
 times, zs = (torch.stack(part) for part in zip(*states, strict=True))
 first = torch.stack(seen[::2])[:, 0].mean(1)  # block 0, with the prompt, mean of both heads
 looks = {"patches ask 3": first[:, 17:, 11], "3 asks patches": first[:, 11, 17:]}
 film(dict.fromkeys(looks, pipeline.decode(zs)), [f"t = {t:.2f}" for t in times],
-     "Orange: the weight of the attention, on the picture that is forming.", looks)  # fmt: skip
+     "Orange: the weight of the attention. Each side has its own scale.", looks)  # fmt: skip
 
 # %% [markdown]
 # <details><summary>What happened</summary>

@@ -356,7 +356,7 @@ guess("...")
 torch.manual_seed(1)
 learner = MMDiT(job.config.mmdit)
 recipe = replace(training.flow, steps=pick(600, 6), warmup=pick(50, 2))
-watched = pick((1, 2, 5, *range(10, 150, 10), *range(150, 601, 25)), (2, 3, 5, 6))
+watched = pick((1, *range(10, 91, 10), *range(120, 241, 30), *range(300, 601, 60)), (2, 3, 6))
 prompts = [f"the digit {i}" for i in range(10)]
 drawn = {}
 
@@ -367,7 +367,7 @@ def draw(step, ema):
 
 
 average, losses = train_by_hand(learner, recipe, draw)
-some = {f"step {n}": drawn[f"step {n}"] for n in pick((20, 80, 150, 300, 600), (2, 6))}
+some = {f"step {n}": drawn[f"step {n}"] for n in pick((20, 90, 150, 300, 600), (2, 6))}
 images(some | {"the trained model": pipeline(prompts, seed=2)}, "The digits 0 to 9, sampled from "
        "the averaged weights at several steps.")  # fmt: skip
 

@@ -28,7 +28,7 @@ import moving
 import pages
 
 FOLDER = Path(moving.__file__).parent
-FILMS = {"04_attention": 24, "05_training": 36}  # and how many frames they have
+FILMS = {"04_attention": 24, "05_training": 21}  # and how many frames they have
 
 
 @pytest.fixture
@@ -127,6 +127,12 @@ def test_a_patch_is_tinted_where_its_weight_is():
     full = moving.STRONGEST * np.array(ImageColor.getrgb(MEANINGS["prompt"]))
     for (row, column), share in {(0, 0): 0, (0, 4): 0.25, (4, 0): 0.5, (7, 7): 1}.items():
         assert np.abs(pixels[row, column] - share * full).max() <= 1
+
+
+def test_every_moment_has_its_weights():
+    """Two evaluations a step, say, give too many."""
+    with pytest.raises(ValueError, match=r"\(6, 2\) moments and pictures, \(3, 2\) titles"):
+        shown(tint=np.zeros((6, 2, 2, 2)))
 
 
 def test_the_last_frame_is_held():
