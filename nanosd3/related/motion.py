@@ -29,7 +29,7 @@ def centres(ink: Tensor) -> Tensor:
     """Centre of mass, (B, T, 2) rows and columns, of the ink in frames (B, T, H, W) in [0, 1]."""
     ink = torch.where(ink > FAINT, ink, 0.0)
     mass = ink.sum((2, 3)).clamp(min=1e-3)
-    y, x = torch.arange(ink.shape[2]).float(), torch.arange(ink.shape[3]).float()
+    y, x = (torch.arange(side).to(ink) for side in ink.shape[2:])
     return torch.stack([ink.sum(3) @ y, ink.sum(2) @ x], dim=2) / mass[:, :, None]
 
 
