@@ -1,5 +1,6 @@
-"""The drawings of notebooks 12 and 17 show what they are given."""
+"""The drawings of notebooks 12, 16 and 17 show what they are given."""
 
+import io
 import sys
 from pathlib import Path
 
@@ -7,9 +8,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from nanosd3.training import figures
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 
+import clips
 import evidence
 import trajectories
 
@@ -18,7 +23,7 @@ import trajectories
 def shown(monkeypatch):
     """Figures that were finished, and what is said about them."""
     seen = []
-    for module in (evidence, trajectories):
+    for module in (clips, evidence, trajectories):
         monkeypatch.setattr(module, "finish", lambda *args: seen.append(args))
     yield seen
     for figure, caption, description in seen:
@@ -105,3 +110,33 @@ def test_bars_and_line_share_their_places(shown):
     axis, other = shown[0][0].axes
     assert [bar.get_height() for bar in axis.patches] == [0.4, 0.6]
     assert list(other.get_lines()[0].get_xdata()) == [0.25, 0.75]
+
+
+def test_animations_show_the_frames_in_their_order_and_rest_at_the_last():
+    row = np.zeros((2, 3, 8, 8), np.uint8)
+    row[0, 1, :4] = 255  # the middle frame of the first clip
+    row[1, 2] = 255  # the last frame of the second
+    content = clips.animation({"left": row, "right": torch.tensor(255 - row)})
+    frames, seconds = [], []
+    with Image.open(io.BytesIO(content)) as picture:
+        for i in range(picture.n_frames):
+            picture.seek(i)
+            frames.append(np.asarray(picture.convert("L")).astype(int))
+            seconds.append(picture.info["duration"])
+        assert picture.info["loop"] == 0
+    assert seconds == [clips.MILLISECONDS] * 2 + [clips.LAST] and (frames[0] != frames[1]).any()
+    change = frames[2] - frames[0]  # in the second clip of each row: brighter above, darker below
+    rows, columns = (np.abs(change) > 200).nonzero()
+    half = len(change) // 2
+    assert columns.min() > 190 + figures.CELL and (rows < half).any() and (rows > half).any()
+    assert ((change[rows, columns] > 0) == (rows < half)).all()
+
+
+def test_tracks_go_from_frame_to_frame_with_rows_downwards(shown):
+    centre = torch.tensor([[[1.0, 2.0], [3.0, 2.0], [5.0, 2.0]]])
+    clips.tracks({"down": centre}, (8, 4), "caption")
+    axis = shown[0][0].axes[0]
+    way, end = axis.get_lines()
+    assert way.get_xydata().tolist() == [[2, 1], [2, 3], [2, 5]]
+    assert end.get_xydata().tolist() == [[2, 5]] and end.get_marker() in clips.MARKS
+    assert axis.get_xlim() == (0, 4) and axis.get_ylim() == (8, 0)

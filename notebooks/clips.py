@@ -1,0 +1,47 @@
+"""Drawings for notebook 16: clips that move, and where things in them are."""
+
+import base64
+import sys
+from collections.abc import Mapping
+
+import numpy as np
+from figures import MARKS, finish, panels, to_numpy
+from torch import Tensor
+
+from nanosd3.training import figures
+
+MILLISECONDS, LAST = 250, 700  # that a frame is shown, and the last one
+
+
+def animation(rows: Mapping[str, Tensor | np.ndarray]) -> bytes:
+    """A looping GIF of clips uint8 (n, T, H, W), given as label -> clips, a row for each label."""
+    clips = {label: to_numpy(row) for label, row in rows.items()}
+    count = len(next(iter(clips.values()))[0])
+    frames = [figures.grid([(label, row[:, t]) for label, row in clips.items()])
+              for t in range(count)]  # fmt: skip
+    return figures.gif(frames, [MILLISECONDS] * (count - 1) + [LAST])
+
+
+def play(rows: Mapping[str, Tensor | np.ndarray], caption: str) -> None:
+    """Show clips as an animation. It has no still: show some of its frames as images as well."""
+    ipython = sys.modules.get("IPython")
+    if ipython is None or ipython.get_ipython() is None:
+        return
+    picture = base64.b64encode(animation(rows)).decode()
+    words = f"Animation of clips in rows: {', '.join(rows)}. {caption}"
+    data, about = {"image/gif": picture}, {"image/gif": {"alt": words}}
+    ipython.display.display(data, metadata=about, raw=True)
+
+
+def tracks(parts: Mapping[str, Tensor], side: tuple[int, int], caption: str) -> None:
+    """Where things are from frame to frame: centres (n, T, 2), rows and columns, in frames of a
+    height and a width. The last place of each has a mark."""
+    figure, axes = panels(len(parts), 2.4, 2.9)
+    height, width = side
+    for axis, (title, centre) in zip(axes, parts.items(), strict=True):
+        for i, way in enumerate(to_numpy(centre)):
+            (line,) = axis.plot(way[:, 1], way[:, 0], "-")
+            axis.plot(*way[-1, ::-1], MARKS[i % len(MARKS)], color=line.get_color())
+        axis.set(title=title, xlim=(0, width), ylim=(height, 0), aspect="equal", xlabel="column")
+    axes[0].set_ylabel("row")
+    finish(figure, caption, f"Ways of centres through the frame: {', '.join(parts)}")
