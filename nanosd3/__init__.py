@@ -19,7 +19,7 @@ that of its own docstring.
     errors
     arguments
     random_streams   config_types
-    config   flow   samplers   patchify   layers   unigram_training
+    config   flow   samplers   patchify   embeddings   layers   unigram_training
     tokenizers   lazy_modules   few_steps
     mmdit   vae   clip   t5
     components   text
@@ -40,8 +40,8 @@ that of its own docstring.
     generate
     claims/
 
-Reading order: minimal (all of it on one page); flow, samplers, patchify, layers, mmdit (the
-transformer, how it learns and how it is sampled); vae, clip, t5, tokenizers, text; pipeline;
+Reading order: minimal (all of it on one page); flow, samplers, patchify, embeddings, layers, mmdit
+(the transformer, how it learns and how it is sampled); vae, clip, t5, tokenizers, text; pipeline;
 training/train_flow. Nothing happens at import time, but for one setting of OpenMP's.
 """
 

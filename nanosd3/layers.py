@@ -1,18 +1,14 @@
 """The parts an MMDiT block is made of.
 
-Everything here is small on purpose: a norm, a modulation, an MLP, two embedders, one attention
-call. The text encoders share RMSNorm and nothing else: they have conventions of their own.
+Everything here is small on purpose: a norm, a modulation, an MLP, one attention call. The text
+encoders share RMSNorm and nothing else: they have conventions of their own.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD_DIM = 64  # SD3's heads are all 64 wide: depth d means width 64 d and d heads
-TIMESTEP_SCALE = 1000  # t in [0, 1] becomes 0..1000 here and nowhere else
-TIMESTEP_FEATURES = 256
 
 
 class RMSNorm(nn.Module):
@@ -51,35 +47,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.fc1(x), approximate="tanh")  # (B, L, 4 D)
         return self.fc2(h)
-
-
-def batch_times(t: Tensor, x: Tensor) -> Tensor:
-    """Times t (B,) of a batch x (B, ...) as they are, or one time () for all of it, as samplers
-    give it: that may lie on the CPU while x is on a GPU."""
-    return t.to(x.device).expand(len(x)) if t.ndim == 0 else t
-
-
-def timestep_embedding(t: Tensor) -> Tensor:
-    """Cosines, then sines, of 1000 t at 128 frequencies from 1 down to 1/10000; (B, 256).
-
-    The slowest turns by 0.1 radian over all of time, the fastest 160 times. Without the factor
-    1000 all but a few would stand still: the commonest mistake in reimplementations.
-    """
-    half = TIMESTEP_FEATURES // 2
-    frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
-    angle = (t.float() * TIMESTEP_SCALE)[:, None] * frequency  # (B, 128)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-class Embedder(nn.Module):
-    """Linear, SiLU, Linear: brings time features or the pooled text to the model's width."""
-
-    def __init__(self, features: int, dim: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x)
 
 
 def split_heads(x: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -27,18 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosd3.config_types import MMDiTConfig
-from nanosd3.layers import (
-    HEAD_DIM,
-    MLP,
-    TIMESTEP_FEATURES,
-    Embedder,
-    RMSNorm,
-    attention,
-    batch_times,
-    modulate,
-    split_heads,
-    timestep_embedding,
-)
+from nanosd3.embeddings import TIMESTEP_FEATURES, Embedder, batch_times, timestep_embedding
+from nanosd3.layers import HEAD_DIM, MLP, RMSNorm, attention, modulate, split_heads
 from nanosd3.patchify import centre_crop, patchify, sincos_positions, unpatchify
 
 

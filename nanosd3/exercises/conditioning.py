@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanosd3 import layers
+from nanosd3 import embeddings, layers
 from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large, normal
 
 
@@ -131,15 +131,15 @@ def time_spec(t: Tensor) -> Tensor:
 
 
 def not_times_1000(t: Tensor) -> Tensor:
-    return layers.timestep_embedding(t / 1000)
+    return embeddings.timestep_embedding(t / 1000)
 
 
 def sines_first(t: Tensor) -> Tensor:
-    return layers.timestep_embedding(t).roll(128, dims=1)
+    return embeddings.timestep_embedding(t).roll(128, dims=1)
 
 
 def interleaved(t: Tensor) -> Tensor:
-    cosines, sines = layers.timestep_embedding(t).chunk(2, dim=1)
+    cosines, sines = embeddings.timestep_embedding(t).chunk(2, dim=1)
     return torch.stack([cosines, sines], dim=2).flatten(1)
 
 
@@ -150,11 +150,11 @@ def divided_by_127(t: Tensor) -> Tensor:
 
 
 def half_precision(t: Tensor) -> Tensor:
-    return layers.timestep_embedding(t.half().float())
+    return embeddings.timestep_embedding(t.half().float())
 
 
 def bfloat16_precision(t: Tensor) -> Tensor:
-    return layers.timestep_embedding(t.bfloat16().float())
+    return embeddings.timestep_embedding(t.bfloat16().float())
 
 
 def angles_in_half_precision(t: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def angles_in_half_precision(t: Tensor) -> Tensor:
 
 
 def whole_turns(t: Tensor) -> Tensor:
-    return layers.timestep_embedding(2 * math.pi * t)
+    return embeddings.timestep_embedding(2 * math.pi * t)
 
 
 def exponent_over_256(t: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ TIME = Exercise(
     task="t (B,) in [0, 1] -> (B, 256) in float32: 128 cosines, then 128 sines, of\n"
     "1000 t 10000^(-k / 128), k = 0 .. 127.",
     specification=time_spec,
-    reference=layers.timestep_embedding,
+    reference=embeddings.timestep_embedding,
     cases=time_cases,
     mutants=(
         Mutant(
@@ -206,7 +206,7 @@ TIME = Exercise(
     ),
     size_hint="t is (B,): give it a trailing axis, t[:, None], and it meets 128 frequencies.",
     why="Without the factor 1000 the network can hardly tell one time from another.",
-    where="nanosd3/layers.py, timestep_embedding",
+    where="nanosd3/embeddings.py, timestep_embedding",
     tolerance=1e-3,  # float32 angles of up to 1000 radians
     differentiable=False,
     names=("t",),

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nanosd3.config_types import MMDiTConfig
-from nanosd3.layers import TIMESTEP_FEATURES
+from nanosd3.embeddings import TIMESTEP_FEATURES
 from nanosd3.measure.costs import (
     Matrix,
     block,

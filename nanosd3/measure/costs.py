@@ -10,7 +10,8 @@ An image is `rows` x `columns` patches, one token each.
 from typing import NamedTuple
 
 from nanosd3.config_types import MMDiTConfig
-from nanosd3.layers import HEAD_DIM, TIMESTEP_FEATURES
+from nanosd3.embeddings import TIMESTEP_FEATURES
+from nanosd3.layers import HEAD_DIM
 
 
 class Matrix(NamedTuple):

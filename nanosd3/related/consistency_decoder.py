@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosd3.layers import TIMESTEP_FEATURES, Embedder, batch_times, timestep_embedding
+from nanosd3.embeddings import TIMESTEP_FEATURES, Embedder, batch_times, timestep_embedding
 from nanosd3.vae import Down, Up, conv3, norm, silu
 
 DECODING_TIMES = (0.978, 0.504, 0.0)  # the published decoder's two levels, in our time

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanosd3.layers import TIMESTEP_SCALE
+from nanosd3.embeddings import TIMESTEP_SCALE
 from nanosd3.samplers import Velocity
 
 StepIndex = Tensor | int  # of a step, or of one for each sample

@@ -27,15 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nanosd3.layers import (
-    MLP,
-    TIMESTEP_FEATURES,
-    Embedder,
-    attention,
-    batch_times,
-    modulate,
-    timestep_embedding,
-)
+from nanosd3.embeddings import TIMESTEP_FEATURES, Embedder, batch_times, timestep_embedding
+from nanosd3.layers import MLP, attention, modulate
 from nanosd3.measure.meters import count_flops
 from nanosd3.mmdit import FinalLayer, PatchEmbed
 from nanosd3.patchify import sincos_positions, unpatchify

@@ -42,8 +42,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nanosd3.embeddings import TIMESTEP_SCALE
 from nanosd3.flow import cosmap, logit_normal, mode, uniform
-from nanosd3.layers import TIMESTEP_SCALE
 from nanosd3.related.ddpm import NoiseSchedule, spaced_steps
 from nanosd3.related.dit_lessons import flow_times
 

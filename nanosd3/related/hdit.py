@@ -33,8 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanosd3.embeddings import TIMESTEP_FEATURES, batch_times, timestep_embedding
 from nanosd3.flow import flow_loss
-from nanosd3.layers import TIMESTEP_FEATURES, RMSNorm, batch_times, timestep_embedding
+from nanosd3.layers import RMSNorm
 from nanosd3.measure.meters import count_flops
 from nanosd3.patchify import patchify, unpatchify
 from nanosd3.related.axial_rope import Grid, rotate, rotation

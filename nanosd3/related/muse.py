@@ -37,7 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosd3.layers import HEAD_DIM, Embedder
+from nanosd3.embeddings import Embedder
+from nanosd3.layers import HEAD_DIM
 from nanosd3.patchify import centre_crop, sincos_positions
 from nanosd3.related.dit import PlainBlock, PlainFinalLayer
 from nanosd3.samplers import guided

@@ -16,6 +16,7 @@ from lab import images, lines, maps, pick, trained
 from moving import attention_seen, film
 
 from nanosd3 import layers
+from nanosd3.embeddings import timestep_embedding
 from nanosd3.exercises import check, guess, show
 from nanosd3.flow import flow_loss, interpolate
 from nanosd3.mmdit import Attention, MMDiT, join_streams
@@ -390,7 +391,7 @@ v = fresh(z, t, *text)
 print(f"largest |v|: {v.abs().max():.3f}, loss: {flow_loss(v, x0, noise).mean():.3f}")
 
 times = torch.linspace(0, 1, 21)
-c = mmdit.t_embedder(layers.timestep_embedding(times)) + mmdit.y_embedder(text[1][:1])
+c = mmdit.t_embedder(timestep_embedding(times)) + mmdit.y_embedder(text[1][:1])
 curves = {
     f"block {b}, {branch}": (times, on.gate.abs().mean(1))
     for b, block in enumerate(mmdit.joint_blocks)

@@ -29,9 +29,10 @@ from lab import cached, images, lines, maps, pick, trained, turn
 
 from nanosd3.config import Recipe
 from nanosd3.data.mnist import to_model
+from nanosd3.embeddings import timestep_embedding
 from nanosd3.exercises import check, guess, show
 from nanosd3.flow import flow_loss, interpolate, logit_normal, schedule, shift, stratified
-from nanosd3.layers import RMSNorm, attention, modulate, timestep_embedding
+from nanosd3.layers import RMSNorm, attention, modulate
 from nanosd3.mmdit import MMDiT
 from nanosd3.patchify import centre_crop, patchify, unpatchify
 from nanosd3.random_streams import rng

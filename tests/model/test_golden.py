@@ -8,8 +8,8 @@ from support.golden import fill, ramp
 
 from nanosd3.clip import CLIPText
 from nanosd3.config import CONFIGS, CLIPConfig, MMDiTConfig, T5Config
+from nanosd3.embeddings import timestep_embedding
 from nanosd3.flow import cosmap, mode, schedule, shift
-from nanosd3.layers import timestep_embedding
 from nanosd3.mmdit import MMDiT
 from nanosd3.patchify import centre_crop, sincos_positions
 from nanosd3.t5 import T5Encoder, distance_buckets

@@ -10,15 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nanosd3.config import CONFIGS
+from nanosd3.embeddings import batch_times, timestep_embedding
 from nanosd3.flow import flow_loss, interpolate
-from nanosd3.layers import (
-    RMSNorm,
-    attention,
-    batch_times,
-    modulate,
-    split_heads,
-    timestep_embedding,
-)
+from nanosd3.layers import RMSNorm, attention, modulate, split_heads
 from nanosd3.mmdit import MMDiT
 from nanosd3.patchify import centre_crop, patchify, sincos_positions, unpatchify
 from nanosd3.vae import AutoencoderKL, kl_divergence, sample_posterior

@@ -10,7 +10,7 @@ to see them.
 from typing import NamedTuple
 
 from mutation.faults_claims_sd3 import FAULTS_CLAIMS_SD3
-from mutation.faults_network import ACCELERATE, CHANNELS_LAST, LAYERS, MATMUL, MMDIT
+from mutation.faults_network import ACCELERATE, CHANNELS_LAST, EMBEDDINGS, LAYERS, MATMUL, MMDIT
 from mutation.faults_related_consistency import FAULTS_CONSISTENCY
 from mutation.faults_related_dit import FAULTS_DIT
 from mutation.faults_related_fm import FAULTS_FM
@@ -231,6 +231,7 @@ FAULTS = [
         ("samplers.py", SAMPLERS),
         ("patchify.py", PATCHIFY),
         ("machine/matmul.py", MATMUL),
+        ("embeddings.py", EMBEDDINGS),
         ("layers.py", LAYERS),
         ("mmdit.py", MMDIT),
         ("machine/accelerate.py", ACCELERATE),

@@ -1,5 +1,5 @@
-"""Mistakes that real programmers make in the network, as in faults.py: products.py, layers.py,
-mmdit.py and accelerate.py."""
+"""Mistakes that real programmers make in the network, as in faults.py: matmul.py, embeddings.py,
+layers.py, mmdit.py and accelerate.py."""
 
 MATMUL = [
     # eager, product, OneDNNLinear, linear
@@ -37,9 +37,25 @@ MATMUL = [
     ("    function()\n    if device", "    if device", "nothing is timed"),
 ]  # fmt: skip
 
+EMBEDDINGS = [
+    ("TIMESTEP_SCALE = 1000", "TIMESTEP_SCALE = 100", "time in percent"),
+    # batch_times, timestep_embedding, Embedder
+    ("if t.ndim == 0 else t", "if t.ndim else t", "turned round"),
+    ("t.to(x.device).expand", "t.expand", "times stay on the CPU"),
+    ("-math.log(10000) / half", "-math.log(1000) / half", "base of the frequencies"),
+    ("-math.log(10000) / half", "math.log(10000) / half", "frequencies rise"),
+    ("-math.log(10000) / half", "-math.log(10000) / (half - 1)", "the slowest is 1/10000"),
+    ("(t.float() * TIMESTEP_SCALE)[", "t.float()[", "no factor 1000"),
+    ("(t.float() * TIMESTEP_SCALE)[", "(t * TIMESTEP_SCALE)[", "1000 t rounded to bfloat16"),
+    ("[angle.cos(), angle.sin()]", "[angle.sin(), angle.cos()]", "sines first"),
+    ("arange(half, device=t.device)", "arange(half)", "frequencies on the CPU"),
+    ("nn.Linear(features, dim), nn.SiLU()", "nn.Linear(features, dim), nn.GELU()", "GELU for SiLU"),
+    ("return self.mlp(x)", "return self.mlp[0](x)", "only the embedder's first layer"),
+    ("return self.mlp(x)", "return self.mlp[2](self.mlp[0](x))", "no activation in the embedder"),
+]  # fmt: skip
+
 LAYERS = [
     ("HEAD_DIM = 64", "HEAD_DIM = 32", "width of a head"),
-    ("TIMESTEP_SCALE = 1000", "TIMESTEP_SCALE = 100", "time in percent"),
     # RMSNorm
     ("torch.ones(dim)", "torch.zeros(dim)", "a fresh norm answers zero"),
     ("self.weight.to(x.dtype), eps=1e-6", "self.weight.to(x.dtype), eps=1e-3",
@@ -66,19 +82,6 @@ LAYERS = [
     ("return self.fc2(h)", "return F.gelu(self.fc2(h))", "an activation at the end, too"),
     ("nn.Linear(dim, 4 * dim)\n        self.fc2 = nn.Linear(4 * dim, dim)",
      "nn.Linear(dim, 2 * dim)\n        self.fc2 = nn.Linear(2 * dim, dim)", "a narrow MLP"),
-    # batch_times, timestep_embedding, Embedder
-    ("if t.ndim == 0 else t", "if t.ndim else t", "turned round"),
-    ("t.to(x.device).expand", "t.expand", "times stay on the CPU"),
-    ("-math.log(10000) / half", "-math.log(1000) / half", "base of the frequencies"),
-    ("-math.log(10000) / half", "math.log(10000) / half", "frequencies rise"),
-    ("-math.log(10000) / half", "-math.log(10000) / (half - 1)", "the slowest is 1/10000"),
-    ("(t.float() * TIMESTEP_SCALE)[", "t.float()[", "no factor 1000"),
-    ("(t.float() * TIMESTEP_SCALE)[", "(t * TIMESTEP_SCALE)[", "1000 t rounded to bfloat16"),
-    ("[angle.cos(), angle.sin()]", "[angle.sin(), angle.cos()]", "sines first"),
-    ("arange(half, device=t.device)", "arange(half)", "frequencies on the CPU"),
-    ("nn.Linear(features, dim), nn.SiLU()", "nn.Linear(features, dim), nn.GELU()", "GELU for SiLU"),
-    ("return self.mlp(x)", "return self.mlp[0](x)", "only the embedder's first layer"),
-    ("return self.mlp(x)", "return self.mlp[2](self.mlp[0](x))", "no activation in the embedder"),
     # split_heads, attention
     ("parts, -1, HEAD_DIM).permute(2, 0, 3, 1, 4)", "-1, parts, HEAD_DIM).permute(3, 0, 2, 1, 4)",
      "q, k, v of one head side by side"),

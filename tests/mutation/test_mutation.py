@@ -14,7 +14,7 @@ from nanosd3.cli import run_main
 from nanosd3.errors import InputError
 
 SPINE = (
-    *("flow.py", "samplers.py", "patchify.py", "layers.py", "mmdit.py"),
+    *("flow.py", "samplers.py", "patchify.py", "embeddings.py", "layers.py", "mmdit.py"),
     "machine/matmul.py",
     "machine/accelerate.py",
     "machine/channels_last.py",

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support import tiny_official
 
-from nanosd3 import clip, layers, mmdit, samplers, text, weights
+from nanosd3 import clip, embeddings, layers, mmdit, samplers, text, weights
 from nanosd3.flow import schedule
 from nanosd3.mmdit import MMDiT
 from nanosd3.official.export import mmdit_json, vae_json
@@ -406,7 +406,7 @@ def pooled_at_the_last_token(monkeypatch, pipeline):
 
 
 def unscaled_time(monkeypatch, pipeline):
-    monkeypatch.setattr(layers, "TIMESTEP_SCALE", 1)
+    monkeypatch.setattr(embeddings, "TIMESTEP_SCALE", 1)
 
 
 def padding_of_g_as_of_l(monkeypatch, pipeline):

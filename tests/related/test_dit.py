@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanosd3.layers import attention, modulate, timestep_embedding
+from nanosd3.embeddings import timestep_embedding
+from nanosd3.layers import attention, modulate
 from nanosd3.mmdit import Stream, feed_forward
 from nanosd3.related.dit import (
     BLOCKS,

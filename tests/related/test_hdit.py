@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nanosd3.embeddings import timestep_embedding
 from nanosd3.flow import interpolate
-from nanosd3.layers import timestep_embedding
 from nanosd3.related.axial_rope import axial_frequencies, cell_centres, rotate, rotation
 from nanosd3.related.hdit import (
     AdaRMSNorm,
