@@ -393,7 +393,7 @@ def train(steps, stops):
 guess("...")
 
 # %%
-stops = pick((25, 50, 100, 200, 400), (2, 4))
+stops = pick((25, 50, 100, 200, 400, 800), (2, 4))
 run = cached("video", lambda: train(stops[-1], stops))
 
 
