@@ -195,7 +195,7 @@ def tidy_text(text: str) -> str:
 
 def small_png(content: bytes) -> bytes:
     """The same picture in fewer bytes: without transparency, and in grey or with a palette if
-    nobody sees the difference. One that moves (moving.py) is left alone."""
+    nobody sees the difference. One that moves (films.py) is left alone."""
     with Image.open(io.BytesIO(content)) as opened:
         if getattr(opened, "is_animated", False):
             return content

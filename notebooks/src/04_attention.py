@@ -12,8 +12,8 @@ import math
 from unittest.mock import patch
 
 import torch
+from films import attention_seen, film
 from lab import images, lines, maps, pick, trained
-from moving import attention_seen, film
 
 from nanosd3 import layers
 from nanosd3.embeddings import timestep_embedding

@@ -12,8 +12,8 @@ import math
 from dataclasses import replace
 
 import torch
+from films import film
 from lab import CACHE, begin_job, finish, images, lines, maps, panels, pick, trained
-from moving import film
 
 from nanosd3.data import buckets
 from nanosd3.data.mnist import to_uint8

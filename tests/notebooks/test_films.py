@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 
 import build
 import execute
-import moving
+import films
 import pages
 
-FOLDER = Path(moving.__file__).parent
+FOLDER = Path(films.__file__).parent
 FILMS = {"04_attention": 24, "05_training": 21}  # and how many frames they have
 
 
@@ -64,7 +64,7 @@ def test_the_attention_is_the_models_own(network, monkeypatch):
     expected = network(*given)
     monkeypatch.setattr(JointBlock, "attend", attend_and_keep)
     monkeypatch.setattr(mmdit, "join_streams", join_and_keep)
-    with moving.attention_seen() as seen:
+    with films.attention_seen() as seen:
         assert torch.equal(network(*given), expected)
     network(*given)
     assert [w.shape for w in seen] == [(2, 2, 33, 33), (2, 2, 16, 33)]
@@ -80,15 +80,15 @@ def test_other_weights_are_noticed(network, monkeypatch):
         "torch.nn.functional.scaled_dot_product_attention",
         lambda q, k, v: scaled(2 * q, k, v),
     )
-    with moving.attention_seen(), pytest.raises(AssertionError, match="not close"):
+    with films.attention_seen(), pytest.raises(AssertionError, match="not close"):
         network(*inputs(network))
 
 
-def shown(**changes) -> moving.Film:
+def shown(**changes) -> films.Film:
     """Two pictures, 8 x 8, at three moments."""
     frames = np.zeros((3, 2, 8, 8), np.uint8)
     frames[0, 0, 1, 2], frames[2, 1, 6, 6] = 255, 255
-    film = moving.Film(frames, ["left", "right"], ["t = 1", "t = 0.5", "t = 0"], None)
+    film = films.Film(frames, ["left", "right"], ["t = 1", "t = 0.5", "t = 0"], None)
     return replace(film, **changes)
 
 
@@ -104,7 +104,7 @@ def opened(content: bytes) -> list[np.ndarray]:
 
 
 def test_a_film_has_all_frames_and_a_still():
-    still, *frames = opened(moving.animated_png(shown(), "caption"))
+    still, *frames = opened(films.animated_png(shown(), "caption"))
     assert len(frames) == 3
     for a, b in [(still, frames[0]), *pairwise(frames)]:
         assert (a != b).any()
@@ -120,11 +120,11 @@ def test_a_patch_is_tinted_where_its_weight_is():
     """In the prompt's colour, by its share of the picture's largest weight."""
     weights = torch.zeros(3, 4)
     weights[1] = torch.tensor([0.0, 0.1, 0.2, 0.4])
-    tint = moving.stacked({"left": weights, "right": weights / 2})
+    tint = films.stacked({"left": weights, "right": weights / 2})
     assert tint.shape == (3, 2, 2, 2) and np.allclose(tint[1, 0], [[0, 0.25], [0.5, 1]])
     assert np.allclose(tint[:, 0], tint[:, 1])  # each its own scale
     pixels = np.asarray(shown(tint=tint).picture(1, 0, 1)).astype(int)
-    full = moving.STRONGEST * np.array(ImageColor.getrgb(MEANINGS["prompt"]))
+    full = films.STRONGEST * np.array(ImageColor.getrgb(MEANINGS["prompt"]))
     for (row, column), share in {(0, 0): 0, (0, 4): 0.25, (4, 0): 0.5, (7, 7): 1}.items():
         assert np.abs(pixels[row, column] - share * full).max() <= 1
 
@@ -136,23 +136,23 @@ def test_every_moment_has_its_weights():
 
 
 def test_the_last_frame_is_held():
-    with Image.open(io.BytesIO(moving.animated_png(shown(), "caption"))) as picture:
+    with Image.open(io.BytesIO(films.animated_png(shown(), "caption"))) as picture:
         durations = []
         for i in range(1, 4):
             picture.seek(i)
             durations.append(picture.info["duration"])
-    assert durations == [moving.MILLISECONDS, moving.MILLISECONDS, moving.HOLD]
+    assert durations == [films.MILLISECONDS, films.MILLISECONDS, films.HOLD]
 
 
 def test_tidying_leaves_it_moving():
-    content = moving.animated_png(shown(), "caption")
+    content = films.animated_png(shown(), "caption")
     assert execute.small_png(content) == content
 
 
 @pytest.fixture
 def page(tmp_path) -> str:
     """A page of the site with a film."""
-    data = {"image/png": base64.b64encode(moving.animated_png(shown(), "caption")).decode()}
+    data = {"image/png": base64.b64encode(films.animated_png(shown(), "caption")).decode()}
     cell = new_code_cell("1")
     cell.outputs = [new_output("display_data", data, metadata={"image/png": {"alt": "Two & more"}})]
     path = tmp_path / "01_one.ipynb"

@@ -1,4 +1,4 @@
-"""The wing of claims: declared before it runs, decided by rule, recorded, and shown on the page."""
+"""Experiments: declared before they run, decided by rule, recorded, and shown on the page."""
 
 import json
 import re
