@@ -19,6 +19,7 @@ from nanosd3.exercises import (
     bucketing,
     byte_pairs,
     clip,
+    codes,
     conditioning,
     consistency,
     costs,
@@ -33,6 +34,7 @@ from nanosd3.exercises import (
     labels,
     latents,
     likelihood,
+    logits,
     metrics,
     moving,
     multistep,
@@ -56,6 +58,7 @@ from nanosd3.exercises import (
     tokenizers,
     training,
     unigram,
+    unmasking,
     verdicts,
 )
 from nanosd3.exercises.grader.checker import judge
@@ -100,6 +103,9 @@ MODULES = (  # in learning order
     paths,
     runge_kutta,
     likelihood,
+    codes,
+    unmasking,
+    logits,
     neighbourhoods,
     rotary,
     snr_weight,

@@ -204,6 +204,15 @@ def gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return -(-u.log()).log()
 
 
+def keep_surest(tokens: Tensor, guess: Tensor, confidence: Tensor, left: Tensor) -> Tensor:
+    """Tokens (B, h, w) with the guesses for the hidden ones, but for the `left` (B,) of each image
+    whose confidence is least: these stay hidden."""
+    hidden = tokens == MASK
+    confidence = confidence.masked_fill(~hidden, math.inf).flatten(1)
+    rank = confidence.argsort(1).argsort(1).view_as(tokens)  # 0 for the least sure
+    return torch.where(hidden & (rank >= left[:, None, None]), guess, tokens)
+
+
 @torch.no_grad()
 def fill_hidden(
     logits: Logits,
@@ -216,13 +225,10 @@ def fill_hidden(
     """Draw the hidden ones of tokens (B, h, w) in `steps` steps; the others stay as they are."""
     at_first = (tokens == MASK).flatten(1).sum(1)  # (B,)
     for step in range(steps):
-        hidden = (tokens == MASK).flatten(1)  # (B, N)
+        hidden = (tokens == MASK).flatten(1).sum(1)
         guess, confidence = draw_tokens(logits(tokens, rising(guidance, step, steps)), generator)
-        tokens = torch.where(tokens == MASK, guess, tokens)
-        noise = gumbel(hidden.shape, generator).to(confidence)
-        confidence = confidence.flatten(1) + temperature * (1 - (step + 1) / steps) * noise
-        confidence = confidence.masked_fill(~hidden, math.inf)
-        rank = confidence.argsort(1).argsort(1)  # 0 for the least sure
-        again = rank < left_hidden(hidden.sum(1), at_first, step, steps)[:, None]
-        tokens = tokens.masked_fill((again & hidden).view_as(tokens), MASK)
+        noise = gumbel(confidence.shape, generator).to(confidence)
+        confidence = confidence + temperature * (1 - (step + 1) / steps) * noise
+        left = left_hidden(hidden, at_first, step, steps)
+        tokens = keep_surest(tokens, guess, confidence, left)
     return tokens
