@@ -55,7 +55,27 @@ print("the most frequent pairs:", pairs.most_common(5))
 learned = BPE.train(captions.texts, 514 + 40).merges
 assert pairs[learned[0]] == max(pairs.values())
 print("the first merges:", learned[:10])
+show("merge_pair")
 
+
+# %%
+def merge_pair(symbols, pair):
+    raise NotImplementedError("your code here")
+
+
+solved = check("merge_pair", merge_pair)
+
+# %%
+if solved:
+    steps = [(*"leanin", "g</w>")]
+    for pair in learned:
+        steps.append(merge_pair(steps[-1], pair))
+    figure, (axis,) = panels(1, 5.0, 2.2)
+    axis.axis("off")
+    axis.text(0.5, 0.5, "\n".join(dict.fromkeys(map(" | ".join, steps))), ha="center", va="center")
+    finish(figure, "The word 'leaning', put together by your merge_pair.")
+else:
+    print("Solve `merge_pair`, and this cell shows how merges put a word together.")
 
 # %% [markdown]
 # After every merge the pairs are counted again, with the new symbol.
