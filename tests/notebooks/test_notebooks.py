@@ -27,7 +27,7 @@ import build  # noqa: E402
 
 SOURCES = build.sources()
 NAMES = [source.stem for source in SOURCES]
-NUMBERS = [f"{i:02d}" for i in (*range(14), 15, 16, 17)]
+NUMBERS = [f"{i:02d}" for i in range(18)]
 TURN = re.compile(r"^turn\(", re.MULTILINE)
 CHECK = re.compile(r'^(?:\w+ = )?check\("(\w+)", (\w+)\)$', re.MULTILINE)
 
