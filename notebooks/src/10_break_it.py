@@ -20,14 +20,13 @@
 
 # %%
 import copy
-import itertools
 from dataclasses import replace
+from itertools import product
 from unittest.mock import patch
 
 import torch
 from lab import cached, images, lines, maps, pick, trained, turn
 
-from nanosd3.config import Recipe
 from nanosd3.data.mnist import to_model
 from nanosd3.embeddings import timestep_embedding
 from nanosd3.exercises import check, guess, show
@@ -62,7 +61,8 @@ def batch(step, dropout):
 
 # %%
 def train(time=lambda t: t, weight=torch.ones_like, dropout=0.464, gates=0.0, qk_norm=True):
-    model, recipe, log = fresh(gates, qk_norm), Recipe(steps, B, 1e-2, min(50, steps // 4), 0), []
+    model, log = fresh(gates, qk_norm), []
+    recipe = replace(lesson.job.training.flow, steps=steps, warmup=min(50, steps // 4))
     averages = {"ema": ema.make_ema(model), "slow": ema.make_ema(model)}
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
     for step in range(steps):
@@ -439,7 +439,7 @@ guess("...")
 # %%
 def place(tokens, order):
     z = torch.empty(len(tokens), 4, 8, 8)
-    for n, c, i, j in itertools.product(range(16), range(4), range(2), range(2)):
+    for n, c, i, j in product(range(16), range(4), range(2), range(2)):
         z[:, c, 2 * (n // 4) + i, 2 * (n % 4) + j] = tokens[:, n, order(c, i, j)]
     return z
 
