@@ -1,7 +1,7 @@
 """Drawing and editing with Muse: from prompts to tokens to images.
 
 A masked transformer needs no inversion to edit. What is known is left as it is, what is not is
-hidden, and `fill_hidden` draws it; that is how it was trained (arXiv 2301.00704, section 4).
+hidden, and `fill_hidden` draws it; that is how it was trained (arXiv 2301.00704, section 3.3).
 
     repaint       tokens under a mask are hidden and drawn for a prompt; all others stay
     edit_freely   without a mask: again and again a few tokens anywhere are hidden and drawn anew;

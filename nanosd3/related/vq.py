@@ -22,7 +22,7 @@ always the same one.
 
 There is no attention: all is convolution, and one model takes images of any size. Left out, as in
 vae.py: the perceptual and the adversarial term.
-Papers: VQ-VAE, arXiv 1711.00937; VQGAN, arXiv 2012.09841; Muse, arXiv 2301.00704, section 2.1.
+Papers: VQ-VAE, arXiv 1711.00937; VQGAN, arXiv 2012.09841; Muse, arXiv 2301.00704, section 2.2.
 """
 
 from dataclasses import dataclass
