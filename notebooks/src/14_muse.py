@@ -281,8 +281,8 @@ if solved:
         left = [n]
         for step in range(steps):
             left.append(left_hidden(left[-1], n, step, steps))
-        curves[f"{steps} steps"] = ([k / steps for k in range(steps + 1)], torch.cat(left))
-    lines(curves, "share of the steps", "hidden tokens", "Counted by your left_hidden.")
+        curves[f"{steps} steps"] = (range(steps + 1), torch.cat(left))
+    lines(curves, "steps", "hidden tokens", "Counted by your left_hidden.")
 else:
     print("Solve `left_hidden`, and this cell draws how the hidden tokens become fewer.")
 
