@@ -422,8 +422,8 @@ images(sevens, "Four of these, frame by frame.")
 #
 # Where it goes comes first: after a hundred steps nearly every clip goes as asked. Then it settles
 # down, and wobbles less from frame to frame. Which digit it is comes last, although the network
-# could draw digits: they were larger, and always in the middle. It is still getting better when we
-# stop; the package's command takes 2,000 steps.
+# could draw digits (larger ones, always in the middle: perhaps that is why). From 400 steps to 800
+# it gains little; the package's command takes 2,000, on clips of its own sizes.
 #
 # </details>
 #
@@ -453,8 +453,8 @@ print("8 frames, pixels gone ahead since the first:", [round(float(x - ahead[0])
 # <details><summary>What happened</summary>
 #
 # In wider and in higher frames nearly every clip goes as asked, and digits are read less often. The
-# positions come from the same buffer and are new at the edges only. Eight frames fail: no direction
-# at the start is right. In the four frames in the middle, at times that it knows, the digit does
+# positions come from the same buffer and are new at the edges only. Eight frames fail: hardly any
+# clip starts as asked. In the four frames in the middle, at times that it knows, the digit does
 # what it has learned; before and after them it goes the other way. Perhaps that is because the
 # fastest sine in the code of time turns back after $\pi / 2 = 1.57$ slots. A function can be
 # computed anywhere; what a network makes of it where it was not trained is another matter.
@@ -492,7 +492,8 @@ images(rows, "Four clips whose frames were drawn without seeing each other.")
 #
 # The direction survives, although no frame has seen another: the caption and its own time tell each
 # frame how far from the wall the digit is. What only other frames can tell is lost: where it
-# crosses, the hand, and here most of the digit as well. So the right direction is no proof of
+# crosses, the hand, and here most of the digit as well. (It had learned with all frames together;
+# what it would do had it learned apart is not said by this.) So the right direction is no proof of
 # attention over time; wobbling tells more. In the harder task below the direction goes, too: it is
 # right in 97% of clips, and in 12% of those whose pairs of frames were drawn apart
 # ([x-sora-4](../nanosd3/claims/README.md#x-sora-4)).
