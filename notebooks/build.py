@@ -39,6 +39,7 @@ sys.path[:0] = [os.path.abspath(".."), os.path.abspath(".")]
 import nanosd3  # before torch: on a busy machine, threads that wait then leave it their core"""
 FORMATTER_PRAGMA = re.compile(r"  # fmt: skip$", re.MULTILINE)  # clutter for a reader
 QUESTION, EXPLANATION = "**PREDICT.**", "<details>"  # which is folded in the text
+COVER = "Predicted? Then see what happened"  # above folded outputs; also the summary on the site
 MARK = "nanosd3_executed"  # in the metadata: the digest of the code that made the outputs
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
@@ -84,6 +85,21 @@ def hide_answers(notebook: NotebookNode) -> None:
         asked = QUESTION in cell.source or (asked and explained and EXPLANATION not in cell.source)
 
 
+def cover_answers(notebook: NotebookNode) -> None:
+    """Put a line above folded outputs. JupyterLab shows the first line of what it folds, which
+    would often be the answer."""
+    for cell in code_cells(uncovered(notebook)):
+        if cell.outputs and cell.metadata.get("jupyter", {}).get("outputs_hidden"):
+            cell.outputs.insert(0, nbformat.v4.new_output("display_data", {"text/plain": COVER}))
+
+
+def uncovered(notebook: NotebookNode) -> NotebookNode:
+    """The notebook itself, without those lines."""
+    for cell in code_cells(notebook):
+        cell.outputs = [o for o in cell.outputs if o.get("data") != {"text/plain": COVER}]
+    return notebook
+
+
 def text_of(notebook: NotebookNode) -> str:
     """The content of its file."""
     return nbformat.writes(notebook) + "\n"
@@ -96,6 +112,7 @@ def build(source: Path) -> str:
 
 def write(notebook: NotebookNode, path: Path) -> None:
     """Write under a temporary name, then rename: never half a notebook."""
+    cover_answers(notebook)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text_of(notebook), encoding="utf-8")
     os.replace(temporary, path)

@@ -15,6 +15,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import build
 import nbformat
 from bs4 import BeautifulSoup, Tag
 from latex2mathml.converter import convert as to_mathml
@@ -92,7 +93,7 @@ def slug(heading: str) -> str:
 
 def notebook_page(path: Path) -> Page:
     """The page of one notebook. Its title and question are in the first cell."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = build.uncovered(nbformat.read(path, as_version=4))
     exporter = HTMLExporter(
         template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
     )
@@ -177,8 +178,7 @@ class Finisher:
                 raise ValueError(f"{page.source.name}: loads {address}")
         for answer in soup.select(".celltag_answer .output_wrapper"):
             folded = answer.wrap(soup.new_tag("details"))
-            folded.insert(0, summary := soup.new_tag("summary"))
-            summary.string = "Predicted? Then see what happened"
+            folded.insert(0, soup.new_tag("summary", string=build.COVER))
         section = page.title
         for tag in soup.find_all(["h1", "h2", "h3", "a", "img", "table", "pre", "p", "code"]):
             if tag.name in ("h1", "h2", "h3"):

@@ -194,6 +194,19 @@ def test_answers_are_folded_until_they_are_asked_for(folder):
     assert hidden == ["answer", "second", "last"]
 
 
+def test_the_first_line_of_what_is_folded_is_no_answer(folder):
+    """JupyterLab shows it. It is there once, however often a notebook is built."""
+    (folder / "src" / "01_one.py").write_text(ASKED)
+    for _ in range(2):
+        assert build.main([]) == 0
+        fill(folder)
+    build.main([])
+    for cell in build.code_cells(nbformat.read(folder / "01_one.ipynb", as_version=4)):
+        folded = "jupyter" in cell.metadata
+        plain = [output.get("data", {}).get("text/plain") for output in cell.outputs]
+        assert plain == ([build.COVER, None] if folded else [None]), cell.source
+
+
 # --- tidying ------------------------------------------------------------------------------------
 
 

@@ -134,6 +134,7 @@ def test_an_answer_is_folded(site):
     one = soups(site)["01_one.html"].main
     (folded,) = one.select(".cell details")
     assert folded.summary and "the answer" in folded.get_text() and "open" not in folded.attrs
+    assert one.get_text().count(build.COVER) == 1
 
 
 def test_a_missing_picture_is_an_error(tmp_path):
