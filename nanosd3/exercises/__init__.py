@@ -11,6 +11,7 @@ with a hint. For the command line, see __main__.py.
 """
 
 from collections.abc import Callable
+from textwrap import fill
 
 from nanosd3.exercises import (
     accumulation,
@@ -117,12 +118,14 @@ MODULES = (  # in learning order
 EXERCISES: dict[str, Exercise] = {
     entry.name: entry for module in MODULES for entry in module.EXERCISES
 }
+WIDTH = 90  # of messages: JupyterLab breaks longer lines inside words
 MARKS = {"right": "✓", "wrong": "✗", "not attempted": "·", "timed out": "✗", "refused": "✗"}
 
 
 def task_of(exercise: Exercise) -> str:
     """Signature, task and specification as text."""
-    return f'{exercise.signature}\n    """{exercise.task}"""\n\n# {exercise.shown()}'
+    task = exercise.task.replace("\n", "\n    ")
+    return f'{exercise.signature}\n    """{task}"""\n\n# {exercise.shown()}'
 
 
 def find(name: str) -> Exercise:
@@ -135,7 +138,8 @@ def find(name: str) -> Exercise:
 def show(name: str) -> None:
     """Print the task of an exercise. Raises KeyError for an unknown name."""
     exercise = find(name)
-    print(f"{name}: {exercise.points} points, {'*' * exercise.difficulty}\n")
+    points = f"{exercise.points} point{'s' * (exercise.points > 1)}"
+    print(f"{name}: {points}, difficulty {'*' * exercise.difficulty} of ***\n")
     print(task_of(exercise))
 
 
@@ -143,7 +147,9 @@ def check(name: str, answer: Callable) -> bool:
     """Check an answer, print the verdict, and return whether it is right. Raises KeyError for an
     unknown name."""
     verdict = judge(find(name), answer)
-    print(f"{MARKS[verdict.status]} {name} ({verdict.points}/{verdict.out_of}): {verdict.message}")
+    text = f"{MARKS[verdict.status]} {name} ({verdict.points}/{verdict.out_of}): {verdict.message}"
+    lines = text.split("\n")
+    print("\n".join(fill(line, WIDTH, break_long_words=False) for line in lines))
     return verdict.status == "right"
 
 

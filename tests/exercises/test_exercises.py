@@ -261,6 +261,8 @@ def test_check_prints(capsys):
     check("interpolate", lambda *_: None)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("✓ interpolate (1/1): ")
-    assert lines[1].startswith("· interpolate (0/1)")
+    assert lines[1] == "nanosd3/flow.py, interpolate." and lines[2].startswith(
+        "· interpolate (0/1)"
+    )
     with pytest.raises(KeyError, match="no exercise 'x'; choose from interpolate"):
         check("x", LINE.reference)

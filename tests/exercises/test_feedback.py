@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanosd3.exercises import EXERCISES, task_of
+from nanosd3.exercises import EXERCISES, check, show, task_of
 from nanosd3.exercises.grader.checker import judge
 from nanosd3.random_streams import rng
 
@@ -55,6 +55,22 @@ def test_the_default_dtype_does_not_matter_and_is_restored():
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+# --- how it is printed ---------------------------------------------------------------------------
+
+
+def test_lines_fit_a_notebook(capsys):
+    """JupyterLab breaks long ones inside words; the lines of a docstring are aligned."""
+    for exercise in EXERCISES.values():
+        check(exercise.name, exercise.reference)
+        check(exercise.name, lambda *_: None)
+        assert max(map(len, capsys.readouterr().out.split("\n"))) <= 90, exercise.name
+    show("guide")
+    assert "guide: 2 points, difficulty * of ***\n" in (shown := capsys.readouterr().out)
+    assert "\n    prompt, both of one shape." in shown
+    show("mode")
+    assert capsys.readouterr().out.startswith("mode: 1 point, ")
 
 
 # --- loops over elements -------------------------------------------------------------------------
