@@ -34,7 +34,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 def prepare(threads: int | None) -> bool:
     """Load the model of the lessons once, so that its features are in the cache."""
-    return with_lab("from lab import trained; trained()", environment(threads))
+    return with_lab("from lab import trained; trained().features", environment(threads))
 
 
 def make_lesson(folder: Path, threads: int | None) -> bool:

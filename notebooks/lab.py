@@ -2,10 +2,10 @@
 give.
 
 `trained()` returns a small Stable Diffusion 3 trained on MNIST, the run in the folder `lesson`.
-The first notebook that calls it encodes the images, in under a minute, and keeps them in the cache:
-the folder `cache` next to this file, or the one named by NANOSD3_CACHE. To make such a model
-yourself, `train(begin_job("mine"))`: the stages are those of train_mnist.py, run by the same
-functions with fewer steps, in about four minutes on two cores.
+The first notebook that trains a transformer encodes the images, in under a minute, and keeps them
+in the cache: the folder `cache` next to this file, or the one named by NANOSD3_CACHE. To make such
+a model yourself, `train(begin_job("mine"))`: the stages are those of train_mnist.py, run by the
+same functions with fewer steps, in about four minutes on two cores.
 
 With NANOSD3_FAST=1 in the environment everything is scaled down: all cells run in seconds and every
 assertion holds, but the model learns nothing. This is for tests only.
@@ -17,8 +17,10 @@ where there is a GPU, so that a whole classroom gets the same results.
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -116,8 +118,13 @@ class Lesson:
     job: Job
     source: Digits
     classifier: ConvNet
-    features: Features
+    texts: Features  # of captions
     pipeline: Pipeline
+
+    @cached_property
+    def features(self) -> Features:
+        """Of captions and of all images, which are encoded when this is first used."""
+        return get_features(self.job, self.texts.encoders, [])
 
     @property
     def images(self) -> ImageSet:
@@ -137,7 +144,7 @@ class Lesson:
 
     def pipeline_with(self, mmdit: MMDiT) -> Pipeline:
         """The pipeline with another transformer in it."""
-        return self.features.pipeline(mmdit, self.job.device)
+        return self.texts.pipeline(mmdit, self.job.device)
 
     def new_job(self, name: str, config: Config) -> Job:
         """A second job in the cache, on the same images."""
@@ -151,7 +158,8 @@ def trained() -> Lesson:
         with replacing(CACHE / "model") as folder:
             shutil.copytree(LESSON, folder)
     job = begin_job()
-    with contextlib.nullcontext() if "flow" in job.run.stages else job.run.alone():
+    alone = contextlib.nullcontext() if "flow" in job.run.stages else job.run.alone()
+    with alone, contextlib.redirect_stderr(sys.stdout):  # Jupyter shows stderr on red
         return train(job)
 
 
@@ -160,7 +168,8 @@ def train(job: Job) -> Lesson:
     source = job.source
     assert isinstance(source, Digits)
     classifier = train_classifier(job, source.images)
-    features = get_features(job, get_encoders(job, None), [])
+    untrained = "flow" not in job.run.stages
+    features = get_features(job, get_encoders(job, None), [], images=untrained)
     mmdit = train_flow(job, features)
     assert mmdit is not None  # None only in a worker process
     return Lesson(job, source, classifier, features, features.pipeline(mmdit, job.device))

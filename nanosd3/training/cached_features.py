@@ -98,22 +98,23 @@ class Features:
 
 
 def encoded(
-    folder: Path, source: Source, encoders: Encoders, prompts: list[str], group: ProcessGroup
-) -> Features:
-    """The features of a source and some prompts; the main process computes what is missing."""
+    folder: Path, source: Source, encoders: Encoders, prompts: list[str], group: ProcessGroup,
+    images: bool = True,
+) -> Features:  # fmt: skip
+    """The features of a source and some prompts; the main process computes what is missing, of
+    texts alone unless `images`."""
     if group.is_main:
-        fill_cache(Features(folder, source, encoders), [*prompts, ""])
+        fill_cache(Features(folder, source, encoders), [*prompts, ""], images)
     group.barrier()
     return Features(folder, source, encoders)
 
 
-def fill_cache(features: Features, prompts: list[str]) -> None:
+def fill_cache(features: Features, prompts: list[str], images: bool) -> None:
     """Compute and store what is missing. The encoders are opened only if anything is."""
     source = features.source
     texts = {caption_key(text): text for text in (*source.texts, *prompts)}
-    groups = [
-        {source.key(i): i for i in group.tolist()} for group in source.groups(range(source.count))
-    ]
+    sizes = source.groups(range(source.count)) if images else []
+    groups = [{source.key(i): i for i in group.tolist()} for group in sizes]
     images_missing = any(features.latent_rows.missing(list(numbers)) for numbers in groups)
     if not images_missing and not features.text_rows.missing(list(texts)):
         return
@@ -144,6 +145,7 @@ def fill_cache(features: Features, prompts: list[str]) -> None:
         fill_shards(features.latent_rows, list(numbers), encode, SHARD, "images")
 
 
-def get_features(job: Job, encoders: Encoders, prompts: list[str]) -> Features:
-    """The features of the job's images and captions and of `prompts`, computed where missing."""
-    return encoded(job.run.folder / "cache", job.source, encoders, prompts, job.group)
+def get_features(job: Job, encoders: Encoders, prompts: list[str], images: bool = True) -> Features:
+    """The features of the job's images and captions and of `prompts`, computed where missing;
+    without `images`, only those of texts."""
+    return encoded(job.run.folder / "cache", job.source, encoders, prompts, job.group, images)

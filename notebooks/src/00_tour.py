@@ -24,8 +24,7 @@ from nanosd3.exercises import check, guess, show
 # It comes trained, in four minutes on two cores: an autoencoder learned to compress digits, two
 # CLIPs and a T5 learned to read captions, and a transformer learned the flow from noise to digits.
 # (A classifier was trained as well. It is not part of the model; it reads the samples so that we
-# can count how many are correct.) The first run encodes all images, in under a minute, and keeps
-# them for all notebooks. To train it yourself: `lab.train(lab.begin_job("mine"))`.
+# can count how many are correct.) To train it yourself: `lab.train(lab.begin_job("mine"))`.
 
 # %%
 lesson = trained()

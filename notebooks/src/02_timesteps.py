@@ -369,7 +369,8 @@ for name, transform in transforms.items():
 # ## Does it matter?
 #
 # We train four small transformers from scratch, for 160 steps each, identical except for the mean
-# of the logit-normal density. (This takes about a minute each, once; the results are cached.)
+# of the logit-normal density. (This takes about a minute each, once; the results are cached. If no
+# notebook has trained a transformer yet, the images are encoded first, in under a minute.)
 #
 # **PREDICT.** Which of the means -0.8, 0, 0.8 and 1.6 gives the best digits this early in training?
 # And which reports the smallest training loss?
