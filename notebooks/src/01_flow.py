@@ -188,9 +188,10 @@ place, half = torch.tensor([0.5, 0.5]), torch.full((400_000,), 0.5)
 many, others = data(400_000, g), torch.randn(400_000, 2, generator=g)
 near = (line(many, others, half) - place).norm(dim=1) < 0.05
 velocities = (others - many)[near]
-print(f"{len(velocities)} lines; the first three:", velocities[:3].tolist())
-print("mean", velocities.mean(0).tolist(), "deviation", velocities.std(0).tolist())
-print("network", net(place[None], half[:1]).tolist())
+torch.set_printoptions(precision=2)
+print(f"{len(velocities)} lines; the first three:", *velocities[:3])
+print("their mean:", velocities.mean(0), "and deviation:", velocities.std(0))
+print("the network:", net(place[None], half[:1])[0].detach())
 
 # %% [markdown]
 # <details><summary>What happened</summary>
