@@ -214,7 +214,11 @@ def test_an_answer_field_says_whether_it_is_filled_in(capsys):
 def test_predictions_are_collected(tmp_path, capsys, fake):
     folder, table = tmp_path / "class", tmp_path / "t.csv"
     folder.mkdir()
-    questions = ["# **PREDICT.** Where? Why?", "# **PREDICT.** =How?", 'check("shift", shift)']
+    questions = [
+        "# **PREDICT.** We go. Where? Why?",
+        "# **PREDICT.** =How?",
+        'check("shift", shift)',
+    ]
     asking(folder / "=a.ipynb", questions[0], 'guess("@home")', *questions[1:])
     asking(folder / "b.ipynb", questions[0], 'guess(" -é ")', questions[1], 'guess("so")')
     (folder / "c.py").write_text('guess_1 = "here"\n' + answer(shift="right"))
@@ -227,8 +231,8 @@ def test_predictions_are_collected(tmp_path, capsys, fake):
     assert counts == ["1 of 2", "2 of 2", "", ""]
     assert list(csv.reader((folder / "p.csv").open(encoding="utf-8"))) == [
         ["file", "question", "prediction"],
-        ["'=a.ipynb", "Where?", "'@home"],
-        ["b.ipynb", "Where?", "'-é"],
+        ["'=a.ipynb", "We go. Where?", "'@home"],
+        ["b.ipynb", "We go. Where?", "'-é"],
         ["b.ipynb", "'=How?", "so"],
     ]
     assert f"left out 0; wrote {table} and {folder / 'p.csv'}" in capsys.readouterr().out

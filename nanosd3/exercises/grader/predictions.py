@@ -49,7 +49,7 @@ def find_predictions(cells: list[Cell]) -> Predictions:
     for cell in cells:
         if not cell.is_code:
             if QUESTION in cell.text:
-                questions.append(first_sentence(cell.text.split(QUESTION, 1)[1]))
+                questions.append(first_question(cell.text.split(QUESTION, 1)[1]))
                 written.append([])
             continue
         number += 1
@@ -94,10 +94,10 @@ def literal(node: ast.expr) -> str | None:
     return None
 
 
-def first_sentence(text: str) -> str:
-    """The first sentence of a question, which says what it is about."""
-    text = one_line(text)
-    end = re.search(r"[.?!](?=\s|$)", text)
+def first_question(text: str) -> str:
+    """A question with what is said before it, or the first sentence if nothing is asked."""
+    text = one_line(re.split(r"\n\s*\n", text.strip())[0])
+    end = re.search(r"\?(?=\s|$)", text) or re.search(r"[.!](?=\s|$)", text)
     return text[: end.end()] if end else text
 
 
