@@ -98,9 +98,13 @@ class Features:
 
 
 def encoded(
-    folder: Path, source: Source, encoders: Encoders, prompts: list[str], group: ProcessGroup,
+    folder: Path,
+    source: Source,
+    encoders: Encoders,
+    prompts: list[str],
+    group: ProcessGroup,
     images: bool = True,
-) -> Features:  # fmt: skip
+) -> Features:
     """The features of a source and some prompts; the main process computes what is missing, of
     texts alone unless `images`."""
     if group.is_main:
