@@ -161,7 +161,7 @@ def plot_free(results: dict, path: Path) -> None:
 REPAINTING = Experiment(
     name="x-muse-4",
     claim="Repainting needs no training of its own: hide the tokens under the mask and decode.",
-    source="Muse, arXiv 2301.00704, section 4.2 (zero-shot inpainting)",
+    source="Muse, arXiv 2301.00704, section 3.3 (inpainting)",
     measured=f"{MUSE_TRAINED}; the lower four of seven rows of tokens of 1,000 test digits drawn "
     "anew in 8 steps, prompted with their label, or with the next one at guidance 1, 2 and 4: the "
     "share read as asked. The other tokens are checked to be the same.",
@@ -178,7 +178,7 @@ FREE_EDITING = Experiment(
     name="x-muse-5",
     claim="An image is edited without a mask by drawing a few of its tokens at a time anew: it "
     "comes to show what the prompt says, and much of it stays.",
-    source="Muse, arXiv 2301.00704, section 4.3 (zero-shot mask-free editing)",
+    source="Muse, arXiv 2301.00704, section 3.3 (zero-shot mask-free editing)",
     measured=f"{MUSE_TRAINED}; 1,000 test digits edited towards their label + 5: 8% of the tokens "
     "a round, guidance 3, the three likeliest tokens only. Share read as the new label and share "
     "of tokens kept after 5 to 40 rounds; beside it the tokens that images drawn from nothing for "

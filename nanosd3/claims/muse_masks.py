@@ -73,7 +73,7 @@ MASKS = Experiment(
     name="x-muse-1",
     claim="Hiding a share cos(pi u / 2) of the tokens in training is best for drawing in parallel, "
     "and hiding few, as language models do, is of no use for it.",
-    source="MaskGIT, arXiv 2202.04200, section 4.4; Muse, arXiv 2301.00704, section 2.2",
+    source="MaskGIT, arXiv 2202.04200, section 4.4; Muse, arXiv 2301.00704, section 2.6",
     measured=f"A Muse trained for {MASK_STEPS} steps with each of three shares: the cosine's, "
     "uniform, and always 15%. 1,000 samples in 8 steps: Frechet distance over that of real images.",
     rule="Supported if over seeds the cosine's distance is below the uniform one's by more than "
