@@ -174,8 +174,8 @@ print({rule: f"{shares[1]:.0%} with three seeds" for rule, shares in wrong.items
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The first rule always decides. The other two are wrong in about a quarter and a fifth of all
-# studies with three seeds; the spread of three numbers is itself a poor estimate. It takes seven
+# The first rule always decides. The other two are wrong in about a quarter of all studies
+# with three seeds; the spread of three numbers is itself a poor estimate. It takes seven
 # seeds until the third is wrong in fewer than one of twenty.
 #
 # So a single verdict of this folder is weak evidence. Most rules there ask for more: the same sign
