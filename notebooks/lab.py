@@ -152,12 +152,27 @@ class Lesson:
         return begin_job(name, config, self.source)
 
 
+def unpack_lesson() -> None:
+    """Copy the trained model to the cache, unless it is there. The copy can be written even where
+    the original cannot, and of several notebooks that begin at once the first one's is kept."""
+    model = CACHE / "model"
+    if model.exists():
+        return
+    CACHE.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(model) as folder:
+            folder.mkdir()
+            for path in LESSON.iterdir():
+                shutil.copyfile(path, folder / path.name)
+    except InputError:
+        if not (model / "run.json").exists():
+            raise
+
+
 def trained() -> Lesson:
     """The model of all notebooks. With NANOSD3_FAST, one that is trained now, in seconds."""
-    if not FAST and not (CACHE / "model").exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with replacing(CACHE / "model") as folder:
-            shutil.copytree(LESSON, folder)
+    if not FAST:
+        unpack_lesson()
     job = begin_job()
     alone = contextlib.nullcontext() if "flow" in job.run.stages else job.run.alone()
     with alone, contextlib.redirect_stderr(sys.stdout):  # Jupyter shows stderr on red

@@ -43,6 +43,43 @@ def files() -> list[Path]:
     return sorted(LESSON.iterdir())
 
 
+OVERTAKEN = """
+import shutil, sys
+sys.path[:0] = ["..", "."]
+import lab
+copyfile = shutil.copyfile
+def late(*names):  # before the first file is copied, another process has unpacked all of them
+    shutil.copyfile = copyfile
+    shutil.copytree(lab.LESSON, lab.CACHE / "model")
+    return copyfile(*names)
+shutil.copyfile = late
+lab.unpack_lesson()
+"""
+
+
+def test_several_notebooks_begin_at_once(tmp_path):
+    """As in a class that shares a cache: who comes second uses what is there."""
+    done = run(OVERTAKEN, tmp_path, NANOSD3_FAST="")
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["model"]
+    assert {p.name for p in (tmp_path / "full/model").iterdir()} == {p.name for p in files()}
+
+
+def test_it_can_be_used_from_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """As where it is installed for all: the copy is the user's own."""
+    lesson, cache = tmp_path / "lesson", tmp_path / "cache"
+    lesson.mkdir()
+    (lesson / "run.json").write_text("{}")
+    (lesson / "run.json").chmod(0o444)
+    lesson.chmod(0o555)
+    code = "import sys; sys.path[:0] = ['..', '.']; import lab, pathlib; "
+    code += f"lab.LESSON = pathlib.Path({str(lesson)!r}); lab.unpack_lesson()"
+    assert run(code, cache, NANOSD3_FAST="").returncode == 0
+    lesson.chmod(0o755)
+    for path in (cache / "full/model", cache / "full/model/run.json"):
+        assert path.stat().st_mode & 0o200, path
+
+
 def test_it_is_small_and_complete():
     weights = [f"{stage}.safetensors" for stage in STAGES]
     assert [p.name for p in files()] == sorted([*weights, "run.json", "tokenizers.json"])
