@@ -10,9 +10,8 @@ from lab import Lesson
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from nanosd3.data.mnist import from_uint8, to_model
+from nanosd3.data.mnist import from_uint8
 from nanosd3.related.muse_editing import Tokeniser
-from nanosd3.training.classifier import CLASSIFIER_SIZE
 from nanosd3.training.figures import PALE
 from nanosd3.training.metrics import frechet_distance
 
@@ -71,7 +70,7 @@ class Judge:
     def __init__(self, lesson: Lesson, painter: Tokeniser):
         self.lesson, self.painter = lesson, painter
         self.codes = painter.vq.config.codes
-        self.real = self.features(lesson.images.test_images[1::5])
+        self.real = lesson.look(lesson.images.test_images[1::5])
         images = lesson.images.train_images[:10000]
         count = torch.zeros(2 * self.codes**2)
         for part in images.split(1000):
@@ -79,15 +78,9 @@ class Judge:
             count += torch.bincount(pairs, minlength=len(count))
         self.rare = count * 1000 < len(images)
 
-    def features(self, pictures: np.ndarray | Tensor) -> Tensor:
-        x = to_model(torch.as_tensor(pictures), CLASSIFIER_SIZE)
-        with torch.no_grad():
-            return self.lesson.classifier.features(x)
-
     def right(self, pictures: np.ndarray, asked: Sequence[int]) -> float:
         """The share that is read as asked."""
-        read = self.lesson.classify(pictures)
-        return sum(a == b for a, b in zip(read, asked, strict=True)) / len(asked)
+        return self.lesson.right(pictures, asked)
 
     def pairs(self, tokens: Tensor) -> Tensor:
         """All neighbours in tokens (B, h, w), side by side or one above the other, each pair as one
@@ -101,6 +94,6 @@ class Judge:
         a fifth of the test images."""
         pictures = self.painter.images(tokens)
         rare = self.rare[self.pairs(tokens)].float().mean()
-        apart = frechet_distance(self.features(pictures), self.real)
+        apart = frechet_distance(self.lesson.look(pictures), self.real)
         right = self.right(pictures, asked)
         return f"{rare:.1%} rare pairs, {right:.0%} read as asked, distance {apart:.0f}"

@@ -1,11 +1,9 @@
 """Drawings for notebook 16: clips that move, and where things in them are."""
 
-import base64
-import sys
 from collections.abc import Mapping
 
 import numpy as np
-from figures import MARKS, finish, panels, to_numpy
+from figures import MARKS, finish, panels, show_bytes, to_numpy
 from torch import Tensor
 
 from nanosd3.training import figures
@@ -25,13 +23,8 @@ def animation(rows: Mapping[str, Tensor | np.ndarray]) -> bytes:
 
 def play(rows: Mapping[str, Tensor | np.ndarray], caption: str) -> None:
     """Show clips as an animation. It has no still: show some of its frames as images as well."""
-    ipython = sys.modules.get("IPython")
-    if ipython is None or ipython.get_ipython() is None:
-        return
-    picture = base64.b64encode(animation(rows)).decode()
     words = f"Animation of clips in rows: {', '.join(rows)}. {caption}"
-    data, about = {"image/gif": picture}, {"image/gif": {"alt": words}}
-    ipython.display.display(data, metadata=about, raw=True)
+    show_bytes("image/gif", animation(rows), words)
 
 
 def tracks(parts: Mapping[str, Tensor], side: tuple[int, int], caption: str) -> None:

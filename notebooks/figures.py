@@ -8,6 +8,7 @@ meaning. Lines also differ in dashes and points, so nothing is lost in black and
 Digits are light on black everywhere, as in MNIST: 0 is black, 255 white.
 """
 
+import base64
 import re
 import sys
 import textwrap
@@ -73,6 +74,15 @@ def finish(figure: Figure, caption: str, description: str = "") -> None:
     words = " ".join(part.rstrip(".") + "." for part in (description, caption) if part)
     ipython.display.display(figure, metadata={"image/png": {"alt": words}})
     plt.close(figure)
+
+
+def show_bytes(kind: str, content: bytes, words: str) -> None:
+    """Show the content of a picture's file below a cell, described in words for who cannot see it;
+    nothing outside of a notebook."""
+    ipython = sys.modules.get("IPython")
+    if ipython is not None and ipython.get_ipython() is not None:
+        data = {kind: base64.b64encode(content).decode(), "text/plain": "<Film>"}
+        ipython.display.display(data, raw=True, metadata={kind: {"alt": words}})
 
 
 def panels(count: int, width: float = 3.2, height: float = 3.0) -> tuple[Figure, list[Axes]]:

@@ -5,9 +5,7 @@ browsers. Its default image, which paper and old viewers show, is no frame of it
 moments side by side. Pillow draws it, in the look of figures.py.
 """
 
-import base64
 import io
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from unittest.mock import patch
 import matplotlib
 import numpy as np
 import torch
-from figures import to_numpy
+from figures import show_bytes, to_numpy
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -199,9 +197,6 @@ def film(
     frames = np.stack([*rows.values()], axis=1)
     film = Film(frames, [*rows], titles, stacked(tint) if tint else None)
     content = animated_png(film, caption)
-    ipython = sys.modules.get("IPython")
-    if ipython is not None and ipython.get_ipython() is not None:
-        words = f"Moving picture of {', '.join(rows)}: {titles[0]} to {titles[-1]}. {caption}"
-        data = {"image/png": base64.b64encode(content).decode(), "text/plain": "<Film>"}
-        ipython.display.display(data, raw=True, metadata={"image/png": {"alt": words}})
+    words = f"Moving picture of {', '.join(rows)}: {titles[0]} to {titles[-1]}. {caption}"
+    show_bytes("image/png", content, words)
     return content

@@ -18,7 +18,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -139,9 +139,18 @@ class Lesson:
 
     def classify(self, images: np.ndarray) -> list[int]:
         """The digit that the classifier sees in each uint8 image (B, 28, 28)."""
-        x = to_model(torch.from_numpy(np.ascontiguousarray(images)), CLASSIFIER_SIZE)
         with torch.no_grad():
-            return self.classifier(x).argmax(1).tolist()
+            return self.classifier(seen(images)).argmax(1).tolist()
+
+    def right(self, images: np.ndarray, digits: Sequence[int]) -> float:
+        """The share of images that are read as these digits."""
+        read = self.classify(images)
+        return sum(a == b for a, b in zip(read, digits, strict=True)) / len(digits)
+
+    def look(self, images: np.ndarray | Tensor) -> Tensor:
+        """The classifier's features of uint8 images (B, 28, 28), for the Frechet distance."""
+        with torch.no_grad():
+            return self.classifier.features(seen(images))
 
     def pipeline_with(self, mmdit: MMDiT) -> Pipeline:
         """The pipeline with another transformer in it."""
@@ -150,6 +159,11 @@ class Lesson:
     def new_job(self, name: str, config: Config) -> Job:
         """A second job in the cache, on the same images."""
         return begin_job(name, config, self.source)
+
+
+def seen(images: np.ndarray | Tensor) -> Tensor:
+    """Images (B, 28, 28) as the classifier takes them."""
+    return to_model(torch.as_tensor(np.ascontiguousarray(images)), CLASSIFIER_SIZE)
 
 
 def unpack_lesson() -> None:

@@ -12,12 +12,10 @@ from lab import Lesson, pick
 from torch import Tensor
 
 from nanosd3.config import Recipe, Sampling
-from nanosd3.data.mnist import to_model
 from nanosd3.flow import flow_loss, interpolate, logit_normal, stratified
 from nanosd3.random_streams import rng
 from nanosd3.related.hdit import HDiT, hdit_loss
 from nanosd3.related.hdit_lessons import Pixels, pooled_text, sample_pixels
-from nanosd3.training.classifier import CLASSIFIER_SIZE
 from nanosd3.training.ema import make_ema, update_ema
 from nanosd3.training.metrics import frechet_distance
 from nanosd3.training.optimizer import learning_rate
@@ -77,13 +75,8 @@ def scores(
 ) -> dict[str, tuple[float, float]]:
     """Of each row of images: the share that is read as asked, and the Frechet distance to 2,000
     real digits."""
-
-    def look(x: np.ndarray | Tensor) -> Tensor:
-        with torch.no_grad():
-            return lesson.classifier.features(to_model(torch.as_tensor(x), CLASSIFIER_SIZE))
-
-    real, found = look(lesson.images.test_images[:2000]), {}
-    for name, x in rows.items():
-        right = [a == b for a, b in zip(lesson.classify(x), digits, strict=True)]
-        found[name] = sum(right) / len(right), frechet_distance(look(x), real)
-    return found
+    real = lesson.look(lesson.images.test_images[:2000])
+    return {
+        name: (lesson.right(x, digits), frechet_distance(lesson.look(x), real))
+        for name, x in rows.items()
+    }

@@ -65,7 +65,7 @@ def velocity_of(
 def consistency_study(conditions: Conditions) -> dict:
     """Students of several seeds and their teacher: scores by steps, and how consistent they are."""
     finished, features = open_encoded(conditions)
-    fast, count = conditions.fast, 20 if conditions.fast else 1000
+    count, steps_walked = (20, 20) if conditions.fast else (1000, 100)
     scores: dict[str, dict[int, list[tuple[float, float]]]] = {
         way: {n: [] for n in (TEACHER_STEPS if way == "teacher" else STUDENT_STEPS)}
         for way in STUDENT_WAYS
@@ -81,7 +81,7 @@ def consistency_study(conditions: Conditions) -> dict:
                 generate = partial(sampled, pipeline, features, way=way, steps=steps)
                 score = score_samples(finished, generate, count, steps, draws=(100 + seed,))
                 found.append((score["prompt_accuracy"], score["frechet_ratio_to_real"]))
-        for name, value in spreads_of(finished, student, features, seed, fast).items():
+        for name, value in spreads_of(finished, student, features, seed, steps_walked).items():
             spreads[name].append(value)
     rows = [
         [
@@ -114,10 +114,10 @@ def student_pipeline(
 
 
 def spreads_of(
-    finished: FinishedRun, student: Pipeline, features: Features, seed: int, fast: bool
+    finished: FinishedRun, student: Pipeline, features: Features, seed: int, steps: int
 ) -> dict[str, float]:
-    """The variance of the answers along one trajectory of the teacher, as a share of the images':
-    of where the student points, and of where the teacher's velocity does."""
+    """The variance of ten answers along a trajectory of the teacher, as a share of the images': of
+    where the student points, and of where the teacher's velocity does."""
     prompts = list(finished.source.texts[:: max(1, len(finished.source.texts) // 64)])[:64]
     text = {prompt: features[prompt] for prompt in {*prompts, ""}}
     side = (student.config.image_size // student.config.vae.factor,) * 2
@@ -127,10 +127,10 @@ def spreads_of(
     by_student = velocity_of(student, text, prompts)
 
     def record(step: int, t: Tensor, z: Tensor, x0: Tensor) -> None:
-        if step % (2 if fast else 10) == 0:
+        if step % (steps // 10) == 0:
             path.append((t, z))
 
-    euler(by_teacher, noise, even_schedule(20 if fast else 100), record)
+    euler(by_teacher, noise, even_schedule(steps), record)
 
     def spread(velocity: Velocity) -> float:
         return inconsistency(lambda z, t: clean_image(velocity(z, t[0]), z, t), path)

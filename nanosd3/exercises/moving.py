@@ -127,7 +127,7 @@ def centres_spec(ink: Tensor) -> Tensor:
     out = torch.zeros(B, T, 2, dtype=ink.dtype)
     for b in range(B):
         for t in range(T):
-            mass, rows, columns = 0.0, 0.0, 0.0
+            mass, rows, columns = ink.new_zeros(3)
             for y in range(H):
                 for x in range(W):
                     m = ink[b, t, y, x]
@@ -138,23 +138,16 @@ def centres_spec(ink: Tensor) -> Tensor:
     return out
 
 
-def moments(weight: Tensor) -> Tensor:
-    """Centres of any weights (B, T, H, W)."""
-    y, x = (torch.arange(n).to(weight) for n in weight.shape[2:])
-    mass = weight.sum((2, 3)).clamp(min=1e-3)
-    return torch.stack([weight.sum(3) @ y, weight.sum(2) @ x], dim=2) / mass[:, :, None]
-
-
 def column_first(ink: Tensor) -> Tensor:
     return motion.centres(ink).flip(2)
 
 
 def haze_counted(ink: Tensor) -> Tensor:
-    return moments(ink)
+    return motion.centres_of_mass(ink)
 
 
 def all_ink_alike(ink: Tensor) -> Tensor:
-    return moments((ink > motion.FAINT).to(ink))
+    return motion.centres_of_mass((ink > motion.FAINT).to(ink))
 
 
 def brightest_place(ink: Tensor) -> Tensor:
@@ -180,7 +173,7 @@ def from_the_middle(ink: Tensor) -> Tensor:
 
 
 def threshold_taken_off(ink: Tensor) -> Tensor:
-    return moments((ink - motion.FAINT).clamp(min=0))
+    return motion.centres_of_mass((ink - motion.FAINT).clamp(min=0))
 
 
 def one_for_the_clip(ink: Tensor) -> Tensor:

@@ -176,8 +176,8 @@ def one_plan_for_all(tokens: Tensor, guess: Tensor, confidence: Tensor, left: Te
 
 
 def surest_of_the_batch(tokens: Tensor, guess: Tensor, confidence: Tensor, left: Tensor) -> Tensor:
-    whole = (x.flatten()[None, None] for x in (tokens, guess, confidence))
-    return muse.keep_surest(*whole, left.sum()[None]).view_as(tokens)
+    t, g, c = (x.flatten()[None, None] for x in (tokens, guess, confidence))
+    return muse.keep_surest(t, g, c, left.sum()[None]).view_as(tokens)
 
 
 def order_for_rank(tokens: Tensor, guess: Tensor, confidence: Tensor, left: Tensor) -> Tensor:

@@ -27,10 +27,14 @@ SPEED_TOLERANCE = 0.5  # pixels a frame
 
 def centres(ink: Tensor) -> Tensor:
     """Centre of mass, (B, T, 2) rows and columns, of the ink in frames (B, T, H, W) in [0, 1]."""
-    ink = torch.where(ink > FAINT, ink, 0.0)
-    mass = ink.sum((2, 3)).clamp(min=1e-3)
-    y, x = (torch.arange(side).to(ink) for side in ink.shape[2:])
-    return torch.stack([ink.sum(3) @ y, ink.sum(2) @ x], dim=2) / mass[:, :, None]
+    return centres_of_mass(torch.where(ink > FAINT, ink, 0.0))
+
+
+def centres_of_mass(weight: Tensor) -> Tensor:
+    """Mean rows and columns (B, T, 2) by the weights (B, T, H, W) of places, 0 without any."""
+    mass = weight.sum((2, 3)).clamp(min=1e-3)
+    y, x = (torch.arange(side).to(weight) for side in weight.shape[2:])
+    return torch.stack([weight.sum(3) @ y, weight.sum(2) @ x], dim=2) / mass[:, :, None]
 
 
 def located_digits(ink: Tensor, centre: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ FAULTS_VIDEO = [
      "{with_article(name)} moving {direction}",
      "captions without a speed"),
     # motion.py
-    (MOTION_FILE, "[ink.sum(3) @ y, ink.sum(2) @ x]", "[ink.sum(2) @ x, ink.sum(3) @ y]",
-     "columns first"),
+    (MOTION_FILE, "[weight.sum(3) @ y, weight.sum(2) @ x]",
+     "[weight.sum(2) @ x, weight.sum(3) @ y]", "columns first"),
     (MOTION_FILE, "centre - (SPRITE - 1) / 2", "centre", "corners are centres"),
     (MOTION_FILE, "spread[:, 1 - axis, None]", "spread[:, axis, None]",
      "motion along counts as motion across"),

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 
 import alphabet
+import lab
 
 
 def test_each_number_stands_in_its_cell(monkeypatch):
@@ -60,15 +61,17 @@ def judge():
     """One that knows a single training image, whose tokens are these."""
     sample = torch.tensor([[[0, 1, 2], [3, 0, 1]]])
     features = lambda x: x.flatten(1)[:, :3].double()  # noqa: E731
-    images = SimpleNamespace(
-        train_images=torch.zeros(1, 28, 28, dtype=torch.uint8),
-        test_images=torch.randint(256, (50, 28, 28), dtype=torch.uint8),
-    )
-    lesson = SimpleNamespace(
-        images=images,
-        classify=lambda pictures: [int(p[0, 0]) for p in pictures],
-        classifier=SimpleNamespace(features=features),
-    )
+
+    class OneImage(lab.Lesson):
+        images = SimpleNamespace(
+            train_images=torch.zeros(1, 28, 28, dtype=torch.uint8),
+            test_images=torch.randint(256, (50, 28, 28), dtype=torch.uint8),
+        )
+
+        def classify(self, pictures):
+            return [int(p[0, 0]) for p in pictures]
+
+    lesson = OneImage(None, None, SimpleNamespace(features=features), None, None)
     painter = SimpleNamespace(
         vq=SimpleNamespace(config=SimpleNamespace(codes=5)),
         tokens=lambda x: sample.expand(len(x), -1, -1),

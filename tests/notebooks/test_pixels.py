@@ -9,16 +9,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 
+import lab
 import pixels
 
 
 def test_scores_are_what_is_read_as_asked_and_how_far_it_is():
     real = torch.randint(256, (40, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
-    lesson = SimpleNamespace(
-        images=SimpleNamespace(test_images=real),
-        classifier=SimpleNamespace(features=lambda x: x.flatten(1)[:, ::97]),
-        classify=lambda x: [i % 4 for i in range(len(x))],
-    )
+
+    class Real(lab.Lesson):
+        images = SimpleNamespace(test_images=real)
+
+        def classify(self, images):
+            return [i % 4 for i in range(len(images))]
+
+    classifier = SimpleNamespace(features=lambda x: x.flatten(1)[:, ::97])
+    lesson = Real(None, None, classifier, None, None)
     asked = [i % 4 if i < 30 else 9 for i in range(40)]
     found = pixels.scores(lesson, {"same": real.numpy(), "dark": (real // 4).numpy()}, asked)
     assert found["same"] == pytest.approx((0.75, 0.0), abs=1e-3)
