@@ -172,8 +172,9 @@ def loss_slowly(logits, tokens, seen):
     return torch.stack(losses)
 
 
-places, l = torch.rand(5, 49), torch.randn(5, 7, 7, K)  # noqa: E741
-seen = package.hide(tokens[:5], package.cosine_share(torch.rand(5)), places)
+u, places = torch.rand(5, generator=(g := rng("hidden"))), torch.rand(5, 49, generator=g)
+seen = package.hide(tokens[:5], package.cosine_share(u), places)
+l = torch.randn(5, 7, 7, K, generator=g)  # noqa: E741
 print("hidden, of 49:", (seen == -1).flatten(1).sum(1).tolist())
 ours, theirs = loss_slowly(l, tokens[:5], seen), package.masked_loss(l, tokens[:5], seen)
 torch.testing.assert_close(ours, theirs)
