@@ -23,6 +23,8 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from PIL import Image
 
+from nanosd3.storage.files import remove, replacing
+
 HERE = Path(__file__).parent.resolve()
 PICTURE_LIMIT = 100_000  # bytes of a picture
 CELL_TIMEOUT = 3600  # seconds
@@ -45,11 +47,13 @@ def make_lesson(folder: Path, threads: int | None) -> bool:
             return False
         run = next(Path(cache).glob("*/model"))
         (run / "text.safetensors").unlink()  # clip and t5 again, as they are put to work
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for path in sorted(run.iterdir()):
-            if path.suffix in (".json", ".safetensors"):
-                shutil.copy(path, folder)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            for path in sorted(run.iterdir()):
+                if path.suffix in (".json", ".safetensors"):
+                    shutil.copyfile(path, temporary / path.name)
+            if folder.exists():
+                remove(folder)
     return True
 
 
