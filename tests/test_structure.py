@@ -103,9 +103,12 @@ def test_init_imports_nothing(path):
     assert names == ({"os", "sys"} if path.parent == PACKAGE else set())  # for OpenMP's setting
 
 
-def test_importing_prints_nothing_and_leaves_matplotlib_alone():
+SLOW = ("matplotlib", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor")
+
+
+def test_importing_prints_nothing_and_leaves_what_takes_long_for_later():
     names = ", ".join(f"nanosd3.{name.replace('/', '.')}" for name in ORDERED)
-    code = f"import sys, {names}; assert 'matplotlib' not in sys.modules"
+    code = f"import sys, {names}; assert not sys.modules.keys() & {set(SLOW)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -13,6 +13,9 @@ This module also decides how a network is computed, from outside the network: pr
 and their averages stay float32), activation checkpointing, torch.compile.
 
 Tensor and pipeline parallelism are left out: an 8B model does not need them.
+
+What only FSDP2 needs is imported where it is used: that takes a second, which every command would
+wait for.
 """
 
 import inspect
@@ -20,20 +23,20 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nanosd3.errors import InputError
 from nanosd3.machine.accelerate import checkpoint_blocks, compile_blocks
 from nanosd3.machine.device import torchrun_number
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 MODES = ("ddp", "fsdp")
 TIMEOUT = timedelta(hours=12)  # the others wait this long while the main process trains alone
@@ -188,6 +191,10 @@ class ParallelModel(nn.Module):
         The main process broadcasts its weights; on the others the network may be on the meta
         device, where only shapes exist.
         """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         full = self.module.state_dict() if self.group.is_main else {}
         self.module.to("meta")
         mesh = init_device_mesh(self.group.device.type, (self.group.size,))
@@ -208,7 +215,7 @@ class ParallelModel(nn.Module):
         t is never rounded to bfloat16, whose 8 significant bits would turn the fast cosines of the
         timestep embedding into noise.
         """
-        if isinstance(self.module, FSDPModule):
+        if is_fsdp(self.module):
             z, context, pooled = (x.to(self.dtype) for x in (z, context, pooled))
             velocity = self.network(z, t, context, pooled, skip).float()
             if not torch.is_grad_enabled():  # no backward pass will free the weights
@@ -223,19 +230,38 @@ class ParallelModel(nn.Module):
 
         Enable it for the last microbatch of a step only; the others just accumulate gradients.
         """
-        if isinstance(self.module, FSDPModule):
+        if is_fsdp(self.module):
             self.module.set_requires_gradient_sync(enabled)
         elif isinstance(self.network, DistributedDataParallel) and not enabled:
             return self.network.no_sync()
         return nullcontext()
 
 
+def is_fsdp(module: nn.Module) -> "TypeGuard[FSDPModule]":
+    """Whether FSDP2 has sharded its weights."""
+    return hasattr(module, "reshard")
+
+
+def is_sharded(x: Tensor) -> "TypeGuard[DTensor]":
+    """Whether it is a DTensor, of which this process holds some rows."""
+    return hasattr(x, "full_tensor")
+
+
 def local_shard(x: Tensor) -> Tensor:
     """This process's rows of a sharded tensor, sharing its memory; any other tensor unchanged."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_sharded(x) else x
 
 
 def gather_full(x: Tensor) -> Tensor:
     """The full tensor of a sharded one, which all processes must call for together; any other
     tensor unchanged."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def shard_like(full: Tensor, x: Tensor) -> Tensor:
+    """A full tensor that all processes have, sharded as `x` is; unchanged if `x` is not."""
+    if not is_sharded(x):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, x.device_mesh, x.placements, src_data_rank=None)

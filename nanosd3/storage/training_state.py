@@ -19,16 +19,15 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TypedDict, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 
 from nanosd3.errors import InputError
 from nanosd3.machine.distributed import SINGLE_PROCESS, ProcessGroup
@@ -86,11 +85,8 @@ def save_state(
         write_files(temporary(path), numbers, tensors, group)
         if group.is_main:
             rename(temporary(path), path)
-    except (CheckpointException, OSError) as error:
-        reason = cause(error)
-        if not isinstance(reason, OSError):
-            raise reason from None
-        raise InputError(f"{path}: cannot be written ({reason.strerror or reason})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         if group.is_main:
             shutil.rmtree(temporary(path), ignore_errors=True)
@@ -103,9 +99,9 @@ def write_files(
     path: Path, numbers: Numbers, tensors: dict[str, Tensor], group: ProcessGroup
 ) -> None:
     """Write the shards and the index of a state, flushed to disk."""
-    writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with warnings.catch_warnings(action="ignore"):  # PyTorch warns that there is one process only
+    with checkpoint_library() as dcp:
+        writer = dcp.HuggingFaceStorageWriter(str(path), save_distributed=True)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         dcp.save(contiguous, storage_writer=writer, no_dist=group.size == 1)
     sums = shard_sums(path, group)
     if group.is_main:
@@ -124,11 +120,21 @@ def partial_states(folder: Path) -> list[Path]:
     return list(folder.glob(temporary(folder / "state-*").name))
 
 
-def cause(error: BaseException) -> BaseException:
-    """The underlying error of a torch.distributed.checkpoint call, from whichever process."""
-    if isinstance(error, CheckpointException):
-        return next(iter(error.failures.values()))[0]
-    return error
+@contextmanager
+def checkpoint_library() -> Iterator[ModuleType]:
+    """torch.distributed.checkpoint, without its warning that there is one process only. Its errors
+    are raised as what caused them, in whichever process.
+
+    It is imported here because that takes a second, and few commands save or load a state.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield dcp
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -190,15 +196,14 @@ def newest(folder: Path, stage: str, group: ProcessGroup) -> tuple[Path, Index] 
 
 def read_shards(path: Path, tensors: dict[str, Tensor], group: ProcessGroup) -> None:
     """Fill tensors in place, whichever processes wrote their rows."""
-    reader = HuggingFaceStorageReader(str(path))
     try:
-        reader.read_metadata()  # otherwise dcp.load would log a traceback of any error
-        with warnings.catch_warnings(action="ignore"):
+        with checkpoint_library() as dcp:
+            reader = dcp.HuggingFaceStorageReader(str(path))
+            reader.read_metadata()  # otherwise dcp.load would log a traceback of any error
             dcp.load(tensors, storage_reader=reader, no_dist=group.size == 1)
-    except (Exception, CheckpointException) as error:
-        reason = cause(error)
-        if isinstance(reason, MemoryError) or not isinstance(reason, Exception):
-            raise reason from None
+    except MemoryError:
+        raise
+    except Exception:
         # The checksums match, so the files are as written, but not by save_state.
         raise InputError(f"{path}: not a state written by nanosd3; {ADVICE}") from None
 

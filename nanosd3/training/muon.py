@@ -20,9 +20,8 @@ by one, and multiplies in bfloat16, which most CPUs emulate.
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanosd3.machine.distributed import gather_full
+from nanosd3.machine.distributed import gather_full, shard_like
 
 MOMENTUM = 0.95
 STEP = 0.2  # root mean square of a step, relative to the rate
@@ -73,7 +72,5 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_copy_(matrices, list(orthogonalised(torch.stack(matrices)).unbind()))
         for p, update, group in updates:
             longer = max(update.shape[0] // group["parts"], update.shape[1])
-            if isinstance(p, DTensor):
-                update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update, alpha=-group["lr"] * STEP * longer**0.5)
+            p.add_(shard_like(update, p), alpha=-group["lr"] * STEP * longer**0.5)
