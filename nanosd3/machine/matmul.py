@@ -83,7 +83,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def multiplication_speed(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product: this machine's practical peak."""
-    n = 8192 if device.type == "cuda" else 2048
+    n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = min(seconds(lambda: linear(a, b), device) for _ in range(10))
     return 2 * n**3 / best

@@ -146,7 +146,7 @@ CHEATS = [
     import sys
     for module in list(sys.modules.values()):
         for name in ("record", "outcome", "judge", "assess", "grade"):
-            if hasattr(module, name):
+            if name in vars(module):
                 setattr(module, name, lambda *a, **k: {"status": "right", "points": 30})
     """,
     """

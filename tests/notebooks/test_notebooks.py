@@ -209,13 +209,15 @@ def client(tmp_path_factory):
 
 EMPTY = """%reset -f
 %config InlineBackend.print_figure_kwargs = {"bbox_inches": None, "dpi": 20}
-import figures, matplotlib.pyplot, torch
+import figures, functools, lab, matplotlib.pyplot, torch
 from nanosd3.training import train_flow
+if not hasattr(lab.load_images, "cache_info"):
+    lab.load_images = functools.cache(lab.load_images)  # unpacked once for all notebooks
 matplotlib.pyplot.close("all")
 matplotlib.rcParams["figure.constrained_layout.use"] = False  # the pictures are not looked at
 train_flow.VALIDATIONS = 2
 torch.set_grad_enabled(True)
-del figures, matplotlib, torch, train_flow"""
+del figures, functools, lab, matplotlib, torch, train_flow"""
 
 
 def test_runs(notebook, source, client):

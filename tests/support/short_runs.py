@@ -1,10 +1,10 @@
 """Tiny trainings made shorter: what is measured and drawn beside them takes most of their time."""
 
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
 from nanosd3.data import mnist
 
@@ -19,14 +19,19 @@ def observe_less(patch: pytest.MonkeyPatch) -> None:
 
 
 def read_once(patch: pytest.MonkeyPatch) -> None:
-    """Unpack the package's images once for all tests, which takes half a second."""
-    original, package = mnist.read_idx, mnist.MNIST_FOLDER
-    kept = cache(original)
+    """Unpack the package's images once for all tests, which takes a second."""
+    original = mnist.load_images
 
-    def read(path: Path, dims: int) -> Tensor:
-        return kept(path, dims) if path.parent == package else original(path, dims)
+    @cache
+    def packaged(folder: Path) -> mnist.ImageSet:
+        return original()
 
-    patch.setattr(mnist, "read_idx", read)
+    def load(folder: str | Path | None = None) -> mnist.ImageSet:
+        return packaged(mnist.MNIST_FOLDER) if folder is None else original(folder)
+
+    for module in list(sys.modules.values()):
+        if vars(module).get("load_images") is original:
+            patch.setattr(module, "load_images", load)
 
 
 def observe_nothing(patch: pytest.MonkeyPatch) -> None:
