@@ -118,6 +118,7 @@ def test_arms():
         assert len(model.joint_blocks) == arm.depth == (3 if "deeper" in name else 2)
         sizes[name] = sum(p.numel() for p in model.parameters())
     assert sizes["MMDiT, three sets"] > sizes["MMDiT"]
+    assert networks.BackboneArm("mmdit3").lr == networks.BackboneArm("mmdit").lr
     ours = sizes["MMDiT"]
     shares = [round(sizes[name] / ours, 2) for name in sd3_backbones.AS_LARGE_BACKBONES]
     assert shares == [1.1, 1.0, 0.93]  # as the declaration says
@@ -167,11 +168,12 @@ def test_the_table_is_of_the_results(results):
     assert table["rows"][0][3] == f"{first['losses'][0][1]:.3g}"
 
 
-def test_a_network_is_what_its_arm_says(tiny_run, tmp_path):
+def test_a_network_is_what_its_arm_says(tiny_run, tmp_path, monkeypatch):
     """Its kind, depth, rate and hearing; and the same from the folder as from training."""
     conditions = Conditions((0,), True, Path(tiny_run), tmp_path)
     finished, features = open_encoded(conditions)
-    arm = networks.BackboneArm("uvit", depth=1, lr=3e-3)
+    monkeypatch.setitem(networks.BACKBONE_RATES, "uvit", 3e-3)
+    arm = networks.BackboneArm("uvit", depth=1)
     first, again = (
         networks.trained_backbone(conditions, finished, features, arm, False, 0) for _ in "ab"
     )
