@@ -94,6 +94,12 @@ FAULTS_BACKBONES = [
     ),
     (
         RANKS_OF_ARMS_FILE,
+        "mean < -2 * spread for mean, spread in leads)",
+        "mean < -spread for mean, spread in leads)",
+        "one of three pairs at the spread refutes",
+    ),
+    (
+        RANKS_OF_ARMS_FILE,
         "for name in AS_LARGE_BACKBONES]",
         "for name in BACKBONES_RANKED[1:]]",
         "smaller ones are compared",
