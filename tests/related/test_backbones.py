@@ -294,3 +294,14 @@ def test_queries_differ_from_the_start():
         for name, parameter in model.named_parameters():
             if name.endswith(("qkv.bias", "cross_attn.q.bias", "cross_attn.kv.bias")):
                 assert 0.3 < parameter.std() < 0.7, (kind, name)
+
+
+@torch.no_grad()
+def test_which_tokens_are_t5s():
+    """Those after CLIP's, and no others."""
+    block, (x, y, c) = shaken(ThreeSetBlock(CONFIG, last=False)), tokens()
+    image, text = block(x, y, c)
+    block.t5_block.mlp.fc2.bias += 1
+    same, changed = block(x, y, c)
+    assert same.equal(image) and changed[:, :CLIP].equal(text[:, :CLIP])
+    assert (changed - text)[:, CLIP:].abs().amax((0, 2)).min() > 1e-3
