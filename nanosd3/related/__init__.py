@@ -10,6 +10,7 @@ Modules, each of which imports only from those above it:
     command             the command line that all have in common
     sample_command      --sample, for what generate cannot open
     dit                 DiT: a transformer for diffusion, and four ways to tell it time and class
+    backbones           DiT on text, CrossDiT, UViT and MMDiT with three sets of weights
     ddpm                diffusion in a thousand steps: noise, losses, samplers
     published_dit       DiT's checkpoints, and diffusers' folders of them
     dit_lessons         teaching a DiT the noise or the velocity, and sampling with it
