@@ -112,13 +112,16 @@ def trained_variant(
     with run.alone():
         if "flow" not in run.stages:
             print(f"{variant.name}, seed {seed}", flush=True)
-        train_variant(job, features, model, recipe)
+        train_variant(job, features, model, recipe, looking=not variant.data)
     return TrainedVariant(model, job, features)
 
 
-def train_variant(job: Job, features: Features, model: nn.Module, recipe: Recipe) -> None:
-    """Train in place, logging validation losses, or load."""
-    looks = [max(1, round(share * recipe.steps)) for share in CHECKPOINTS]
+def train_variant(
+    job: Job, features: Features, model: nn.Module, recipe: Recipe, looking: bool = True
+) -> None:
+    """Train in place, logging validation losses if `looking`, or load. (Losses on other data, or
+    for other captions, do not compare.)"""
+    looks = [max(1, round(share * recipe.steps)) for share in CHECKPOINTS] if looking else []
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
         return flow_step(job, features, model, step_rng), {}
