@@ -26,7 +26,7 @@ from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import draw_prompts, to_digits
 from nanosd3.training.figures import SERIES, new_figure, save_plot
 
-CAPTION_STEPS = 300
+CAPTION_STEPS = 600
 CAPTION_KINDS = ("original", "rich")
 CAPTION_ARMS = ("original", "half of each", "rich")
 CAPTION_SCORES = ("word: digit", "rich: digit", "rich: attributes", "ratio")
@@ -76,7 +76,7 @@ def captions_study(conditions: Conditions) -> dict:
         scores[arm] = {key: [] for key in CAPTION_SCORES}
         source = told(finished.source, arm)
         material = Features(features.folder.parent, source, features.encoders)
-        variant = Variant(data=f"captions-{arm.replace(' ', '-')}", steps=CAPTION_STEPS)
+        variant = Variant(1, data=f"captions-{arm.replace(' ', '-')}", steps=CAPTION_STEPS)
         for seed in conditions.seeds:
             network = trained_variant(conditions, finished, material, variant, seed)
             seconds += network.seconds
@@ -123,7 +123,7 @@ def plot_captions(results: dict, path: Path) -> None:
 
 
 CAPTIONS_MEASURED = (
-    f"The main job's transformer, {CAPTION_STEPS} steps of 64, on captions that name the class "
+    f"A transformer of one block, {CAPTION_STEPS} steps of 64, on captions that name the class "
     '("seven", "a handwritten 7"), on captions that say how it is written too ("a bold seven '
     'leaning right"), or on half of each; images, noise and times are the same. 500 samples of '
     "prompts of each kind (Heun, 8 steps, guidance 1.6): right digits of class-word prompts, right "
