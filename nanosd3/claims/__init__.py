@@ -30,6 +30,10 @@ Modules, each of which imports only from those above it:
     sd3_without_t5      x-sd3-t5: leaving out the largest encoder
     sd3_backbone_networks   backbones, trained shortly with and without the pooled text
     sd3_backbones       x-sd3-backbones, -equal, -third: what MMDiT was chosen over
+    sd3_captions        x-sd3-captions, -rich: captions as they came, and better ones
+    repeated_digits     digits of which some are repeated, nearly the same
+    copy_detection      near-copies found by features
+    sd3_duplicates      x-sd3-duplicates, -found: what is in the data many times
     sd3_shift           x-sd3-shift: times for larger images
     sd3_guidance        x-sd3-guidance: following the prompt against diversity
     consistency_students   students of several seeds, and their samples

@@ -18,7 +18,9 @@ from nanosd3.claims.muse_edits import FREE_EDITING, REPAINTING
 from nanosd3.claims.muse_masks import MASKS
 from nanosd3.claims.muse_speed import FASTER_THAN_CAUSAL, FASTER_THAN_FLOW, FEW_ENOUGH
 from nanosd3.claims.sd3_backbones import AS_LARGE_AS_MMDIT, BACKBONE_RANKING, THIRD_WEIGHTS
+from nanosd3.claims.sd3_captions import CAPTIONS, NOT_RICH_ALONE
 from nanosd3.claims.sd3_card import CARD
+from nanosd3.claims.sd3_duplicates import DUPLICATES, FOUND
 from nanosd3.claims.sd3_formulations import (
     BEST,
     BEST_OF_PIXELS,
@@ -42,6 +44,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(BACKBONE_RANKING, AS_LARGE_AS_MMDIT, THIRD_WEIGHTS),
         *(STRAIGHTEST, FEWEST, TWO_WAY, CUT, SMOOTH, PREDICTS, FEWER_STEPS),
         *(LOGITS, STABILITY, WITHOUT_T5, WITH_DROPOUT, TIMES_SHIFT, GUIDANCE_TRADE, CARD),
+        *(CAPTIONS, NOT_RICH_ALONE, DUPLICATES, FOUND),
         *(DIT_BLOCKS, GATES, DIT_COMPUTE, LOSS_SWAP),  # DiT
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),

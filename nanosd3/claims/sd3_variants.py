@@ -37,12 +37,15 @@ class Variant:
     image_reads_text: bool = True
     text_reads_image: bool = True
     dropped: bool = True  # encoders, each at random, in training
+    data: str = ""  # what it is trained on, if not the main job's images and captions
+    steps: int = VARIANT_STEPS
 
     @property
     def name(self) -> str:
         cuts = {"-image-blind": not self.image_reads_text, "-text-blind": not self.text_reads_image}
         parts = [f"depth-{self.depth}", *(cut for cut, is_so in cuts.items() if is_so)]
-        return "".join([*parts, "" if self.dropped else "-all-heard"])
+        parts += ["" if self.dropped else "-all-heard", f"-{self.data}" if self.data else ""]
+        return "".join(parts)
 
     def make(self, config: MMDiTConfig) -> MMDiT:
         return OneWayMMDiT(config, self.image_reads_text, self.text_reads_image)
@@ -83,9 +86,9 @@ def trained_variant(
     variant: Variant,
     seed: int,
 ) -> TrainedVariant:
-    """The network of a variant and a seed, trained now or before."""
+    """The network of a variant and a seed, trained now or before on the images of `features`."""
     training = training_of(finished.config)
-    recipe = replace(training.flow, steps=VARIANT_STEPS, batch=64, lr=8e-3, warmup=50)
+    recipe = replace(training.flow, steps=variant.steps, batch=64, lr=8e-3, warmup=50)
     if conditions.fast:
         recipe = replace(recipe, steps=5, batch=8, warmup=1)
     training = replace(
@@ -101,20 +104,24 @@ def trained_variant(
         "variant": variant.name,
         "finished": finished.fingerprint,
         "seed": seed,
+        **({"data": features.source.fingerprint} if variant.data else {}),
     }
     run = Run.open(conditions.networks / f"{variant.name}-{seed}", identity)
-    job = Job(run, config, finished.source, finished.device, seed)
+    job = Job(run, config, features.source, finished.device, seed)
     model = build(job, "flow", lambda: variant.make(mmdit))
     with run.alone():
         if "flow" not in run.stages:
             print(f"{variant.name}, seed {seed}", flush=True)
-        train_variant(job, features, model, recipe)
+        train_variant(job, features, model, recipe, looking=not variant.data)
     return TrainedVariant(model, job, features)
 
 
-def train_variant(job: Job, features: Features, model: nn.Module, recipe: Recipe) -> None:
-    """Train in place, logging validation losses, or load."""
-    looks = [max(1, round(share * recipe.steps)) for share in CHECKPOINTS]
+def train_variant(
+    job: Job, features: Features, model: nn.Module, recipe: Recipe, looking: bool = True
+) -> None:
+    """Train in place, logging validation losses if `looking`, or load. (Losses on other data, or
+    for other captions, do not compare.)"""
+    looks = [max(1, round(share * recipe.steps)) for share in CHECKPOINTS] if looking else []
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
         return flow_step(job, features, model, step_rng), {}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from mutation.faults_backbones import FAULTS_BACKBONES
 from mutation.faults_claims_sd3 import FAULTS_CLAIMS_SD3
+from mutation.faults_claims_sd3_data import FAULTS_CLAIMS_SD3_DATA
 from mutation.faults_network import ACCELERATE, CHANNELS_LAST, EMBEDDINGS, LAYERS, MATMUL, MMDIT
 from mutation.faults_related_consistency import FAULTS_CONSISTENCY
 from mutation.faults_related_dit import FAULTS_DIT
@@ -224,6 +225,7 @@ PATCHIFY = [
 RELATED = (
     *(FAULTS_DIT, FAULTS_FM, FAULTS_CONSISTENCY, FAULTS_HDIT, FAULTS_MUSE, FAULTS_VIDEO),
     *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_BACKBONES),
+    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_CLAIMS_SD3_DATA),
 )
 FAULTS = [
     Fault(file, *entry)
