@@ -44,7 +44,7 @@ def judged_samples(
 def dpo_study(conditions: Conditions) -> dict:
     """By arm and seed: the share as asked, the win rate against the model before, the ratio."""
     finished, features = open_encoded(conditions, images=False)
-    count, prompts = (20, 40) if conditions.fast else (500, PAIRS_DRAWN)
+    count, prompts = (20, 40) if conditions.fast else (1000, PAIRS_DRAWN)
     keys = ("right", "wins", "losses", "rate", "ratio")
     found: dict[str, dict[str, list[float]]] = {arm: {k: [] for k in keys} for arm in ALL_ARMS}
     pairs_found, seconds = [], 0.0
@@ -130,7 +130,7 @@ TUNED = (
     f"{TUNING.steps} steps of {TUNING.batch} pairs. The pairs are its own samples without "
     f"guidance, two for each of {PAIRS_DRAWN:,} prompts, of which just one is as asked: read as "
     "the digit, with the stroke and the slant that the prompt names. Beside it, the same tuned on "
-    "the winners alone, by the usual loss. 500 samples of fresh prompts without guidance, from the "
+    "the winners alone, by the usual loss. 1,000 samples of fresh prompts without guidance, from the "
     "same noise as those of the model before. "
 )
 

@@ -29,7 +29,7 @@ from nanosd3.training.stages import Job, build, finish_or_load, fit_average, tra
 RANK, BETA = 8, 200.0
 PAIRS_DRAWN = 1000  # prompts, with two samples each; of most of them both or none are as asked
 UNGUIDED_STEPS = 5  # of Heun
-TUNING = Recipe(steps=100, batch=32, lr=1e-3, warmup=20, weight_decay=0.0, decay="constant")
+TUNING = Recipe(steps=80, batch=32, lr=1e-3, warmup=20, weight_decay=0.0, decay="constant")
 TUNED_ON = ("preferences", "winners alone")
 
 
