@@ -130,8 +130,8 @@ TUNED = (
     f"{TUNING.steps} steps of {TUNING.batch} pairs. The pairs are its own samples without "
     f"guidance, two for each of {PAIRS_DRAWN:,} prompts, of which just one is as asked: read as "
     "the digit, with the stroke and the slant that the prompt names. Beside it, the same tuned on "
-    "the winners alone, by the usual loss. 1,000 samples of fresh prompts without guidance, from the "
-    "same noise as those of the model before. "
+    "the winners alone, by the usual loss. 1,000 samples of fresh prompts without guidance, from "
+    "the same noise as those of the model before. "
 )
 
 DPO_WINS = Experiment(
