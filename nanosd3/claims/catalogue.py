@@ -18,6 +18,7 @@ from nanosd3.claims.muse_edits import FREE_EDITING, REPAINTING
 from nanosd3.claims.muse_masks import MASKS
 from nanosd3.claims.muse_speed import FASTER_THAN_CAUSAL, FASTER_THAN_FLOW, FEW_ENOUGH
 from nanosd3.claims.sd3_card import CARD
+from nanosd3.claims.sd3_channels import CHANNELS_BY_SIZE, RECONSTRUCTION
 from nanosd3.claims.sd3_dpo import DPO_DISTANCE, DPO_WINS
 from nanosd3.claims.sd3_formulations import (
     BEST,
@@ -41,7 +42,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(MIDDLE, BEST, FEW_OR_MANY, BEST_OF_PIXELS, FEW_OR_MANY_OF_PIXELS),  # Stable Diffusion 3
         *(STRAIGHTEST, FEWEST, TWO_WAY, CUT, SMOOTH, PREDICTS, FEWER_STEPS),
         *(LOGITS, STABILITY, WITHOUT_T5, WITH_DROPOUT, TIMES_SHIFT, GUIDANCE_TRADE, CARD),
-        *(DPO_WINS, DPO_DISTANCE),
+        *(RECONSTRUCTION, CHANNELS_BY_SIZE, DPO_WINS, DPO_DISTANCE),
         *(DIT_BLOCKS, GATES, DIT_COMPUTE, LOSS_SWAP),  # DiT
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),
