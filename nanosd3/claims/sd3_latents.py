@@ -34,7 +34,7 @@ IMAGES_USED = 5000  # of the training images
 NARROW = VAEConfig(1, (8, 16, 16), 1, latent_channels=4, norm_groups=4, shift=0.0, scale=1.0)
 AUTOENCODER = Recipe(steps=200, batch=16, lr=8e-3, warmup=20, weight_decay=0.0)
 KL_WEIGHT = 1e-3  # with the main job's 1e-2 much of many channels would be noise
-FLOW = Recipe(steps=200, batch=48, lr=8e-3, warmup=30, weight_decay=0.0)
+FLOW = Recipe(200, batch=48, lr=1e-2, warmup=20, weight_decay=0.0, optimizer="muon")
 
 
 @dataclass(frozen=True)
