@@ -66,7 +66,7 @@ def merge_low_rank(model: MMDiT) -> MMDiT:
     """Add what was trained to the weights, in place: a model of the usual shape, frozen."""
     for layer in linear_layers(model):
         parametrize.remove_parametrizations(layer, "weight")
-    return model.requires_grad_(False)
+    return model
 
 
 Text = tuple[Tensor, Tensor]  # context (B, M, Dc), pooled (B, Dp)

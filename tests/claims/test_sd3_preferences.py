@@ -15,7 +15,13 @@ from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
 from nanosd3.claims.material import open_encoded
 from nanosd3.claims.sd3_dpo import ALL_ARMS, add_scores, deciding, rise
-from nanosd3.claims.sd3_preferences import Judged, Pairs, attributes_shown, preferred_pairs
+from nanosd3.claims.sd3_preferences import (
+    Judged,
+    Pairs,
+    attributes_shown,
+    preferred_pairs,
+    sampled_and_judged,
+)
 from nanosd3.cli import run_main
 from nanosd3.training.evaluation import Draw, draw_prompts
 from nanosd3.training.loop import StepRNG
@@ -123,12 +129,17 @@ def test_judged(material):
     draw = draw_prompts(source, 100, 4)
     digits = source.images.train_images[draw.chosen]
     pipeline = Drawn(digits)
-    found = sd3_preferences.sampled_and_judged(finished, pipeline, draw, 7)
+    found = sampled_and_judged(finished, pipeline, draw, 7)
     assert pipeline.calls == [
         {"seed": 7, "steps": 5, "guidance": 1.0, "sampler": "heun", "output": "latent"}
     ]
     read = finished.scorer.read(finished.scorer.features(digits))
     assert found.right.equal(read == draw.labels) and 0 < found.right.sum() < 100
+    bold = sampled_and_judged(
+        finished, pipeline, replace(draw, prompts=["a bold 1"] * 100), 7
+    ).right
+    assert bold.equal(found.right & (source.described.weight[draw.chosen] == 2)) and bold.any()
+    assert not bold.equal(found.right)
     accuracy, distance = finished.scorer.score(digits, draw)
     assert found.right.float().mean().item() == pytest.approx(accuracy)
     assert frechet_distance(found.features, finished.scorer.test) == pytest.approx(distance)

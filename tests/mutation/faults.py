@@ -9,6 +9,7 @@ to see them.
 
 from typing import NamedTuple
 
+from mutation.faults_channels import FAULTS_CHANNELS
 from mutation.faults_claims_sd3 import FAULTS_CLAIMS_SD3
 from mutation.faults_dpo import FAULTS_DPO
 from mutation.faults_network import ACCELERATE, CHANNELS_LAST, EMBEDDINGS, LAYERS, MATMUL, MMDIT
@@ -223,7 +224,7 @@ PATCHIFY = [
 
 RELATED = (
     *(FAULTS_DIT, FAULTS_FM, FAULTS_CONSISTENCY, FAULTS_HDIT, FAULTS_MUSE, FAULTS_VIDEO),
-    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_DPO),
+    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_DPO, FAULTS_CHANNELS),
 )
 FAULTS = [
     Fault(file, *entry)

@@ -8,7 +8,6 @@ FAULTS_DPO = [
     (DPO, "return weight + self.up @ self.down", "return self.up @ self.down", "W is gone"),
     (DPO, "model.joint_blocks.modules()", "model.modules()", "embedders and head as well"),
     (DPO, "    model.requires_grad_(False)\n    for", "    for", "all weights are trained"),
-    (DPO, "return model.requires_grad_(False)", "return model", "merged weights go on training"),
     (DPO, "both = torch.cat([winner, loser]), torch.cat([noise, noise])",
      "both = torch.cat([winner, loser]), torch.cat([noise, noise.flip(0)])",
      "a pair with two noises"),
