@@ -140,8 +140,7 @@ def plot_channels(results: dict, path: Path) -> None:
             for j, values in enumerate(zip(*(one[key] for one in by_channels), strict=True)):
                 label = "" if j else f"depth {depth}"
                 points = [unit * value for value in values]
-                look = {"color": SERIES[i], "markersize": 5, "linewidth": 0.8, "label": label}
-                axis.plot(CHANNELS, points, style, **look)
+                axis.plot(CHANNELS, points, style, color=SERIES[i], linewidth=0.8, label=label)
         label_counts(axis, CHANNELS)
         axis.margins(0.15)
         axis.set(title=title, xlabel="channels (a line a seed)")

@@ -60,11 +60,11 @@ def dpo_study(conditions: Conditions) -> dict:
             judge = partial(judged_samples, finished, pipeline, seed, count)
             add_scores(found[what], network.once("judged", judge), first)
         pairs_found.append(network.job.run.stages["flow"]["pairs"])
-    rows = [
-        [name if name == BEFORE else f"tuned on {name}", one["right"],
-         *(["", ""] if name == BEFORE else [one["rate"], deciding(one)]), one["ratio"]]
-        for name, one in found.items()
-    ]  # fmt: skip
+    rows: list[list[object]] = []
+    for name, one in found.items():
+        compared: list[object] = ["", ""] if name == BEFORE else [one["rate"], deciding(one)]
+        called = name if name == BEFORE else f"tuned on {name}"
+        rows.append([called, one["right"], *compared, one["ratio"]])
     columns = ["", "as asked", "win rate", "prompts that decide", "Frechet ratio"]
     return {"arms": found, "pairs": pairs_found, "training_seconds": seconds,
             "table": table_of(columns, rows)}  # fmt: skip
@@ -117,10 +117,10 @@ def plot_dpo(results: dict, path: Path) -> None:
     for axis, (key, title, names) in zip(axes, shown, strict=True):
         for values in zip(*(arms[name][key] for name in names), strict=True):  # of a seed
             axis.plot(range(len(names)), values, "-o", color=INK, markersize=4, linewidth=0.8)
-        labels = [name if name == BEFORE else f"tuned on\n{name}" for name in names]
+        labels = ["nothing" if name == BEFORE else name.replace(" ", "\n") for name in names]
         axis.set_xticks(range(len(names)), labels)
         axis.margins(0.25)
-        axis.set(title=title)
+        axis.set(title=title, xlabel="tuned on")
     axes[1].axhline(0.5, color=GREY, linestyle=":")
     save_plot(figure, path)
 
@@ -144,10 +144,15 @@ DPO_WINS = Experiment(
     "share where it is that of the tuned model.",
     rule="Supported if the win rate is above one half, in the mean over seeds, by more than its "
     "spread over seeds. Refuted if it is below one half by more than that.",
-    minutes=5,
+    minutes=3,
     run=dpo_study,
     decide=decide_wins,
     plot=plot_dpo,
+    remark="Some 40 of 1,000 prompts decide. Tuning on the winners alone, which are the model's own "
+    "samples, wins nearly as often (88%), and as many are as asked in the end. What losers add is "
+    "care: fewer prompts are lost (2 in the mean, against 6), and samples keep their distance from "
+    "real ones, which winners alone raise. Who judges the win rate also made the preferences, so "
+    "this shows that DPO finds what it is paid for, not that it is good taste.",
 )
 
 DPO_DISTANCE = Experiment(
@@ -159,8 +164,11 @@ DPO_DISTANCE = Experiment(
     "to it.",
     rule="Supported if the rise, in the mean over seeds, and its spread together are at most a "
     "tenth. Refuted if the rise less its spread is more than a tenth.",
-    minutes=5,
+    minutes=3,
     run=dpo_study,
     decide=decide_distance,
     plot=plot_dpo,
+    remark="The mean rise is 1%, but seeds range from -11% to 13%, so it is the spread that does "
+    "not allow a verdict. Tuning on the winners alone raises the distance in every seed, by 12% to "
+    "28%.",
 )
