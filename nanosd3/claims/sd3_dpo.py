@@ -148,11 +148,11 @@ DPO_WINS = Experiment(
     run=dpo_study,
     decide=decide_wins,
     plot=plot_dpo,
-    remark="Some 40 of 1,000 prompts decide. Tuning on the winners alone, which are the model's own "
-    "samples, wins nearly as often (88%), and as many are as asked in the end. What losers add is "
-    "care: fewer prompts are lost (2 in the mean, against 6), and samples keep their distance from "
-    "real ones, which winners alone raise. Who judges the win rate also made the preferences, so "
-    "this shows that DPO finds what it is paid for, not that it is good taste.",
+    remark="Some 40 of 1,000 prompts decide. Tuning on the winners alone, which are the model's "
+    "own samples, wins nearly as often (88%), and as many are as asked in the end. What losers add "
+    "is care: fewer prompts are lost (2 in the mean, against 6), and samples keep their distance "
+    "from real ones, which winners alone raise. Who judges the win rate also made the preferences, "
+    "so this shows that DPO finds what it is rewarded for, and no more.",
 )
 
 DPO_DISTANCE = Experiment(
