@@ -16,7 +16,7 @@ from nanosd3.flow import flow_loss, interpolate, logit_normal, stratified
 from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
 from nanosd3.random_streams import rng
-from nanosd3.related.dpo import Text, add_low_rank, dpo_loss, merge_low_rank, pair_errors
+from nanosd3.related.dpo import PromptText, add_low_rank, dpo_loss, merge_low_rank, pair_errors
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.storage.run import Run
 from nanosd3.text import rows_of
@@ -73,7 +73,7 @@ class Pairs:
 
     winners: Tensor
     losers: Tensor
-    text: Text  # (n, M, Dc), (n, Dp)
+    text: PromptText  # (n, M, Dc), (n, Dp)
 
 
 @torch.no_grad()

@@ -69,11 +69,11 @@ def merge_low_rank(model: MMDiT) -> MMDiT:
     return model
 
 
-Text = tuple[Tensor, Tensor]  # context (B, M, Dc), pooled (B, Dp)
+PromptText = tuple[Tensor, Tensor]  # context (B, M, Dc), pooled (B, Dp)
 
 
 def pair_errors(
-    network: Network, winner: Tensor, loser: Tensor, noise: Tensor, t: Tensor, text: Text
+    network: Network, winner: Tensor, loser: Tensor, noise: Tensor, t: Tensor, text: PromptText
 ) -> tuple[Tensor, Tensor]:
     """Errors (B,) of the velocities of winners and of losers (B, C, h, w), which share a prompt,
     a time t (B,) and noise (B, C, h, w)."""
