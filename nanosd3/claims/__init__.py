@@ -36,6 +36,10 @@ Modules, each of which imports only from those above it:
     sd3_duplicates      x-sd3-duplicates, -found: what is in the data many times
     sd3_shift           x-sd3-shift: times for larger images
     sd3_guidance        x-sd3-guidance: following the prompt against diversity
+    sd3_preferences     pairs of which one is as asked, and transformers tuned on them
+    sd3_dpo             x-sd3-dpo, -distance: tuning on preferences
+    sd3_latents         autoencoders of several channels, and transformers in their latents
+    sd3_channels        x-sd3-channels, -size: how many channels latents should have
     consistency_students   students of several seeds, and their samples
     consistency_steps   x-cm-0, x-cm-1: distillation, and whether more steps help
     hdit_costs          x-hd-1: what a pass costs as images grow

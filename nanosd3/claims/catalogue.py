@@ -21,6 +21,8 @@ from nanosd3.claims.sd3_backbones import AS_LARGE_AS_MMDIT, BACKBONE_RANKING, TH
 from nanosd3.claims.sd3_captions import CAPTIONS, NOT_RICH_ALONE
 from nanosd3.claims.sd3_card import CARD
 from nanosd3.claims.sd3_duplicates import DUPLICATES, FOUND
+from nanosd3.claims.sd3_channels import CHANNELS_BY_SIZE, RECONSTRUCTION
+from nanosd3.claims.sd3_dpo import DPO_DISTANCE, DPO_WINS
 from nanosd3.claims.sd3_formulations import (
     BEST,
     BEST_OF_PIXELS,
@@ -45,6 +47,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(STRAIGHTEST, FEWEST, TWO_WAY, CUT, SMOOTH, PREDICTS, FEWER_STEPS),
         *(LOGITS, STABILITY, WITHOUT_T5, WITH_DROPOUT, TIMES_SHIFT, GUIDANCE_TRADE, CARD),
         *(CAPTIONS, NOT_RICH_ALONE, DUPLICATES, FOUND),
+        *(RECONSTRUCTION, CHANNELS_BY_SIZE, DPO_WINS, DPO_DISTANCE),
         *(DIT_BLOCKS, GATES, DIT_COMPUTE, LOSS_SWAP),  # DiT
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),

@@ -8,9 +8,9 @@ from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.training.cached_features import Features, encoded
 
 
-def open_encoded(conditions: Conditions) -> tuple[FinishedRun, Features]:
-    """The finished run, and its latents and text, kept in the folder of the records. Raises
-    InputError if it is none."""
+def open_encoded(conditions: Conditions, images: bool = True) -> tuple[FinishedRun, Features]:
+    """The finished run, and its latents and text (or text alone), kept in the folder of the
+    records. Raises InputError if it is none."""
     finished = open_finished_run(conditions.run, None, torch.device("cpu"))
     folder, encoders = conditions.out / "cache", finished.encoders(finished.config)
-    return finished, encoded(folder, finished.source, encoders, [], SINGLE_PROCESS)
+    return finished, encoded(folder, finished.source, encoders, [], SINGLE_PROCESS, images)

@@ -45,5 +45,6 @@ Modules, each of which imports only from those above it:
     super_resolution    Muse's cascade: fine tokens from coarse ones
     cascade_lessons     teaching it, and a larger decoder
     train_cascade       train them on a finished Muse, or draw with them
+    dpo                 Diffusion-DPO for rectified flow, with weights of low rank
     __main__            python -m nanosd3.related
 """

@@ -88,6 +88,12 @@ class Scorer:
 
         return in_chunks(of_chunk, digits)
 
+    @torch.no_grad()
+    def read(self, features: Tensor) -> Tensor:
+        """The label (B,) of each digit, by its features (B, F)."""
+        head: Callable[[Tensor], Tensor] = self.classifier.head
+        return in_chunks(head, features.to(self.device)).argmax(1).cpu()
+
     def distance(self, digits: Tensor) -> float:
         """The Frechet distance of digits to the test images."""
         return frechet_distance(self.features(digits), self.test)
@@ -100,9 +106,7 @@ class Scorer:
     def score(self, digits: Tensor, draw: Draw) -> tuple[float, float]:
         """Accuracy and distance of a sample of each prompt of a draw, uint8 (B, 28, 28)."""
         features = self.features(digits)
-        head: Callable[[Tensor], Tensor] = self.classifier.head
-        predicted = in_chunks(head, features.to(self.device)).argmax(1).cpu()
-        accuracy = (predicted == draw.labels).float().mean().item()
+        accuracy = (self.read(features) == draw.labels).float().mean().item()
         return accuracy, frechet_distance(features, self.test)
 
 

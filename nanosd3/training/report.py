@@ -130,15 +130,20 @@ def attribute_accuracy(
     share of matches among prompts with such a word, and the mean value for each word. Both are None
     if there is no such prompt.
     """
-    expected = torch.tensor(
+    expected = thirds_asked(prompts, words)
+    means = {word: mean_or_none(values[expected == third]) for word, third in words.items()}
+    matches = (measured == expected)[expected >= 0]
+    return {"accuracy": mean_or_none(matches.float()), "mean_by_word": means}
+
+
+def thirds_asked(prompts: list[str], words: dict[str, int]) -> Tensor:
+    """The third of the values (B,) that each prompt asks for by one of the words; -1 if none."""
+    return torch.tensor(
         [
             next((third for word, third in words.items() if f" {word} " in f" {prompt} "), -1)
             for prompt in prompts
         ]
     )
-    means = {word: mean_or_none(values[expected == third]) for word, third in words.items()}
-    matches = (measured == expected)[expected >= 0]
-    return {"accuracy": mean_or_none(matches.float()), "mean_by_word": means}
 
 
 def mean_or_none(values: Tensor) -> float | None:

@@ -12,6 +12,9 @@ from typing import NamedTuple
 from mutation.faults_backbones import FAULTS_BACKBONES
 from mutation.faults_claims_sd3 import FAULTS_CLAIMS_SD3
 from mutation.faults_claims_sd3_data import FAULTS_CLAIMS_SD3_DATA
+from mutation.faults_channels import FAULTS_CHANNELS
+from mutation.faults_claims_sd3 import FAULTS_CLAIMS_SD3
+from mutation.faults_dpo import FAULTS_DPO
 from mutation.faults_network import ACCELERATE, CHANNELS_LAST, EMBEDDINGS, LAYERS, MATMUL, MMDIT
 from mutation.faults_related_consistency import FAULTS_CONSISTENCY
 from mutation.faults_related_dit import FAULTS_DIT
@@ -226,6 +229,7 @@ RELATED = (
     *(FAULTS_DIT, FAULTS_FM, FAULTS_CONSISTENCY, FAULTS_HDIT, FAULTS_MUSE, FAULTS_VIDEO),
     *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_BACKBONES),
     *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_CLAIMS_SD3_DATA),
+    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_DPO, FAULTS_CHANNELS),
 )
 FAULTS = [
     Fault(file, *entry)
