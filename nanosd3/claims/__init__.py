@@ -32,8 +32,12 @@ Modules, each of which imports only from those above it:
     sd3_guidance        x-sd3-guidance: following the prompt against diversity
     consistency_students   students of several seeds, and their samples
     consistency_steps   x-cm-0, x-cm-1: distillation, and whether more steps help
-    hdit_costs          x-hd-1: what a pass costs as images grow
     hdit_detail         x-hd-3: what latents lose of an image
+    consistency_pixels  consistency models of pixels, told nothing
+    edit_tasks          what is asked of an edit, and how it is judged
+    consistency_edits   x-cm-4: repainting, enlarging and cleaning without training for it
+    hdit_costs          x-hd-1: what a pass costs as images grow
+    decoder_price       x-cdec-2: what a generative decoder costs
     video_clips         x-sora-1, x-sora-4: other sizes and lengths, coherence
     muse_networks       Muses of several seeds, shared by several experiments
     muse_masks          x-muse-1: how much to hide in training

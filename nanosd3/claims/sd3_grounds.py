@@ -100,9 +100,13 @@ class HalvedPixels(Latents):
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
         return self.pixels.mean(), self.pixels.std()
 
-    def x0_and_noise(self, index: Tensor, step_rng: StepRNG) -> tuple[Tensor, Tensor]:
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Halved digits as a network sees them."""
         mean, std = self.mean_and_std
-        x0 = (self.pixels[index] - mean) / std
+        return (pixels - mean) / std
+
+    def x0_and_noise(self, index: Tensor, step_rng: StepRNG) -> tuple[Tensor, Tensor]:
+        x0 = self.normalised(self.pixels[index])
         return x0, step_rng.noise(x0.shape[1:])
 
     def to_digits(self, samples: Tensor) -> Tensor:
