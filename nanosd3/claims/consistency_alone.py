@@ -28,7 +28,7 @@ ORIGINAL, ALL_CHANGES = "original", "all five"
 TRAINING_WAYS = (
     {ORIGINAL: TrainingWay()} | CHANGES | {ALL_CHANGES: TrainingWay(True, True, True, True, True)}
 )
-SHORT_WAY, WAY_RATE = 300, 4e-3  # steps, learning rate
+SHORT_WAY, WAY_RATE = 300, 8e-3  # steps, learning rate
 # The network alone: longer, and as this project trains (related/train_consistency.py).
 ALONE, ALONE_STEPS = TrainingWay(huber=True, itself=True, doubled=True), 600
 FLOW_STEPS = 800  # as long: its step has one pass forward, not two

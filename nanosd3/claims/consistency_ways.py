@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanosd3.claims.dit_networks import Classroom
 from nanosd3.config_types import Recipe
@@ -63,7 +63,7 @@ class TrainedWay:
 
 
 def way_loss(
-    job: Job, classroom: Classroom, network: DiT, average: DiT, way: TrainingWay
+    job: Job, classroom: Classroom, network: DiT, average: nn.Module, way: TrainingWay
 ) -> StepLoss:
     """Losses of pairs that are the same image with the same noise, at two levels."""
     recipe, (first, last) = job.training.flow, WAY_LEVELS
