@@ -140,7 +140,6 @@ def plot_scores(results: dict, path: Path) -> None:
         axis.set_yticks(range(len(names)), names if axis is axes[0] else [""] * len(names))
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set(title=title)
-    axes[0].set_xscale("log")
     save_plot(figure, path)
 
 

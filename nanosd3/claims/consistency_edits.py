@@ -12,7 +12,7 @@ from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of,
 from nanosd3.claims.sd3_grounds import HalvedPixels, open_grounds
 from nanosd3.random_streams import rng
 from nanosd3.related.editing import denoise
-from nanosd3.training.figures import label_counts, new_figure, save_plot
+from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
 
 EDITED = 500  # test digits
 EDIT_STEPS = (1, 2, 5, 10)
@@ -112,7 +112,7 @@ def plot_edits(results: dict, path: Path) -> None:
     for axis in axes:
         label_counts(axis, EDIT_STEPS)
         axis.set_xlabel("steps")
-    axes[0].set_yscale("log")
+    plain_logarithm(axes[0])
     axes[0].set(title="Frechet distance / that of the digits")
     axes[1].set(title="Read as the digit that it was (%)")
     axes[1].legend()

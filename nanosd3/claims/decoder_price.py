@@ -23,7 +23,7 @@ from nanosd3.related.consistency_decoder import (
     decode_in_steps,
 )
 from nanosd3.related.train_consistency_decoder import WIDTHS
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.figures import INK, SERIES, new_figure, save_plot
 from nanosd3.vae import AutoencoderKL
 
 PRICED_SIDE = 32  # pixels
@@ -116,17 +116,22 @@ def decide_price(results: dict) -> Verdict:
 
 
 def plot_price(results: dict, path: Path) -> None:
-    figure, (axis,) = new_figure(6.5, 1)
-    for i, one in enumerate(results["decoders"].values()):
-        counted = [one["millions"][str(n)] / one["millions"]["0"] for n in DECODING_STEPS]
-        timed = [sum(each) / len(each) for each in one["times"].values()]
-        words = "a little" if i == 0 else "strong"
-        axis.plot(DECODING_STEPS, counted, ("-o", "-s")[i], label=f"{words}: multiply-adds")
-        axis.plot(DECODING_STEPS, timed, (":^", ":D")[i], label=f"{words}: time")
-    axis.set_xticks(DECODING_STEPS)
-    axis.set(xlabel="steps", title="Cost of decoding, the autoencoder's decoder = 1")
-    axis.set_ylim(bottom=0)
-    axis.legend(title="compression")
+    figure, (axis,) = new_figure(7, 1)
+    rows = [(name, n) for name in results["decoders"] for n in DECODING_STEPS]
+    labels = [
+        f"{AUTOENCODERS[name].factor}x smaller latents\n{n} step{'s' * (n > 1)}" for name, n in rows
+    ]
+    for i, (name, n) in enumerate(rows):
+        one = results["decoders"][name]
+        counted, timed = one["millions"][str(n)] / one["millions"]["0"], one["times"][str(n)]
+        words = ("multiply-adds", "time, of each seed") if i == 0 else (None, None)
+        axis.plot([counted], [i], "o", color=INK, label=words[0])
+        axis.plot(timed, [i] * len(timed), "s", color=SERIES[1], label=words[1])
+    axis.set_yticks(range(len(rows)), labels)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlim(left=0)
+    axis.set_title("Cost of a consistency decoder, the autoencoder's own = 1")
+    axis.legend()
     save_plot(figure, path)
 
 

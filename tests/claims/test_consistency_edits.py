@@ -125,6 +125,8 @@ def test_a_model_is_trained_once(ground, monkeypatch):
     second, z = pixel_model(ground, 3), torch.randn(2, 1, 12, 12)
     answers = [model.velocity(z, torch.tensor(0.5)) for model in (first, second)]
     assert answers[0].equal(answers[1]) and answers[0].abs().sum() > 0
+    told = torch.zeros(2, 1, 1, 1)
+    assert answers[0].equal(first.network(z, torch.tensor(0.5), told))
     assert first.seconds == second.seconds and not answers[0].requires_grad
 
 
