@@ -9,7 +9,7 @@ from torch import Tensor
 from nanosd3.claims.consistency_pixels import PixelModel, pixel_model
 from nanosd3.claims.edit_tasks import Edited, tasks, towards
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
-from nanosd3.claims.sd3_grounds import HalvedPixels, open_grounds
+from nanosd3.claims.sd3_grounds import HalvedPixels, open_pixels
 from nanosd3.random_streams import rng
 from nanosd3.related.editing import denoise
 from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
@@ -26,8 +26,7 @@ EDIT_STYLES = {"repainted": "-o", "enlarged": "--s"}
 @torch.no_grad()
 def edit_study(conditions: Conditions) -> dict:
     """Scores of edits by task, by model or number of steps, and seed."""
-    _, ground = open_grounds(conditions)
-    assert isinstance(ground, HalvedPixels)
+    ground = open_pixels(conditions)
     images = ground.finished.source.images.test_images
     mean = ground.normalised(ground.pixels.mean(0, keepdim=True))
     found: dict[str, dict[str, list[list[float]]]] = {"cleaning": {NOISY: [], CLEANED: []}}

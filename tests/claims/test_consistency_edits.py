@@ -20,7 +20,7 @@ from nanosd3.claims.consistency_edits import (
 from nanosd3.claims.consistency_pixels import pixel_model
 from nanosd3.claims.edit_tasks import Edited, tasks, towards
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.sd3_grounds import HalvedPixels, open_grounds
+from nanosd3.claims.sd3_grounds import HalvedPixels, open_pixels
 from nanosd3.cli import run_main
 
 Y = torch.randn(3, 1, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -34,9 +34,7 @@ def out(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ground(tiny_run, out) -> HalvedPixels:
-    _, pixels = open_grounds(Conditions((0,), True, tiny_run, out))
-    assert isinstance(pixels, HalvedPixels)
-    return pixels
+    return open_pixels(Conditions((0,), True, tiny_run, out))
 
 
 # --- tasks ----------------------------------------------------------------------------------------
