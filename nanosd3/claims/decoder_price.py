@@ -27,7 +27,7 @@ from nanosd3.training.figures import INK, SERIES, new_figure, save_plot
 from nanosd3.vae import AutoencoderKL
 
 PRICED_SIDE = 32  # pixels
-PRICED_AT_ONCE, PAIRS_TIMED = 50, 7  # images; the middle pair's ratio counts
+PRICED_AT_ONCE, PAIRS_TIMED = 20, 5  # images; the middle pair's ratio counts
 DECODING_STEPS = (1, 2)
 AUTOENCODERS: dict[str, VAEConfig] = {
     "the main job's": CONFIGS["mnist"].vae,
