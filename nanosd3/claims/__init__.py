@@ -41,6 +41,7 @@ Modules, each of which imports only from those above it:
     hdit_costs          x-hd-1: what a pass costs as images grow
     decoder_networks    two decoders for the latents of one autoencoder
     decoder_quality     x-cdec-1: what they make of latents that say little
+    decoder_drop_in     x-cdec-3: on latents that a generator has made
     decoder_price       x-cdec-2: what a generative decoder costs
     video_clips         x-sora-1, x-sora-4: other sizes and lengths, coherence
     muse_networks       Muses of several seeds, shared by several experiments

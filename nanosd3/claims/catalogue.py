@@ -3,6 +3,7 @@
 from nanosd3.claims.consistency_alone import ALONE_AT_ALL, EACH_CHANGE, IMPROVED
 from nanosd3.claims.consistency_edits import MORE_EDIT_STEPS, ZERO_SHOT
 from nanosd3.claims.consistency_steps import CONSISTENT, DISTILLATION, MORE_STEPS
+from nanosd3.claims.decoder_drop_in import DROP_IN
 from nanosd3.claims.decoder_price import PRICE
 from nanosd3.claims.decoder_quality import BETTER_DECODING, SECOND_STEP
 from nanosd3.claims.dit_blocks import DIT_BLOCKS, GATES
@@ -49,7 +50,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(LIKELIHOOD, ADAPTIVE, ORDER),
         *(CONSISTENT, DISTILLATION, MORE_STEPS, ALONE_AT_ALL),  # Consistency Models
         *(IMPROVED, EACH_CHANGE, ZERO_SHOT, MORE_EDIT_STEPS),
-        *(BETTER_DECODING, SECOND_STEP, PRICE),  # the Consistency Decoder
+        *(BETTER_DECODING, SECOND_STEP, PRICE, DROP_IN),  # the Consistency Decoder
         *(COSTS, DETAIL),  # HDiT
         *(OTHER_SIZES_KEPT, LENGTHS, COHERENCE),  # spacetime patches
         *(MASKS, FEW_ENOUGH, FASTER_THAN_FLOW, FASTER_THAN_CAUSAL),  # Muse

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
 from nanosd3.config import MNIST_COMPRESSED
-from nanosd3.config_types import Recipe
+from nanosd3.config_types import Recipe, VAEConfig
 from nanosd3.related.consistency_decoder import ConsistencyDecoder
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.train_consistency_decoder import DECODER_EMA, trained_decoder
@@ -37,13 +37,19 @@ class TwoDecoders:
     seconds: tuple[float, float]
 
 
-def decoder_job(conditions: Conditions, finished: FinishedRun, name: str, seed: int) -> Job:
-    """Where something is trained for the latents of the compressing autoencoder."""
+def decoder_job(
+    conditions: Conditions,
+    finished: FinishedRun,
+    name: str,
+    seed: int,
+    vae: VAEConfig = MNIST_COMPRESSED,
+) -> Job:
+    """Where something is trained for the latents of an autoencoder."""
     recipe = FAST_DECODER_SHORT if conditions.fast else DECODER_SHORT
     training = replace(training_of(finished.config), flow=recipe)
     if conditions.fast:
         training = replace(training, autoencoder=recipe)
-    config = replace(finished.config, vae=MNIST_COMPRESSED, training=training)
+    config = replace(finished.config, vae=vae, training=training)
     identity = {
         "config": asdict(config),
         "what": name,

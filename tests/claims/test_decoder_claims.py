@@ -9,6 +9,12 @@ import torch
 
 from nanosd3.claims import __main__ as command
 from nanosd3.claims import decoder_networks, decoder_price
+from nanosd3.claims.decoder_drop_in import (
+    BY_ANOTHER,
+    BY_ITS_OWN,
+    DROP_IN,
+    consistent_pipeline,
+)
 from nanosd3.claims.decoder_networks import LONGER, compressing_autoencoder, two_decoders
 from nanosd3.claims.decoder_price import AUTOENCODERS, PRICE, millions_of, time_ratio
 from nanosd3.claims.decoder_price import ways_to_decode as ways_of
@@ -196,3 +202,43 @@ def test_decoders_run(tiny_run, out):
     assert len(set(scores[OWN]["psnr"])) == 1 and len(set(scores[TWO_STEPS]["psnr"])) == 2
     assert scores[ONE_STEP] != scores[TWO_STEPS]
     assert all(len(row) == len(found[0]["table"]["columns"]) for row in found[0]["table"]["rows"])
+
+
+# --- x-cdec-3 -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "word"),
+    [
+        ([2.4, 2.4], [2.4, 2.3], "supported"),
+        ([2.4, 2.4], [2.5, 2.3], "undecided"),
+        ([2.4, 2.4], [2.5, 2.41], "refuted"),
+        ([2.4], [2.3], "undecided"),
+    ],
+)
+def test_rule_of_the_drop_in(own, other, word):
+    found = {BY_ITS_OWN: [[0.99, r] for r in own], BY_ANOTHER: [[0.981, r] for r in other]}
+    assert DROP_IN.decide({"decoded": found}) == word
+    worse = {name: [[0.97, r] for _, r in each] for name, each in found.items()}
+    unread = DROP_IN.decide({"decoded": found | {BY_ANOTHER: worse[BY_ANOTHER]}})
+    assert unread == ("refuted" if word == "refuted" else "undecided")
+
+
+def test_only_the_decoder_is_another(tiny_run, out, finished):
+    conditions = Conditions((0,), True, tiny_run, out)
+    other, seconds = consistent_pipeline(conditions, finished, 0)
+    again, _ = consistent_pipeline(conditions, finished, 0)
+    own = finished.pipeline
+    assert own.decoder is None and other.mmdit is own.mmdit and other.vae is own.vae
+    latents = own(["a bold seven"], output="latent")
+    assert (other.decode(latents) == again.decode(latents)).all() and seconds >= 0
+    assert (other.decode(latents) != own.decode(latents)).any()
+
+
+def test_drop_in_runs(tiny_run, out):
+    words = ["x-cdec-3", "--run", str(tiny_run), "--out", str(out), "--seeds", "2", "--fast"]
+    assert run_main(lambda: command.main(words)) == 0
+    results = json.loads((out / "fast" / "x-cdec-3.json").read_text())["results"]
+    assert (out / "fast" / "x-cdec-3.png").exists() and results["training_seconds"] > 0
+    own, other = results["decoded"].values()
+    assert len(own) == len(other) == 2 and own != other and own[0] != own[1]

@@ -7,6 +7,7 @@ PIXELS, TASKS, EDITS = (
 PRICE_FILE, TWO_FILE, QUALITY = (
     f"claims/decoder_{name}.py" for name in ("price", "networks", "quality")
 )
+DROPPED_IN = "claims/decoder_drop_in.py"
 SWITCHES, ALONE_FILE = "claims/consistency_ways.py", "claims/consistency_alone.py"
 
 FAULTS_CLAIMS_CONSISTENCY = [
@@ -108,6 +109,23 @@ FAULTS_CLAIMS_CONSISTENCY = [
     (QUALITY, "others = (OWN, TRAINED_ON)", "others = (TRAINED_ON,)", "its own does not count"),
     (QUALITY, "[a >= b for a, b", "[a > b for a, b", "as far is better"),
     (QUALITY, "lead(two, one)", "lead(one, two)", "the other way"),
+    # decoder_drop_in.py
+    (
+        DROPPED_IN,
+        "(BY_ITS_OWN, finished.pipeline), (BY_ANOTHER, other)",
+        "(BY_ITS_OWN, other), (BY_ANOTHER, other)",
+        "the same decoder twice",
+    ),
+    (
+        DROPPED_IN,
+        '"drop-in", seed, vae.config)',
+        '"drop-in", 0, vae.config)',
+        "one decoder for all seeds",
+    ),
+    (DROPPED_IN, "ours[1] <= own[1] and", "ours[1] < own[1] and", "as far is worse"),
+    (DROPPED_IN, "and ours[0] >= own[0] - 0.01 for", "for", "nothing need be read"),
+    (DROPPED_IN, "own[0] - 0.01", "own[0] + 0.01", "better read is asked for"),
+    (DROPPED_IN, "enough and all(farther)", "enough and any(farther)", "refuted by one seed"),
     # consistency_ways.py
     (
         SWITCHES,
