@@ -29,6 +29,7 @@ from nanosd3.claims.decoder_quality import (
 )
 from nanosd3.claims.experiment import Conditions
 from nanosd3.cli import run_main
+from nanosd3.related.consistency_decoder import ConsistencyDecoder
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.training.loop import StepRNG
 
@@ -61,12 +62,23 @@ def test_rule_of_the_price(results, word):
 
 
 def test_what_is_priced():
-    """Two steps are two calls; the layers at full size alone give a lower bound."""
+    """Two steps are two calls; a call's multiply-adds are those of its convolutions and linear
+    layers, counted here by what they give."""
     for config in AUTOENCODERS.values():
         cost = millions_of(config)
         assert cost[2] == 2 * cost[1] > cost[0] > 0
-        first = 9 * (1 + config.latent_channels) * 16 * 32 * 32
-        assert cost[1] > (first + 2 * 9 * 16 * 16 * 32 * 32) / 1e6
+        network, counted = ConsistencyDecoder(1, config.latent_channels, (16, 32, 64)), []
+
+        def count(layer, inputs, output, counted=counted):
+            counted.append(output.numel() * layer.weight[0].numel())
+
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+                layer.register_forward_hook(count)
+        side = 32 // config.factor
+        latents = torch.randn(1, config.latent_channels, side, side)
+        network(torch.randn(1, 1, 32, 32), torch.tensor(0.5), latents)
+        assert cost[1] == pytest.approx(sum(counted) / 1e6, rel=1e-6)
 
 
 def test_all_ways_decode_the_same_latents():
