@@ -103,31 +103,31 @@ def alone_study(conditions: Conditions) -> dict:
     return {"scores": found, "training_seconds": sum(map(sum, times)), "table": table}
 
 
-def ratios_of(results: dict, name: str) -> list[float]:
+def distances_of(results: dict, name: str) -> list[float]:
     return [ratio for _, ratio in results["scores"][name]]
 
 
 def decide_alone(results: dict) -> Verdict:
     ours = results["scores"][TAUGHT_BY_NONE]
-    flow = ratios_of(results, FLOW_ONE)
+    flow = distances_of(results, FLOW_ONE)
     wins = [read >= 0.5 and ratio < other for (read, ratio), other in zip(ours, flow, strict=True)]
     enough = len(wins) > 1
     return verdict(enough and all(wins), enough and not any(wins))
 
 
 def decide_improved(results: dict) -> Verdict:
-    mean, spread = lead(ratios_of(results, ALL_CHANGES), ratios_of(results, ORIGINAL))
+    mean, spread = lead(distances_of(results, ALL_CHANGES), distances_of(results, ORIGINAL))
     return verdict(mean > spread, mean < -spread)
 
 
 def decide_each(results: dict) -> Verdict:
-    original = ratios_of(results, ORIGINAL)
-    gains = [lead(ratios_of(results, name), original) for name in CHANGES]
+    original = distances_of(results, ORIGINAL)
+    gains = [lead(distances_of(results, name), original) for name in CHANGES]
     helps = all(mean > spread for mean, spread in gains)
     return verdict(helps, any(mean < -spread for mean, spread in gains))
 
 
-def plot_scores(results: dict, path: Path) -> None:
+def plot_alone(results: dict, path: Path) -> None:
     figure, axes = new_figure(9, 2)
     names = list(results["scores"])
     panels = ((axes[0], 1, 1, "Frechet distance / real"), (axes[1], 0, 100, "Read as asked (%)"))
@@ -167,7 +167,7 @@ ALONE_AT_ALL = Experiment(
     minutes=6,
     run=alone_study,
     decide=decide_alone,
-    plot=plot_scores,
+    plot=plot_alone,
 )
 
 IMPROVED = Experiment(
@@ -181,7 +181,7 @@ IMPROVED = Experiment(
     minutes=8,
     run=ways_study,
     decide=decide_improved,
-    plot=plot_scores,
+    plot=plot_alone,
 )
 
 EACH_CHANGE = Experiment(
@@ -194,5 +194,5 @@ EACH_CHANGE = Experiment(
     minutes=8,
     run=ways_study,
     decide=decide_each,
-    plot=plot_scores,
+    plot=plot_alone,
 )

@@ -30,7 +30,7 @@ PIXEL_STAGE = "pixels"
 PIXEL_WIDTHS = (16, 32, 64)
 PIXEL_RECIPE = Recipe(steps=400, batch=64, lr=4e-3, warmup=50, weight_decay=0.0)
 FAST_PIXEL_RECIPE = Recipe(steps=4, batch=8, lr=4e-3, warmup=1, weight_decay=0.0)
-PIXEL_LEVELS = (2, 8)  # at first and at last
+LEVELS_OF_PIXELS = (2, 8)  # at first and at last
 PIXEL_AVERAGE = 0.99  # decay of the average of the weights
 
 
@@ -57,7 +57,7 @@ def pixel_loss(job: Job, ground: HalvedPixels, network: ConsistencyDecoder) -> S
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
         generator, step = step_rng.generator(), int(step_rng.name[-1])
-        count = doubling_count(step, recipe.steps, *PIXEL_LEVELS) - 1
+        count = doubling_count(step, recipe.steps, *LEVELS_OF_PIXELS) - 1
         images = step_rng.take(job.source.draw(recipe.batch, generator))
         levels = draw_levels(even_levels(count), recipe.batch, generator)
         t, s = (step_rng.take(x) for x in levels)

@@ -24,7 +24,7 @@ FAULTS_CLAIMS_CONSISTENCY = [
         "consistency_loss(network, z_t, t, z_s, t,",
         "the second point at the first one's time",
     ),
-    (PIXELS, "*PIXEL_LEVELS) - 1", "*PIXEL_LEVELS)", "a level more"),
+    (PIXELS, "*LEVELS_OF_PIXELS) - 1", "*LEVELS_OF_PIXELS)", "a level more"),
     (PIXELS, "z.new_zeros(len(z), 1, 1, 1)", "z[:, :, :1, :1]", "told a pixel"),
     (
         PIXELS,
