@@ -188,8 +188,8 @@ FAULTS_CLAIMS_CONSISTENCY = [
     (ALONE_FILE, "enough and not any(wins)", "enough and not all(wins)", "refuted by one seed"),
     (
         ALONE_FILE,
-        "lead(ratios_of(results, ALL_CHANGES), ratios_of(results, ORIGINAL))",
-        "lead(ratios_of(results, ORIGINAL), ratios_of(results, ALL_CHANGES))",
+        "lead(distances_of(results, ALL_CHANGES), distances_of(results, ORIGINAL))",
+        "lead(distances_of(results, ORIGINAL), distances_of(results, ALL_CHANGES))",
         "the other way",
     ),
     (ALONE_FILE, "helps = all(mean > spread", "helps = any(mean > spread", "one is enough"),
