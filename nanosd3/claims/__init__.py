@@ -42,8 +42,17 @@ Modules, each of which imports only from those above it:
     sd3_channels        x-sd3-channels, -size: how many channels latents should have
     consistency_students   students of several seeds, and their samples
     consistency_steps   x-cm-0, x-cm-1: distillation, and whether more steps help
-    hdit_costs          x-hd-1: what a pass costs as images grow
     hdit_detail         x-hd-3: what latents lose of an image
+    consistency_pixels  consistency models of pixels, told nothing
+    edit_tasks          what is asked of an edit, and how it is judged
+    consistency_edits   x-cm-4: repainting, enlarging and cleaning without training for it
+    consistency_ways    consistency training with some of its improvements
+    consistency_alone   x-cm-2, x-cm-3: without a teacher, and each improvement alone
+    hdit_costs          x-hd-1: what a pass costs as images grow
+    decoder_networks    two decoders for the latents of one autoencoder
+    decoder_quality     x-cdec-1: what they make of latents that say little
+    decoder_drop_in     x-cdec-3: on latents that a generator has made
+    decoder_price       x-cdec-2: what a generative decoder costs
     video_clips         x-sora-1, x-sora-4: other sizes and lengths, coherence
     muse_networks       Muses of several seeds, shared by several experiments
     muse_masks          x-muse-1: how much to hide in training

@@ -1,6 +1,11 @@
 """All experiments by name. A new one is a file beside this one, and a line here."""
 
+from nanosd3.claims.consistency_alone import ALONE_AT_ALL, EACH_CHANGE, IMPROVED
+from nanosd3.claims.consistency_edits import MORE_EDIT_STEPS, ZERO_SHOT
 from nanosd3.claims.consistency_steps import CONSISTENT, DISTILLATION, MORE_STEPS
+from nanosd3.claims.decoder_drop_in import DROP_IN
+from nanosd3.claims.decoder_price import PRICE
+from nanosd3.claims.decoder_quality import BETTER_DECODING, SECOND_STEP
 from nanosd3.claims.dit_blocks import DIT_BLOCKS, GATES
 from nanosd3.claims.dit_compute import DIT_COMPUTE
 from nanosd3.claims.dit_loss_swap import LOSS_SWAP
@@ -51,7 +56,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(DIT_BLOCKS, GATES, DIT_COMPUTE, LOSS_SWAP),  # DiT
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),
-        *(CONSISTENT, DISTILLATION, MORE_STEPS),  # Consistency Models
+        *(CONSISTENT, DISTILLATION, MORE_STEPS, ALONE_AT_ALL),  # Consistency Models
+        *(IMPROVED, EACH_CHANGE, ZERO_SHOT, MORE_EDIT_STEPS),
+        *(BETTER_DECODING, SECOND_STEP, PRICE, DROP_IN),  # the Consistency Decoder
         *(COSTS, DETAIL),  # HDiT
         *(OTHER_SIZES_KEPT, LENGTHS, COHERENCE),  # spacetime patches
         *(MASKS, FEW_ENOUGH, FASTER_THAN_FLOW, FASTER_THAN_CAUSAL),  # Muse

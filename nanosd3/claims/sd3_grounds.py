@@ -16,7 +16,7 @@ from nanosd3.claims.material import open_encoded
 from nanosd3.config_types import MMDiTConfig
 from nanosd3.data.mnist import SIDE
 from nanosd3.random_streams import rng
-from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import Draw, Scorer, draw_prompts, to_digits
 from nanosd3.training.loop import StepRNG
@@ -100,9 +100,13 @@ class HalvedPixels(Latents):
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
         return self.pixels.mean(), self.pixels.std()
 
-    def x0_and_noise(self, index: Tensor, step_rng: StepRNG) -> tuple[Tensor, Tensor]:
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Halved digits as a network sees them."""
         mean, std = self.mean_and_std
-        x0 = (self.pixels[index] - mean) / std
+        return (pixels - mean) / std
+
+    def x0_and_noise(self, index: Tensor, step_rng: StepRNG) -> tuple[Tensor, Tensor]:
+        x0 = self.normalised(self.pixels[index])
         return x0, step_rng.noise(x0.shape[1:])
 
     def to_digits(self, samples: Tensor) -> Tensor:
@@ -114,6 +118,14 @@ def open_grounds(conditions: Conditions) -> list[Latents]:
     """Both data sets. Raises InputError if there is no finished run."""
     finished, features = open_encoded(conditions)
     return [kind(conditions, finished, features) for kind in (Latents, HalvedPixels)]
+
+
+def open_pixels(conditions: Conditions) -> HalvedPixels:
+    """The pixels alone: nothing is encoded. Raises InputError if there is no finished run."""
+    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    encoders = finished.encoders(finished.config)
+    features = Features(conditions.out / "cache", finished.source, encoders)
+    return HalvedPixels(conditions, finished, features)
 
 
 @dataclass(frozen=True)

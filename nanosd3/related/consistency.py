@@ -23,6 +23,7 @@ Papers: arXiv 2303.01469 (Song et al.), 2310.14189 (Song and Dhariwal, the impro
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,13 +61,20 @@ def consistency_loss(
     z_s: Tensor,
     s: Tensor,
     *given: Tensor,
+    target_network: Callable[..., Tensor] | None = None,
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """How far a network's answers at two points (B, ...) of a path are apart, (B,). The one nearer
-    to the data is the target. `given` is what else the network is told, such as the text."""
+    to the data is the target. `given` is what else the network is told, such as the text.
+
+    The original training had another network for the target, a moving average of this one's
+    weights, and squared distances.
+    """
     with torch.no_grad():
-        target = clean_image(network(z_s, s, *given), z_s, s)
+        target = clean_image((target_network or network)(z_s, s, *given), z_s, s)
     answer = clean_image(network(z_t, t, *given), z_t, t)
-    return pseudo_huber(answer, target, huber_constant(z_t[0].numel()))
+    distance = distance or partial(pseudo_huber, c=huber_constant(z_t[0].numel()))
+    return distance(answer, target)
 
 
 # --- how far apart are two answers? ---------------------------------------------------------------
@@ -77,8 +85,12 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
 
     Squares near zero, a distance beyond c: outliers do not rule the batch (2310.14189, eq. 8).
     """
-    squares = (a - b).square().flatten(1).sum(1)
-    return (squares + c * c).sqrt() - c
+    return (squared_distance(a, b) + c * c).sqrt() - c
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|^2 for each image (B,)."""
+    return (a - b).square().flatten(1).sum(1)
 
 
 def huber_constant(size: int) -> float:

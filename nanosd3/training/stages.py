@@ -88,13 +88,15 @@ def fit_average(
     loss_of: StepLoss,
     decay: float,
     watch: Callable[[int, nn.Module], None] | None = None,
+    average: nn.Module | None = None,
 ) -> dict:
     """Train a module by the transformer's recipe, and leave in it the moving average of its
     weights. Returns the loss, and the seconds of a core since the last resume.
 
-    `watch(step, average)` is called after every step.
+    `watch(step, average)` is called after every step. `average` is a copy of the module to keep the
+    average in, if the loss needs it.
     """
-    ema, begin = make_ema(module), time.process_time()
+    ema, begin = average or make_ema(module), time.process_time()
     after = (lambda step: watch(step, ema)) if watch else None
     fit(job.run, stage, module, loss_of, job.training.flow, job.seed, ema, decay, after)
     module.load_state_dict(ema.state_dict())

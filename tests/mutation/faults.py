@@ -10,6 +10,7 @@ to see them.
 from typing import NamedTuple
 
 from mutation.faults_backbones import FAULTS_BACKBONES
+from mutation.faults_claims_consistency import FAULTS_CLAIMS_CONSISTENCY
 from mutation.faults_claims_sd3 import FAULTS_CLAIMS_SD3
 from mutation.faults_claims_sd3_data import FAULTS_CLAIMS_SD3_DATA
 from mutation.faults_channels import FAULTS_CHANNELS
@@ -230,6 +231,7 @@ RELATED = (
     *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_BACKBONES),
     *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_CLAIMS_SD3_DATA),
     *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_DPO, FAULTS_CHANNELS),
+    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_CLAIMS_CONSISTENCY),
 )
 FAULTS = [
     Fault(file, *entry)

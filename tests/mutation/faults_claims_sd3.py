@@ -32,8 +32,8 @@ FAULTS_CLAIMS_SD3 = [
     ),
     (
         GROUNDS_FILE,
-        "(self.pixels[index] - mean) / std",
-        "self.pixels[index] - mean",
+        "(pixels - mean) / std",
+        "pixels - mean",
         "pixels of a smaller deviation",
     ),
     (

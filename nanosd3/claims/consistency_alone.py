@@ -1,0 +1,198 @@
+"""x-cm-2, x-cm-3: consistency training without a teacher, and what made it better."""
+
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from nanosd3.claims.consistency_ways import TOP, TrainingWay, trained_way
+from nanosd3.claims.dit_loss_swap import middle_levels
+from nanosd3.claims.dit_networks import Classroom
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
+from nanosd3.related.dit import DiT
+from nanosd3.related.dit_lessons import Lesson
+from nanosd3.related.yardsticks import drawn
+from nanosd3.samplers import euler
+from nanosd3.training.evaluation import to_digits
+from nanosd3.training.figures import INK, MEANINGS, new_figure, save_plot
+from nanosd3.training.stages import in_chunks
+
+CHANGES = {
+    "pseudo-Huber": TrainingWay(huber=True),
+    "no average as target": TrainingWay(itself=True),
+    "levels doubled": TrainingWay(doubled=True),
+    "lognormal levels": TrainingWay(lognormal=True),
+    "weight 1 / gap": TrainingWay(weighted=True),
+}
+ORIGINAL, ALL_CHANGES = "original", "all five"
+TRAINING_WAYS = (
+    {ORIGINAL: TrainingWay()} | CHANGES | {ALL_CHANGES: TrainingWay(True, True, True, True, True)}
+)
+SHORT_WAY, WAY_RATE = 300, 8e-3  # steps, learning rate
+# The network alone: longer, and as this project trains (related/train_consistency.py).
+ALONE, ALONE_STEPS = TrainingWay(huber=True, itself=True, doubled=True), 600
+FLOW_STEPS = 800  # as long: its step has one pass forward, not two
+FLOW_ONE, FLOW_TWO, TAUGHT_BY_NONE = "flow, 1 step", "flow, 2 steps", "consistency, 1 step"
+
+
+@torch.no_grad()
+def samples_scored(
+    classroom: Classroom, network: DiT, seed: int, times: list[float]
+) -> tuple[float, float]:
+    """Share of samples by Euler's steps at these times that are read as asked, and their Frechet
+    distance over that of real images. One step from a time to 0 is a consistency model's."""
+    finished = classroom.finished
+    count = 20 if classroom.conditions.fast else 1000
+    draw, floor = drawn(finished, count, 100 + seed)
+    size = classroom.latent_size
+    noise = times[0] * finished.pipeline.noise(len(draw.labels), seed, (size, size))
+    rows = torch.arange(len(noise))
+
+    def sampled(row: torch.Tensor) -> torch.Tensor:
+        velocity = partial(network, y=draw.labels[row])
+        return euler(velocity, noise[row], torch.tensor(times))
+
+    latents = in_chunks(sampled, rows)
+    digits = to_digits(torch.from_numpy(finished.pipeline.decode(latents)))
+    accuracy, distance = finished.scorer.score(digits, draw)
+    return accuracy, distance / floor
+
+
+def table_of_scores(found: dict[str, list[tuple[float, float]]]) -> dict:
+    rows = [[name, *map(list, zip(*scores, strict=True))] for name, scores in found.items()]
+    return table_of(["", "read as asked", "Frechet ratio"], rows)
+
+
+@cache
+def ways_study(conditions: Conditions) -> dict:
+    """Scores of one step of each way, by seed."""
+    classroom, seconds = Classroom(conditions), 0.0
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, way in TRAINING_WAYS.items():
+        found[name] = []
+        for seed in conditions.seeds:
+            trained = trained_way(classroom, way, seed, SHORT_WAY, WAY_RATE)
+            seconds += trained.seconds
+            found[name].append(samples_scored(classroom, trained.network, seed, [TOP, 0.0]))
+    return {"scores": found, "training_seconds": seconds, "table": table_of_scores(found)}
+
+
+@cache
+def alone_study(conditions: Conditions) -> dict:
+    """Scores of one step of a consistency model and of one and two of a flow, by seed."""
+    classroom = Classroom(conditions)
+    config = classroom.config(learned_variance=False)
+    lesson = Lesson("flow", middle_levels)
+    found: dict[str, list[tuple[float, float]]] = {
+        name: [] for name in (TAUGHT_BY_NONE, FLOW_ONE, FLOW_TWO)
+    }
+    times: tuple[list[float], list[float]] = ([], [])
+    for seed in conditions.seeds:
+        alone = trained_way(classroom, ALONE, seed, ALONE_STEPS, WAY_RATE)
+        flow = classroom.trained("flow-alone", seed, config, lesson, FLOW_STEPS, WAY_RATE)
+        times[0].append(alone.seconds)
+        times[1].append(flow.seconds)
+        network = alone.network
+        found[TAUGHT_BY_NONE].append(samples_scored(classroom, network, seed, [TOP, 0.0]))
+        for name, ts in ((FLOW_ONE, [1.0, 0.0]), (FLOW_TWO, [1.0, 0.5, 0.0])):
+            found[name].append(samples_scored(classroom, flow.network, seed, ts))
+    table = table_of_scores(found)
+    table["columns"].append("seconds of training")
+    for row, taken in zip(table["rows"], (times[0], times[1], times[1]), strict=True):
+        row += table_of([], [[taken]])["rows"][0]
+    return {"scores": found, "training_seconds": sum(map(sum, times)), "table": table}
+
+
+def distances_of(results: dict, name: str) -> list[float]:
+    return [ratio for _, ratio in results["scores"][name]]
+
+
+def decide_alone(results: dict) -> Verdict:
+    ours = results["scores"][TAUGHT_BY_NONE]
+    flow = distances_of(results, FLOW_ONE)
+    wins = [read >= 0.5 and ratio < other for (read, ratio), other in zip(ours, flow, strict=True)]
+    enough = len(wins) > 1
+    return verdict(enough and all(wins), enough and not any(wins))
+
+
+def decide_improved(results: dict) -> Verdict:
+    mean, spread = lead(distances_of(results, ALL_CHANGES), distances_of(results, ORIGINAL))
+    return verdict(mean > spread, mean < -spread)
+
+
+def decide_each(results: dict) -> Verdict:
+    original = distances_of(results, ORIGINAL)
+    gains = [lead(distances_of(results, name), original) for name in CHANGES]
+    helps = all(mean > spread for mean, spread in gains)
+    return verdict(helps, any(mean < -spread for mean, spread in gains))
+
+
+def plot_alone(results: dict, path: Path) -> None:
+    figure, axes = new_figure(9, 2)
+    names = list(results["scores"])
+    panels = ((axes[0], 1, 1, "Frechet distance / real"), (axes[1], 0, 100, "Read as asked (%)"))
+    for axis, i, unit, title in panels:
+        for row, name in enumerate(names):
+            values = [unit * score[i] for score in results["scores"][name]]
+            ours = name in (ALL_CHANGES, TAUGHT_BY_NONE)
+            colour = MEANINGS["prediction"] if ours else INK
+            axis.plot(values, [row] * len(values), "o", color=colour, markersize=5)
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [""] * len(names))
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.set(title=title)
+    save_plot(figure, path)
+
+
+WAYS_TRAINED = (
+    f"A DiT (width 128, depth 2) told the label, in the main job's latents, {SHORT_WAY} steps of "
+    "64 by consistency training without a teacher, up to 8 levels at even times: squared "
+    "distance, a moving average as target, all levels from the start and drawn evenly, no "
+    "weight; then with each of the five changes of the improved training alone, and with all of "
+    "them. One rate for all. 1,000 samples by one step: Frechet distance over that of real images. "
+)
+
+ALONE_AT_ALL = Experiment(
+    name="x-cm-2",
+    claim="A consistency model can be trained alone, without a teacher: its one step is better "
+    "than one of a flow network trained as long.",
+    source="Consistency Models, arXiv 2303.01469, section 6.2",
+    measured="A DiT (width 128, depth 2) told the label, in the main job's latents: by consistency "
+    f"training ({ALONE_STEPS} steps of 64, 2 to 8 levels, pseudo-Huber, the network itself as "
+    f"target), and as a flow ({FLOW_STEPS} steps, about as many seconds; a tenth of the labels "
+    "dropped). 1,000 samples without guidance by one step, and by two of the flow: share read as "
+    "asked, and Frechet distance over that of real images.",
+    rule="Supported if in every seed at least half of the samples of one step are read as asked "
+    "and their distance is below that of the flow's one step. Refuted if that holds in no seed. "
+    "(One seed decides nothing.)",
+    minutes=6,
+    run=alone_study,
+    decide=decide_alone,
+    plot=plot_alone,
+)
+
+IMPROVED = Experiment(
+    name="x-cm-3",
+    claim="The improved training's five changes together make better samples of one step than the "
+    "original training.",
+    source="Improved Techniques for Training Consistency Models, arXiv 2310.14189, section 3",
+    measured=WAYS_TRAINED,
+    rule="Supported if the distance with all five is below the original's by more than the spread "
+    "over seeds. Refuted if it is above it by more than that.",
+    minutes=8,
+    run=ways_study,
+    decide=decide_improved,
+    plot=plot_alone,
+)
+
+EACH_CHANGE = Experiment(
+    name="x-cm-3-each",
+    claim="Each of the five changes makes them better, made alone.",
+    source="Improved Techniques for Training Consistency Models, arXiv 2310.14189, section 3",
+    measured=WAYS_TRAINED,
+    rule="Supported if the distance with each change alone is below the original's by more than "
+    "the spread over seeds. Refuted if with one of them it is above it by more than that.",
+    minutes=8,
+    run=ways_study,
+    decide=decide_each,
+    plot=plot_alone,
+)

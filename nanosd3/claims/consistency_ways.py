@@ -1,0 +1,119 @@
+"""Consistency training without a teacher, as first published and with each later change alone.
+
+The first recipe (arXiv 2303.01469) asks for the answer that a moving average of the network gives,
+by squared distance. The improved one (2310.14189) changes five things, each of which is a switch
+here. The network is a small DiT that is told the label, in the main job's latents; all that differs
+between two ways are the switches.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from nanosd3.claims.dit_networks import Classroom
+from nanosd3.config_types import Recipe
+from nanosd3.flow import interpolate
+from nanosd3.related.consistency import (
+    SIGMA_MAX,
+    consistency_loss,
+    doubling_count,
+    draw_levels,
+    even_levels,
+    gap_weight,
+    lognormal_weights,
+    squared_distance,
+    target_decay,
+    time_of,
+)
+from nanosd3.related.dit import DiT
+from nanosd3.storage.run import Run
+from nanosd3.training.ema import make_ema
+from nanosd3.training.loop import StepLoss, StepRNG
+from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
+
+WAY_STAGE = "consistency"
+WAY_LEVELS = (2, 8)  # at first, where they double, and at last
+TOP = float(time_of(torch.tensor(SIGMA_MAX)))  # the last level, 0.988: samples start there
+
+
+@dataclass(frozen=True)
+class TrainingWay:
+    """The original training with some of the changes."""
+
+    huber: bool = False  # pseudo-Huber distance; else the square
+    itself: bool = False  # the target is the network itself; else the average of its weights
+    doubled: bool = False  # few levels at first, then twice as many; else all from the start
+    lognormal: bool = False  # pairs drawn by a lognormal of their noise; else all as often
+    weighted: bool = False  # by 1 / the gap of their noise; else all alike
+
+    @property
+    def name(self) -> str:
+        on = [field.name for field in fields(self) if getattr(self, field.name)]
+        return "-".join(on) or "original"
+
+
+@dataclass(frozen=True)
+class TrainedWay:
+    """The average of a network's weights, and the seconds of a core that it took."""
+
+    network: DiT
+    seconds: float
+
+
+def way_loss(
+    job: Job, classroom: Classroom, network: DiT, average: nn.Module, way: TrainingWay
+) -> StepLoss:
+    """Losses of pairs that are the same image with the same noise, at two levels."""
+    recipe, (first, last) = job.training.flow, WAY_LEVELS
+    target = None if way.itself else average
+    distance = None if way.huber else squared_distance
+
+    def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+        generator, step = step_rng.generator(), int(step_rng.name[-1])
+        count = doubling_count(step, recipe.steps, first, last) - 1 if way.doubled else last
+        times = TOP * even_levels(count)
+        images = step_rng.take(job.source.draw(recipe.batch, generator))
+        often = lognormal_weights(times) if way.lognormal else None
+        levels = draw_levels(times, recipe.batch, generator, often)
+        t, s = (step_rng.take(x) for x in levels)
+        x0, noise = classroom.features.latents_and_noise(images, step_rng)
+        z_t, z_s = interpolate(x0, noise, t), interpolate(x0, noise, s)
+        y = classroom.labels[images]
+        options = {"target_network": target, "distance": distance}
+        losses = consistency_loss(network, z_t, t, z_s, s, y, **options)
+        return losses * gap_weight(t, s) if way.weighted else losses, {"levels": count}
+
+    return loss_of
+
+
+def trained_way(
+    classroom: Classroom, way: TrainingWay, seed: int, steps: int, lr: float
+) -> TrainedWay:
+    """The network of a way and a seed, trained now or before."""
+    conditions, finished = classroom.conditions, classroom.finished
+    steps = min(steps, 4) if conditions.fast else steps
+    recipe = Recipe(steps, batch=64, lr=lr, warmup=min(50, steps // 2), weight_decay=0.0)
+    training = replace(training_of(finished.config), flow=recipe)
+    config, dit = replace(finished.config, training=training), classroom.config()
+    dit = replace(dit, learned_variance=False)
+    identity = {
+        "config": asdict(config),
+        "dit": asdict(dit),
+        "way": way.name,
+        "finished": finished.fingerprint,
+        "seed": seed,
+    }
+    run = Run.open(conditions.networks / f"way-{way.name}-{steps}-{seed}", identity)
+    job = Job(run, config, finished.source, finished.device, seed)
+    network = build(job, WAY_STAGE, lambda: DiT(dit))
+    average = make_ema(network)
+    loss_of = way_loss(job, classroom, network, average, way)
+    decay = target_decay(WAY_LEVELS[1])
+    train = partial(fit_average, job, WAY_STAGE, network, loss_of, decay, average=average)
+    with run.alone(), torch.enable_grad():
+        if WAY_STAGE not in run.stages:
+            print(f"{way.name}, seed {seed}", flush=True)
+        finish_or_load(job, WAY_STAGE, network, train)
+    return TrainedWay(network, run.stages[WAY_STAGE]["thread_seconds"])
