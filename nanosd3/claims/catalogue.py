@@ -17,6 +17,7 @@ from nanosd3.claims.muse_decoders import LARGER_DECODERS
 from nanosd3.claims.muse_edits import FREE_EDITING, REPAINTING
 from nanosd3.claims.muse_masks import MASKS
 from nanosd3.claims.muse_speed import FASTER_THAN_CAUSAL, FASTER_THAN_FLOW, FEW_ENOUGH
+from nanosd3.claims.muse_text import TRAINED_ENCODER, UNHEARD_WORDS
 from nanosd3.claims.sd3_card import CARD
 from nanosd3.claims.sd3_formulations import (
     BEST,
@@ -47,6 +48,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(COSTS, DETAIL),  # HDiT
         *(OTHER_SIZES_KEPT, LENGTHS, COHERENCE),  # spacetime patches
         *(MASKS, FEW_ENOUGH, FASTER_THAN_FLOW, FASTER_THAN_CAUSAL),  # Muse
-        *(CASCADE, REPAINTING, FREE_EDITING, LARGER_DECODERS),
+        *(CASCADE, REPAINTING, FREE_EDITING, TRAINED_ENCODER, UNHEARD_WORDS, LARGER_DECODERS),
     )
 }

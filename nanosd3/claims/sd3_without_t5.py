@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.claims.material import open_encoded
@@ -17,7 +18,7 @@ from nanosd3.claims.sd3_variants import TrainedVariant, Variant, trained_variant
 from nanosd3.data.mnist import bins, measure_strokes
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.yardsticks import drawn
-from nanosd3.training.evaluation import to_digits
+from nanosd3.training.evaluation import Draw, to_digits
 from nanosd3.training.figures import SERIES, new_figure, save_plot
 from nanosd3.training.report import SLANT_WORDS, WEIGHT_WORDS, attribute_accuracy
 
@@ -36,14 +37,20 @@ def scores_when_heard(
     images = pipeline(draw.prompts, seed=100 + seed, steps=8, drop=drop)
     digits = to_digits(torch.as_tensor(images))
     accuracy, distance = finished.scorer.score(digits, draw)
+    right = right_attributes(finished, digits, draw)
+    return dict(zip(T5_SCORES, (accuracy, right, distance / floor), strict=True))
+
+
+def right_attributes(finished: FinishedRun, digits: Tensor, draw: Draw) -> float:
+    """The share of samples, digits uint8 (B, 28, 28), that are as thin, bold, leaning or upright
+    as their captions say, a mean over weight and slant."""
     described, matches = finished.source.described, []
     limits = described.weight_limits, described.slant_limits
     words = WEIGHT_WORDS, SLANT_WORDS
     for values, limit, meant in zip(measure_strokes(digits), limits, words, strict=True):
         third = bins(values, draw.labels, limit)
         matches.append(attribute_accuracy(draw.prompts, meant, third, values)["accuracy"])
-    right = sum(match or 0.0 for match in matches) / len(matches)
-    return dict(zip(T5_SCORES, (accuracy, right, distance / floor), strict=True))
+    return sum(match or 0.0 for match in matches) / len(matches)
 
 
 def t5_study(conditions: Conditions) -> dict:
