@@ -22,7 +22,7 @@ from nanosd3.training.evaluation import to_digits
 
 DECODERS = ("as wide", "twice as wide")
 DECODED = 1000  # images
-DECODER_STEPS = 100
+DECODER_STEPS = 80
 
 
 def decoders_of(study: Study, muse: TrainedMuse) -> dict[str, Tokeniser]:

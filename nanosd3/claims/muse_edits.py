@@ -24,7 +24,7 @@ from nanosd3.training.figures import INK, new_figure, save_plot
 TRUE_LABEL = "true label"
 REPAINT_GUIDANCES = (1.0, 2.0, 4.0)  # towards another label
 ROUNDS_MADE = (5, 9, 13, 17, 25, 40)
-EDITED, EDITED_AT_ONCE = 500, 250  # images
+EDITED, EDITED_AT_ONCE = 300, 150  # images
 
 
 @cache

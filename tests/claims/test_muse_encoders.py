@@ -2,18 +2,26 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanosd3.claims import muse_encoders
-from nanosd3.claims.muse_encoders import alike, held_out_loss, one_hot, untrained, with_names
+from nanosd3.claims.muse_encoders import (
+    alike,
+    held_out_loss,
+    one_hot,
+    told_scores,
+    untrained,
+    with_names,
+)
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.related.muse import MASK, Muse
 from nanosd3.related.muse_editing import TokenPainter
 from nanosd3.related.train_muse import muse_config, vq_config
 from nanosd3.related.vq import VQAutoencoder
+from nanosd3.training.evaluation import draw_prompts
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job
 
@@ -115,5 +123,50 @@ def test_held_out_loss(finished, monkeypatch):
     first = tokens[0]
     seen.clear()
     assert held_out_loss(painter, with_names(source, False)) == loss and seen[0][0].equal(first)
-    other = replace(finished, pipeline=finished.pipeline)
-    assert TokenPainter(vq, muse, other.pipeline).encode == finished.pipeline.text.encode
+    assert TokenPainter(vq, muse, finished.pipeline).encode == finished.pipeline.text.encode
+
+
+def test_only_hidden_tokens_count(finished):
+    """A Muse that is sure of code 0, and images whose visible tokens are something else."""
+    config = finished.config
+    vq, muse = VQAutoencoder(vq_config(config, "tiny")), Muse(muse_config(config, "tiny"))
+    painter = TokenPainter(vq, muse.eval(), finished.pipeline)
+
+    def sure(seen, *text):
+        logits = torch.zeros(*seen.shape, muse.config.codes)
+        logits[..., 0] = 9.0
+        return logits
+
+    painter.tokens = lambda x: torch.ones(len(x), 7, 7, dtype=torch.long)
+    painter.muse = sure
+    wrong = held_out_loss(painter, with_names(finished.source, False))
+    painter.tokens = lambda x: torch.zeros(len(x), 7, 7, dtype=torch.long)
+    right = held_out_loss(painter, with_names(finished.source, False))
+    assert wrong == pytest.approx(9.0, abs=0.1) and right == pytest.approx(0.0, abs=0.1)
+
+    def sure_of_hidden(seen, *text):
+        logits = torch.zeros(*seen.shape, muse.config.codes)
+        logits[..., 0] = torch.where(seen == MASK, 9.0, -9.0)
+        return logits
+
+    painter.muse = sure_of_hidden
+    assert held_out_loss(painter, with_names(finished.source, False)) == pytest.approx(right)
+
+
+def test_told_scores(finished, monkeypatch):
+    """Real digits where words are said; where numerals are, those of another class."""
+    source = finished.source
+    draws = [draw_prompts(with_names(source, numerals), 40, 103) for numerals in (False, True)]
+    asked = []
+
+    def images(tokens):
+        draw = next(draw for draw in draws if draw.prompts == tokens)
+        asked.append(draws.index(draw))
+        chosen = draw.chosen.roll(4 * asked[-1])
+        return source.images.train_images[chosen].numpy()
+
+    painter = SimpleNamespace(draw=lambda prompts, seed: prompts, images=images)
+    monkeypatch.setattr(muse_encoders, "held_out_loss", lambda painter, source: 0.5)
+    loss, digit, attributes, unheard = told_scores(finished, painter, 40, 3)
+    assert (loss, attributes) == (0.5, 1.0) and asked == [0, 1]
+    assert digit > 0.5 > 0.3 > unheard
