@@ -61,6 +61,8 @@ Modules, each of which imports only from those above it:
     muse_cascade        x-muse-3: coarse tokens before fine ones
     muse_decoders       x-muse-7: a larger decoder for the same tokens
     muse_edits          x-muse-4, x-muse-5: repainting, and editing without a mask
+    muse_encoders       Muses told their captions by three encoders
+    muse_text           x-muse-6: a text encoder that was trained before
     sd3_card            x-sd3-24gb: the 8B model on one consumer card
     catalogue           all experiments by name
     records             run one, and keep what it said and found

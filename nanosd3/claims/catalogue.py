@@ -24,6 +24,7 @@ from nanosd3.claims.muse_masks import MASKS
 from nanosd3.claims.muse_speed import FASTER_THAN_CAUSAL, FASTER_THAN_FLOW, FEW_ENOUGH
 from nanosd3.claims.sd3_backbones import AS_LARGE_AS_MMDIT, BACKBONE_RANKING, THIRD_WEIGHTS
 from nanosd3.claims.sd3_captions import CAPTIONS, NOT_RICH_ALONE
+from nanosd3.claims.muse_text import TRAINED_ENCODER, UNHEARD_WORDS
 from nanosd3.claims.sd3_card import CARD
 from nanosd3.claims.sd3_duplicates import DUPLICATES, FOUND
 from nanosd3.claims.sd3_channels import CHANNELS_BY_SIZE, RECONSTRUCTION
@@ -62,6 +63,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(COSTS, DETAIL),  # HDiT
         *(OTHER_SIZES_KEPT, LENGTHS, COHERENCE),  # spacetime patches
         *(MASKS, FEW_ENOUGH, FASTER_THAN_FLOW, FASTER_THAN_CAUSAL),  # Muse
-        *(CASCADE, REPAINTING, FREE_EDITING, LARGER_DECODERS),
+        *(CASCADE, REPAINTING, FREE_EDITING, TRAINED_ENCODER, UNHEARD_WORDS, LARGER_DECODERS),
     )
 }

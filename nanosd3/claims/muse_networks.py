@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
+from nanosd3.config_types import Recipe
 from nanosd3.related.autoregressive import CausalMuse
 from nanosd3.related.command import Study, parse, study_in
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
@@ -17,6 +19,7 @@ from nanosd3.related.muse import Conditioning, cosine_share
 from nanosd3.related.muse_editing import TokenPainter
 from nanosd3.related.muse_lessons import train_causal
 from nanosd3.related.train_muse import MUSE_STAGE, MuseSystem, trained_painter
+from nanosd3.training.stages import Job
 
 CAUSAL = "causal"  # stage
 SHORT_STEPS = 600  # of the transformer: three seeds in the time that an experiment may take
@@ -27,7 +30,7 @@ MUSE_TRAINED = (
 
 @dataclass(frozen=True)
 class TrainedMuse:
-    """A Muse, and how long its two stages were trained."""
+    """A Muse, and the seconds of a core that its two stages took."""
 
     finished: FinishedRun
     painter: TokenPainter
@@ -46,6 +49,17 @@ def encoded_captions(run: Path) -> Conditioning:
     """The encodings of its captions."""
     finished = opened(run)
     return finished.pipeline.text.encode(finished.source.texts)
+
+
+def with_recipes(job: Job, **recipes: Any) -> Job:
+    """The job with other recipes for some of its stages."""
+    training = replace(job.training, **recipes)
+    return replace(job, config=replace(job.config, training=training))
+
+
+def in_steps(recipe: Recipe, steps: int, size: str) -> Recipe:
+    """A recipe in so many steps, a tenth of them to warm up; the tiny one is short as it is."""
+    return recipe if size == "tiny" else replace(recipe, steps=steps, warmup=steps // 10)
 
 
 @contextmanager
@@ -78,18 +92,18 @@ def trained_muse(
     with muse_study(conditions, seed, steps) as study:
         painter = trained_painter(study, share_of, stage)
         stages = study.job.run.stages
-    finished = opened(conditions.run)
-    return TrainedMuse(finished, painter, stages["tokens"]["seconds"], stages[stage]["seconds"])
+    seconds = (stages[name]["thread_seconds"] for name in ("tokens", stage))
+    return TrainedMuse(opened(conditions.run), painter, *seconds)
 
 
 def trained_causal(
     conditions: Conditions, seed: int, steps: int, trained: TrainedMuse
 ) -> tuple[CausalMuse, float]:
     """A transformer as large as the Muse that writes the same tokens one after the other, trained
-    in as many steps, and the seconds that took."""
+    in as many steps, and the seconds of a core that took."""
     print(f"{CAUSAL}, seed {seed}", flush=True)
     texts, muse = encoded_captions(conditions.run), trained.painter.muse
     with muse_study(conditions, seed, steps) as study:
         job, vq = study.job, trained.painter.vq
         causal = train_causal(job, study.finished.source, vq, texts, muse.config, CAUSAL)
-        return causal, job.run.stages[CAUSAL]["seconds"]
+        return causal, job.run.stages[CAUSAL]["thread_seconds"]

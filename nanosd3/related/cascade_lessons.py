@@ -1,5 +1,6 @@
 """Teaching a cascade: the transformer of the fine tokens and the larger decoder; drawing."""
 
+import time
 from functools import partial
 
 import torch
@@ -61,8 +62,10 @@ def train_decoder(
         return (decoding.decode(tokens) - x).square().flatten(1).sum(1), {}
 
     def train() -> dict:
+        begin = time.process_time()
         fit(job.run, stage, decoding, loss_of, recipe, job.seed)
-        return {"loss": last_loss(job, stage)}
+        seconds = round(time.process_time() - begin, 1)
+        return {"loss": last_loss(job, stage), "thread_seconds": seconds}
 
     finish_or_load(job, stage, decoding, train)
     return decoding

@@ -77,12 +77,12 @@ class Tokeniser:
     def __init__(self, vq: VQAutoencoder, pipeline: Pipeline):
         self.vq, self.pipeline = vq, pipeline
         self.device = pipeline.parts.device
+        self.encode: Callable[[list[str]], Conditioning] = pipeline.text.encode
 
     def texts(self, prompts: list[str], negative: str) -> tuple[Conditioning, Conditioning]:
         """One prompt an image, and as often the text to guide them away from."""
-        encode = self.pipeline.text.encode
-        context, pooled = (x.expand(len(prompts), *x.shape[1:]) for x in encode([negative]))
-        return encode(prompts), (context, pooled)
+        without = tuple(x.expand(len(prompts), *x.shape[1:]) for x in self.encode([negative]))
+        return self.encode(prompts), without
 
     def fill(
         self,

@@ -1,6 +1,7 @@
 """The experiments on Muse: they run, and their rules come out in all three ways."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.muse_cascade import WAYS_TO_FINE
 from nanosd3.claims.muse_decoders import DECODERS
 from nanosd3.claims.muse_edits import REPAINT_GUIDANCES, ROUNDS_MADE, TRUE_LABEL
+from nanosd3.claims.muse_encoders import TOLD, TOLD_SCORES
 from nanosd3.claims.muse_masks import SHARES_HIDDEN
 from nanosd3.claims.muse_speed import FLOW_COUNTS, MUSE_COUNTS
 from nanosd3.cli import run_main
@@ -30,7 +32,7 @@ def records(tiny_run, tmp_path_factory):
 
 
 def test_all_run_fast(records):
-    assert len(records) == 8
+    assert len(records) == 10
     for record in records.values():
         results = record["results"]
         table = results["table"]
@@ -64,6 +66,15 @@ def test_what_they_measure(records):
     assert all(len(shares) == 1 for shares in edits["read"].values())
     kept = [edits["free"][str(n)][0][1] for n in ROUNDS_MADE]
     assert kept == sorted(kept, reverse=True) and 1 > kept[0] > kept[-1]
+    told = records["x-muse-6"]["results"]
+    assert records["x-muse-6-words"]["results"] == told
+    assert list(told["scores"]) == list(TOLD)
+    for scores in told["scores"].values():
+        assert list(scores) == list(TOLD_SCORES)
+        assert scores["loss"][0] < math.log(64) and all(
+            0 <= scores[k][0] <= 1 for k in scores if k != "loss"
+        )
+    assert len({scores["loss"][0] for scores in told["scores"].values()}) == 3
 
 
 def test_shares():
@@ -205,3 +216,55 @@ def test_free_editing(edits, chance, expected):
     free[str(ROUNDS_MADE[-1])] = [list(pair) for pair in edits]
     results = {"free": free, "chance": chance}
     assert EXPERIMENTS["x-muse-5"].decide(results) == expected
+
+
+def told(loss=1.1, digit=0.1, attributes=0.0, unheard=(0.6, 0.1), seeds=3, wobble=0.001):
+    """With trained encoders a loss of 1, and 0.8 of digits and attributes right; with untrained
+    ones `loss`, and less right by so much. Seeds differ in what is lost."""
+    moves = [wobble * k for k in range(seeds)]
+    trained = {"loss": [1.0] * seeds, "digit": [0.8] * seeds, "attributes": [0.8] * seeds}
+    other = {
+        "loss": [loss + m for m in moves],
+        "digit": [0.8 - digit - m for m in moves],
+        "attributes": [0.8 - attributes - m for m in moves],
+    }
+    both = zip(TOLD, (trained, other), unheard, strict=False)
+    return {"scores": {n: s | {"unheard": [u + m for m in moves]} for n, s, u in both}}
+
+
+@pytest.mark.parametrize(
+    ("results", "expected"),
+    [
+        (told(), "supported"),
+        (told(digit=0.0, attributes=0.1), "supported"),
+        (told(digit=0.01), "undecided"),  # fewer than two points
+        (told(loss=1.008), "undecided"),  # less than 1%
+        (told(wobble=-0.08), "undecided"),  # within the spread
+        (told(loss=1.0, digit=0.0), "refuted"),
+        (told(loss=0.9, digit=-0.2, attributes=-0.1), "refuted"),
+        (told(loss=1.009, digit=0.0), "undecided"),  # not in every seed
+        (told(loss=1.0, digit=0.0, attributes=0.019), "undecided"),
+        (told(seeds=1), "undecided"),
+        (told(loss=1.0, digit=0.0, seeds=1), "undecided"),
+    ],
+)
+def test_trained_encoder(results, expected):
+    assert EXPERIMENTS["x-muse-6"].decide(results) == expected
+
+
+@pytest.mark.parametrize(
+    ("unheard", "expected"),
+    [
+        ((0.6, 0.1), "supported"),
+        ((0.41, 0.2), "supported"),
+        ((0.398, 0.1), "undecided"),  # not in every seed half of the 0.8
+        ((0.6, 0.31), "undecided"),
+        ((0.19, 0.1), "refuted"),
+        ((0.199, 0.1), "undecided"),
+        ((0.6, 0.6), "refuted"),
+        ((0.9, 0.901), "refuted"),
+    ],
+)
+def test_unheard_words(unheard, expected):
+    assert EXPERIMENTS["x-muse-6-words"].decide(told(unheard=unheard)) == expected
+    assert EXPERIMENTS["x-muse-6-words"].decide(told(unheard=unheard, seeds=1)) == "undecided"

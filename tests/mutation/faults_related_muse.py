@@ -9,6 +9,7 @@ MUSE_EDITING_FILE, MUSE_LESSONS_FILE = "related/muse_editing.py", "related/muse_
 TRAIN_MUSE_FILE, USE_MUSE_FILE = "related/train_muse.py", "related/edit_command.py"
 CAUSAL_FILE, SUPER_FILE = "related/autoregressive.py", "related/super_resolution.py"
 CASCADE_LESSONS_FILE, CASCADE_FILE = "related/cascade_lessons.py", "related/train_cascade.py"
+ENCODERS_FILE, TOLD_FILE = "claims/muse_encoders.py", "claims/muse_text.py"
 
 FAULTS_MUSE = [
     # vq.py
@@ -185,4 +186,37 @@ FAULTS_MUSE = [
      "channels, (codes, width) = config.vae.channels", "fine tokens as coarse as the others"),
     (CASCADE_FILE, "CascadePainter(base, network, larger)", "CascadePainter(base, network, vq)",
      "the larger decoder is not used"),
+    # claims/muse_encoders.py, claims/muse_text.py
+    (ENCODERS_FILE, "parts = LazyModules(dict(encoders.items()), job.device)",
+     "parts = text.parts", "trained encoders for untrained"),
+    (ENCODERS_FILE, "context[i, j, place[word]] = 1.0", "context[i, j, j] = 1.0",
+     "a vector for each place, not for each word"),
+    (ENCODERS_FILE, "return context * text.context_dim**0.5, pooled", "return context, pooled",
+     "words eleven times as short as states"),
+    (ENCODERS_FILE, "F.normalize(said, dim=1) * text.pooled_dim**0.5", "said",
+     "longer captions are longer vectors"),
+    (ENCODERS_FILE, "[captions.choices] == numerals", "[captions.choices] != numerals",
+     "numerals for words"),
+    (ENCODERS_FILE, "half = copy(source)", "half = source", "the source itself loses captions"),
+    (ENCODERS_FILE, 'name=(job.seed, "told", step_rng.name[-1])', "name=step_rng.name",
+     "each Muse sees other images"),
+    (ENCODERS_FILE, 'name=(job.seed, "told", step_rng.name[-1])', 'name=(job.seed, "told", 0)',
+     "the same images in all steps"),
+    (ENCODERS_FILE, "torch.arange(source.trained, source.count)",
+     "torch.arange(source.count - source.trained)", "images that were trained on"),
+    (ENCODERS_FILE, "tokens[rows], seen[rows]))", "tokens[rows], seen[rows] * 0 - 1))",
+     "visible tokens count"),
+    (ENCODERS_FILE, "for i in captions[rows]", "for i in captions[: len(rows)]",
+     "the first captions for all"),
+    (ENCODERS_FILE, "for numerals in (False, True))", "for numerals in (False, False))",
+     "numerals are not asked for"),
+    (ENCODERS_FILE, "*shares[0], shares[1][0]]", "*shares[1], shares[0][0]]",
+     "heard for unheard"),
+    (TOLD_FILE, "[b / a for a, b in zip(ours, theirs, strict=True)])",
+     "[a / b for a, b in zip(ours, theirs, strict=True)])", "higher for lower"),
+    (TOLD_FILE, "mean > max(wobble, 0.02)", "mean > max(-wobble, 0.02)", "within the spread"),
+    (TOLD_FILE, "and any(better)", "or any(better)", "either is enough"),
+    (TOLD_FILE, "as_low and as_right)", "as_low)", "shares do not count"),
+    (TOLD_FILE, "u >= h / 2 and r <= u / 2", "u >= h / 2", "as good untrained"),
+    (TOLD_FILE, "all(u < 0.2 or u <= r", "all(u < 0.2 and u <= r", "both are needed"),
 ]  # fmt: skip
