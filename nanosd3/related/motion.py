@@ -15,8 +15,11 @@ from torch import Tensor
 
 from nanosd3.data.mnist import SIDE
 from nanosd3.related.moving_digits import DIGIT_SIDE, SPRITE, bounced
+from nanosd3.related.video import fold_time
+from nanosd3.training.classifier import thumbnails
 from nanosd3.training.evaluation import Scorer
 from nanosd3.training.metrics import frechet_distance
+from nanosd3.training.stages import in_chunks
 
 FAINT = 0.2  # ink below this is not looked at
 SPEEDS_TRIED = torch.arange(-16, 17) / 4  # pixels a frame
@@ -93,6 +96,26 @@ def look_at(scorer: Scorer, videos: Tensor) -> Seen:
     read = scorer.classifier.head(features.to(scorer.device)).argmax(1).cpu()
     velocity, explained = fitted_motion(centre, (ink.shape[2], ink.shape[3]))
     return Seen(features, read.view(ink.shape[:2]), velocity, explained)
+
+
+@torch.no_grad()
+def clip_features(scorer: Scorer, videos: Tensor) -> Tensor:
+    """What clips (B, 1, T, H, W) in [-1, 1] look like and how they change, (B, 2 F): of the
+    classifier's features of whole frames, the mean, and the mean absolute difference from each
+    frame to the next. The Frechet distance of these stands in for the video distance (FVD), whose
+    features see motion as well."""
+    frames = thumbnails(fold_time(videos, 1).clamp(-1, 1))
+    found = in_chunks(scorer.classifier.features, frames.to(scorer.device)).cpu()
+    by_frame = found.unflatten(0, (len(videos), -1))  # (B, T, F)
+    return torch.cat([by_frame.mean(1), by_frame.diff(dim=1).abs().mean(1)], dim=1)
+
+
+def ink_at_border(videos: Tensor) -> Tensor:
+    """Whether the digit reaches the edge of some frame of clips (B, 1, T, H, W), (B,): it is
+    partly out of view, or all but."""
+    ink = videos[:, 0] / 2 + 0.5 > FAINT
+    rows, columns = ink[:, :, [0, -1]].flatten(1), ink[:, :, :, [0, -1]].flatten(1)
+    return rows.any(1) | columns.any(1)
 
 
 def motion_scores(seen: Seen, labels: Tensor, velocity: Tensor, real: Tensor) -> dict:

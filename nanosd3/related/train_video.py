@@ -22,10 +22,7 @@ from nanosd3.config_types import Config, Recipe, Sampling
 from nanosd3.data.mnist import to_uint8
 from nanosd3.errors import InputError
 from nanosd3.machine.accelerate import accelerate
-from nanosd3.official.checkpoint import Checkpoint
 from nanosd3.official.limits import limited_config
-from nanosd3.official.own_runs import open_run_encoders, read_tokenizers
-from nanosd3.pipeline import Pipeline, open_pipeline
 from nanosd3.random_streams import rng
 from nanosd3.related.command import Study, check_guidance, size_of, with_flow_recipe
 from nanosd3.related.finished_run import FinishedRun
@@ -46,16 +43,17 @@ from nanosd3.related.video_lessons import (
     EncodedCaptions,
     encode_captions,
     encoded_clips,
+    encoders_of,
     in_name,
     sample_video,
+    train_encoders,
     train_video,
 )
 from nanosd3.related.yardsticks import evaluations, evaluations_in_words
-from nanosd3.storage.files import load_weights, save_weights, write_file
+from nanosd3.storage.files import load_weights, write_file
 from nanosd3.storage.run import Run
 from nanosd3.training import figures
 from nanosd3.training.stages import training_of
-from nanosd3.training.train_text import train_text_encoders
 from nanosd3.vae import AutoencoderKL
 
 UNSEEN: tuple[ClipSize, ...] = ((8, 32, 48), (12, 32, 32))
@@ -88,14 +86,6 @@ def check_size(size: ClipSize, config: Config) -> None:
             raise InputError(f"--{name} must be a multiple of {step} up to {most}, got {pixels}")
 
 
-def encoders_of(run: Run, config: Config, device: torch.device) -> Pipeline:
-    """The text encoders that the run has trained, and its autoencoder."""
-    tokenizers = read_tokenizers(run.folder / "tokenizers.json", config)
-    parts = open_run_encoders(run, config)
-    checkpoint = Checkpoint(run.folder, config, parts, tokenizers, "a training run", [])
-    return open_pipeline(checkpoint, device, None, staged=False)
-
-
 @dataclass(frozen=True)
 class TrainedVideo:
     """A video model, and what its captions and frames are encoded with."""
@@ -117,9 +107,7 @@ def trained_video(study: Study) -> TrainedVideo:
     """Train all stages on the finished run's digits, or load them."""
     job, finished = study.job, study.finished
     moving = MovingDigits(finished.source, CLIP_SIZES[0])
-    save_weights(finished.pipeline.vae, job.run.folder / "autoencoder.safetensors")
-    train_text_encoders(replace(job, source=moving))
-    pipeline = encoders_of(job.run, job.config, job.device)
+    pipeline = train_encoders(job, finished.pipeline.vae, moving)
     captions = encode_captions(pipeline.text, moving)
     count = CLIPS_ENCODED[size_of(study.args, finished)]
     sizes = dict.fromkeys(CLIP_SIZES) if "video" not in job.run.stages else ()

@@ -9,6 +9,7 @@ to see them.
 
 from typing import NamedTuple
 
+from mutation.faults_claims_pixels import FAULTS_CLAIMS_PIXELS
 from mutation.faults_claims_sd3 import FAULTS_CLAIMS_SD3
 from mutation.faults_network import ACCELERATE, CHANNELS_LAST, EMBEDDINGS, LAYERS, MATMUL, MMDIT
 from mutation.faults_related_consistency import FAULTS_CONSISTENCY
@@ -222,7 +223,7 @@ PATCHIFY = [
 
 RELATED = (
     *(FAULTS_DIT, FAULTS_FM, FAULTS_CONSISTENCY, FAULTS_HDIT, FAULTS_MUSE, FAULTS_VIDEO),
-    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3),
+    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_CLAIMS_PIXELS),
 )
 FAULTS = [
     Fault(file, *entry)

@@ -83,7 +83,7 @@ FAULTS_VIDEO = [
     (VIDEO_LESSONS, "u[:, 1] < TEXTLESS", "u[:, 1] < 0", "no text is dropped"),
     (VIDEO_LESSONS, "moving.captions_of(clips.at(chosen), u[:, 0])",
      "moving.captions_of(clips.at(chosen.flip(0)), u[:, 0])", "captions of other clips"),
-    (VIDEO_LESSONS, "int(step_rng.name[-1]) % len(CLIP_SIZES)", "0", "one size only"),
+    (VIDEO_LESSONS, "int(step_rng.name[-1]) % len(sizes)", "0", "one size only"),
     (VIDEO_LESSONS, "moving=size[0] > 1)", "moving=True)", "pictures have captions of motion"),
     (VIDEO_LESSONS, "if not path.exists():", "if True:", "encoded anew every time"),
     (VIDEO_LESSONS, 'rng(seed, "video", i)', 'rng(seed, "video")', "all clips from one noise"),
