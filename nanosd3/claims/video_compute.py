@@ -21,9 +21,8 @@ from nanosd3.claims.experiment import (
 )
 from nanosd3.claims.video_networks import SQUARE, ClipSchool, TrainedClips
 from nanosd3.random_streams import rng
-from nanosd3.related.motion import clip_features, look_at, motion_scores
+from nanosd3.related.motion import asked_clips, clip_features, look_at, motion_scores
 from nanosd3.related.moving_digits import velocities
-from nanosd3.related.train_video import asked_clips
 from nanosd3.training.figures import MEANINGS, SERIES, label_counts, new_figure, save_plot
 from nanosd3.training.metrics import frechet_distance
 

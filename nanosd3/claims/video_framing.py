@@ -11,9 +11,8 @@ from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.claims.video_networks import SQUARE, WIDE, ClipSchool, TrainedClips
-from nanosd3.related.motion import ink_at_border
+from nanosd3.related.motion import asked_clips, ink_at_border, scores_of_size
 from nanosd3.related.moving_digits import ClipSize, MovingDigits
-from nanosd3.related.train_video import asked_clips, scores_of_size
 from nanosd3.related.video_lessons import in_name
 from nanosd3.training.figures import MEANINGS, new_figure, save_plot
 

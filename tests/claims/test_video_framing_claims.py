@@ -13,8 +13,8 @@ from nanosd3.claims.video_compute import TIMES_COMPUTE, ClipJudge
 from nanosd3.claims.video_framing import CROPPED, NATIVE, framing_of, real_border, times_as_often
 from nanosd3.claims.video_networks import SQUARE, WIDE, ClipSchool, TrainedClips
 from nanosd3.cli import run_main
-from nanosd3.related.motion import clip_features, ink_at_border
-from nanosd3.related.train_video import TrainedVideo, asked_clips
+from nanosd3.related.motion import asked_clips, clip_features, ink_at_border
+from nanosd3.related.train_video import TrainedVideo
 from nanosd3.storage.run import Run
 
 # --- rules on made-up numbers -------------------------------------------------------------------
