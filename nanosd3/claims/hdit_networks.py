@@ -34,13 +34,18 @@ from nanosd3.storage.run import Run
 from nanosd3.training.evaluation import Draw
 from nanosd3.training.stages import Job, training_of
 
-PIXEL_STEPS, PIXEL_BATCH = 480, 32
-LOOKS = (0.25, 0.5, 0.75, 1.0)  # shares of the steps after which the validation loss is taken
+PIXEL_STEPS, PIXEL_BATCH = 200, 32
+LOOKS_AT_LOSS = (0.25, 0.5, 0.75, 1.0)  # shares of the steps, after which it is taken
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+)  # shares of the steps after which the validation loss is taken
 TIMES_AN_IMAGE = 2  # in the validation loss
 
 
 @dataclass(frozen=True)
-class PixelNet:
+class PixelPlan:
     """A network, and how it is taught."""
 
     name: str
@@ -65,17 +70,17 @@ class Easel:
         self.pixels = normalised_pixels(finished.source, self.config)
         self.pooled = pooled_text(finished.pipeline, finished.source.texts)
 
-    def sizes(self, net: PixelNet) -> HDiTConfig:
+    def sizes(self, net: PixelPlan) -> HDiTConfig:
         main = self.finished.config
         told = main.vae.image_channels, main.mmdit.pooled_dim
         return HDiTConfig(told[0], net.patch, net.levels, HEAD_DIM, *MAPPING["mnist"], told[1])
 
-    def multiply_adds(self, net: PixelNet) -> float:
+    def multiply_adds(self, net: PixelPlan) -> float:
         """Of a pass on one image, in millions."""
         side = self.config.image_size
         return hdit_multiply_adds(self.sizes(net), side, side) / 1e6
 
-    def trained(self, net: PixelNet, seed: int) -> "TrainedPixelNet":
+    def trained(self, net: PixelPlan, seed: int) -> "TrainedPixels":
         """The network of a seed, trained now or before."""
         recipe = Recipe(PIXEL_STEPS, PIXEL_BATCH, net.lr, warmup=50, weight_decay=0.0)
         if self.conditions.fast:
@@ -92,7 +97,7 @@ class Easel:
         }
         run = Run.open(self.conditions.networks / f"{net.name}-{seed}", identity)
         job = Job(run, config, finished.source, finished.device, seed)
-        looks = [max(1, round(share * recipe.steps)) for share in LOOKS]
+        looks = [max(1, round(share * recipe.steps)) for share in LOOKS_AT_LOSS]
 
         def watch(step: int, average: nn.Module) -> None:
             if step + 1 in looks:
@@ -102,7 +107,7 @@ class Easel:
             if "hdit" not in run.stages:
                 print(f"{net.name}, seed {seed}", flush=True)
             model = trained_hdit(job, sizes, self.pixels, self.pooled, net.strongest, watch)
-        return TrainedPixelNet(model, job, self.pixels)
+        return TrainedPixels(model, job, self.pixels)
 
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module) -> float:
@@ -122,7 +127,7 @@ class Easel:
 
 
 @dataclass(frozen=True)
-class TrainedPixelNet:
+class TrainedPixels:
     """The average of a network's weights, and where it was trained."""
 
     model: HDiT

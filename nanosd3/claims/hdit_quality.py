@@ -9,14 +9,14 @@ ones. The hourglass has both, small patches outside and wide layers inside.
 from pathlib import Path
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.hdit_networks import Easel, PixelNet
+from nanosd3.claims.hdit_networks import Easel, PixelPlan
 from nanosd3.related.hdit import HDiTLevel
 from nanosd3.training.figures import MEANINGS, new_figure, save_plot
 
-HOURGLASS = PixelNet("hourglass", 8, (HDiTLevel(64, 1, 3), HDiTLevel(128, 2, None)), 8e-3)
-NARROW = PixelNet("flat-narrow", 8, (HDiTLevel(64, 4, None),), 8e-3)
-COARSE = PixelNet("flat-coarse", 16, (HDiTLevel(128, 4, None),), 8e-3)
-SHAPES = {
+HOURGLASS = PixelPlan("hourglass", 8, (HDiTLevel(64, 1, 3), HDiTLevel(128, 2, None)), 8e-3)
+NARROW = PixelPlan("flat-narrow", 8, (HDiTLevel(64, 4, None),), 8e-3)
+COARSE = PixelPlan("flat-coarse", 16, (HDiTLevel(128, 4, None),), 8e-3)
+SHAPES_TRIED = {
     "hourglass": HOURGLASS,
     "flat, small patches": NARROW,
     "flat, large patches": COARSE,
@@ -28,7 +28,7 @@ def shape_study(conditions: Conditions) -> dict:
     """By shape: multiply-adds, losses on the way, and scores; lists over seeds."""
     easel, count = Easel(conditions), 20 if conditions.fast else 500
     shapes: dict[str, dict] = {}
-    for name, net in SHAPES.items():
+    for name, net in SHAPES_TRIED.items():
         networks = [easel.trained(net, seed) for seed in conditions.seeds]
         scores = [network.scores(easel.finished, count) for network in networks]
         shapes[name] = {
@@ -42,7 +42,7 @@ def shape_study(conditions: Conditions) -> dict:
     columns = ["", "10^6 multiply-adds a pass", "loss, held out", "read as asked",
                "Frechet ratio", "seconds"]  # fmt: skip
     rows = [
-        [name, round(one["multiply_adds"], 1), last_losses(one), *(one[key] for key in KEYS)]
+        [name, round(one["multiply_adds"], 1), final_losses(one), *(one[key] for key in KEYS)]
         for name, one in shapes.items()
     ]
     seconds = sum(sum(one["seconds"]) for one in shapes.values())
@@ -52,14 +52,14 @@ def shape_study(conditions: Conditions) -> dict:
 KEYS = ("accuracy", "ratio", "seconds")
 
 
-def last_losses(shape: dict) -> list[float]:
+def final_losses(shape: dict) -> list[float]:
     """At the end of training, by seed."""
     return [losses[-1] for losses in shape["losses"]]
 
 
 def decide_shape(results: dict) -> Verdict:
     hourglass, *flat = results["shapes"].values()
-    by_loss = [lead(last_losses(hourglass), last_losses(one)) for one in flat]
+    by_loss = [lead(final_losses(hourglass), final_losses(one)) for one in flat]
     by_digits = [lead(one["accuracy"], hourglass["accuracy"]) for one in flat]
     return verdict(
         all(mean > spread for mean, spread in by_loss + by_digits),
@@ -91,7 +91,7 @@ SHAPE = Experiment(
     "transformer.",
     source="HDiT, arXiv 2401.11605, sections 3 and 4",
     measured="Digits of 64x64 from captions by three networks of 15 to 17 million multiply-adds a "
-    "pass, 320 steps of 64, the same blocks, images and noise: an hourglass (8x8 tokens of width "
+    "pass, 200 steps of 32, the same blocks, images and noise: an hourglass (8x8 tokens of width "
     "64 with windows of 3, 4x4 of width 128), a flat one on the same patches (8x8 of width 64) and "
     "a flat one on patches twice as large (4x4 of width 128). The loss of 256 images held out, and "
     "500 samples: read as asked, and the Frechet distance.",

@@ -13,8 +13,8 @@ from nanosd3.claims import __main__ as command
 from nanosd3.claims import hdit_networks
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.hdit_networks import LOOKS, Easel, TrainedPixelNet
-from nanosd3.claims.hdit_quality import HOURGLASS, SHAPES
+from nanosd3.claims.hdit_networks import LOOKS_AT_LOSS, Easel, TrainedPixels
+from nanosd3.claims.hdit_quality import HOURGLASS, SHAPES_TRIED
 from nanosd3.claims.hdit_weighting import UNWEIGHTED, WEIGHTED, WEIGHTINGS
 from nanosd3.cli import run_main
 from nanosd3.flow import flow_loss, interpolate
@@ -32,7 +32,7 @@ from nanosd3.training.stages import Job
 def shapes(loss=(1.0, 1.2, 1.2), accuracy=(0.8, 0.6, 0.6), wobble=0.05, seeds=3) -> dict:
     """Results of the hourglass and two flat networks; seeds differ, to and fro between networks."""
     found = {}
-    for i, name in enumerate(SHAPES):
+    for i, name in enumerate(SHAPES_TRIED):
         moves = [wobble * k * (-1) ** (min(i, 1) + k) for k in range(seeds)]
         found[name] = {
             "losses": [[9.0, loss[i] + move] for move in moves],
@@ -96,10 +96,10 @@ class Answers:
 
 def test_shapes_cost_alike(easel):
     """In multiply-adds of a pass, so that equal steps are equal compute."""
-    costs = [easel.multiply_adds(net) for net in SHAPES.values()]
+    costs = [easel.multiply_adds(net) for net in SHAPES_TRIED.values()]
     assert max(costs) < 1.1 * min(costs)
     assert len({net.lr for net in WEIGHTINGS.values()}) == 1
-    hourglass, *flat = (easel.sizes(net) for net in SHAPES.values())
+    hourglass, *flat = (easel.sizes(net) for net in SHAPES_TRIED.values())
     assert len(hourglass.levels) == 2 and all(len(one.levels) == 1 for one in flat)
     assert [one.patch_size // hourglass.patch_size for one in flat] == [1, 2]
 
@@ -167,7 +167,7 @@ def test_real_digits_have_full_marks(easel, tmp_path, monkeypatch):
         return np.asarray(finished.source.images.train_images[draw.chosen])
 
     monkeypatch.setattr(hdit_networks, "drawn_images", real)
-    network = TrainedPixelNet(None, job, easel.pixels)
+    network = TrainedPixels(None, job, easel.pixels)
     accuracy, ratio = network.scores(finished, 40)
     assert ratio == pytest.approx(1.0) and 0 <= accuracy <= 1
     assert network.scores(finished, 40) == (accuracy, ratio)
@@ -190,16 +190,16 @@ def results(tiny_run, tmp_path_factory) -> dict[str, dict]:
         assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
     networks = sorted(path.name for path in (out / "fast" / "networks").iterdir())
     assert networks == sorted(
-        f"{net.name}-0" for net in (*SHAPES.values(), WEIGHTINGS[UNWEIGHTED])
+        f"{net.name}-0" for net in (*SHAPES_TRIED.values(), WEIGHTINGS[UNWEIGHTED])
     )  # the hourglass is trained once
     return found
 
 
 def test_shapes_run(results):
     found = results["x-hd-2"]["shapes"]
-    assert list(found) == list(SHAPES)
+    assert list(found) == list(SHAPES_TRIED)
     for one in found.values():
-        assert one["steps"] == [1, 2, 3, 4] and len(LOOKS) == 4
+        assert one["steps"] == [1, 2, 3, 4] and len(LOOKS_AT_LOSS) == 4
         assert len(one["losses"][0]) == 4 and min(one["losses"][0]) > 0
         assert all(len(one[key]) == 1 for key in ("seconds", "accuracy", "ratio"))
     losses = [one["losses"][0][-1] for one in found.values()]
