@@ -13,9 +13,9 @@ from nanosd3.claims.hdit_networks import Easel, PixelPlan
 from nanosd3.related.hdit import HDiTLevel
 from nanosd3.training.figures import MEANINGS, new_figure, save_plot
 
-HOURGLASS = PixelPlan("hourglass", 8, (HDiTLevel(64, 1, 3), HDiTLevel(128, 2, None)), 8e-3)
-NARROW = PixelPlan("flat-narrow", 8, (HDiTLevel(64, 4, None),), 8e-3)
-COARSE = PixelPlan("flat-coarse", 16, (HDiTLevel(128, 4, None),), 8e-3)
+HOURGLASS = PixelPlan("hourglass", 8, (HDiTLevel(64, 1, 3), HDiTLevel(128, 2, None)), 1.6e-2)
+NARROW = PixelPlan("flat-narrow", 8, (HDiTLevel(64, 4, None),), 1.6e-2)
+COARSE = PixelPlan("flat-coarse", 16, (HDiTLevel(128, 4, None),), 1.6e-2)
 SHAPES_TRIED = {
     "hourglass": HOURGLASS,
     "flat, small patches": NARROW,

@@ -29,11 +29,11 @@ from nanosd3.related.video_lessons import (
 from nanosd3.storage.run import Run
 from nanosd3.training.stages import Job, training_of
 
-CLIP_BATCH, CLIP_RATE = 64, 1e-2
-CLIPS_TO_TRAIN_ON = 4000
+CLIP_BATCH, CLIP_RATE = 32, 1e-2
+CLIPS_TO_TRAIN_ON = 3000
 SQUARE: ClipSize = (4, 32, 32)
 WIDE: ClipSize = (4, 32, 48)
-DRAWING_STEPS = 12
+DRAWING_STEPS = 10
 
 
 class CroppedDigits(MovingDigits):
