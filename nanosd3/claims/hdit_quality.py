@@ -9,7 +9,7 @@ ones. The hourglass has both, small patches outside and wide layers inside.
 from pathlib import Path
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.hdit_networks import Easel, PixelPlan
+from nanosd3.claims.hdit_networks import PIXEL_BATCH, Easel, PixelPlan
 from nanosd3.related.hdit import HDiTLevel
 from nanosd3.training.figures import MEANINGS, new_figure, save_plot
 
@@ -33,7 +33,7 @@ def shape_study(conditions: Conditions) -> dict:
         scores = [network.scores(easel.finished, count) for network in networks]
         shapes[name] = {
             "multiply_adds": easel.multiply_adds(net),
-            "steps": list(networks[0].losses),
+            "images": [PIXEL_BATCH * step for step in networks[0].losses],
             "losses": [list(network.losses.values()) for network in networks],
             "seconds": [network.seconds for network in networks],
             "accuracy": [accuracy for accuracy, _ in scores],
@@ -72,10 +72,10 @@ def plot_shapes(results: dict, path: Path) -> None:
     shapes = results["shapes"]
     for (name, one), line in zip(shapes.items(), SHAPE_LINES, strict=True):
         means = [sum(each) / len(each) for each in zip(*one["losses"], strict=True)]
-        cost = [step * one["multiply_adds"] / 1e3 for step in one["steps"]]
+        cost = [count * one["multiply_adds"] / 1e3 for count in one["images"]]
         left.plot(cost, means, line, label=name)
         right.plot(one["ratio"], [100 * x for x in one["accuracy"]], line[-1], label=name)
-    left.set(xlabel="10^9 multiply-adds, forward, for each image of a batch",
+    left.set(xlabel="10^9 multiply-adds of all forward passes",
              ylabel="weighted loss, held out", title="Learning")  # fmt: skip
     right.axvline(1, color=MEANINGS["data"], linestyle=":")
     right.set(xlabel="Frechet distance / that of real images", ylabel="read as asked (%)",

@@ -122,10 +122,12 @@ def plot_clip_compute(results: dict, path: Path) -> None:
     times = [int(x) for x in found]
     seeds = zip(*(one["distance"] for one in found.values()), strict=True)
     for i, distances in enumerate(seeds):
-        left.loglog(times, distances, "-o", color=MEANINGS["prediction"], markersize=5,
+        left.semilogx(times, distances, "-o", color=MEANINGS["prediction"], markersize=5,
                     label="drawn, each seed's" if i == 0 else None)  # fmt: skip
-    for (name, distance), line in zip(landmarks.items(), ("-", "--", ":"), strict=True):
-        left.axhline(distance, color=MEANINGS["data"], linestyle=line, label=name)
+    known = zip(landmarks.items(), ("-", "--", ":"), (MEANINGS["data"], *SERIES[:2]), strict=True)
+    for (name, distance), line, colour in known:
+        left.axhline(distance, color=colour, linestyle=line, label=name)
+    left.set_ylim(bottom=0)
     left.set(ylabel="Frechet distance of clips", title="How near to real clips")
     left.legend()
     names = ("digit read in", "direction right in", "motion explained, R^2")

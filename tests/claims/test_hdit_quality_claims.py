@@ -199,7 +199,7 @@ def test_shapes_run(results):
     found = results["x-hd-2"]["shapes"]
     assert list(found) == list(SHAPES_TRIED)
     for one in found.values():
-        assert one["steps"] == [1, 2, 3, 4] and len(LOOKS_AT_LOSS) == 4
+        assert one["images"] == [32, 64, 96, 128] and len(LOOKS_AT_LOSS) == 4
         assert len(one["losses"][0]) == 4 and min(one["losses"][0]) > 0
         assert all(len(one[key]) == 1 for key in ("seconds", "accuracy", "ratio"))
     losses = [one["losses"][0][-1] for one in found.values()]
