@@ -16,7 +16,7 @@ from nanosd3.related.moving_digits import ClipSize, MovingDigits
 from nanosd3.related.video_lessons import in_name
 from nanosd3.training.figures import MEANINGS, new_figure, save_plot
 
-FRAMING_STEPS = 300
+FRAMING_STEPS = 200
 CLEARLY_MORE, HARDLY_MORE = 2.0, 1.25
 NATIVE, CROPPED = "native frames", "square crops"
 FRAMES_OF: dict[str, ClipSize] = {NATIVE: WIDE, CROPPED: SQUARE}
@@ -48,7 +48,7 @@ def real_border(moving: MovingDigits, size: ClipSize) -> float:
 
 def framing_study(conditions: Conditions) -> dict:
     """By way of training: at its own size and at the other's, lists over seeds; and real clips."""
-    school, count = ClipSchool(conditions), 10 if conditions.fast else 300
+    school, count = ClipSchool(conditions), 10 if conditions.fast else 200
     found: dict[str, dict] = {}
     seconds = school.seconds
     for way, own in FRAMES_OF.items():
@@ -63,7 +63,7 @@ def framing_study(conditions: Conditions) -> dict:
             one["border"].append(scores["border"])
             one["digits"].append(scores["prompt_accuracy"])
             one["direction"].append(scores["direction"])
-            one["elsewhere"].append(framing_of(school, network, other, count)["border"])
+            one["elsewhere"].append(framing_of(school, network, other, count // 2)["border"])
         found[way] = one | {"size": in_name(own), "real": real_border(moving, own)}
     rows = [
         [way, one["size"], one["border"], one["real"], one["digits"], one["direction"],
@@ -113,8 +113,8 @@ FRAMING = Experiment(
     "it draws them partly out of it.",
     source="Video generation models as world simulators, OpenAI, 2024, improved framing",
     measured="Clips of a moving digit, 4 frames of 32x48, and their middle, 32x32: a network for "
-    "each, 300 steps of 64 from the transformer for images, the same clips in the same order. Each "
-    "draws 300 clips of its own size: the share whose digit reaches the border of some frame. "
+    "each, 200 steps of 32 from the transformer for images, the same clips in the same order. Each "
+    "draws 200 clips of its own size: the share whose digit reaches the border of some frame. "
     "Beside it the same of real clips, and at the other's size.",
     rule="Supported if in every seed clips reach the border at least twice as often after training "
     "on crops. Refuted if in every seed they do so less than 1.25 times as often. (One seed "
