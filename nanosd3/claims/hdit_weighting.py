@@ -78,8 +78,7 @@ def plot_weighting(results: dict, path: Path) -> None:
 WEIGHTING = Experiment(
     name="x-hd-4",
     claim="The soft-min-SNR weight of the loss improves samples.",
-    source="HDiT, arXiv 2401.11605, section 3.4 and the ablation (FID on ImageNet-128 from 41.4 to "
-    "27.7)",
+    source="HDiT, arXiv 2401.11605, the ablation (FID on ImageNet-128 from 41.4 to 27.7)",
     measured="The hourglass of x-hd-2 (digits of 64x64, 200 steps of 32), trained with the weight, "
     "which falls from 16 times the deviation of a pixel on, and without; images, noise, times and "
     "rate are the same. The Frechet distance of 500 samples; the share read as asked beside it.",
