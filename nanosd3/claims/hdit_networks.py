@@ -34,7 +34,7 @@ from nanosd3.storage.run import Run
 from nanosd3.training.evaluation import Draw
 from nanosd3.training.stages import Job, training_of
 
-PIXEL_STEPS, PIXEL_BATCH = 200, 32
+PIXEL_STEPS, PIXEL_BATCH = 420, 32
 LOOKS_AT_LOSS = (0.25, 0.5, 0.75, 1.0)  # shares of the steps, after which it is taken
 TIMES_AN_IMAGE = 2  # in the validation loss
 

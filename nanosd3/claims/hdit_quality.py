@@ -91,7 +91,7 @@ SHAPE = Experiment(
     "transformer.",
     source="HDiT, arXiv 2401.11605, section 4",
     measured="Digits of 64x64 from captions by three networks of 15 to 17 million multiply-adds a "
-    "pass, 200 steps of 32, the same blocks, images and noise: an hourglass (8x8 tokens of width "
+    "pass, 420 steps of 32, the same blocks, images and noise: an hourglass (8x8 tokens of width "
     "64 with windows of 3, 4x4 of width 128), a flat one on the same patches (8x8 of width 64) and "
     "a flat one on patches twice as large (4x4 of width 128). The loss of 256 images held out, and "
     "500 samples: read as asked, and the Frechet distance.",
