@@ -53,7 +53,13 @@ Modules, each of which imports only from those above it:
     decoder_quality     x-cdec-1: what they make of latents that say little
     decoder_drop_in     x-cdec-3: on latents that a generator has made
     decoder_price       x-cdec-2: what a generative decoder costs
+    hdit_networks       hourglass and flat transformers in pixels, of equal cost
+    hdit_quality        x-hd-2: an hourglass against flat ones
+    hdit_weighting      x-hd-4: what soft-min-SNR does
     video_clips         x-sora-1, x-sora-4: other sizes and lengths, coherence
+    video_networks      transformers on short clips, shared by two experiments
+    video_framing       x-sora-2: native frames against square crops
+    video_compute       x-sora-3: clips by training compute
     muse_networks       Muses of several seeds, shared by several experiments
     muse_masks          x-muse-1: how much to hide in training
     muse_ways           three ways to draw the same digits

@@ -17,6 +17,8 @@ from nanosd3.claims.fm_solvers import ADAPTIVE, ORDER
 from nanosd3.claims.fm_straightness import STEPS, STRAIGHTNESS
 from nanosd3.claims.hdit_costs import COSTS
 from nanosd3.claims.hdit_detail import DETAIL
+from nanosd3.claims.hdit_quality import SHAPE
+from nanosd3.claims.hdit_weighting import WEIGHTING
 from nanosd3.claims.muse_cascade import CASCADE
 from nanosd3.claims.muse_decoders import LARGER_DECODERS
 from nanosd3.claims.muse_edits import FREE_EDITING, REPAINTING
@@ -44,6 +46,8 @@ from nanosd3.claims.sd3_straightness import FEWEST, STRAIGHTEST
 from nanosd3.claims.sd3_two_way import CUT, TWO_WAY
 from nanosd3.claims.sd3_without_t5 import WITH_DROPOUT, WITHOUT_T5
 from nanosd3.claims.video_clips import COHERENCE, LENGTHS, OTHER_SIZES_KEPT
+from nanosd3.claims.video_compute import CLIP_COMPUTE
+from nanosd3.claims.video_framing import FRAMING
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -62,6 +66,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(BETTER_DECODING, SECOND_STEP, PRICE, DROP_IN),  # the Consistency Decoder
         *(COSTS, DETAIL),  # HDiT
         *(OTHER_SIZES_KEPT, LENGTHS, COHERENCE),  # spacetime patches
+        *(CONSISTENT, DISTILLATION, MORE_STEPS),  # Consistency Models
+        *(COSTS, SHAPE, DETAIL, WEIGHTING),  # HDiT
+        *(OTHER_SIZES_KEPT, LENGTHS, FRAMING, CLIP_COMPUTE, COHERENCE),  # spacetime patches
         *(MASKS, FEW_ENOUGH, FASTER_THAN_FLOW, FASTER_THAN_CAUSAL),  # Muse
         *(CASCADE, REPAINTING, FREE_EDITING, TRAINED_ENCODER, UNHEARD_WORDS, LARGER_DECODERS),
     )

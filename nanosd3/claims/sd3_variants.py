@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.material import measured_once
 from nanosd3.claims.sd3_one_way import OneWayMMDiT
 from nanosd3.config_types import MMDiTConfig, Recipe, Sampling
 from nanosd3.mmdit import MMDiT
@@ -61,11 +62,7 @@ class TrainedVariant:
 
     def once(self, what: str, measure: Callable[[], Any]) -> Any:
         """What has been measured of it, now or before, as JSON keeps it."""
-        run = self.job.run
-        if what not in run.stages:
-            with run.alone():
-                run.finish(what, {"found": measure()})
-        return run.stages[what]["found"]
+        return measured_once(self.job.run, what, measure)
 
     @property
     def seconds(self) -> float:

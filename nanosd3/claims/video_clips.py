@@ -10,14 +10,9 @@ from torch import Tensor
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.related.command import parse, study_in
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.motion import asked_clips, scores_of_size
 from nanosd3.related.moving_digits import Clips, ClipSize
-from nanosd3.related.train_video import (
-    TrainedVideo,
-    VideoSystem,
-    asked_clips,
-    scores_of_size,
-    trained_video,
-)
+from nanosd3.related.train_video import TrainedVideo, VideoSystem, trained_video
 from nanosd3.related.video_lessons import CLIP_SIZES, FRAMES_IN_PATCH, in_name
 from nanosd3.training.figures import PALE, new_figure, save_plot
 

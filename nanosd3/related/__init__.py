@@ -32,6 +32,7 @@ Modules, each of which imports only from those above it:
     train_hdit          train one on captions, and draw with it
     video               spacetime patches: the MMDiT for videos of any size and length
     moving_digits       clips of digits that move and bounce, with captions
+    two_digits          clips of two digits, as in the classic data set
     motion              what is in a clip: which digit, and how it moves
     video_lessons       teaching the transformer videos, and sampling with it
     train_video         train one on clips, or draw with it

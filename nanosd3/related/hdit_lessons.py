@@ -11,18 +11,19 @@ noise is drawn around 8, and the loss's weight, which would fall from the deviat
 falls from 16 on. The paper moves its noise with the image's size as well.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import log
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanosd3.config_types import Config, Sampling
 from nanosd3.data.mnist import to_uint8
 from nanosd3.data.sources import Digits, enlarged
-from nanosd3.flow import interpolate, logit_normal, shift, stratified
+from nanosd3.flow import flow_loss, interpolate, logit_normal, shift, stratified
 from nanosd3.machine.device import at_once
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import TEXTLESS
@@ -77,30 +78,51 @@ def pooled_text(pipeline: Pipeline, texts: list[str]) -> Tensor:
 # --- training -------------------------------------------------------------------------------------
 
 
-def hdit_step(job: Job, pixels: Pixels, pooled: Tensor, model: HDiT, step_rng: StepRNG) -> Tensor:
+def noisy_times(u: Tensor) -> Tensor:
+    """Times by u in (0, 1), such that t / (1 - t) is the noise to look at."""
+    return logit_normal(u, log(MIDDLE_NOISE), NOISE_SPREAD)
+
+
+def hdit_step(
+    job: Job,
+    pixels: Pixels,
+    pooled: Tensor,
+    model: HDiT,
+    step_rng: StepRNG,
+    strongest: float | None = STRONGEST,
+) -> Tensor:
     """One training step: the loss of each row of a batch, (B,). `pooled` are those of the source's
-    texts."""
+    texts. Without `strongest` the loss has no weight."""
     size, generator = job.training.flow.batch, step_rng.generator()
     images = step_rng.take(job.source.draw(size, generator))
     captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
     keep = step_rng.take(torch.rand(size, generator=generator) >= TEXTLESS)
-    u = step_rng.take(stratified(size, generator))
-    t = logit_normal(u, log(MIDDLE_NOISE), NOISE_SPREAD)  # t / (1 - t) is the noise
+    t = noisy_times(step_rng.take(stratified(size, generator)))
     x0, text = pixels[images], pooled[captions] * keep[:, None]
     noise = step_rng.noise(x0.shape[1:])
     x0, noise, t, text = (x.to(job.device) for x in (x0, noise, t, text))
     velocity = model(interpolate(x0, noise, t), t, text)
-    return hdit_loss(velocity, x0, noise, t, STRONGEST)
+    if strongest is None:
+        return flow_loss(velocity, x0, noise)
+    return hdit_loss(velocity, x0, noise, t, strongest)
 
 
-def trained_hdit(job: Job, config: HDiTConfig, pixels: Pixels, pooled: Tensor) -> HDiT:
-    """The network, trained or loaded: the moving average of its weights."""
+def trained_hdit(
+    job: Job,
+    config: HDiTConfig,
+    pixels: Pixels,
+    pooled: Tensor,
+    strongest: float | None = STRONGEST,
+    watch: Callable[[int, nn.Module], None] | None = None,
+) -> HDiT:
+    """The network, trained or loaded: the moving average of its weights. `watch(step, average)` is
+    called after every step."""
     model = build(job, "hdit", lambda: HDiT(config)).to(job.device)
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
-        return hdit_step(job, pixels, pooled, model, step_rng), {}
+        return hdit_step(job, pixels, pooled, model, step_rng, strongest), {}
 
-    train = partial(fit_average, job, "hdit", model, loss_of, job.training.ema_decay)
+    train = partial(fit_average, job, "hdit", model, loss_of, job.training.ema_decay, watch)
     finish_or_load(job, "hdit", model, train)
     return model
 

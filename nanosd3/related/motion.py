@@ -14,9 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanosd3.data.mnist import SIDE
-from nanosd3.related.moving_digits import DIGIT_SIDE, SPRITE, bounced
+from nanosd3.random_streams import rng
+from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.moving_digits import (
+    DIGIT_SIDE,
+    SPRITE,
+    Clips,
+    ClipSize,
+    MovingDigits,
+    bounced,
+    velocities,
+)
+from nanosd3.related.video import fold_time
+from nanosd3.training.classifier import thumbnails
 from nanosd3.training.evaluation import Scorer
 from nanosd3.training.metrics import frechet_distance
+from nanosd3.training.stages import in_chunks
 
 FAINT = 0.2  # ink below this is not looked at
 SPEEDS_TRIED = torch.arange(-16, 17) / 4  # pixels a frame
@@ -95,6 +108,26 @@ def look_at(scorer: Scorer, videos: Tensor) -> Seen:
     return Seen(features, read.view(ink.shape[:2]), velocity, explained)
 
 
+@torch.no_grad()
+def clip_features(scorer: Scorer, videos: Tensor) -> Tensor:
+    """What clips (B, 1, T, H, W) in [-1, 1] look like and how they change, (B, 2 F): of the
+    classifier's features of whole frames, the mean, and the mean absolute difference from each
+    frame to the next. The Frechet distance of these stands in for the video distance (FVD), whose
+    features see motion as well."""
+    frames = thumbnails(fold_time(videos, 1).clamp(-1, 1))
+    found = in_chunks(scorer.classifier.features, frames.to(scorer.device)).cpu()
+    by_frame = found.unflatten(0, (len(videos), -1))  # (B, T, F)
+    return torch.cat([by_frame.mean(1), by_frame.diff(dim=1).abs().mean(1)], dim=1)
+
+
+def ink_at_border(videos: Tensor) -> Tensor:
+    """Whether the digit reaches the edge of some frame of clips (B, 1, T, H, W), (B,): it is
+    partly out of view, or all but."""
+    ink = videos[:, 0] / 2 + 0.5 > FAINT
+    rows, columns = ink[:, :, [0, -1]].flatten(1), ink[:, :, :, [0, -1]].flatten(1)
+    return rows.any(1) | columns.any(1)
+
+
 def motion_scores(seen: Seen, labels: Tensor, velocity: Tensor, real: Tensor) -> dict:
     """How well clips show digits `labels` (B,) that move by `velocity` (B, 2) at the start.
 
@@ -113,6 +146,46 @@ def motion_scores(seen: Seen, labels: Tensor, velocity: Tensor, real: Tensor) ->
         "speed": mean(close),
         "line_r2": float(seen.explained[moves].median()) if moves.any() else None,
         "frechet_distance": frechet_distance(seen.features, real),
+    }
+
+
+def asked_clips(moving: MovingDigits, size: ClipSize, count: int, draw: int = 0) -> Clips:
+    """The clips whose captions a model is asked to draw; other draws are for comparison."""
+    return moving.draw_clips(count, rng("scored clips", draw, *size), moving=size[0] > 1)
+
+
+def scores_of_size(
+    finished: FinishedRun, moving: MovingDigits, videos: Tensor, clips: Clips, size: ClipSize
+) -> dict:
+    """How well videos show what the captions of `clips` say; beside them, real ones."""
+    real, others = (asked_clips(moving, size, len(clips.digits), i) for i in (1, 2))
+    reference = look_at(finished.scorer, moving.videos(others, size)).features
+    found = []
+    for shown, of in ((videos, clips), (moving.videos(real, size), real)):
+        seen, labels = look_at(finished.scorer, shown), moving.digits.labels[of.digits]
+        found.append(motion_scores(seen, labels, velocities(of.motion), reference))
+    ours, theirs = found
+    return ours | {
+        "frechet_floor_real": theirs["frechet_distance"],
+        "frechet_ratio_to_real": ours["frechet_distance"] / theirs["frechet_distance"],
+        "real": theirs,
+    }
+
+
+def scores_of_pairs(
+    finished: FinishedRun, moving: MovingDigits, videos: Tensor, clips: Clips, size: ClipSize
+) -> dict:
+    """How near clips of two digits are to real ones: digits that overlap cannot be told apart."""
+    real, others = (asked_clips(moving, size, len(clips.digits), i) for i in (1, 2))
+    shown, floor, reference = (
+        clip_features(finished.scorer, x)
+        for x in (videos, moving.videos(real, size), moving.videos(others, size))
+    )
+    distance, least = (frechet_distance(x, reference) for x in (shown, floor))
+    return {
+        "frechet_distance": distance,
+        "frechet_floor_real": least,
+        "frechet_ratio_to_real": distance / least,
     }
 
 

@@ -22,15 +22,18 @@ from nanosd3.config_types import Config, Recipe, Sampling
 from nanosd3.data.mnist import to_uint8
 from nanosd3.errors import InputError
 from nanosd3.machine.accelerate import accelerate
-from nanosd3.official.checkpoint import Checkpoint
 from nanosd3.official.limits import limited_config
-from nanosd3.official.own_runs import open_run_encoders, read_tokenizers
-from nanosd3.pipeline import Pipeline, open_pipeline
 from nanosd3.random_streams import rng
-from nanosd3.related.command import Study, check_guidance, size_of, with_flow_recipe
+from nanosd3.related.command import (
+    RECIPE_SIZES,
+    Study,
+    check_guidance,
+    size_of,
+    with_flow_recipe,
+)
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.motion import look_at, motion_scores
-from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits, velocities
+from nanosd3.related.motion import asked_clips, scores_of_pairs, scores_of_size
+from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits
 from nanosd3.related.sample_command import (
     SAMPLES,
     SamplingSystem,
@@ -39,6 +42,13 @@ from nanosd3.related.sample_command import (
     warn_of,
     with_sampling,
 )
+from nanosd3.related.two_digits import (
+    PAIR_BATCH,
+    PAIR_SIZES,
+    PAIRS_ENCODED,
+    MovingPairs,
+    check_pairs,
+)
 from nanosd3.related.video import VideoMMDiT, fold_time
 from nanosd3.related.video_lessons import (
     CLIP_SIZES,
@@ -46,30 +56,29 @@ from nanosd3.related.video_lessons import (
     EncodedCaptions,
     encode_captions,
     encoded_clips,
+    encoders_of,
     in_name,
     sample_video,
+    train_encoders,
     train_video,
 )
 from nanosd3.related.yardsticks import evaluations, evaluations_in_words
-from nanosd3.storage.files import load_weights, save_weights, write_file
+from nanosd3.storage.files import load_weights, write_file
 from nanosd3.storage.run import Run
 from nanosd3.training import figures
 from nanosd3.training.stages import training_of
-from nanosd3.training.train_text import train_text_encoders
 from nanosd3.vae import AutoencoderKL
 
 UNSEEN: tuple[ClipSize, ...] = ((8, 32, 48), (12, 32, 32))
 MOST_FRAMES = 64
 FRAME_MILLISECONDS = 100
 STRIPS = 8  # clips in the picture
-
-
 VIDEO_RECIPES = {
     "mnist": Recipe(2000, batch=64, lr=1e-2, warmup=50, weight_decay=0.0, optimizer="muon"),
     "tiny": Recipe(6, batch=4, lr=1e-3, warmup=1, weight_decay=0.0),
 }
 VIDEO_SAMPLING = Sampling(steps=25, guidance=2.5, shift=1.0, sampler="euler")
-CLIPS_ENCODED = {"mnist": 4000, "tiny": 16}  # of each size, to train on
+CLIPS_ENCODED = {"mnist": 4000, "tiny": 16}  # of each size
 VIDEO_EMA = 0.995
 
 
@@ -88,12 +97,8 @@ def check_size(size: ClipSize, config: Config) -> None:
             raise InputError(f"--{name} must be a multiple of {step} up to {most}, got {pixels}")
 
 
-def encoders_of(run: Run, config: Config, device: torch.device) -> Pipeline:
-    """The text encoders that the run has trained, and its autoencoder."""
-    tokenizers = read_tokenizers(run.folder / "tokenizers.json", config)
-    parts = open_run_encoders(run, config)
-    checkpoint = Checkpoint(run.folder, config, parts, tokenizers, "a training run", [])
-    return open_pipeline(checkpoint, device, None, staged=False)
+def sizes_of(recipe: str, pairs: bool) -> tuple[ClipSize, ...]:
+    return PAIR_SIZES[recipe] if pairs else CLIP_SIZES
 
 
 @dataclass(frozen=True)
@@ -116,39 +121,16 @@ class TrainedVideo:
 def trained_video(study: Study) -> TrainedVideo:
     """Train all stages on the finished run's digits, or load them."""
     job, finished = study.job, study.finished
-    moving = MovingDigits(finished.source, CLIP_SIZES[0])
-    save_weights(finished.pipeline.vae, job.run.folder / "autoencoder.safetensors")
-    train_text_encoders(replace(job, source=moving))
-    pipeline = encoders_of(job.run, job.config, job.device)
+    recipe, pairs = size_of(study.args, finished), study.args.two_digits
+    sizes = sizes_of(recipe, pairs)
+    moving = (MovingPairs if pairs else MovingDigits)(finished.source, sizes[0])
+    pipeline = train_encoders(job, finished.pipeline.vae, moving)
     captions = encode_captions(pipeline.text, moving)
-    count = CLIPS_ENCODED[size_of(study.args, finished)]
-    sizes = dict.fromkeys(CLIP_SIZES) if "video" not in job.run.stages else ()
-    encoded = {size: encoded_clips(job, moving, pipeline.vae, size, count) for size in sizes}
-    network = train_video(job, finished.pipeline.mmdit, moving, encoded, captions)
+    count = (PAIRS_ENCODED if pairs else CLIPS_ENCODED)[recipe]
+    missing = dict.fromkeys(sizes) if "video" not in job.run.stages else ()
+    encoded = {size: encoded_clips(job, moving, pipeline.vae, size, count) for size in missing}
+    network = train_video(job, finished.pipeline.mmdit, moving, encoded, captions, sizes)
     return TrainedVideo(network, pipeline.vae, captions, moving, job.config)
-
-
-def asked_clips(moving: MovingDigits, size: ClipSize, count: int, draw: int = 0) -> Clips:
-    """The clips whose captions a model is asked to draw; other draws are for comparison."""
-    return moving.draw_clips(count, rng("scored clips", draw, *size), moving=size[0] > 1)
-
-
-def scores_of_size(
-    finished: FinishedRun, moving: MovingDigits, videos: Tensor, clips: Clips, size: ClipSize
-) -> dict:
-    """How well videos show what the captions of `clips` say; beside them, real ones."""
-    real, others = (asked_clips(moving, size, len(clips.digits), i) for i in (1, 2))
-    reference = look_at(finished.scorer, moving.videos(others, size)).features
-    found = []
-    for shown, of in ((videos, clips), (moving.videos(real, size), real)):
-        seen, labels = look_at(finished.scorer, shown), moving.digits.labels[of.digits]
-        found.append(motion_scores(seen, labels, velocities(of.motion), reference))
-    ours, theirs = found
-    return ours | {
-        "frechet_floor_real": theirs["frechet_distance"],
-        "frechet_ratio_to_real": ours["frechet_distance"] / theirs["frechet_distance"],
-        "real": theirs,
-    }
 
 
 class VideoSystem(SamplingSystem):
@@ -160,31 +142,43 @@ class VideoSystem(SamplingSystem):
     def add_options(self, parser: Parser) -> None:
         parser.epilog = SAMPLES
         text = "guidance scale of the samples (default: %(default)s)"
-        parser.add_argument("--guidance", type=float, default=VIDEO_SAMPLING.guidance, help=text)
+        add = parser.add_argument
+        add("--guidance", type=float, default=VIDEO_SAMPLING.guidance, help=text)
+        text = "the classic Moving MNIST: two digits in frames of 64x64, captions that name both"
+        add("--two-digits", action="store_true", help=text)
 
     def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
         check_guidance(args.guidance)
-        config = with_flow_recipe(finished.config, VIDEO_RECIPES[size_of(args, finished)], args)
+        size = size_of(args, finished)
+        recipe = VIDEO_RECIPES[size]
+        if args.two_digits:
+            check_pairs(PAIR_SIZES[size][0], finished.config)
+            recipe = replace(recipe, batch=PAIR_BATCH[size])
+        config = with_flow_recipe(finished.config, recipe, args)
         training = replace(training_of(config), ema_decay=VIDEO_EMA)
         sampling = replace(VIDEO_SAMPLING, guidance=args.guidance)
         return replace(config, training=training, sampling=sampling)
 
     def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:
-        return {"size": size_of(args, finished), "frames_in_patch": FRAMES_IN_PATCH}
+        what = {"two_digits": True} if args.two_digits else {}
+        return {"size": size_of(args, finished), "frames_in_patch": FRAMES_IN_PATCH} | what
 
     def train(self, study: Study) -> dict:
         job, model = study.job, trained_video(study)
+        pairs = study.args.two_digits
+        first = sizes_of(size_of(study.args, study.finished), pairs)[0]
+        score = scores_of_pairs if pairs else scores_of_size
         by_size, seconds = {}, 0.0
-        for size in (CLIP_SIZES[0], *UNSEEN):
+        for size in (first,) if pairs else (first, *UNSEEN):
             clips = asked_clips(model.moving, size, job.training.evaluate // 5)
             begin = time.perf_counter()
             videos = model.draw(clips, size)
             seconds = seconds or time.perf_counter() - begin
-            scores = scores_of_size(study.finished, model.moving, videos, clips, size)
-            by_size[in_name(size)] = scores
-        draw_strips(model, job.run.folder)
+            by_size[in_name(size)] = score(study.finished, model.moving, videos, clips, size)
+        shown = {"trained on": first} | ({} if pairs else {"not trained on": UNSEEN[0]})
+        draw_strips(model, shown, job.run.folder)
         stages = job.run.stages
-        return by_size[in_name(CLIP_SIZES[0])] | {
+        return by_size[in_name(first)] | {
             "evaluations": evaluations(job.config.sampling),
             "clips": len(clips.digits),
             "clips_per_second": len(clips.digits) / seconds,
@@ -194,8 +188,12 @@ class VideoSystem(SamplingSystem):
         }
 
     def in_words(self, metrics: dict) -> str:
+        spent = f"{evaluations_in_words(metrics['evaluations'])} a clip"
+        if "direction" not in metrics:  # nobody can tell two digits that overlap
+            times = metrics["frechet_ratio_to_real"]
+            return f"{spent}, Frechet distance {times:.2f} times that of real clips"
         return (
-            f"{evaluations_in_words(metrics['evaluations'])} a clip, its digit read as asked in "
+            f"{spent}, its digit read as asked in "
             f"{metrics['prompt_accuracy']:.1%} of frames, its direction right in "
             f"{metrics['direction']:.1%} of clips, a bouncing line explains "
             f"{metrics['line_r2']:.2f} of its motion"
@@ -203,15 +201,17 @@ class VideoSystem(SamplingSystem):
 
     def add_sampling_options(self, parser: Parser) -> None:
         add = parser.add_argument
-        frames, height, width = CLIP_SIZES[0]
-        add("--frames", type=positive, default=frames, help="of a clip (default: %(default)s)")
-        add("--height", type=positive, default=height, help="pixels (default: %(default)s)")
-        add("--width", type=positive, default=width, help="pixels (default: %(default)s)")
+        for name, of in (("frames", "of a clip"), ("height", "pixels"), ("width", "pixels")):
+            add(f"--{name}", type=positive, help=f"{of} (default: those trained on)")
         add_guidance(parser)
 
     def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
         config = limited_config(run.identity["config"], run.folder / "run.json")
-        size = (args.frames, args.height, args.width)
+        recipe = run.identity.get("size")
+        if recipe not in RECIPE_SIZES:
+            raise InputError(f"{run.folder / 'run.json'}: damaged: no size of a video model")
+        frames, height, width = sizes_of(recipe, run.identity.get("two_digits") is True)[0]
+        size = (args.frames or frames, args.height or height, args.width or width)
         check_size(size, config)
         config = with_sampling(config, args)
         pipeline = encoders_of(run, config, finished.device)
@@ -239,13 +239,13 @@ def pixels_of(videos: Tensor) -> np.ndarray:
     return to_uint8(fold_time(videos, 1)).view(B, T, *videos.shape[3:]).numpy()
 
 
-def draw_strips(model: TrainedVideo, folder: Path) -> None:
-    """Write samples.png: clips frame by frame, of a size trained on and of one that is not."""
+def draw_strips(model: TrainedVideo, sizes: dict[str, ClipSize], folder: Path) -> None:
+    """Write samples.png: clips frame by frame, of some sizes by what is known of them."""
     moving = model.moving
     clips = moving.draw_clips(STRIPS, rng("strips"))
     index = moving.captions_of(clips, torch.zeros(STRIPS))
     captions, columns = [moving.texts[i] for i in index], []
-    for size, known in ((CLIP_SIZES[0], "trained on"), (UNSEEN[0], "not trained on")):
+    for known, size in sizes.items():
         frames = pixels_of(model.draw(clips, size)).reshape(-1, *size[1:])
         columns.append((f"{in_name(size)}, {known}", figures.grid_of(captions, frames)))
     write_file(folder / "samples.png", figures.png(figures.side_by_side(columns)))

@@ -5,7 +5,8 @@ Frames go through a finished autoencoder, one by one. A batch has one size; the 
 picture is a video that stands still for the length of a patch.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,16 +15,21 @@ from torch import Tensor
 from nanosd3.config_types import Config
 from nanosd3.flow import flow_loss, interpolate, logit_normal, shift, stratified
 from nanosd3.mmdit import MMDiT
+from nanosd3.official.checkpoint import Checkpoint
+from nanosd3.official.own_runs import open_run_encoders, read_tokenizers
+from nanosd3.pipeline import Pipeline, open_pipeline
 from nanosd3.random_streams import rng
 from nanosd3.related.finished_run import TEXTLESS
 from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits
 from nanosd3.related.video import VideoMMDiT, fold_time, inflated, unfold_time
 from nanosd3.samplers import euler, guided
-from nanosd3.storage.files import read_tensors, save_tensors
+from nanosd3.storage.files import read_tensors, save_tensors, save_weights
+from nanosd3.storage.run import Run
 from nanosd3.text import TextEncoders
 from nanosd3.training.loop import StepRNG, progress
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average
 from nanosd3.training.train_flow import time_shift
+from nanosd3.training.train_text import train_text_encoders
 from nanosd3.vae import AutoencoderKL
 
 CLIP_SIZES: tuple[ClipSize, ...] = (  # (frames, height, width) of the training steps, in turn
@@ -81,12 +87,31 @@ def in_name(size: ClipSize) -> str:
     return "x".join(map(str, size))
 
 
-# --- training -------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
+
+
+def encoders_of(run: Run, config: Config, device: torch.device) -> Pipeline:
+    """The text encoders that the run has trained, and its autoencoder."""
+    tokenizers = read_tokenizers(run.folder / "tokenizers.json", config)
+    parts = open_run_encoders(run, config)
+    checkpoint = Checkpoint(run.folder, config, parts, tokenizers, "a training run", [])
+    return open_pipeline(checkpoint, device, None, staged=False)
+
+
+def train_encoders(job: Job, vae: AutoencoderKL, moving: MovingDigits) -> Pipeline:
+    """The text encoders, trained on the captions of clips or loaded. The run keeps a finished
+    autoencoder beside them, so that both can be opened."""
+    save_weights(vae, job.run.folder / "autoencoder.safetensors")
+    train_text_encoders(replace(job, source=moving))
+    return encoders_of(job.run, job.config, job.device)
 
 
 def encode_captions(text: TextEncoders, moving: MovingDigits) -> EncodedCaptions:
     with torch.no_grad():
         return EncodedCaptions(*text.encode([*moving.texts, ""]))
+
+
+# --- training -------------------------------------------------------------------------------------
 
 
 Encoded = tuple[Clips, Tensor]  # clips of one size, and their latents (n, C, T, h, w)
@@ -121,11 +146,12 @@ def video_step(
     captions: EncodedCaptions,
     network: VideoMMDiT,
     step_rng: StepRNG,
+    sizes: Sequence[ClipSize] = CLIP_SIZES,
 ) -> Tensor:
-    """One training step: the losses of a batch of clips of one size, (B,)."""
+    """One training step: the losses of a batch of clips of one size, (B,); sizes take turns."""
     training, generator = job.training, step_rng.generator()
     count = training.flow.batch
-    size = CLIP_SIZES[int(step_rng.name[-1]) % len(CLIP_SIZES)]
+    size = sizes[int(step_rng.name[-1]) % len(sizes)]
     clips, latents = encoded[size]
     chosen = step_rng.take(torch.randint(len(latents), (count,), generator=generator))
     u = step_rng.take(torch.rand(2, count, generator=generator).T)  # (B, 2)
@@ -155,12 +181,13 @@ def train_video(
     moving: MovingDigits,
     encoded: dict[ClipSize, Encoded],
     captions: EncodedCaptions,
+    sizes: Sequence[ClipSize] = CLIP_SIZES,
 ) -> VideoMMDiT:
     """The network, trained from one for images or loaded: the moving average of its weights."""
     network = first_network(job, images)
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
-        return video_step(job, moving, encoded, captions, network, step_rng), {}
+        return video_step(job, moving, encoded, captions, network, step_rng, sizes), {}
 
     train = partial(fit_average, job, "video", network, loss_of, job.training.ema_decay)
     finish_or_load(job, "video", network, train)

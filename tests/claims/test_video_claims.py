@@ -6,9 +6,10 @@ import pytest
 
 from nanosd3.claims import __main__ as command
 from nanosd3.claims.catalogue import EXPERIMENTS
+from nanosd3.claims.video_clips import video_study
 from nanosd3.cli import run_main
 
-FAMILY = [name for name in EXPERIMENTS if name.startswith("x-sora-")]
+FAMILY = [name for name, one in EXPERIMENTS.items() if one.run is video_study]
 FIRST = "8x32x32"
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from mutation.faults_backbones import FAULTS_BACKBONES
 from mutation.faults_claims_consistency import FAULTS_CLAIMS_CONSISTENCY
+from mutation.faults_claims_pixels import FAULTS_CLAIMS_PIXELS
 from mutation.faults_claims_sd3 import FAULTS_CLAIMS_SD3
 from mutation.faults_claims_sd3_data import FAULTS_CLAIMS_SD3_DATA
 from mutation.faults_channels import FAULTS_CHANNELS
@@ -232,6 +233,7 @@ RELATED = (
     *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_CLAIMS_SD3_DATA),
     *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_DPO, FAULTS_CHANNELS),
     *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_CLAIMS_CONSISTENCY),
+    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_CLAIMS_PIXELS),
 )
 FAULTS = [
     Fault(file, *entry)

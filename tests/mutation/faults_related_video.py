@@ -3,6 +3,7 @@ training, sampling."""
 
 VIDEO_FILE, MOVING_FILE = "related/video.py", "related/moving_digits.py"
 MOTION_FILE, VIDEO_LESSONS = "related/motion.py", "related/video_lessons.py"
+PAIRS_FILE = "related/two_digits.py"
 
 FAULTS_VIDEO = [
     # video.py
@@ -83,11 +84,24 @@ FAULTS_VIDEO = [
     (VIDEO_LESSONS, "u[:, 1] < TEXTLESS", "u[:, 1] < 0", "no text is dropped"),
     (VIDEO_LESSONS, "moving.captions_of(clips.at(chosen), u[:, 0])",
      "moving.captions_of(clips.at(chosen.flip(0)), u[:, 0])", "captions of other clips"),
-    (VIDEO_LESSONS, "int(step_rng.name[-1]) % len(CLIP_SIZES)", "0", "one size only"),
+    (VIDEO_LESSONS, "int(step_rng.name[-1]) % len(sizes)", "0", "one size only"),
     (VIDEO_LESSONS, "moving=size[0] > 1)", "moving=True)", "pictures have captions of motion"),
     (VIDEO_LESSONS, "if not path.exists():", "if True:", "encoded anew every time"),
     (VIDEO_LESSONS, 'rng(seed, "video", i)', 'rng(seed, "video")', "all clips from one noise"),
     (VIDEO_LESSONS, "guided(network, given, without,", "guided(network, without, given,",
      "away from the text"),
     (VIDEO_LESSONS, "[:, :, : size[0]]", "", "a picture of two frames"),
+    # two_digits.py
+    (PAIRS_FILE, "torch.stack(each).amax(0)", "torch.stack(each).sum(0)", "ink adds up"),
+    (PAIRS_FILE, "videos(one_of(clips, k), size)", "videos(one_of(clips, 0), size)",
+     "the same digit twice"),
+    (PAIRS_FILE, "first, left = divmod(x * len(self.names[a]), 1)",
+     "first, left = x * len(self.names[a]), x", "both names in digits or both in letters"),
+    (PAIRS_FILE, "self.pairs[(a, self.names[a][int(first)]), (b, second)]",
+     "self.pairs[(b, second), (a, self.names[a][int(first)])]", "the other one first"),
+    (PAIRS_FILE, 'rng("pairs that move", k, int(i))', 'rng("pairs that move", int(i))',
+     "both move alike"),
+    (PAIRS_FILE, 'rng("pairs", int(i))', 'rng("pairs")', "the same other image for all"),
+    (PAIRS_FILE, "clips.motion[:, k]", "clips.motion[:, 0]", "the second moves as the first"),
+    (PAIRS_FILE, "if max(size[1:]) > most:", "if max(size) > 2 * most:", "any frames pass"),
 ]  # fmt: skip

@@ -23,7 +23,7 @@ from nanosd3.related import command as related_command
 from nanosd3.related import train_video as train_video_module
 from nanosd3.related.finished_run import open_finished_run
 from nanosd3.related.moving_digits import MovingDigits, velocities
-from nanosd3.related.train_video import VideoSystem, encoders_of
+from nanosd3.related.train_video import VideoSystem
 from nanosd3.related.video import VideoMMDiT, inflated
 from nanosd3.related.video_lessons import (
     CLIP_SIZES,
@@ -33,6 +33,7 @@ from nanosd3.related.video_lessons import (
     encode_captions,
     encode_frames,
     encoded_clips,
+    encoders_of,
     first_network,
     sample_video,
     video_step,

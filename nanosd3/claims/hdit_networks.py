@@ -1,0 +1,156 @@
+"""Hourglass and flat transformers in pixels of 64 x 64, of equal multiply-adds a pass, trained for
+experiments.
+
+All see the same images, captions, noise and times in the same order, for as many steps. What one is
+worth is measured alike for all: by the weighted loss of images held out, whatever loss it was
+trained with, and by samples.
+"""
+
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.material import measured_once
+from nanosd3.config_types import Recipe
+from nanosd3.flow import interpolate, stratified
+from nanosd3.random_streams import rng
+from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.hdit import HDiT, HDiTConfig, HDiTLevel, hdit_loss, hdit_multiply_adds
+from nanosd3.related.hdit_lessons import (
+    STRONGEST,
+    Pixels,
+    drawn_images,
+    noisy_times,
+    normalised_pixels,
+    pooled_text,
+    trained_hdit,
+)
+from nanosd3.related.train_hdit import HDIT_EMA_DECAY, HDIT_SAMPLING, HEAD_DIM, MAPPING, SIDES
+from nanosd3.related.yardsticks import evaluations, score_samples
+from nanosd3.storage.run import Run
+from nanosd3.training.evaluation import Draw
+from nanosd3.training.stages import Job, training_of
+
+PIXEL_STEPS, PIXEL_BATCH = 420, 32
+LOOKS_AT_LOSS = (0.25, 0.5, 0.75, 1.0)  # shares of the steps, after which it is taken
+TIMES_AN_IMAGE = 2  # in the validation loss
+
+
+@dataclass(frozen=True)
+class PixelPlan:
+    """A network, and how it is taught."""
+
+    name: str
+    patch: int
+    levels: tuple[HDiTLevel, ...]  # outermost first; a single one without a window is flat
+    lr: float
+    strongest: float | None = STRONGEST  # where the loss's weight falls; None: it has no weight
+
+
+class Easel:
+    """What all networks are trained with: pixels, and the text of a finished main job."""
+
+    def __init__(self, conditions: Conditions):
+        self.conditions = conditions
+        self.finished = finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+        self.config = replace(
+            finished.config,
+            image_size=SIDES["mnist"],
+            training=replace(training_of(finished.config), ema_decay=HDIT_EMA_DECAY),
+            sampling=HDIT_SAMPLING,
+        )
+        self.pixels = normalised_pixels(finished.source, self.config)
+        self.pooled = pooled_text(finished.pipeline, finished.source.texts)
+
+    def sizes(self, net: PixelPlan) -> HDiTConfig:
+        main = self.finished.config
+        told = main.vae.image_channels, main.mmdit.pooled_dim
+        return HDiTConfig(told[0], net.patch, net.levels, HEAD_DIM, *MAPPING["mnist"], told[1])
+
+    def multiply_adds(self, net: PixelPlan) -> float:
+        """Of a pass on one image, in millions."""
+        side = self.config.image_size
+        return hdit_multiply_adds(self.sizes(net), side, side) / 1e6
+
+    def trained(self, net: PixelPlan, seed: int) -> "TrainedPixels":
+        """The network of a seed, trained now or before."""
+        recipe = Recipe(PIXEL_STEPS, PIXEL_BATCH, net.lr, warmup=50, weight_decay=0.0)
+        if self.conditions.fast:
+            recipe = replace(recipe, steps=4, batch=8, warmup=1)
+        config = replace(self.config, training=replace(training_of(self.config), flow=recipe))
+        sizes, finished = self.sizes(net), self.finished
+        identity = {
+            "config": asdict(config),
+            "sizes": asdict(sizes),
+            "strongest": net.strongest,
+            "finished": finished.fingerprint,
+            "data": finished.source.fingerprint,
+            "seed": seed,
+        }
+        run = Run.open(self.conditions.networks / f"{net.name}-{seed}", identity)
+        job = Job(run, config, finished.source, finished.device, seed)
+        looks = [max(1, round(share * recipe.steps)) for share in LOOKS_AT_LOSS]
+
+        def watch(step: int, average: nn.Module) -> None:
+            if step + 1 in looks:
+                job.run.log(stage="hdit", step=step, held_out=self.held_out_loss(average))
+
+        with run.alone():
+            if "hdit" not in run.stages:
+                print(f"{net.name}, seed {seed}", flush=True)
+            model = trained_hdit(job, sizes, self.pixels, self.pooled, net.strongest, watch)
+        return TrainedPixels(model, job, self.pixels)
+
+    @torch.no_grad()
+    def held_out_loss(self, model: nn.Module) -> float:
+        """The weighted loss of images held out, at noise and times that are always the same."""
+        source, generator = self.finished.source, rng("pixels held out")
+        images = torch.arange(source.trained, source.count).repeat(TIMES_AN_IMAGE)
+        x0 = self.pixels[images]
+        noise = torch.randn(x0.shape, generator=generator)
+        t = noisy_times(stratified(len(images), generator))
+        text = self.pooled[source.captions(images, torch.zeros(len(images)))]
+        losses: list[Tensor] = []
+        for rows in torch.arange(len(images)).split(PIXEL_BATCH):
+            x, n, s = x0[rows], noise[rows], t[rows]
+            velocity = model(interpolate(x, n, s), s, text[rows])
+            losses.append(hdit_loss(velocity, x, n, s, STRONGEST))
+        return torch.cat(losses).mean().item()
+
+
+@dataclass(frozen=True)
+class TrainedPixels:
+    """The average of a network's weights, and where it was trained."""
+
+    model: HDiT
+    job: Job
+    pixels: Pixels
+
+    @property
+    def seconds(self) -> float:
+        """Of a core."""
+        return self.job.run.stages["hdit"]["thread_seconds"]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """The loss of images held out, by training step."""
+        log = self.job.run.read_log()
+        return {entry["step"] + 1: entry["held_out"] for entry in log if "held_out" in entry}
+
+    def scores(self, finished: FinishedRun, count: int) -> tuple[float, float]:
+        """Share of samples read as asked, and their Frechet distance over that of real images."""
+        way, seed = self.job.config.sampling, 100 + self.job.seed
+
+        def generate(draw: Draw, noise_seed: int) -> np.ndarray:
+            return drawn_images(
+                self.model, self.pixels, finished.pipeline, draw.prompts, noise_seed, way
+            )
+
+        def measure() -> dict:
+            return score_samples(finished, generate, count, evaluations(way), (seed,))
+
+        found = measured_once(self.job.run, "scores", measure)
+        return found["prompt_accuracy"], found["frechet_ratio_to_real"]

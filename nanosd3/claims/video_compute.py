@@ -1,0 +1,164 @@
+"""Do clips get better with compute? (Sora, OpenAI, 2024)
+
+The report shows the same clip after one, 4 and 32 units of training. Here a network trains 1, 4 and
+16 times as long. How near its clips are to real ones is told by features of whole frames and of how
+they change: of a still picture of the right digit the first are right and the second are not.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanosd3.claims.experiment import (
+    Conditions,
+    Experiment,
+    Verdict,
+    lead,
+    table_of,
+    verdict,
+)
+from nanosd3.claims.video_networks import SQUARE, ClipSchool, TrainedClips
+from nanosd3.random_streams import rng
+from nanosd3.related.motion import asked_clips, clip_features, look_at, motion_scores
+from nanosd3.related.moving_digits import velocities
+from nanosd3.training.figures import MEANINGS, SERIES, label_counts, new_figure, save_plot
+from nanosd3.training.metrics import frechet_distance
+
+UNIT = 25  # training steps of the least compute
+TIMES_COMPUTE = (1, 4, 16)
+MARKED, HARDLY = 0.5, 0.8  # of the distance at the least compute
+MOTION_KEYS = ("prompt_accuracy", "direction", "line_r2")
+
+
+class ClipJudge:
+    """Distances of clips to real ones."""
+
+    def __init__(self, school: ClipSchool, count: int):
+        self.school, self.count = school, count
+        self.reference = self.features(self.real(1))
+
+    def real(self, draw: int) -> Tensor:
+        """Real clips, others for every draw."""
+        moving = self.school.moving
+        return moving.videos(asked_clips(moving, SQUARE, self.count, draw), SQUARE)
+
+    def features(self, videos: Tensor) -> Tensor:
+        return clip_features(self.school.finished.scorer, videos)
+
+    def distance(self, videos: Tensor) -> float:
+        return frechet_distance(self.features(videos), self.reference)
+
+    def landmarks(self) -> dict[str, float]:
+        """Distances of clips that are known to be right, or wrong in one way."""
+        real = self.real(2)
+        u = torch.rand(self.count, SQUARE[0], generator=rng("any order"))
+        order = u.argsort(dim=1)
+        shuffled = torch.stack([x[:, i] for x, i in zip(real, order, strict=True)])
+        return {
+            "real clips": self.distance(real),
+            "real ones, standing still": self.distance(real[:, :, :1].expand_as(real)),
+            "real ones, frames in any order": self.distance(shuffled),
+        }
+
+    def judged(self, network: TrainedClips) -> dict:
+        """The distance of the network's clips, and beside it what moves in them."""
+
+        def measure() -> dict:
+            moving, scorer = self.school.moving, self.school.finished.scorer
+            clips = asked_clips(moving, SQUARE, self.count)
+            videos = network.video.draw(clips, SQUARE, network.run.identity["seed"])
+            seen, labels = look_at(scorer, videos), moving.digits.labels[clips.digits]
+            found = motion_scores(seen, labels, velocities(clips.motion), seen.features)
+            return {"distance": self.distance(videos)} | {key: found[key] for key in MOTION_KEYS}
+
+        return network.once("clips judged", measure)
+
+
+def compute_study(conditions: Conditions) -> dict:
+    """By compute: distances and motion, lists over seeds; and distances of known clips."""
+    school = ClipSchool(conditions)
+    judge = ClipJudge(school, 20 if conditions.fast else 500)
+    found: dict[str, dict[str, list[float]]] = {}
+    for times in TIMES_COMPUTE:
+        one: dict[str, list[float]] = {key: [] for key in ("distance", *MOTION_KEYS, "seconds")}
+        for seed in conditions.seeds:
+            steps = UNIT * times
+            network = school.trained(f"compute-{steps}", school.moving, SQUARE, steps, seed)
+            for key, value in judge.judged(network).items():
+                one[key].append(value)
+            one["seconds"].append(network.seconds)
+        found[str(times)] = one
+    landmarks = judge.landmarks()
+    rows: list[list[object]] = [
+        [f"{times}x", *(one[key] for key in one)] for times, one in found.items()
+    ]
+    rows += [[name, distance, *[""] * 4] for name, distance in landmarks.items()]
+    columns = ["compute", "distance of clips", "digit read in", "direction right in",
+               "motion explained", "seconds"]  # fmt: skip
+    return {
+        "compute": found,
+        "landmarks": landmarks,
+        "training_seconds": school.seconds + sum(sum(one["seconds"]) for one in found.values()),
+        "table": table_of(columns, rows),
+    }
+
+
+def decide_clip_compute(results: dict) -> Verdict:
+    distances = [one["distance"] for one in results["compute"].values()]
+    falls = [lead(more, less) for less, more in pairwise(distances)]
+    left = [last / first for first, last in zip(distances[0], distances[-1], strict=True)]
+    enough = len(left) > 1
+    return verdict(
+        enough and all(mean > spread for mean, spread in falls) and max(left) <= MARKED,
+        enough and (any(mean < -spread for mean, spread in falls) or min(left) > HARDLY),
+    )
+
+
+def plot_clip_compute(results: dict, path: Path) -> None:
+    figure, (left, right) = new_figure(10, 2)
+    found, landmarks = results["compute"], results["landmarks"]
+    times = [int(x) for x in found]
+    seeds = zip(*(one["distance"] for one in found.values()), strict=True)
+    for i, distances in enumerate(seeds):
+        left.semilogx(times, distances, "-o", color=MEANINGS["prediction"], markersize=5,
+                    label="drawn, each seed's" if i == 0 else None)  # fmt: skip
+    known = zip(landmarks.items(), ("-", "--", ":"), (MEANINGS["data"], *SERIES[:2]), strict=True)
+    for (name, distance), line, colour in known:
+        left.axhline(distance, color=colour, linestyle=line, label=name)
+    left.set_ylim(bottom=0)
+    left.set(ylabel="Frechet distance of clips", title="How near to real clips")
+    left.legend()
+    names = ("digit read in", "direction right in", "motion explained, R^2")
+    for key, name, line, colour in zip(MOTION_KEYS, names, ("-o", "--s", ":^"), SERIES[:3],
+                                       strict=True):  # fmt: skip
+        means = [sum(one[key]) / len(one[key]) for one in found.values()]
+        right.semilogx(times, means, line, color=colour, label=name)
+    right.set(ylabel="share of frames, of clips, of variance", title="What moves in them")
+    right.set_ylim(0, 1.05)
+    right.legend()
+    for axis in (left, right):
+        label_counts(axis, times)
+        axis.set_xlabel("training compute")
+    save_plot(figure, path)
+
+
+CLIP_COMPUTE = Experiment(
+    name="x-sora-3",
+    claim="Quality of video rises markedly with training compute.",
+    source="Video generation models as world simulators, OpenAI, 2024, scaling transformers for "
+    "video generation",
+    measured="Clips of 4 frames of 32x32 by one network, trained 25, 100 and 400 steps of 32 from "
+    "the transformer for images. The Frechet distance of 500 clips to real ones, by the mean over "
+    "frames of a classifier's features and the mean of their change from frame to frame; beside "
+    "it, digits read, directions and motion.",
+    rule="Supported if from 1 to 4 and from 4 to 16 times the compute the distance falls in the "
+    "mean by more than the spread over seeds, and in every seed the last is at most half of the "
+    "first. Refuted if either time it rises by more than the spread, or in every seed more than "
+    "0.8 of the first is left. (One seed decides nothing.)",
+    minutes=9,
+    run=compute_study,
+    decide=decide_clip_compute,
+    plot=plot_clip_compute,
+)
