@@ -24,13 +24,13 @@ from nanosd3.claims.muse_decoders import LARGER_DECODERS
 from nanosd3.claims.muse_edits import FREE_EDITING, REPAINTING
 from nanosd3.claims.muse_masks import MASKS
 from nanosd3.claims.muse_speed import FASTER_THAN_CAUSAL, FASTER_THAN_FLOW, FEW_ENOUGH
+from nanosd3.claims.muse_text import TRAINED_ENCODER, UNHEARD_WORDS
 from nanosd3.claims.sd3_backbones import AS_LARGE_AS_MMDIT, BACKBONE_RANKING, THIRD_WEIGHTS
 from nanosd3.claims.sd3_captions import CAPTIONS, NOT_RICH_ALONE
-from nanosd3.claims.muse_text import TRAINED_ENCODER, UNHEARD_WORDS
 from nanosd3.claims.sd3_card import CARD
-from nanosd3.claims.sd3_duplicates import DUPLICATES, FOUND
 from nanosd3.claims.sd3_channels import CHANNELS_BY_SIZE, RECONSTRUCTION
 from nanosd3.claims.sd3_dpo import DPO_DISTANCE, DPO_WINS
+from nanosd3.claims.sd3_duplicates import DUPLICATES, FOUND
 from nanosd3.claims.sd3_formulations import (
     BEST,
     BEST_OF_PIXELS,
@@ -64,9 +64,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(CONSISTENT, DISTILLATION, MORE_STEPS, ALONE_AT_ALL),  # Consistency Models
         *(IMPROVED, EACH_CHANGE, ZERO_SHOT, MORE_EDIT_STEPS),
         *(BETTER_DECODING, SECOND_STEP, PRICE, DROP_IN),  # the Consistency Decoder
-        *(COSTS, DETAIL),  # HDiT
-        *(OTHER_SIZES_KEPT, LENGTHS, COHERENCE),  # spacetime patches
-        *(CONSISTENT, DISTILLATION, MORE_STEPS),  # Consistency Models
         *(COSTS, SHAPE, DETAIL, WEIGHTING),  # HDiT
         *(OTHER_SIZES_KEPT, LENGTHS, FRAMING, CLIP_COMPUTE, COHERENCE),  # spacetime patches
         *(MASKS, FEW_ENOUGH, FASTER_THAN_FLOW, FASTER_THAN_CAUSAL),  # Muse

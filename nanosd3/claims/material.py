@@ -18,7 +18,6 @@ def open_encoded(conditions: Conditions, images: bool = True) -> tuple[FinishedR
     finished = open_finished_run(conditions.run, None, torch.device("cpu"))
     folder, encoders = conditions.out / "cache", finished.encoders(finished.config)
     return finished, encoded(folder, finished.source, encoders, [], SINGLE_PROCESS, images)
-    return finished, encoded(folder, finished.source, encoders, [], SINGLE_PROCESS)
 
 
 def measured_once(run: Run, what: str, measure: Callable[[], Any]) -> Any:

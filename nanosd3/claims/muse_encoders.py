@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from nanosd3.claims.muse_networks import in_steps, with_recipes
-from nanosd3.claims.sd3_without_t5 import right_attributes
+from nanosd3.claims.sd3_without_t5 import attributes_right
 from nanosd3.data.sources import Digits
 from nanosd3.flow import stratified
 from nanosd3.lazy_modules import LazyModules
@@ -137,5 +137,5 @@ def told_scores(finished: FinishedRun, painter: TokenPainter, count: int, seed: 
         images = painter.images(painter.draw(draw.prompts, 100 + seed))
         digits = to_digits(torch.from_numpy(images))
         right = finished.scorer.score(digits, draw)[0]
-        shares.append((right, right_attributes(finished, digits, draw)))
+        shares.append((right, attributes_right(finished.source.described, draw, digits)))
     return [held_out_loss(painter, heard), *shares[0], shares[1][0]]

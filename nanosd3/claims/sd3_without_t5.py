@@ -46,14 +46,6 @@ def attributes_right(described: Described, draw: Draw, digits: Tensor) -> float:
     """The share of samples uint8 (B, 28, 28) with the stroke that the prompt asks for, and that
     with the slant, each among prompts that ask for one; the mean of both."""
     matches = []
-    right = right_attributes(finished, digits, draw)
-    return dict(zip(T5_SCORES, (accuracy, right, distance / floor), strict=True))
-
-
-def right_attributes(finished: FinishedRun, digits: Tensor, draw: Draw) -> float:
-    """The share of samples, digits uint8 (B, 28, 28), that are as thin, bold, leaning or upright
-    as their captions say, a mean over weight and slant."""
-    described, matches = finished.source.described, []
     limits = described.weight_limits, described.slant_limits
     words = WEIGHT_WORDS, SLANT_WORDS
     for values, limit, meant in zip(measure_strokes(digits), limits, words, strict=True):

@@ -10,12 +10,11 @@ to see them.
 from typing import NamedTuple
 
 from mutation.faults_backbones import FAULTS_BACKBONES
+from mutation.faults_channels import FAULTS_CHANNELS
 from mutation.faults_claims_consistency import FAULTS_CLAIMS_CONSISTENCY
 from mutation.faults_claims_pixels import FAULTS_CLAIMS_PIXELS
 from mutation.faults_claims_sd3 import FAULTS_CLAIMS_SD3
 from mutation.faults_claims_sd3_data import FAULTS_CLAIMS_SD3_DATA
-from mutation.faults_channels import FAULTS_CHANNELS
-from mutation.faults_claims_sd3 import FAULTS_CLAIMS_SD3
 from mutation.faults_dpo import FAULTS_DPO
 from mutation.faults_network import ACCELERATE, CHANNELS_LAST, EMBEDDINGS, LAYERS, MATMUL, MMDIT
 from mutation.faults_related_consistency import FAULTS_CONSISTENCY
@@ -229,11 +228,11 @@ PATCHIFY = [
 
 RELATED = (
     *(FAULTS_DIT, FAULTS_FM, FAULTS_CONSISTENCY, FAULTS_HDIT, FAULTS_MUSE, FAULTS_VIDEO),
-    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_BACKBONES),
-    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_CLAIMS_SD3_DATA),
-    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_DPO, FAULTS_CHANNELS),
-    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_CLAIMS_CONSISTENCY),
-    *(FAULTS_FORMULATIONS, FAULTS_CLAIMS_SD3, FAULTS_CLAIMS_PIXELS),
+    *(FAULTS_FORMULATIONS, FAULTS_BACKBONES, FAULTS_DPO),
+)
+CLAIMS = (
+    *(FAULTS_CLAIMS_SD3, FAULTS_CLAIMS_SD3_DATA, FAULTS_CHANNELS, FAULTS_CLAIMS_CONSISTENCY),
+    FAULTS_CLAIMS_PIXELS,
 )
 FAULTS = [
     Fault(file, *entry)
@@ -249,4 +248,4 @@ FAULTS = [
         ("machine/channels_last.py", CHANNELS_LAST),
     )
     for entry in entries
-] + [Fault(*entry) for related in RELATED for entry in related]
+] + [Fault(*entry) for family in (*RELATED, *CLAIMS) for entry in family]
