@@ -29,7 +29,7 @@ from nanosd3.vae import AutoencoderKL
 PRICED_SIDE = 32  # pixels
 PRICED_AT_ONCE, PAIRS_TIMED = 20, 5  # images; the middle pair's ratio counts
 DECODING_STEPS = (1, 2)
-AUTOENCODERS: dict[str, VAEConfig] = {
+AUTOENCODERS_PRICED: dict[str, VAEConfig] = {
     "the main job's": CONFIGS["mnist"].vae,
     "the strongly compressing one": MNIST_COMPRESSED,
 }
@@ -85,7 +85,7 @@ def price_study(conditions: Conditions) -> dict:
     count, pairs = (2, 1) if conditions.fast else (PRICED_AT_ONCE, PAIRS_TIMED)
     found: dict[str, dict] = {}
     rows: list[list[object]] = []
-    for name, config in AUTOENCODERS.items():
+    for name, config in AUTOENCODERS_PRICED.items():
         millions = millions_of(config)
         times: dict[int, list[float]] = {steps: [] for steps in DECODING_STEPS}
         for seed in conditions.seeds:
@@ -119,7 +119,8 @@ def plot_price(results: dict, path: Path) -> None:
     figure, (axis,) = new_figure(7, 1)
     rows = [(name, n) for name in results["decoders"] for n in DECODING_STEPS]
     labels = [
-        f"{AUTOENCODERS[name].factor}x smaller latents\n{n} step{'s' * (n > 1)}" for name, n in rows
+        f"{AUTOENCODERS_PRICED[name].factor}x smaller latents\n{n} step{'s' * (n > 1)}"
+        for name, n in rows
     ]
     for i, (name, n) in enumerate(rows):
         one = results["decoders"][name]

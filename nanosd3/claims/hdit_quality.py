@@ -14,11 +14,11 @@ from nanosd3.related.hdit import HDiTLevel
 from nanosd3.training.figures import MEANINGS, new_figure, save_plot
 
 HOURGLASS = PixelPlan("hourglass", 8, (HDiTLevel(64, 1, 3), HDiTLevel(128, 2, None)), 1.6e-2)
-NARROW = PixelPlan("flat-narrow", 8, (HDiTLevel(64, 4, None),), 1.6e-2)
+FLAT_NARROW = PixelPlan("flat-narrow", 8, (HDiTLevel(64, 4, None),), 1.6e-2)
 COARSE = PixelPlan("flat-coarse", 16, (HDiTLevel(128, 4, None),), 1.6e-2)
 SHAPES_TRIED = {
     "hourglass": HOURGLASS,
-    "flat, small patches": NARROW,
+    "flat, small patches": FLAT_NARROW,
     "flat, large patches": COARSE,
 }
 SHAPE_LINES = ("-o", "--s", ":^")
@@ -42,7 +42,7 @@ def shape_study(conditions: Conditions) -> dict:
     columns = ["", "10^6 multiply-adds a pass", "loss, held out", "read as asked",
                "Frechet ratio", "seconds"]  # fmt: skip
     rows = [
-        [name, round(one["multiply_adds"], 1), final_losses(one), *(one[key] for key in KEYS)]
+        [name, round(one["multiply_adds"], 1), losses_at_the_end(one), *(one[key] for key in KEYS)]
         for name, one in shapes.items()
     ]
     seconds = sum(sum(one["seconds"]) for one in shapes.values())
@@ -52,14 +52,14 @@ def shape_study(conditions: Conditions) -> dict:
 KEYS = ("accuracy", "ratio", "seconds")
 
 
-def final_losses(shape: dict) -> list[float]:
+def losses_at_the_end(shape: dict) -> list[float]:
     """At the end of training, by seed."""
     return [losses[-1] for losses in shape["losses"]]
 
 
 def decide_shape(results: dict) -> Verdict:
     hourglass, *flat = results["shapes"].values()
-    by_loss = [lead(final_losses(hourglass), final_losses(one)) for one in flat]
+    by_loss = [lead(losses_at_the_end(hourglass), losses_at_the_end(one)) for one in flat]
     by_digits = [lead(one["accuracy"], hourglass["accuracy"]) for one in flat]
     return verdict(
         all(mean > spread for mean, spread in by_loss + by_digits),

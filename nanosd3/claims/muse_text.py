@@ -40,7 +40,7 @@ def text_study(conditions: Conditions) -> dict:
     return {"scores": found, "training_seconds": seconds, "table": table}
 
 
-def gains(results: dict, key: str) -> list[float]:
+def shares_gained(results: dict, key: str) -> list[float]:
     """By how much a score is higher with trained encoders than with untrained, seed by seed."""
     ours, theirs = (results["scores"][name][key] for name in TOLD[:2])
     return [a - b for a, b in zip(ours, theirs, strict=True)]
@@ -48,7 +48,7 @@ def gains(results: dict, key: str) -> list[float]:
 
 def decide_encoder(results: dict) -> Verdict:
     ours, theirs = (results["scores"][name]["loss"] for name in TOLD[:2])
-    shares = [gains(results, key) for key in ("digit", "attributes")]
+    shares = [shares_gained(results, key) for key in ("digit", "attributes")]
     none = [0.0] * len(ours)
     lower, spread = lead([1.0] * len(ours), [b / a for a, b in zip(ours, theirs, strict=True)])
     better = [mean > max(wobble, 0.02) for mean, wobble in (lead(none, each) for each in shares)]

@@ -16,7 +16,7 @@ from nanosd3.claims.decoder_drop_in import (
     consistent_pipeline,
 )
 from nanosd3.claims.decoder_networks import LONGER, compressing_autoencoder, two_decoders
-from nanosd3.claims.decoder_price import AUTOENCODERS, PRICE, millions_of, time_ratio
+from nanosd3.claims.decoder_price import AUTOENCODERS_PRICED, PRICE, millions_of, time_ratio
 from nanosd3.claims.decoder_price import ways_to_decode as ways_of
 from nanosd3.claims.decoder_quality import (
     BETTER_DECODING,
@@ -64,7 +64,7 @@ def test_rule_of_the_price(results, word):
 def test_what_is_priced():
     """Two steps are two calls; a call's multiply-adds are those of its convolutions and linear
     layers, counted here by what they give."""
-    for config in AUTOENCODERS.values():
+    for config in AUTOENCODERS_PRICED.values():
         cost = millions_of(config)
         assert cost[2] == 2 * cost[1] > cost[0] > 0
         network, counted = ConsistencyDecoder(1, config.latent_channels, (16, 32, 64)), []
@@ -82,7 +82,7 @@ def test_what_is_priced():
 
 
 def test_all_ways_decode_the_same_latents():
-    for config in AUTOENCODERS.values():
+    for config in AUTOENCODERS_PRICED.values():
         ways = ways_of(config, 2, 0)
         images = {steps: way() for steps, way in ways.items()}
         assert {x.shape for x in images.values()} == {(2, 1, 32, 32)}
