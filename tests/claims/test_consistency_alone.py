@@ -136,9 +136,9 @@ def test_the_weight(lesson):
 
 def test_a_way_is_trained_once(classroom, monkeypatch):
     way = TrainingWay(huber=True)
-    first = trained_way(classroom, way, 5, 4, 4e-3)
+    first = trained_way(classroom, way, 5, 4, 8e-3)
     monkeypatch.setattr(consistency_ways, "fit_average", lambda *_, **__: pytest.fail("again"))
-    second = trained_way(classroom, way, 5, 4, 4e-3)
+    second = trained_way(classroom, way, 5, 4, 8e-3)
     for a, b in zip(first.network.parameters(), second.network.parameters(), strict=True):
         assert a.equal(b) and not a.requires_grad
     assert first.seconds == second.seconds
@@ -147,7 +147,7 @@ def test_a_way_is_trained_once(classroom, monkeypatch):
 def test_all_switches_count(classroom):
     """Each way ends with other weights."""
     ends = {
-        name: trained_way(classroom, way, 0, 4, 4e-3).network.final_layer.linear.weight
+        name: trained_way(classroom, way, 0, 4, 8e-3).network.final_layer.linear.weight
         for name, way in TRAINING_WAYS.items()
     }
     assert len({tuple(weight.flatten().tolist()) for weight in ends.values()}) == 7
