@@ -15,6 +15,7 @@ from nanosd3.claims.material import open_encoded
 from nanosd3.cli import run_main
 from nanosd3.config import CONFIGS
 from nanosd3.related.backbones import UViT
+from nanosd3.training import train_flow
 
 TINY = CONFIGS["tiny"].mmdit
 NAMES = ("x-sd3-backbones", "x-sd3-backbones-equal", "x-sd3-backbones-third")
@@ -132,6 +133,8 @@ def test_arms():
 def results(tiny_run, tmp_path_factory) -> dict[str, dict]:
     """Of all, in their fast form."""
     out, found = tmp_path_factory.mktemp("backbones"), {}
+    quick = pytest.MonkeyPatch()
+    quick.setattr(train_flow, "VALIDATION_TIMES", 1)  # which takes most of the time
     for name in NAMES:
         words = [name, "--run", str(tiny_run), "--out", str(out), "--seeds", "1", "--fast"]
         assert run_main(lambda words=words: command.main(words)) == 0
@@ -139,6 +142,7 @@ def results(tiny_run, tmp_path_factory) -> dict[str, dict]:
         found[name] = json.loads((out / "fast" / f"{name}.json").read_text())["results"]
     trained = sorted(path.name for path in (out / "fast" / "networks").iterdir())
     assert len(trained) == 11  # seven by tokens, four with the pooled text; once each
+    quick.undo()
     assert "uvit-2-tokens-0" in trained and "dit-3-tokens-0" in trained
     return found
 
