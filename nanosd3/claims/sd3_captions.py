@@ -139,10 +139,13 @@ CAPTIONS = Experiment(
     measured=CAPTIONS_MEASURED,
     rule="Supported if with half of each the share followed is above that with original captions "
     "by more than the spread over seeds and more than a point. Refuted if it is below by as much.",
-    minutes=6,
+    minutes=4,
     run=captions_study,
     decide=partial(decide_captions, other="original"),
     plot=plot_captions,
+    remark='By 27 points, all of them in attributes: whoever never read "bold" draws thirds at '
+    "random. Digits of class-word prompts cost nothing that three seeds would show (85.9% against "
+    "87.3%).",
 )
 
 NOT_RICH_ALONE = Experiment(
@@ -153,8 +156,12 @@ NOT_RICH_ALONE = Experiment(
     measured=CAPTIONS_MEASURED,
     rule="Supported if with half of each the share followed is above that with rich captions "
     "by more than the spread over seeds and more than a point. Refuted if it is below by as much.",
-    minutes=6,
+    minutes=4,
     run=captions_study,
     decide=partial(decide_captions, other="rich"),
     plot=plot_captions,
+    remark="Rich captions alone are better by 4 points, on class-word prompts too (88.4% against "
+    "85.9%). The reason for the original half does not exist here: each rich caption holds the "
+    "class word and is true, as measured, so nothing can be forgotten. The captions of a "
+    "vision-language model leave out names that it does not know.",
 )

@@ -1,6 +1,7 @@
 """Original captions, rich ones, and half of each: what is told, rules, and that it runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,22 +110,28 @@ def test_followed_counts_both_alike():
 # --- it runs --------------------------------------------------------------------------------------
 
 
-def test_runs(tiny_run, tmp_path):
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """Where texts and images are encoded once for all tests here."""
+    return tmp_path_factory.mktemp("out")
+
+
+def test_runs(tiny_run, out):
     for name in NAMES:
-        words = [name, "--run", str(tiny_run), "--out", str(tmp_path), "--seeds", "1", "--fast"]
+        words = [name, "--run", str(tiny_run), "--out", str(out), "--seeds", "1", "--fast"]
         assert run_main(lambda words=words: command.main(words)) == 0
-        assert (tmp_path / "fast" / f"{name}.png").stat().st_size > 5000
+        assert (out / "fast" / f"{name}.png").stat().st_size > 5000
     first, second = (
-        json.loads((tmp_path / "fast" / f"{name}.json").read_text())["results"] for name in NAMES
+        json.loads((out / "fast" / f"{name}.json").read_text())["results"] for name in NAMES
     )
     assert first == second  # the same networks and scores
     assert list(first["scores"]) == list(CAPTION_ARMS)
-    networks = sorted(path.name for path in (tmp_path / "fast" / "networks").iterdir())
+    networks = sorted(path.name for path in (out / "fast" / "networks").iterdir())
     assert len(networks) == 3
     for one in first["scores"].values():
         assert list(one) == list(CAPTION_SCORES)
         assert all(0 <= share <= 1 for key in CAPTION_SCORES[:3] for share in one[key])
-    losses = [last_loss(tmp_path / "fast" / "networks" / name) for name in networks]
+    losses = [last_loss(out / "fast" / "networks" / name) for name in networks]
     assert len(set(losses)) == 3  # other captions, other losses
     assert all(len(row) == len(first["table"]["columns"]) for row in first["table"]["rows"])
 
@@ -135,19 +142,18 @@ def last_loss(folder) -> float:
     return [entry["loss"] for entry in entries if "loss" in entry][-1]
 
 
-def test_scores_are_of_what_was_asked(tiny_run, tmp_path, monkeypatch):
+def test_scores_are_of_what_was_asked(tiny_run, out, monkeypatch):
     """Real digits in place of samples: all right, for prompts of both kinds."""
-    from pathlib import Path
-
     from nanosd3.claims.experiment import Conditions
     from nanosd3.claims.material import open_encoded
     from nanosd3.claims.sd3_variants import Variant, trained_variant
     from nanosd3.pipeline import Pipeline
     from nanosd3.training.evaluation import draw_prompts
 
-    conditions = Conditions((0,), True, Path(tiny_run), tmp_path)
+    conditions = Conditions((0,), True, Path(tiny_run), out)
     finished, features = open_encoded(conditions)
-    network = trained_variant(conditions, finished, features, Variant(), 0)
+    variant = Variant(1, data="captions-half-of-each", steps=sd3_captions.CAPTION_STEPS)
+    network = trained_variant(conditions, finished, features, variant, 0)
     monkeypatch.setattr(finished.scorer, "score", lambda digits, draw: (0.75, 2 * floor(draw)))
     floor, asked = finished.scorer.floor, []
 

@@ -1,6 +1,7 @@
 """Repeated images: planted, found by features, drawn from memory; rules, and that it runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,16 +210,22 @@ def test_rules(name, results, expected):
 # --- it runs --------------------------------------------------------------------------------------
 
 
-def test_runs(tiny_run, tmp_path):
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """Where texts and images are encoded once for all tests here."""
+    return tmp_path_factory.mktemp("out")
+
+
+def test_runs(tiny_run, out):
     for name in NAMES:
-        words = [name, "--run", str(tiny_run), "--out", str(tmp_path), "--seeds", "1", "--fast"]
+        words = [name, "--run", str(tiny_run), "--out", str(out), "--seeds", "1", "--fast"]
         assert run_main(lambda words=words: command.main(words)) == 0
-        assert (tmp_path / "fast" / f"{name}.png").stat().st_size > 5000
+        assert (out / "fast" / f"{name}.png").stat().st_size > 5000
     first, second = (
-        json.loads((tmp_path / "fast" / f"{name}.json").read_text())["results"] for name in NAMES
+        json.loads((out / "fast" / f"{name}.json").read_text())["results"] for name in NAMES
     )
     assert first == second  # nothing was trained twice
-    networks = {path.name: path for path in (tmp_path / "fast" / "networks").iterdir()}
+    networks = {path.name: path for path in (out / "fast" / "networks").iterdir()}
     assert set(networks) == {
         "copy-detector-0", "depth-1-with-repeats-0", "depth-1-repeats-left-out-0"
     }  # fmt: skip
@@ -230,10 +237,8 @@ def test_runs(tiny_run, tmp_path):
     assert all(len(row) == len(first["table"]["columns"]) for row in first["table"]["rows"])
 
 
-def test_copies_are_counted(tiny_run, tmp_path, monkeypatch):
+def test_copies_are_counted(tiny_run, out, monkeypatch):
     """Repeated images in place of samples for their captions, unseen ones for the others."""
-    from pathlib import Path
-
     from nanosd3.claims import sd3_duplicates, sd3_variants
     from nanosd3.claims.experiment import Conditions
     from nanosd3.machine.distributed import SINGLE_PROCESS
@@ -241,13 +246,13 @@ def test_copies_are_counted(tiny_run, tmp_path, monkeypatch):
     from nanosd3.related.finished_run import open_finished_run
     from nanosd3.training.cached_features import encoded
 
-    conditions = Conditions((0,), True, Path(tiny_run), tmp_path)
+    conditions = Conditions((0,), True, Path(tiny_run), out)
     finished = open_finished_run(conditions.run, None, torch.device("cpu"))
     planted = plant(finished.source, 0, 100, 3)
     source = RepeatedDigits(planted, finished.config, ~planted.is_copy)
     encoders = finished.encoders(finished.config)
-    features = encoded(tmp_path / "cache", source, encoders, [], SINGLE_PROCESS)
-    variant = sd3_variants.Variant(data="counted")
+    features = encoded(out / "cache", source, encoders, [], SINGLE_PROCESS)
+    variant = sd3_variants.Variant(1, data="counted")
     network = sd3_variants.trained_variant(conditions, finished, features, variant, 0)
     asked = []
 
