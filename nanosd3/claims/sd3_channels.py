@@ -173,9 +173,9 @@ CHANNELS_BY_SIZE = Experiment(
     source="SD3, arXiv 2403.03206, section 5.2.1 and figure 10",
     measured=AUTOENCODERS
     + f"In latents of {FEW_CHANNELS} and {MANY_CHANNELS} channels, transformers of depth {SHALLOW} "
-    f"and {DEEP} (width 64 a block), {FLOW.steps} steps of {FLOW.batch}, one rate. Of 500 samples (Heun, 8 "
-    "steps, guidance 1.6) the Frechet distance over that of real images. What a depth gains is the "
-    "logarithm of the ratio with 2 channels over that with 8.",
+    f"and {DEEP} (width 64 a block), {FLOW.steps} steps of {FLOW.batch}, one rate. Of 500 samples "
+    "(Heun, 8 steps, guidance 1.6) the Frechet distance over that of real images. What a depth "
+    "gains is the logarithm of the ratio with 2 channels over that with 8.",
     rule="Supported if, by more than their spreads over seeds, the deeper gains, and more than the "
     "shallower, and the shallower does not gain. Refuted if by more than that the deeper loses, or "
     "gains less than the shallower.",
