@@ -86,6 +86,16 @@ def material(tiny_run, tmp_path_factory):
     return conditions, finished, some_digits(finished)
 
 
+def test_images(material, monkeypatch):
+    """The first of the training images, and all that are held out."""
+    _, finished, _ = material
+    monkeypatch.setattr(sd3_latents, "IMAGES_USED", 100)
+    source, whole = some_digits(finished), finished.source
+    assert (source.trained, source.count) == (100, 100 + whole.count - whole.trained)
+    assert source.pixels(torch.arange(100)).equal(whole.pixels(torch.arange(100)))
+    assert source.texts == whole.texts
+
+
 def test_latents(material):
     """Encoded by the autoencoder with these channels, normalised by what was measured of it."""
     conditions, finished, source = material
