@@ -165,6 +165,9 @@ RECONSTRUCTION = Experiment(
     run=reconstruction_study,
     decide=decide_reconstruction,
     plot=plot_reconstruction,
+    remark="After so short a training it is not the channels that limit: 4 are a little ahead of 2 "
+    "in the mean, 8 of neither, and all differences are within what another seed changes. The main "
+    "job's autoencoder, twice as wide and trained for longer, gets 1.00 with 4 channels.",
 )
 
 CHANNELS_BY_SIZE = Experiment(
