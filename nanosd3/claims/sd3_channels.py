@@ -29,7 +29,7 @@ from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.training.figures import INK, SERIES, label_counts, new_figure, save_plot
 
 SHALLOW, DEEP = CHANNEL_DEPTHS[0], CHANNEL_DEPTHS[-1]
-FEW_CHANNELS, MANY_CHANNELS = CHANNELS[0], CHANNELS[-1]
+ENDS = FEW_CHANNELS, MANY_CHANNELS = CHANNELS[0], CHANNELS[-1]  # where transformers are trained
 
 
 def finished_run_of(conditions: Conditions) -> FinishedRun:
@@ -62,12 +62,11 @@ def channels_study(conditions: Conditions) -> dict:
     source, seconds = some_digits(finished), 0.0
     keys = ("accuracy", "ratio")
     found: dict[str, dict[str, dict[str, list[float]]]] = {
-        str(depth): {str(c): {key: [] for key in keys} for c in CHANNELS}
-        for depth in CHANNEL_DEPTHS
+        str(depth): {str(c): {key: [] for key in keys} for c in ENDS} for depth in CHANNEL_DEPTHS
     }
-    bound: dict[str, list[float]] = {str(c): [] for c in CHANNELS}
+    bound: dict[str, list[float]] = {str(c): [] for c in ENDS}
     for seed in conditions.seeds:
-        for channels in CHANNELS:
+        for channels in ENDS:
             latents = trained_latents(conditions, finished, source, channels, seed)
             seconds += latents.seconds
             scores = reconstruction_of(conditions, finished, latents)
@@ -140,8 +139,8 @@ def plot_channels(results: dict, path: Path) -> None:
             for j, values in enumerate(zip(*(one[key] for one in by_channels), strict=True)):
                 label = "" if j else f"depth {depth}"
                 points = [unit * value for value in values]
-                axis.plot(CHANNELS, points, style, color=SERIES[i], linewidth=0.8, label=label)
-        label_counts(axis, CHANNELS)
+                axis.plot(ENDS, points, style, color=SERIES[i], linewidth=0.8, label=label)
+        label_counts(axis, ENDS)
         axis.margins(0.15)
         axis.set(title=title, xlabel="channels (a line a seed)")
     axes[0].legend()
@@ -166,16 +165,20 @@ RECONSTRUCTION = Experiment(
     run=reconstruction_study,
     decide=decide_reconstruction,
     plot=plot_reconstruction,
+    remark="After so short a training it is not the channels that limit: 4 are a little ahead of 2 "
+    "in the mean, 8 of neither, and all differences are within what another seed changes. The main "
+    "job's autoencoder, twice as wide and trained for longer, gets 1.00 with 4 channels.",
 )
 
 CHANNELS_BY_SIZE = Experiment(
     name="x-sd3-channels-size",
     claim="Larger transformers profit from latents of more channels, smaller ones do not.",
     source="SD3, arXiv 2403.03206, section 5.2.1 and figure 10",
-    measured=AUTOENCODERS + f"In the latents of each, transformers of depth {SHALLOW} and {DEEP} "
-    f"(width 64 a block), {FLOW.steps} steps of {FLOW.batch}, one rate. Of 500 samples (Heun, 8 "
-    "steps, guidance 1.6) the Frechet distance over that of real images. What a depth gains is the "
-    "logarithm of the ratio with 2 channels over that with 8.",
+    measured=AUTOENCODERS
+    + f"In latents of {FEW_CHANNELS} and {MANY_CHANNELS} channels, transformers of depth {SHALLOW} "
+    f"and {DEEP} (width 64 a block), {FLOW.steps} steps of {FLOW.batch}, one rate. Of 500 samples "
+    "(Heun, 8 steps, guidance 1.6) the Frechet distance over that of real images. What a depth "
+    "gains is the logarithm of the ratio with 2 channels over that with 8.",
     rule="Supported if, by more than their spreads over seeds, the deeper gains, and more than the "
     "shallower, and the shallower does not gain. Refuted if by more than that the deeper loses, or "
     "gains less than the shallower.",

@@ -30,14 +30,11 @@ def rebuilt(psnr=(20.0, 22.0, 24.0), ratio=(2.0, 1.5, 1.2), wobble=0.1, seeds=3)
 
 
 def drawn(shallow: list[float], deep: list[float]) -> dict:
-    """Samples of each depth in latents of most channels, as times better than in those of fewest;
-    in those between they are very bad."""
+    """Samples of each depth in latents of most channels, so many times better than of fewest."""
     found = {}
     for depth, times in zip(CHANNEL_DEPTHS, (shallow, deep), strict=True):
-        by_channels = {str(c): {"ratio": [99.0] * len(times)} for c in CHANNELS}
-        by_channels["2"] = {"ratio": [6.0] * len(times)}
-        by_channels["8"] = {"ratio": [6.0 / x for x in times]}
-        found[str(depth)] = by_channels
+        better = [6.0 / x for x in times]
+        found[str(depth)] = {"2": {"ratio": [6.0] * len(times)}, "8": {"ratio": better}}
     return {"depths": found}
 
 
@@ -87,6 +84,16 @@ def material(tiny_run, tmp_path_factory):
     conditions = Conditions((0,), True, Path(tiny_run), tmp_path_factory.mktemp("channels"))
     finished = finished_run_of(conditions)
     return conditions, finished, some_digits(finished)
+
+
+def test_images(material, monkeypatch):
+    """The first of the training images, and all that are held out."""
+    _, finished, _ = material
+    monkeypatch.setattr(sd3_latents, "IMAGES_USED", 100)
+    source, whole = some_digits(finished), finished.source
+    assert (source.trained, source.count) == (100, 100 + whole.count - whole.trained)
+    assert source.pixels(torch.arange(100)).equal(whole.pixels(torch.arange(100)))
+    assert source.texts == whole.texts
 
 
 def test_latents(material):
@@ -157,13 +164,13 @@ def test_runs(tiny_run, tmp_path, monkeypatch):
     rebuilt_ones, samples = (found[name] for name in CASES)
     assert list(rebuilt_ones["channels"]) == ["2", "4", "8"]
     assert [row[1] for row in rebuilt_ones["table"]["rows"]] == ["128", "256", "512"]
-    for channels, one in rebuilt_ones["channels"].items():
-        assert samples["bound"][channels] == one["ratio"] and one["psnr"][0] > 0
+    for channels, ratio in samples["bound"].items():
+        assert ratio == rebuilt_ones["channels"][channels]["ratio"]
     assert len({one["psnr"][0] for one in rebuilt_ones["channels"].values()}) == 3
     ratios = [one["ratio"][0] for by in samples["depths"].values() for one in by.values()]
-    assert len({*ratios}) == 6 and min(ratios) > 0
+    assert len({*ratios}) == 4 and min(ratios) > 0
     networks = sorted(path.name for path in (tmp_path / "fast" / "networks").iterdir())
     assert networks == sorted(
         [f"autoencoder-{c}-0" for c in CHANNELS]
-        + [f"channels-{c}-depth-{depth}-0" for c in CHANNELS for depth in CHANNEL_DEPTHS]
+        + [f"channels-{c}-depth-{depth}-0" for c in (2, 8) for depth in CHANNEL_DEPTHS]
     )

@@ -11,8 +11,6 @@ FAULTS_CHANNELS = [
     (LATENTS, '"vae": vae}', '"vae": finished.pipeline.vae}', "the main job's latents"),
     (LATENTS, "config = replace(config, vae=vae.config)", "config = replace(config)",
      "latents as they are, not normalised"),
-    (LATENTS, "-{sha256(job.run.folder / 'autoencoder.safetensors')}", "",
-     "a cache that does not know the autoencoder"),
     (LATENTS, "return vae.decode(vae.denormalise(x0))", "return vae.decode(x0)",
      "decoded as they are, not denormalised"),
     (LATENTS, "mmdit=replace(job.config.mmdit, depth=depth)", "mmdit=replace(job.config.mmdit)",
