@@ -114,7 +114,8 @@ def plot_edits(results: dict, path: Path) -> None:
     plain_logarithm(axes[0])
     axes[0].set(title="Frechet distance / that of the digits")
     axes[1].set(title="Read as the digit that it was (%)")
-    axes[1].legend()
+    axes[1].set_ylim(0, 100)
+    axes[1].legend(loc="lower right")
     save_plot(figure, path)
 
 
@@ -142,6 +143,11 @@ ZERO_SHOT = Experiment(
     run=edit_study,
     decide=decide_edits,
     plot=plot_edits,
+    remark="What is known stays, enlarging and cleaning pass in every seed, and by distance all "
+    "edits do. Repainting fails by reading: a gray lower half leaves the upper one to be read (two "
+    "thirds are), while this model draws a lower half that fits and makes another digit of it (half "
+    "are). It was trained for 44 seconds; a better model may do better. Distances are over those of "
+    "500 digits, which differ from seed to seed, so their ratios do too.",
 )
 
 MORE_EDIT_STEPS = Experiment(
@@ -156,4 +162,7 @@ MORE_EDIT_STEPS = Experiment(
     run=edit_study,
     decide=decide_edit_steps,
     plot=plot_edits,
+    remark="In generation more steps made samples worse (x-cm-1-steps). Here the first call, from "
+    "noise alone, knows nothing of the image; each later one sees what is known and fits the rest "
+    "to it. Reading rises with the steps of enlarging, hardly with those of repainting.",
 )
