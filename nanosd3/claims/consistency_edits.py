@@ -139,15 +139,15 @@ ZERO_SHOT = Experiment(
     "seed repainting and enlarging by 10 steps and cleaning have a lower distance than what they "
     "stand beside, and at least as many read as the digit that they were. Refuted if in no seed "
     "all of them have. (One seed decides nothing.)",
-    minutes=6,
+    minutes=3,
     run=edit_study,
     decide=decide_edits,
     plot=plot_edits,
     remark="What is known stays, enlarging and cleaning pass in every seed, and by distance all "
-    "edits do. Repainting fails by reading: a gray lower half leaves the upper one to be read (two "
-    "thirds are), while this model draws a lower half that fits and makes another digit of it (half "
-    "are). It was trained for 44 seconds; a better model may do better. Distances are over those of "
-    "500 digits, which differ from seed to seed, so their ratios do too.",
+    "edits do. Repainting fails by reading: the mean image's lower half leaves the upper one to be "
+    "read (two thirds are), while this model draws a lower half that fits and makes another digit "
+    "of it (half are). It was trained for 44 seconds; a better one may do better. Distances are "
+    "over those of 500 digits, which differ from seed to seed, so their ratios do too.",
 )
 
 MORE_EDIT_STEPS = Experiment(
@@ -158,7 +158,7 @@ MORE_EDIT_STEPS = Experiment(
     rule="Supported if in every seed and for both edits the distance falls from 1 to 2, to 5 and "
     "to 10 steps. Refuted if in no seed it is lower at 10 than at 2 for both. (One seed decides "
     "nothing.)",
-    minutes=6,
+    minutes=3,
     run=edit_study,
     decide=decide_edit_steps,
     plot=plot_edits,
