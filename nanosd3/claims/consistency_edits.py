@@ -103,11 +103,11 @@ def plot_edits(results: dict, path: Path) -> None:
         for axis, i, unit in ((axes[0], 1, 1), (axes[1], 0, 100)):
             means = {way: unit * sum(s[i] for s in e) / len(e) for way, e in ways.items()}
             made = [means[str(n)] for n in EDIT_STEPS]
-            (line,) = axis.plot(EDIT_STEPS, made, style, markersize=5, label=name)
+            axis.plot(EDIT_STEPS, made, style, markersize=5, label=name)
             filled = [means[MEAN_IMAGE]] * 2
             ends = EDIT_STEPS[0], EDIT_STEPS[-1]
             dots = ":" if name == "repainted" else "-."
-            axis.plot(ends, filled, dots, color=line.get_color(), label=f"{name} by the mean image")
+            axis.plot(ends, filled, dots, label=f"{name} by the mean image")
     for axis in axes:
         label_counts(axis, EDIT_STEPS)
         axis.set_xlabel("steps")
