@@ -28,10 +28,13 @@ from nanosd3.related.consistency import (
     time_of,
 )
 from nanosd3.related.dit import DiT
+from nanosd3.related.yardsticks import drawn
+from nanosd3.samplers import euler
 from nanosd3.storage.run import Run
 from nanosd3.training.ema import make_ema
+from nanosd3.training.evaluation import to_digits
 from nanosd3.training.loop import StepLoss, StepRNG
-from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
+from nanosd3.training.stages import Job, build, finish_or_load, fit_average, in_chunks, training_of
 
 WAY_STAGE = "consistency"
 WAY_LEVELS = (2, 8)  # at first, where they double, and at last
@@ -117,3 +120,26 @@ def trained_way(
             print(f"{way.name}, seed {seed}", flush=True)
         finish_or_load(job, WAY_STAGE, network, train)
     return TrainedWay(network, run.stages[WAY_STAGE]["thread_seconds"])
+
+
+@torch.no_grad()
+def samples_scored(
+    classroom: Classroom, network: DiT, seed: int, times: list[float]
+) -> tuple[float, float]:
+    """Share of samples by Euler's steps at these times that are read as asked, and their Frechet
+    distance over that of real images. One step from a time to 0 is a consistency model's."""
+    finished = classroom.finished
+    count = 20 if classroom.conditions.fast else 1000
+    draw, floor = drawn(finished, count, 100 + seed)
+    size = classroom.latent_size
+    noise = times[0] * finished.pipeline.noise(len(draw.labels), seed, (size, size))
+    rows = torch.arange(len(noise))
+
+    def sampled(row: Tensor) -> Tensor:
+        velocity = partial(network, y=draw.labels[row])
+        return euler(velocity, noise[row], torch.tensor(times))
+
+    latents = in_chunks(sampled, rows)
+    digits = to_digits(torch.from_numpy(finished.pipeline.decode(latents)))
+    accuracy, distance = finished.scorer.score(digits, draw)
+    return accuracy, distance / floor

@@ -47,7 +47,7 @@ def test_the_upper_half_stays(steps):
     x = task.by(towards(POINT), Y, steps, 0)
     assert x[:, :, :6].equal(Y[:, :, :6])
     torch.testing.assert_close(x[:, :, 6:], POINT[:, :, 6:].expand(3, -1, -1, -1))
-    assert task.off(x, Y) == 0 and task.off(Y + 0.5, Y) == pytest.approx(0.5)
+    assert task.off(x, Y) == 0 and task.off(Y - 0.5, Y) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("steps", EDIT_STEPS)
@@ -64,7 +64,7 @@ def test_means_of_blocks_stay(steps):
     point = blocks(POINT)
     within = (point - point.mean((4, 5), keepdim=True)).expand(3, -1, -1, -1, -1, -1)
     torch.testing.assert_close(blocks(x) - means, within, atol=1e-5, rtol=1e-5)
-    assert task.off(x, Y) < 1e-5 < 0.9 < task.off(Y + 0.5, Y)
+    assert task.off(x, Y) < 1e-5 < 0.9 < task.off(Y - 0.5, Y)
 
 
 def test_noise_of_edits_is_the_seeds():

@@ -212,7 +212,7 @@ def test_decoders_run(tiny_run, out):
     scores = found[0]["decoders"]
     assert list(scores) == [OWN, TRAINED_ON, ONE_STEP, TWO_STEPS]
     assert len(set(scores[OWN]["psnr"])) == 1 and len(set(scores[TWO_STEPS]["psnr"])) == 2
-    assert scores[ONE_STEP] != scores[TWO_STEPS]
+    assert scores[ONE_STEP] != scores[TWO_STEPS] and scores[OWN] != scores[TRAINED_ON]
     assert all(len(row) == len(found[0]["table"]["columns"]) for row in found[0]["table"]["rows"])
 
 
@@ -240,11 +240,13 @@ def test_only_the_decoder_is_another(tiny_run, out, finished):
     conditions = Conditions((0,), True, tiny_run, out)
     other, seconds = consistent_pipeline(conditions, finished, 0)
     again, _ = consistent_pipeline(conditions, finished, 0)
+    seeds_own, _ = consistent_pipeline(conditions, finished, 1)
     own = finished.pipeline
     assert own.decoder is None and other.mmdit is own.mmdit and other.vae is own.vae
     latents = own(["a bold seven"], output="latent")
     assert (other.decode(latents) == again.decode(latents)).all() and seconds >= 0
     assert (other.decode(latents) != own.decode(latents)).any()
+    assert (other.decode(latents) != seeds_own.decode(latents)).any()
 
 
 def test_drop_in_runs(tiny_run, out):

@@ -171,9 +171,9 @@ FAULTS_CLAIMS_CONSISTENCY = [
         "the label is not told",
     ),
     # consistency_alone.py
-    (ALONE_FILE, "noise = times[0] * finished", "noise = finished", "noise too strong"),
+    (SWITCHES, "noise = times[0] * finished", "noise = finished", "noise too strong"),
     (
-        ALONE_FILE,
+        SWITCHES,
         "return accuracy, distance / floor",
         "return accuracy, distance",
         "not over that of real images",
