@@ -37,7 +37,7 @@ TEXT_STEPS = 300  # of the transformer
 TEXT_AVERAGE = 0.98  # decay of the average of its weights
 TOLD = ("trained encoders", "the same, untrained", "a table of words")
 TOLD_SCORES = ("loss", "digit", "attributes", "unheard")
-LOOKS = 4  # at each image held out, with other tokens hidden
+HELD_OUT_LOOKS = 4  # at each image held out, with other tokens hidden
 Encode = Callable[[list[str]], Conditioning]
 
 
@@ -102,12 +102,12 @@ def told_muse(study: Study, name: str) -> TokenPainter:
         lambda seen, tokens, x, *text: muse(seen, *text),
     )  # fmt: skip
     stage, decay = f"told-{TOLD.index(name)}", TEXT_AVERAGE
-    train = partial(fit_average, job, stage, muse, alike(job, told), decay)
+    train = partial(fit_average, job, stage, muse, same_draws(job, told), decay)
     finish_or_load(job, stage, muse, train)
     return painter
 
 
-def alike(job: Job, loss_of: StepLoss) -> StepLoss:
+def same_draws(job: Job, loss_of: StepLoss) -> StepLoss:
     """With the same random numbers in a step, whatever the stage is called."""
     return lambda step_rng: loss_of(replace(step_rng, name=(job.seed, "told", step_rng.name[-1])))
 
@@ -116,7 +116,7 @@ def alike(job: Job, loss_of: StepLoss) -> StepLoss:
 def held_out_loss(painter: TokenPainter, source: Digits) -> float:
     """The cross-entropy of hidden tokens of images held out: the same of them for every Muse."""
     generator = rng(0, "x-muse-6")
-    index = torch.arange(source.trained, source.count).repeat(LOOKS)
+    index = torch.arange(source.trained, source.count).repeat(HELD_OUT_LOOKS)
     captions = source.captions(index, torch.rand(len(index), generator=generator))
     share = cosine_share(stratified(len(index), generator))
     tokens = painter.tokens(unpadded(source.pixels(index), source.config.padding))

@@ -9,9 +9,9 @@ import torch
 
 from nanosd3.claims import muse_encoders
 from nanosd3.claims.muse_encoders import (
-    alike,
     held_out_loss,
     one_hot,
+    same_draws,
     told_scores,
     untrained,
     with_names,
@@ -93,7 +93,7 @@ def test_draws_do_not_depend_on_the_stage(finished):
         return torch.zeros(()), {}
 
     for stage in ("told-0", "told-2"):
-        alike(job_of(finished, 5), loss_of)(StepRNG((5, stage, 17), range(2, 6)))
+        same_draws(job_of(finished, 5), loss_of)(StepRNG((5, stage, 17), range(2, 6)))
     assert asked[0] == asked[1] and asked[0].rows == range(2, 6)
     assert asked[0].name[0] == 5 and asked[0].name[-1] == 17
 
@@ -113,7 +113,7 @@ def test_held_out_loss(finished, monkeypatch):
     muse.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     loss = held_out_loss(painter, with_names(source, False))
     assert loss == pytest.approx(math.log(muse.config.codes), rel=1e-5)
-    held = source.labels[source.trained :].repeat(muse_encoders.LOOKS).tolist()
+    held = source.labels[source.trained :].repeat(muse_encoders.HELD_OUT_LOOKS).tolist()
     assert len(said) == len(held)
     for text, label in zip(said, held, strict=True):
         assert source.images.names[label][0] in text.split()
