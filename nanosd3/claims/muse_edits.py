@@ -138,7 +138,7 @@ def plot_repainting(results: dict, path: Path) -> None:
     names = list(results["read"])
     for i, name in enumerate(names):
         shares = [100 * share for share in results["read"][name]]
-        axis.plot(shares, [i] * len(shares), "o")
+        axis.plot(shares, [i] * len(shares), "o", color=INK)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set(xlabel="read as asked (%)", title="The lower four of seven rows of tokens drawn anew")
@@ -147,11 +147,11 @@ def plot_repainting(results: dict, path: Path) -> None:
 
 def plot_free(results: dict, path: Path) -> None:
     figure, (axis,) = new_figure(5.5, 1)
-    for pairs in zip(*results["free"].values(), strict=True):
+    for i, pairs in enumerate(zip(*results["free"].values(), strict=True)):
         axis.plot(
             [100 * k for _, k in pairs], [100 * r for r, _ in pairs], "-o", color=INK, markersize=4
         )
-        for n, (read, kept) in zip(results["free"], pairs, strict=True):
+        for n, (read, kept) in zip(results["free"], pairs, strict=True) if i == 0 else ():
             axis.annotate(n, (100 * kept, 100 * read), (4, 4), textcoords="offset points")
     axis.set(xlabel="tokens kept (%)", ylabel="read as the new label (%)")
     axis.set_title("Editing without a mask, by rounds (a line a seed)")

@@ -16,6 +16,7 @@ from nanosd3.claims.muse_networks import SHORT_STEPS, muse_study
 from nanosd3.training.figures import SERIES, new_figure, save_plot
 
 TOLD_SAMPLES = 500
+UNDERNEATH = ("trained\nencoders", "the same,\nuntrained", "a table\nof words")  # of the plot
 
 
 @cache
@@ -80,11 +81,12 @@ def plot_told(results: dict, path: Path) -> None:
                 values = [factor * value for value in scores[key]]
                 label = key if i == 0 and len(keys) > 1 else None
                 axis.plot([i] * len(values), values, mark, color=colour, label=label)
-        axis.set_xticks(range(len(TOLD)), [name.replace(" ", "\n", 1) for name in TOLD])
+        axis.set_xticks(range(len(TOLD)), UNDERNEATH)
         axis.margins(0.25)
         axis.set_title(title)
-    axes[1].legend()
-    axes[2].set_ylim(0, 100)
+    for axis in axes[1:]:
+        axis.set_ylim(0, 105)
+    axes[1].legend(loc="lower left")
     save_plot(figure, path)
 
 
