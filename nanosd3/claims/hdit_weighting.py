@@ -88,4 +88,9 @@ WEIGHTING = Experiment(
     run=weighting_study,
     decide=decide_weighting,
     plot=plot_weighting,
+    remark="Weak evidence. In so little training these networks hardly follow captions (15 to 19% "
+    "read as asked), one seed of three shows no difference, and of two ways that are alike one "
+    "passes such a rule in one study of nine. Single networks trained longer went the other way "
+    "(LOG.md, HDiT's recipe). That the weighted loss is lower says nothing: it is what one of the "
+    "two was trained for.",
 )

@@ -26,7 +26,7 @@ from nanosd3.related.moving_digits import velocities
 from nanosd3.training.figures import MEANINGS, SERIES, label_counts, new_figure, save_plot
 from nanosd3.training.metrics import frechet_distance
 
-UNIT = 25  # training steps of the least compute
+UNIT = 40  # training steps of the least compute
 TIMES_COMPUTE = (1, 4, 16)
 MARKED, HARDLY = 0.5, 0.8  # of the distance at the least compute
 MOTION_KEYS = ("prompt_accuracy", "direction", "line_r2")
@@ -149,7 +149,7 @@ CLIP_COMPUTE = Experiment(
     claim="Quality of video rises markedly with training compute.",
     source="Video generation models as world simulators, OpenAI, 2024, scaling transformers for "
     "video generation",
-    measured="Clips of 4 frames of 32x32 by one network, trained 25, 100 and 400 steps of 32 from "
+    measured="Clips of 4 frames of 32x32 by one network, trained 40, 160 and 640 steps of 32 from "
     "the transformer for images. The Frechet distance of 500 clips to real ones, by the mean over "
     "frames of a classifier's features and the mean of their change from frame to frame; beside "
     "it, digits read, directions and motion.",

@@ -16,7 +16,7 @@ from nanosd3.related.moving_digits import ClipSize, MovingDigits
 from nanosd3.related.video_lessons import in_name
 from nanosd3.training.figures import MEANINGS, new_figure, save_plot
 
-FRAMING_STEPS = 200
+FRAMING_STEPS = 400
 CLEARLY_MORE, HARDLY_MORE = 2.0, 1.25
 NATIVE, CROPPED = "native frames", "square crops"
 FRAMES_OF: dict[str, ClipSize] = {NATIVE: WIDE, CROPPED: SQUARE}
@@ -113,7 +113,7 @@ FRAMING = Experiment(
     "it draws them partly out of it.",
     source="Video generation models as world simulators, OpenAI, 2024, improved framing",
     measured="Clips of a moving digit, 4 frames of 32x48, and their middle, 32x32: a network for "
-    "each, 200 steps of 32 from the transformer for images, the same clips in the same order. Each "
+    "each, 400 steps of 32 from the transformer for images, the same clips in the same order. Each "
     "draws 200 clips of its own size: the share whose digit reaches the border of some frame. "
     "Beside it the same of real clips, and at the other's size.",
     rule="Supported if in every seed clips reach the border at least twice as often after training "

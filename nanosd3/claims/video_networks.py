@@ -105,7 +105,7 @@ class ClipSchool:
         recipe = Recipe(steps, CLIP_BATCH, CLIP_RATE, min(50, steps // 4), 0.0, optimizer="muon")
         count = CLIPS_TO_TRAIN_ON
         if self.conditions.fast:
-            recipe, count = replace(recipe, batch=4, steps=max(1, steps // 25), warmup=1), 16
+            recipe, count = replace(recipe, batch=4, steps=max(1, steps // 40), warmup=1), 16
         config = replace(self.config, training=replace(training_of(self.config), flow=recipe))
         vae = self.finished.pipeline.vae
         data = self.job_of("cropped-clips" if moving is self.cropped else "clips", self.config, 0)

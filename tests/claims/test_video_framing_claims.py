@@ -167,7 +167,7 @@ def results(tiny_run, tmp_path_factory) -> dict[str, dict]:
         assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
     networks = sorted(path.name for path in (out / "fast" / "networks").iterdir())
     assert networks == [
-        *("clip-texts-0", "clips-0", "compute-100-0", "compute-25-0", "compute-400-0"),
+        *("clip-texts-0", "clips-0", "compute-160-0", "compute-40-0", "compute-640-0"),
         *("cropped-clips-0", "framing-4x32x32-0", "framing-4x32x48-0"),
     ]  # the text encoders are trained once
     cached = sorted(path.name for path in (out / "fast" / "networks").glob("*/cache/*"))

@@ -10,8 +10,8 @@ MOTION_FILE = "related/motion.py"
 FAULTS_CLAIMS_PIXELS = [
     (PIXEL_NETS, "torch.arange(source.trained, source.count)",
      "torch.arange(source.count - source.trained)", "images that were trained on"),
-    (PIXEL_NETS, "hdit_loss(velocity, x, n, s, STRONGEST)", "flow_loss(velocity, x, n)",
-     "held out without the weight"),
+    (PIXEL_NETS, "hdit_loss(velocity, x, n, s, STRONGEST)", "hdit_loss(velocity, x, n, s)",
+     "held out with another weight"),
     (PIXEL_NETS, 'rng("pixels held out")', "torch.default_generator", "other noise each time"),
     (PIXEL_NETS, "source.captions(images, torch.zeros(len(images)))",
      "source.captions(images.flip(0), torch.zeros(len(images)))", "captions of other images"),
