@@ -143,8 +143,9 @@ CAPTIONS = Experiment(
     run=captions_study,
     decide=partial(decide_captions, other="original"),
     plot=plot_captions,
-    remark='By 27 points, all of them in attributes: whoever never read "bold" draws thirds at '
-    "random. Digits of class-word prompts cost nothing that three seeds would show (85.9% against "
+    remark='By 27 points, all of them in attributes: a model that never read "bold" is right by '
+    "chance, in a third. Digits of class-word prompts cost nothing that three seeds would show "
+    "(85.9% against "
     "87.3%).",
 )
 
