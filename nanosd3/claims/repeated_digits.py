@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -122,3 +123,14 @@ def usual_nearness(planted: Planted) -> float:
     images, labels = planted.images.test_images, planted.images.test_labels
     ratios = nearness(images[1::2], labels[1::2], planted, images[::2])
     return float(ratios.quantile(0.01))
+
+
+# --- digits in a record ---------------------------------------------------------------------------
+
+
+def in_hexadecimal(digit: Tensor) -> str:
+    return digit.numpy().tobytes().hex()
+
+
+def shown_picture(text: str) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(SIDE, SIDE)
