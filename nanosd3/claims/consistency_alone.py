@@ -155,9 +155,9 @@ IMPROVED = Experiment(
     run=ways_study,
     decide=decide_improved,
     plot=plot_alone,
-    remark="At 300 steps and 8 levels. A lognormal and weights by the gap turn to weak noise, where "
-    "many levels are; one step begins at the strongest, which they leave untrained. With the other "
-    "three changes, and twice the steps, x-cm-2 got 15.5.",
+    remark="At 300 steps and 8 levels. A lognormal and weights by the gap turn to weak noise; one "
+    "step begins at the strongest, which they hardly train. With the other three changes and twice "
+    "the steps x-cm-2 got 15.5.",
 )
 
 EACH_CHANGE = Experiment(
