@@ -218,14 +218,14 @@ def test_free_editing(edits, chance, expected):
     assert EXPERIMENTS["x-muse-5"].decide(results) == expected
 
 
-def told(loss=1.1, digit=0.1, attributes=0.0, unheard=(0.6, 0.1), seeds=3, wobble=0.001):
+def told(loss=1.1, digit=0.1, attributes=0.0, unheard=(0.6, 0.1), seeds=3, wobble=0.001, shaky=1):
     """With trained encoders a loss of 1, and 0.8 of digits and attributes right; with untrained
-    ones `loss`, and less right by so much. Seeds differ in what is lost."""
+    ones `loss`, and less right by so much. Seeds differ, in digits `shaky` times."""
     moves = [wobble * k for k in range(seeds)]
     trained = {"loss": [1.0] * seeds, "digit": [0.8] * seeds, "attributes": [0.8] * seeds}
     other = {
         "loss": [loss + m for m in moves],
-        "digit": [0.8 - digit - m for m in moves],
+        "digit": [0.8 - digit - shaky * m for m in moves],
         "attributes": [0.8 - attributes - m for m in moves],
     }
     both = zip(TOLD, (trained, other), unheard, strict=False)
@@ -240,6 +240,7 @@ def told(loss=1.1, digit=0.1, attributes=0.0, unheard=(0.6, 0.1), seeds=3, wobbl
         (told(digit=0.01), "undecided"),  # fewer than two points
         (told(loss=1.008), "undecided"),  # less than 1%
         (told(wobble=-0.08), "undecided"),  # within the spread
+        (told(digit=-0.05, shaky=100), "undecided"),  # of digits
         (told(loss=1.0, digit=0.0), "refuted"),
         (told(loss=0.9, digit=-0.2, attributes=-0.1), "refuted"),
         (told(loss=1.009, digit=0.0), "undecided"),  # not in every seed
