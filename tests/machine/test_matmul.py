@@ -78,8 +78,8 @@ def test_timing(monkeypatch):
     assert 0.05 <= matmul.seconds(lambda: time.sleep(0.05), cpu) < 5
     times = itertools.cycle([3.0, 2.0, 4.0])
     monkeypatch.setattr(matmul, "seconds", lambda f, device: calls.append(f()) or next(times))
-    assert matmul.multiplication_speed(cpu, torch.bfloat16) == 2 * 2048**3 / 2.0
-    assert all(x.shape == (2048, 2048) and x.dtype == torch.bfloat16 for x in calls)
+    assert matmul.multiplication_speed(cpu, torch.bfloat16) == 2 * 1024**3 / 2.0
+    assert all(x.shape == (1024, 1024) and x.dtype == torch.bfloat16 for x in calls)
 
 
 @pytest.fixture
