@@ -126,6 +126,10 @@ BETTER_DECODING = Experiment(
     run=decoder_study,
     decide=decide_decoding,
     plot=plot_decoders,
+    remark="In 300 steps. Trained as by its own command, a consistency decoder of the same latents "
+    "came to a distance of 1.63 and edges of 0.80 (related/README.md, one run). The autoencoder's "
+    "decoder trained on for 40 s is as near, at 1.62, but not as sharp. So most of what a better "
+    "decoder gains here is gained by more training of the one that was there.",
 )
 
 SECOND_STEP = Experiment(
@@ -139,4 +143,5 @@ SECOND_STEP = Experiment(
     run=decoder_study,
     decide=decide_two_steps,
     plot=plot_decoders,
+    remark="By 6%, and in every seed; edges get no sharper by it.",
 )
