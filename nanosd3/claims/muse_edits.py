@@ -172,6 +172,9 @@ REPAINTING = Experiment(
     run=muse_edits,
     decide=decide_repainting,
     plot=plot_repainting,
+    remark="With the true label 97% are read as asked, as many as of the tokens as they are less "
+    "two in a hundred. Towards another label the upper three rows resist: at guidance 4 half of "
+    "the digits have changed.",
 )
 
 FREE_EDITING = Experiment(
@@ -190,4 +193,7 @@ FREE_EDITING = Experiment(
     run=muse_edits,
     decide=decide_free,
     plot=plot_free,
+    remark="After 13 rounds: 79% are read as the new label with 41% of the tokens kept; images "
+    "drawn from nothing for the same prompts share 9% with the original. It is a narrow pass: at 9 "
+    "rounds half are read so, at 17 a third is kept.",
 )
