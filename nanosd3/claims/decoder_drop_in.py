@@ -97,4 +97,6 @@ DROP_IN = Experiment(
     run=drop_in_study,
     decide=decide_drop_in,
     plot=plot_drop_in,
+    remark="By 12%, with 100 s of a core for a decoder of each seed. These latents say more of an "
+    "image than those of x-cdec-1 (256 numbers in place of 32), and 300 steps are enough for them.",
 )
