@@ -28,7 +28,7 @@ DiT with long skips.)
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -193,9 +193,9 @@ class UViT(Backbone):
     def __init__(self, config: BackboneConfig):
         super().__init__(replace(config, latent_channels=self.channels), CrossBlock)
         self.conv_in = conv3(config.latent_channels, self.channels)
+        make = partial(ConvBlock, self.channels, config.width, 8)
         self.down_blocks, self.up_blocks = (
-            nn.ModuleList(ConvBlock(self.channels, config.width, 8) for _ in range(n))
-            for n in (self.conv_blocks, self.conv_blocks)
+            nn.ModuleList(make() for _ in range(self.conv_blocks)) for _ in range(2)
         )
         self.norm_out = norm(self.channels, 8)
         self.conv_out = conv3(self.channels, config.latent_channels)
