@@ -19,6 +19,7 @@ that of its own docstring.
     errors
     arguments
     random_streams   config_types
+    recipes
     config   flow   samplers   patchify   embeddings   layers   unigram_training
     tokenizers   lazy_modules   few_steps
     mmdit   vae   clip   t5

@@ -1,8 +1,9 @@
 """Every size of the model, as numbers: `CONFIGS[name]` with `.mmdit`, `.vae` and `.text`.
 
 The classes have no default dimensions; a config gives them all. `tiny`, `mnist` and `small` train
-from scratch on a CPU; the others are the official models and the depths of the paper's scaling
-study. Each could be held by diffusers' SD3Transformer2DModel and AutoencoderKL as well.
+from scratch on a CPU, by the numbers in `recipes`; the others are the official models and the
+depths of the paper's scaling study. Each could be held by diffusers' SD3Transformer2DModel and
+AutoencoderKL as well.
 
 Sizes and defaults of the official models: the published checkpoints' shapes, Stability's
 reference code and diffusers' configs; where those disagree, the choice is noted at the number.
@@ -14,12 +15,17 @@ from nanosd3.config_types import (
     CLIPConfig,
     Config,
     MMDiTConfig,
-    Recipe,
     Sampling,
     T5Config,
     TextConfig,
-    Training,
     VAEConfig,
+)
+from nanosd3.recipes import (
+    LARGE_TRAINING,
+    MNIST_TRAINING,
+    SCENES_TRAINING,
+    SMALL_TRAINING,
+    TINY_TRAINING,
 )
 
 
@@ -69,22 +75,6 @@ def study(depth: int) -> Config:
     sampling = Sampling(steps=50, guidance=5.0, shift=1.0, sampler="euler")
     return official(f"sd3-d{depth}", official_mmdit(depth, qk_norm=False), sampling, 256)
 
-
-MNIST_TRAINING = Training(
-    train_images=60000,
-    test_images=10000,
-    judge=Recipe(steps=800, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
-    autoencoder=Recipe(steps=300, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
-    clip=Recipe(steps=300, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
-    t5=Recipe(steps=250, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
-    flow=Recipe(steps=2300, batch=128, lr=1e-2, warmup=100, weight_decay=0.0, optimizer="muon"),
-    kl_weight=1e-2,
-    time_mean=0.8,  # more towards noise than SD3's 0: there it is decided which digit it is
-    time_std=1.0,
-    encoder_dropout=0.464,
-    ema_decay=0.999,
-    evaluate=1000,
-)
 
 MNIST = Config(
     name="mnist",
@@ -140,21 +130,7 @@ TINY = Config(  # every path of the largest model, dual attention included, in s
         empty_is_zero=True,
     ),
     sampling=Sampling(steps=4, guidance=2.0, shift=1.0, sampler="euler"),
-    training=Training(
-        train_images=512,
-        test_images=64,
-        judge=Recipe(steps=12, batch=32, lr=2e-3, warmup=2, weight_decay=1e-2),
-        autoencoder=Recipe(steps=12, batch=16, lr=2e-3, warmup=2, weight_decay=0.0),
-        clip=Recipe(steps=8, batch=32, lr=2e-3, warmup=2, weight_decay=1e-2),
-        t5=Recipe(steps=8, batch=16, lr=2e-3, warmup=2, weight_decay=0.0),
-        flow=Recipe(steps=12, batch=32, lr=2e-3, warmup=2, weight_decay=0.0),
-        kl_weight=1e-2,
-        time_mean=0.0,
-        time_std=1.0,
-        encoder_dropout=0.464,
-        ema_decay=0.99,
-        evaluate=40,
-    ),
+    training=TINY_TRAINING,
 )
 
 SMALL = Config(  # colour, for a folder of one's own images
@@ -181,21 +157,7 @@ SMALL = Config(  # colour, for a folder of one's own images
         empty_is_zero=True,
     ),
     sampling=Sampling(steps=20, guidance=3.0, shift=1.0, sampler="heun"),
-    training=Training(
-        train_images=60000,
-        test_images=10000,
-        judge=MNIST_TRAINING.judge,
-        autoencoder=Recipe(steps=600, batch=32, lr=2e-3, warmup=50, weight_decay=0.0),
-        clip=Recipe(steps=500, batch=128, lr=2e-3, warmup=50, weight_decay=1e-2),
-        t5=Recipe(steps=300, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
-        flow=Recipe(steps=2000, batch=64, lr=3e-3, warmup=100, weight_decay=0.0),
-        kl_weight=1e-2,
-        time_mean=0.0,
-        time_std=1.0,
-        encoder_dropout=0.464,
-        ema_decay=0.999,
-        evaluate=1000,
-    ),
+    training=SMALL_TRAINING,
 )
 
 # Digits in colour, composed by caption: the pixels of `mnist` thrice, and captions twice as long.
@@ -212,21 +174,7 @@ SCENES = replace(
         t5=replace(MNIST.text.t5, vocab=256, length=12),
     ),
     sampling=Sampling(steps=20, guidance=4.5, shift=1.0, sampler="heun"),
-    training=Training(
-        train_images=20000,  # scenes
-        test_images=10000,
-        judge=Recipe(steps=1200, batch=128, lr=4e-3, warmup=50, weight_decay=1e-2),
-        autoencoder=Recipe(steps=300, batch=32, lr=4e-3, warmup=50, weight_decay=0.0),
-        clip=Recipe(steps=1500, batch=128, lr=4e-3, warmup=50, weight_decay=1e-2),
-        t5=Recipe(steps=250, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
-        flow=Recipe(steps=8000, batch=64, lr=1e-2, warmup=100, weight_decay=0.0, optimizer="muon"),
-        kl_weight=1e-3,  # most of a scene is black: with more, most of a latent is noise
-        time_mean=0.8,
-        time_std=1.0,
-        encoder_dropout=0.464,
-        ema_decay=0.999,
-        evaluate=800,
-    ),
+    training=SCENES_TRAINING,
 )
 
 TINY_SCENES = replace(  # the same, as small as TINY
@@ -239,17 +187,6 @@ TINY_SCENES = replace(  # the same, as small as TINY
         clip_l=replace(TINY.text.clip_l, vocab=768),
         clip_g=replace(TINY.text.clip_g, vocab=768),
     ),
-)
-
-# How configs without a published recipe are trained. Untried at full length: the learning rates are
-# the usual ones for networks of this size.
-LARGE = replace(
-    MNIST_TRAINING,
-    autoencoder=Recipe(steps=5000, batch=8, lr=1e-4, warmup=500, weight_decay=0.0),
-    flow=Recipe(steps=100_000, batch=64, lr=1e-4, warmup=1000, weight_decay=0.01),
-    time_mean=0.0,
-    ema_decay=0.9999,
-    evaluate=200,
 )
 
 CONFIGS = {
@@ -284,4 +221,4 @@ def trainable(config: Config) -> Config:
     padded with zeros to the width that the transformer reads."""
     if config.training:
         return config
-    return replace(config, text=SMALL.text, training=LARGE)
+    return replace(config, text=SMALL.text, training=LARGE_TRAINING)

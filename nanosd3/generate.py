@@ -25,7 +25,7 @@ from nanosd3.related.train_consistency_decoder import open_decoder
 from nanosd3.request import SKIP_RANGE, SKIP_SCALE, STRENGTH
 from nanosd3.storage.files import check_writable, write_file
 from nanosd3.text import ENCODERS
-from nanosd3.training import figures
+from nanosd3.training.grids_and_gifs import drawn_picture, npy
 from nanosd3.weights import PRECISIONS, add_files, files_of
 
 
@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     assert isinstance(images, np.ndarray)  # not latents
     seconds = time.perf_counter() - begin
     is_array = args.out.suffix.lower() == ".npy"
-    picture = figures.npy(images) if is_array else figures.drawn_picture(images, args.prompts)
+    picture = npy(images) if is_array else drawn_picture(images, args.prompts)
     write_file(args.out, picture)
     rate = len(images) / seconds
     print(f"{len(images)} images in {seconds:.1f} s ({rate:.3g} a second): {args.out}")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nanosd3.data.mnist import from_uint8
 from nanosd3.related.muse_editing import Tokeniser
-from nanosd3.training.figures import PALE
 from nanosd3.training.metrics import frechet_distance
+from nanosd3.training.plot_style import PALE
 
 UNKNOWN = 110  # the grey of a hidden token, in a picture of 0 to 255
 

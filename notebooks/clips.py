@@ -6,7 +6,7 @@ import numpy as np
 from figures import MARKS, finish, panels, show_bytes, to_numpy
 from torch import Tensor
 
-from nanosd3.training import figures
+from nanosd3.training.grids_and_gifs import gif, grid
 
 MILLISECONDS, LAST = 250, 700  # that a frame is shown, and the last one
 
@@ -16,9 +16,9 @@ def animation(rows: Mapping[str, Tensor | np.ndarray]) -> bytes:
     has eight greys, of which the darkest hides what would make it large."""
     clips = {label: to_numpy(row) // 32 * 36 for label, row in rows.items()}
     count = len(next(iter(clips.values()))[0])
-    frames = [figures.grid([(label, row[:, t]) for label, row in clips.items()])
+    frames = [grid([(label, row[:, t]) for label, row in clips.items()])
               for t in range(count)]  # fmt: skip
-    return figures.gif(frames, [MILLISECONDS] * (count - 1) + [LAST])
+    return gif(frames, [MILLISECONDS] * (count - 1) + [LAST])
 
 
 def play(rows: Mapping[str, Tensor | np.ndarray], caption: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from figures import finish, panels, to_numpy
 from torch import Tensor
 
-from nanosd3.training.figures import INK, PALE
+from nanosd3.training.plot_style import INK, PALE
 
 
 def by_seed(ranks: Mapping[str, Sequence[float]], ylabel: str, caption: str) -> None:

@@ -21,7 +21,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from nanosd3 import layers, mmdit
-from nanosd3.training.figures import INK, MEANINGS
+from nanosd3.training.plot_style import INK, MEANINGS
 
 WIDTH, GAP, LINE = 720, 6, 22  # of a page, between pictures, of a line of text, in pixels
 LABEL = 124  # the width of labels beside pictures

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from figures import finish, panels, to_numpy
 from torch import Tensor
 
-from nanosd3.training.figures import INK, MEANINGS, PALE
+from nanosd3.training.plot_style import INK, MEANINGS, PALE
 
 
 def arrows(way: Tensor, velocity: Tensor, caption: str) -> None:

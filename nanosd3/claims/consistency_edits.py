@@ -12,7 +12,7 @@ from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of,
 from nanosd3.claims.sd3_grounds import HalvedPixels, open_pixels
 from nanosd3.random_streams import rng
 from nanosd3.related.editing import denoise
-from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
+from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
 
 EDITED = 500  # test digits
 EDIT_STEPS = (1, 2, 5, 10)

@@ -10,7 +10,7 @@ from nanosd3.claims.consistency_students import (
     consistency_study,
 )
 from nanosd3.claims.experiment import Experiment, Verdict, verdict
-from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
+from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
 
 WAY_STYLES = {"teacher": ":^", "fresh": "--s", "kept": "-o"}
 

@@ -17,7 +17,7 @@ from nanosd3.related.train_consistency_decoder import (
 )
 from nanosd3.related.yardsticks import drawn
 from nanosd3.training.evaluation import to_digits
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.plot_style import new_figure, save_plot
 
 BY_ITS_OWN, BY_ANOTHER = "the autoencoder's decoder", "the consistency decoder, 2 steps"
 GENERATED = 500  # samples

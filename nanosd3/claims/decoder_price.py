@@ -23,7 +23,7 @@ from nanosd3.related.consistency_decoder import (
     decode_in_steps,
 )
 from nanosd3.related.train_consistency_decoder import WIDTHS
-from nanosd3.training.figures import INK, SERIES, new_figure, save_plot
+from nanosd3.training.plot_style import INK, SERIES, new_figure, save_plot
 from nanosd3.vae import AutoencoderKL
 
 PRICED_SIDE = 32  # pixels

@@ -14,7 +14,7 @@ from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, tab
 from nanosd3.related.finished_run import open_finished_run
 from nanosd3.related.train_consistency_decoder import decoding
 from nanosd3.related.yardsticks import Decode, reconstruction_scores
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.plot_style import new_figure, save_plot
 from nanosd3.vae import AutoencoderKL
 
 OWN, TRAINED_ON = "its own decoder", "the same, trained on"

@@ -15,7 +15,7 @@ from nanosd3.claims.experiment import (
 )
 from nanosd3.related.dit import multiply_adds
 from nanosd3.related.dit_lessons import Lesson, steps_evenly
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.plot_style import new_figure, save_plot
 
 DEPTHS = {32: 3, 64: 4, 96: 6}  # by width
 PATCHES = (4, 2, 1)

@@ -8,7 +8,7 @@ from torch import nn
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.random_streams import rng
 from nanosd3.related.paths import PATHS, exact_velocity, path_loss
-from nanosd3.training.figures import GREY, new_figure, save_plot
+from nanosd3.training.plot_style import GREY, new_figure, save_plot
 
 
 def gradient_scores(name: str, other: str, seed: int, batches: int, draws: int) -> list[float]:

@@ -27,8 +27,8 @@ from nanosd3.storage.files import load_weights, save_weights
 from nanosd3.storage.run import Run
 from nanosd3.storage.training_state import forget
 from nanosd3.training.ema import make_ema
-from nanosd3.training.figures import INK, new_figure, save_plot
 from nanosd3.training.loop import StepRNG, fit
+from nanosd3.training.plot_style import INK, new_figure, save_plot
 
 # Both begin where VP's noise is a tenth of a pixel's level.
 BOTH = {name: replace(PATHS[name], first=1e-5) for name in ("ot", "vp")}

@@ -14,7 +14,7 @@ from nanosd3.claims.fm_networks import (
 from nanosd3.claims.fm_straightness import LABELS, STYLES
 from nanosd3.related.paths import PATHS
 from nanosd3.related.train_paths import LEARNED
-from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
+from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
 
 FEW = (1, 2, 4, 8, 16, 32)  # network evaluations an image
 COMPARED = ("ot", "vp")  # while they learn

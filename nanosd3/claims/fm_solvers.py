@@ -7,7 +7,7 @@ from nanosd3.claims.fm_networks import open_material, prompted, trained, trainin
 from nanosd3.claims.fm_straightness import LABELS
 from nanosd3.related.paths import PATHS
 from nanosd3.related.train_paths import LEARNED, path_latents
-from nanosd3.training.figures import SERIES, label_counts, new_figure, save_plot
+from nanosd3.training.plot_style import SERIES, label_counts, new_figure, save_plot
 
 TOLERANCES = (1e-3, 1e-5)
 IMAGES = 64  # the step is common to a batch, so their number counts

@@ -18,7 +18,7 @@ from nanosd3.random_streams import rng
 from nanosd3.related.paths import PATHS, exact_velocity
 from nanosd3.related.solvers import midpoint
 from nanosd3.samplers import Velocity, euler
-from nanosd3.training.figures import label_counts, new_figure, save_plot
+from nanosd3.training.plot_style import label_counts, new_figure, save_plot
 
 THREE_PATHS = ("ot", "vp", "cosine")
 LABELS = {"ot": "OT", "vp": "VP", "cosine": "cosine", "ot, shift 3": "OT, shift 3"}

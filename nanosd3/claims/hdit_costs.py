@@ -13,7 +13,7 @@ from nanosd3.measure.meters import count_flops
 from nanosd3.related.consistency_decoder import ConsistencyDecoder
 from nanosd3.related.dit import DiT, DiTConfig
 from nanosd3.related.hdit import HDiT, HDiTConfig, HDiTLevel
-from nanosd3.training.figures import label_counts, new_figure, save_plot
+from nanosd3.training.plot_style import label_counts, new_figure, save_plot
 
 COST_SIDES = (16, 32, 64, 128, 256)  # of square images of one channel, in pixels
 FIRST, LAST = 64, 256  # slopes are between these

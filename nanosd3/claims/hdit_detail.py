@@ -10,8 +10,8 @@ from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of,
 from nanosd3.data.mnist import STROKE_WEIGHTS, bins, from_uint8, measure_strokes
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.training.evaluation import draw_prompts
-from nanosd3.training.figures import INK, MEANINGS, SERIES, new_figure, save_plot
 from nanosd3.training.metrics import frechet_distance
+from nanosd3.training.plot_style import INK, MEANINGS, SERIES, new_figure, save_plot
 
 SHARE = 0.1  # of the generator's distance: what the autoencoder loses counts from here on
 SIZES_OF_STROKES = [weight or "medium" for weight in STROKE_WEIGHTS]

@@ -11,7 +11,7 @@ from pathlib import Path
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.claims.hdit_networks import PIXEL_BATCH, Easel, PixelPlan
 from nanosd3.related.hdit import HDiTLevel
-from nanosd3.training.figures import MEANINGS, new_figure, save_plot
+from nanosd3.training.plot_style import MEANINGS, new_figure, save_plot
 
 HOURGLASS = PixelPlan("hourglass", 8, (HDiTLevel(64, 1, 3), HDiTLevel(128, 2, None)), 1.6e-2)
 FLAT_NARROW = PixelPlan("flat-narrow", 8, (HDiTLevel(64, 4, None),), 1.6e-2)

@@ -16,7 +16,7 @@ from nanosd3.claims.hdit_networks import Easel
 from nanosd3.claims.hdit_quality import HOURGLASS
 from nanosd3.related.hdit import soft_min_snr
 from nanosd3.related.hdit_lessons import STRONGEST
-from nanosd3.training.figures import GREY, INK, MEANINGS, new_figure, save_plot
+from nanosd3.training.plot_style import GREY, INK, MEANINGS, new_figure, save_plot
 
 WEIGHTED = "soft-min-SNR"
 UNWEIGHTED = "no weight"

@@ -38,7 +38,7 @@ from nanosd3.related.train_cascade import (
     fine_vq_config,
 )
 from nanosd3.training.evaluation import draw_prompts, to_digits
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.plot_style import new_figure, save_plot
 
 CASCADE_STEPS, DIRECT_STEPS = 150, 500  # of the fine tokens; alone they get the base's seconds too
 FINE_TOKEN_STEPS = 120  # of their tokeniser

@@ -19,7 +19,7 @@ from nanosd3.related.muse_editing import (
     repaint,
 )
 from nanosd3.training.evaluation import Draw, to_digits
-from nanosd3.training.figures import INK, new_figure, save_plot
+from nanosd3.training.plot_style import INK, new_figure, save_plot
 
 TRUE_LABEL = "true label"
 REPAINT_GUIDANCES = (1.0, 2.0, 4.0)  # towards another label

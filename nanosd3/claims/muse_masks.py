@@ -10,7 +10,7 @@ from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, tab
 from nanosd3.claims.muse_networks import trained_muse
 from nanosd3.related.muse import cosine_share
 from nanosd3.training.evaluation import draw_prompts, to_digits
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.plot_style import new_figure, save_plot
 
 
 def uniform_share(u: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from nanosd3.claims.muse_networks import MUSE_TRAINED, SHORT_STEPS, trained_caus
 from nanosd3.claims.muse_ways import by_flow, by_muse, token_by_token
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.training.evaluation import draw_prompts, to_digits
-from nanosd3.training.figures import label_counts, new_figure, plain_logarithm, save_plot
+from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
 
 MUSE_COUNTS = (1, 2, 4, 8, 16, 49)
 FLOW_COUNTS = (1, 2, 4, 8, 16, 50)

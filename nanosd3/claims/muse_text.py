@@ -13,7 +13,7 @@ from pathlib import Path
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.claims.muse_encoders import TEXT_STEPS, TOLD, TOLD_SCORES, told_muse, told_scores
 from nanosd3.claims.muse_networks import SHORT_STEPS, muse_study
-from nanosd3.training.figures import SERIES, new_figure, save_plot
+from nanosd3.training.plot_style import SERIES, new_figure, save_plot
 
 TOLD_SAMPLES = 500
 UNDERNEATH = ("trained\nencoders", "the same,\nuntrained", "a table\nof words")  # of the plot

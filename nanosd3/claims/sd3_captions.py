@@ -24,7 +24,7 @@ from nanosd3.data.sources import Digits
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import draw_prompts, to_digits
-from nanosd3.training.figures import SERIES, new_figure, save_plot
+from nanosd3.training.plot_style import SERIES, new_figure, save_plot
 
 CAPTION_STEPS = 600
 CAPTION_KINDS = ("original", "rich")

@@ -9,7 +9,7 @@ from nanosd3.config import CONFIGS
 from nanosd3.config_types import Config
 from nanosd3.measure.costs import forward_flops
 from nanosd3.measure.random_models import text_tokens
-from nanosd3.training.figures import INK, SERIES, new_figure, save_plot
+from nanosd3.training.plot_style import INK, SERIES, new_figure, save_plot
 
 SIDE, STEPS = 1024, 50  # of the image in pixels, of sampling
 CARD_BYTES, CARD_FLOPS, CLAIMED_SECONDS = 24e9, 165.2e12, 34.0  # dense bfloat16, float32 sums

@@ -26,7 +26,7 @@ from nanosd3.claims.sd3_latents import (
 )
 from nanosd3.claims.sd3_variants import sample_scores
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
-from nanosd3.training.figures import INK, SERIES, label_counts, new_figure, save_plot
+from nanosd3.training.plot_style import INK, SERIES, label_counts, new_figure, save_plot
 
 SHALLOW, DEEP = CHANNEL_DEPTHS[0], CHANNEL_DEPTHS[-1]
 ENDS = FEW_CHANNELS, MANY_CHANNELS = CHANNELS[0], CHANNELS[-1]  # where transformers are trained

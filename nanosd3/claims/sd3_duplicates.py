@@ -34,7 +34,7 @@ from nanosd3.machine.distributed import SINGLE_PROCESS
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.training.cached_features import encoded
 from nanosd3.training.evaluation import to_digits
-from nanosd3.training.figures import SERIES, new_figure, save_plot
+from nanosd3.training.plot_style import SERIES, new_figure, save_plot
 
 PLAIN_IMAGES, COPIES = 2000, 40  # in all, and near-copies of one image of each class
 DUPLICATES_STEPS = 600

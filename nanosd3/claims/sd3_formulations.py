@@ -13,7 +13,7 @@ from nanosd3.claims.sd3_grounds import Latents, asked_of, judged, open_grounds
 from nanosd3.claims.sd3_networks import sample_by, trained_by
 from nanosd3.claims.sd3_ranks import BySetting, Score, average_ranks
 from nanosd3.related.formulations import FORMULATIONS
-from nanosd3.training.figures import INK, PALE, SERIES, new_figure, save_plot
+from nanosd3.training.plot_style import INK, PALE, SERIES, new_figure, save_plot
 
 PLAIN, WEIGHTED = "rf", "rf/lognorm(0, 1)"
 STEPS_MADE, FAST_STEPS_MADE = {"few": 5, "many": 50}, {"few": 1, "many": 2}

@@ -15,7 +15,7 @@ from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of,
 from nanosd3.claims.material import open_encoded
 from nanosd3.related.yardsticks import drawn
 from nanosd3.training.evaluation import to_digits
-from nanosd3.training.figures import INK, new_figure, save_plot
+from nanosd3.training.plot_style import INK, new_figure, save_plot
 
 SCALES = (1.0, 1.6, 2.5, 4.0, 7.0)
 

@@ -21,8 +21,8 @@ from nanosd3.mmdit import MMDiT
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.storage.run import Run
 from nanosd3.training.cached_features import Features
-from nanosd3.training.figures import GREY, INK, PALE, new_figure, save_plot
 from nanosd3.training.loop import StepRNG
+from nanosd3.training.plot_style import GREY, INK, PALE, new_figure, save_plot
 from nanosd3.training.stages import CHUNK, Job, build, finish_or_load, fit_average, training_of
 from nanosd3.training.train_flow import VALIDATION_TIMES, Network, flow_step, losses_over_time
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.claims.material import open_encoded
 from nanosd3.claims.sd3_attention import trained_with
-from nanosd3.training.figures import new_figure, plain_logarithm, save_plot
+from nanosd3.training.plot_style import new_figure, plain_logarithm, save_plot
 
 NORM_PRECISIONS = ("float32", "bfloat16")
 ARMS_OF_NORM = [(precision, norm) for precision in NORM_PRECISIONS for norm in ("with", "without")]

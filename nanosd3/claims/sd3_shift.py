@@ -23,7 +23,7 @@ from nanosd3.flow import schedule
 from nanosd3.random_streams import rng
 from nanosd3.related.paths import PATHS, exact_velocity
 from nanosd3.samplers import Velocity, euler, heun
-from nanosd3.training.figures import new_figure, plain_logarithm, save_plot
+from nanosd3.training.plot_style import new_figure, plain_logarithm, save_plot
 
 SHIFTED_SIDES = (8, 16, 32)
 SHIFTS = [2 ** (k / 2) for k in range(-2, 12)]  # 0.5 to 45

@@ -17,7 +17,7 @@ from nanosd3.claims.sd3_networks import flow_of, trained_by
 from nanosd3.related.formulations import FORMULATIONS, deviation
 from nanosd3.related.paths import PATHS, exact_velocity
 from nanosd3.samplers import Velocity, euler
-from nanosd3.training.figures import SERIES, label_counts, new_figure, plain_logarithm, save_plot
+from nanosd3.training.plot_style import SERIES, label_counts, new_figure, plain_logarithm, save_plot
 
 FOLLOWED = {  # and the style of its line
     "rf": "-o",

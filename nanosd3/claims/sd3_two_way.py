@@ -17,7 +17,7 @@ from nanosd3.claims.sd3_variants import (
     sample_scores,
     trained_variant,
 )
-from nanosd3.training.figures import new_figure, save_plot
+from nanosd3.training.plot_style import new_figure, save_plot
 
 READING = {
     "both read each other": Variant(),

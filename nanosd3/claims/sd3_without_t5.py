@@ -20,7 +20,7 @@ from nanosd3.data.sources import Described
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.yardsticks import drawn
 from nanosd3.training.evaluation import Draw, to_digits
-from nanosd3.training.figures import SERIES, new_figure, save_plot
+from nanosd3.training.plot_style import SERIES, new_figure, save_plot
 from nanosd3.training.report import SLANT_WORDS, WEIGHT_WORDS, attribute_accuracy
 
 HEARD = {"all three": (), "without T5": ("t5",)}

@@ -14,7 +14,7 @@ from nanosd3.related.motion import asked_clips, scores_of_size
 from nanosd3.related.moving_digits import Clips, ClipSize
 from nanosd3.related.train_video import TrainedVideo, VideoSystem, trained_video
 from nanosd3.related.video_lessons import CLIP_SIZES, FRAMES_IN_PATCH, in_name
-from nanosd3.training.figures import PALE, new_figure, save_plot
+from nanosd3.training.plot_style import PALE, new_figure, save_plot
 
 TRAINED_SIZES: tuple[ClipSize, ...] = tuple(
     size for size in dict.fromkeys(CLIP_SIZES) if size[0] > 1

@@ -23,8 +23,8 @@ from nanosd3.claims.video_networks import SQUARE, ClipSchool, TrainedClips
 from nanosd3.random_streams import rng
 from nanosd3.related.motion import asked_clips, clip_features, look_at, motion_scores
 from nanosd3.related.moving_digits import velocities
-from nanosd3.training.figures import MEANINGS, SERIES, label_counts, new_figure, save_plot
 from nanosd3.training.metrics import frechet_distance
+from nanosd3.training.plot_style import MEANINGS, SERIES, label_counts, new_figure, save_plot
 
 UNIT = 40  # training steps of the least compute
 TIMES_COMPUTE = (1, 4, 16)

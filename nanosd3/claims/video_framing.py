@@ -14,7 +14,7 @@ from nanosd3.claims.video_networks import SQUARE, WIDE, ClipSchool, TrainedClips
 from nanosd3.related.motion import asked_clips, ink_at_border, scores_of_size
 from nanosd3.related.moving_digits import ClipSize, MovingDigits
 from nanosd3.related.video_lessons import in_name
-from nanosd3.training.figures import MEANINGS, new_figure, save_plot
+from nanosd3.training.plot_style import MEANINGS, new_figure, save_plot
 
 FRAMING_STEPS = 400
 CLEARLY_MORE, HARDLY_MORE = 2.0, 1.25

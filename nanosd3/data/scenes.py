@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanosd3.config_types import Config
 from nanosd3.data.class_names import DIGITS
-from nanosd3.data.handwriting import Handwriting
+from nanosd3.data.digit_cutouts import Handwriting
 from nanosd3.data.mnist import ImageSet
 from nanosd3.data.scene_prompts import (
     ALL_AT_ONCE,

@@ -22,7 +22,7 @@ from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.storage.files import check_writable, write_file
 from nanosd3.storage.run import Run
 from nanosd3.text import check_prompts
-from nanosd3.training import figures
+from nanosd3.training.grids_and_gifs import drawn_picture, npy
 
 SAMPLES = "--sample PROMPT draws with a finished run; see --sample PROMPT --help"
 
@@ -45,7 +45,7 @@ class SamplingSystem(System):
 
     def picture(self, images: np.ndarray, captions: list[str]) -> bytes:
         """The content of a file of its own kind."""
-        return figures.drawn_picture(images, captions)
+        return drawn_picture(images, captions)
 
 
 def asks_for(option: str, arguments: list[str]) -> bool:
@@ -152,4 +152,4 @@ def write_images(
 ) -> None:
     """Write the array, or the picture with a row for each caption."""
     is_array = out.suffix.lower() == ".npy"
-    write_file(out, figures.npy(images) if is_array else system.picture(images, captions))
+    write_file(out, npy(images) if is_array else system.picture(images, captions))

@@ -46,7 +46,7 @@ from nanosd3.related.yardsticks import grid_of_prompts, score_samples
 from nanosd3.storage.files import load_weights, sha256, write_file
 from nanosd3.storage.run import Run
 from nanosd3.text import check_prompts
-from nanosd3.training import figures
+from nanosd3.training.grids_and_gifs import png, side_by_side
 from nanosd3.training.stages import training_of
 
 FINE_RECIPES = {
@@ -153,7 +153,7 @@ class CascadeSystem(SamplingSystem):
         grids = [
             (name, grid_of_prompts(finished, partial(one, seed=0))) for name, one in ways.items()
         ]
-        picture = figures.png(figures.side_by_side(grids))
+        picture = png(side_by_side(grids))
         write_file(job.run.folder / "samples.png", picture)
         stages = job.run.stages
         decoders = {"smaller": Tokeniser(vq, finished.pipeline), "larger": cascade, "base": base}

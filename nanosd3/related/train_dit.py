@@ -36,8 +36,8 @@ from nanosd3.related.yardsticks import (
     save_beside_main,
     score_samples,
 )
-from nanosd3.training import figures
 from nanosd3.training.evaluation import Draw
+from nanosd3.training.grids_and_gifs import grid_of
 from nanosd3.training.stages import training_of
 
 RECIPES_OF_DIT = {
@@ -113,7 +113,7 @@ def draw_beside(study: Study, network: DiT, way: Sampled) -> None:
     names = finished.source.images.names
     labels = torch.arange(len(names)).repeat_interleave(SHOWN_OF_EACH)
     images = drawing(study, network, way)(labels, 0)
-    ours = figures.grid_of([name for name, *_ in names], images)
+    ours = grid_of([name for name, *_ in names], images)
     made = evaluations(replace(study.job.config.sampling, steps=way.steps))
     title = f"{way.name}, {evaluations_in_words(made)}"
     save_beside_main(finished, title, ours, study.job.run.folder / "samples.png")

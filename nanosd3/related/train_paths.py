@@ -29,9 +29,9 @@ from nanosd3.related.solvers import dopri5, midpoint, rk4
 from nanosd3.related.yardsticks import SHOWN_OF_EACH, score_samples
 from nanosd3.samplers import Velocity, euler
 from nanosd3.storage.files import load_weights, save_weights, write_file
-from nanosd3.training import figures
 from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import Draw
+from nanosd3.training.grids_and_gifs import grid_of, png, side_by_side
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.report import shown_prompts
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
@@ -211,5 +211,5 @@ def draw_grids(
     ways.append(("dopri5", DEFAULT_TOLERANCE, f"dopri5, tolerance {DEFAULT_TOLERANCE:g}"))
     for name, cost, title in ways:
         images = draw([p for p in prompts for _ in range(SHOWN_OF_EACH)], 0, name, cost)
-        columns.append((title, figures.grid_of(prompts, images)))
-    write_file(job.run.folder / "samples.png", figures.png(figures.side_by_side(columns)))
+        columns.append((title, grid_of(prompts, images)))
+    write_file(job.run.folder / "samples.png", png(side_by_side(columns)))

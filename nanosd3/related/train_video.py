@@ -65,7 +65,7 @@ from nanosd3.related.video_lessons import (
 from nanosd3.related.yardsticks import evaluations, evaluations_in_words
 from nanosd3.storage.files import load_weights, write_file
 from nanosd3.storage.run import Run
-from nanosd3.training import figures
+from nanosd3.training.grids_and_gifs import gif, grid_of, png, side_by_side, to_image
 from nanosd3.training.stages import training_of
 from nanosd3.vae import AutoencoderKL
 
@@ -227,10 +227,10 @@ class VideoSystem(SamplingSystem):
     def picture(self, images: np.ndarray, captions: list[str]) -> bytes:
         frames = images.swapaxes(0, 1)  # (T, n, H, W)
         if len(images) == 1:
-            pictures = [figures.to_image(frame) for frame in frames[:, 0]]
+            pictures = [to_image(frame) for frame in frames[:, 0]]
         else:
-            pictures = [figures.grid_of(captions, frame) for frame in frames]
-        return figures.gif(pictures, [FRAME_MILLISECONDS] * len(pictures))
+            pictures = [grid_of(captions, frame) for frame in frames]
+        return gif(pictures, [FRAME_MILLISECONDS] * len(pictures))
 
 
 def pixels_of(videos: Tensor) -> np.ndarray:
@@ -247,5 +247,5 @@ def draw_strips(model: TrainedVideo, sizes: dict[str, ClipSize], folder: Path) -
     captions, columns = [moving.texts[i] for i in index], []
     for known, size in sizes.items():
         frames = pixels_of(model.draw(clips, size)).reshape(-1, *size[1:])
-        columns.append((f"{in_name(size)}, {known}", figures.grid_of(captions, frames)))
-    write_file(folder / "samples.png", figures.png(figures.side_by_side(columns)))
+        columns.append((f"{in_name(size)}, {known}", grid_of(captions, frames)))
+    write_file(folder / "samples.png", png(side_by_side(columns)))

@@ -17,8 +17,8 @@ from nanosd3.data.mnist import to_uint8
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.storage.files import write_file
-from nanosd3.training import figures
 from nanosd3.training.evaluation import Draw, draw_prompts, to_digits
+from nanosd3.training.grids_and_gifs import grid, grid_of, png, side_by_side
 from nanosd3.training.report import (
     RECONSTRUCTION_BATCH,
     reconstructions,
@@ -135,7 +135,7 @@ def grid_of_prompts(finished: FinishedRun, draw: Callable[[list[str]], np.ndarra
     """A row of images for each of a few prompts, from the same noise whoever draws them."""
     prompts = shown_prompts(finished.source)
     images = draw([prompt for prompt in prompts for _ in range(SHOWN_OF_EACH)])
-    return figures.grid_of(prompts, images)
+    return grid_of(prompts, images)
 
 
 def save_beside_main(
@@ -143,7 +143,7 @@ def save_beside_main(
 ) -> None:
     """Write a grid and, to its right, under the title `main`, what the main model draws."""
     theirs = grid_of_prompts(finished, partial(sample_images, finished.pipeline))
-    write_file(path, figures.png(figures.side_by_side([(title, ours), (main, theirs)])))
+    write_file(path, png(side_by_side([(title, ours), (main, theirs)])))
 
 
 def draw_beside_main(finished: FinishedRun, pipeline: Pipeline, path: Path) -> None:
@@ -206,4 +206,4 @@ def draw_decoded(
         latents = vae.normalise(vae.encode(x.to(finished.device))[0])
         rows = [("real", to_uint8(x).numpy())]
         rows += [(name, to_uint8(way(latents)).cpu().numpy()) for name, way in ways.items()]
-    write_file(path, figures.png(figures.grid(rows)))
+    write_file(path, png(grid(rows)))

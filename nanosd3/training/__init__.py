@@ -1,7 +1,8 @@
 """Training, from images and captions to a model that generates.
 
 Modules, each of which imports only from those above it:
-    figures             image grids, animations, and what plots share
+    grids_and_gifs      image grids with captions, and animations
+    plot_style          colours and axes that all plots share
     plots               plots of runs and of benchmarks
     metrics             Frechet distance
     ema                 moving average of the weights

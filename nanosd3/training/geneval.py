@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nanosd3.data.handwriting import Handwriting
+from nanosd3.data.digit_cutouts import Handwriting
 from nanosd3.data.mnist import to_uint8
 from nanosd3.data.scene_prompts import ALL_AT_ONCE, GENEVAL, QUESTION_KINDS, TYPOGRAPHY, CanvasSize
 from nanosd3.data.scenes import STRING_LENGTHS, Scene, Scenes, draw_pictures

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nanosd3.training.figures import (
+from nanosd3.training.plot_style import (
     GREY,
     INK,
     MEANINGS,

@@ -26,9 +26,10 @@ from nanosd3.machine.distributed import ParallelModel
 from nanosd3.pipeline import Pipeline
 from nanosd3.samplers import Callback
 from nanosd3.storage.files import write_file, write_json
-from nanosd3.training import figures, plots
+from nanosd3.training import plots
 from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import Scorer, draw_prompts, to_digits
+from nanosd3.training.grids_and_gifs import gif, grid, grid_of, png, shades
 from nanosd3.training.stages import Job
 from nanosd3.training.train_flow import every_so_often
 
@@ -95,10 +96,10 @@ def preview(pipeline: Pipeline, step: int, prompts: list[str], folder: Path, is_
     if not is_main:
         return
     images = pipeline.decode(latents)
-    picture = figures.grid_of(prompts, images)
-    write_file(folder / f"preview-{step:08d}.png", figures.png(picture))
+    picture = grid_of(prompts, images)
+    write_file(folder / f"preview-{step:08d}.png", png(picture))
     if images.ndim == 3 and images.shape[1] <= SIDE:
-        drawing = figures.shades(images[:TERMINAL_SAMPLES])
+        drawing = shades(images[:TERMINAL_SAMPLES])
         captions = ", ".join(shortened(prompt, 40) for prompt in prompts[:TERMINAL_SAMPLES])
         print(f"\n  step {step}: {captions}\n{drawing}\n", file=sys.stderr)
 
@@ -215,19 +216,19 @@ def draw_trajectory(pipeline: Pipeline, prompts: list[str], path: Path) -> None:
     def record(step: int, t: Tensor, z: Tensor, x0: Tensor) -> None:
         noisy = (f"t = {float(t):.2f}, decoded as it is", pipeline.decode(z))
         clean = ("where its velocity points", pipeline.decode(x0))
-        frames.append(figures.grid([noisy, clean]))
+        frames.append(grid([noisy, clean]))
 
     final = sample_images(pipeline, prompts, seed=2, callback=record)
     captions = ("t = 0.00, decoded as it is", "where its velocity points")
-    frames.append(figures.grid([(caption, final) for caption in captions]))
+    frames.append(grid([(caption, final) for caption in captions]))
     times = [120] * (len(frames) - 1) + [2000]  # milliseconds; the last one longer
-    write_file(path, figures.gif(frames, times))
+    write_file(path, gif(frames, times))
 
 
 def draw_samples(pipeline: Pipeline, prompts: list[str], columns: int, path: Path) -> None:
     """Write a grid with a row for each prompt."""
     images = sample_images(pipeline, [prompt for prompt in prompts for _ in range(columns)])
-    write_file(path, figures.png(figures.grid_of(prompts, images)))
+    write_file(path, png(grid_of(prompts, images)))
 
 
 # --- the report -----------------------------------------------------------------------------------

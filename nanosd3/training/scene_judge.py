@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanosd3.config_types import config_from_dict
-from nanosd3.data.handwriting import Handwriting, ink_boxes, transferred
+from nanosd3.data.digit_cutouts import Handwriting, ink_boxes, transferred
 from nanosd3.data.mnist import load_images
 from nanosd3.data.scene_prompts import COLOURS, DIGIT_SIZES, PlacedDigit
 from nanosd3.data.scenes import SCENE_CONFIGS, STRING_CELL, Scenes

@@ -14,7 +14,7 @@ from nanosd3.data.scenes import CANVASES, Scenes
 from nanosd3.errors import InputError, shown
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.files import write_file, write_json
-from nanosd3.training import figures, plots
+from nanosd3.training import plots
 from nanosd3.training.cached_features import get_features
 from nanosd3.training.encoders import get_encoders
 from nanosd3.training.geneval import (
@@ -26,6 +26,7 @@ from nanosd3.training.geneval import (
     reconstructed,
     sample_scenes,
 )
+from nanosd3.training.grids_and_gifs import grid_of, png
 from nanosd3.training.options import Plan, generate_command, job_of
 from nanosd3.training.report import about_training, previews
 from nanosd3.training.scene_judge import SceneJudge, train_scene_judge
@@ -96,8 +97,8 @@ def report_scenes(job: Job, source: Scenes, judge: SceneJudge, pipeline: Pipelin
     }
     prompts = [prompt for prompt in SCENE_PROMPTS for _ in range(SAMPLES_EACH)]
     images = sample_scenes(pipeline, prompts, CANVASES[-1], job.seed)
-    picture = figures.grid_of(SCENE_PROMPTS, images.numpy())
-    write_file(folder / "samples.png", figures.png(picture))
+    picture = grid_of(SCENE_PROMPTS, images.numpy())
+    write_file(folder / "samples.png", png(picture))
     plots.plot_loss(job.run.read_log(), folder / "loss.png")
     count = sum(len(scenes) for scenes in questions.values())
     write_json(folder / "metrics.json", {"questions": count, **scores, **about_training(job)})

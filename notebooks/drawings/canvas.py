@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from drawings.sizes import MODELS, written
-from nanosd3.training.figures import MEANINGS
+from nanosd3.training.plot_style import MEANINGS
 
 KINDS = {  # fill and stroke on a light page, then on a dark one
     "text": ("#fdf0d5", MEANINGS["prompt"], "#3d2a0c", "#f0a441"),  # and the prompt

@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.page import committed
-from nanosd3.training.figures import GREY, INK, MEANINGS, PALE, SERIES
+from nanosd3.training.plot_style import GREY, INK, MEANINGS, PALE, SERIES
 
 PALETTE = {to_hex(colour) for colour in (INK, GREY, PALE, "white", *MEANINGS.values(), *SERIES)}
 RECORDS = committed(EXPERIMENTS)

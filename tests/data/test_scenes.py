@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanosd3.config import CONFIGS
-from nanosd3.data.handwriting import Handwriting, ink_boxes, scaling, transferred
+from nanosd3.data.digit_cutouts import Handwriting, ink_boxes, scaling, transferred
 from nanosd3.data.mnist import load_images, to_uint8
 from nanosd3.data.scene_prompts import (
     ALL_AT_ONCE,

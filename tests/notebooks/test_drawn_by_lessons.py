@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanosd3.training import figures
+from nanosd3.training.grids_and_gifs import CELL
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 
@@ -128,7 +128,7 @@ def test_animations_show_the_frames_in_their_order_and_rest_at_the_last():
     change = frames[2] - frames[0]  # in the second clip of each row: brighter above, darker below
     rows, columns = (np.abs(change) > 200).nonzero()
     half = len(change) // 2
-    assert columns.min() > 190 + figures.CELL and (rows < half).any() and (rows > half).any()
+    assert columns.min() > 190 + CELL and (rows < half).any() and (rows > half).any()
     assert ((change[rows, columns] > 0) == (rows < half)).all()
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageColor
 from nanosd3 import mmdit
 from nanosd3.config import CONFIGS
 from nanosd3.mmdit import JointBlock, MMDiT
-from nanosd3.training.figures import MEANINGS
+from nanosd3.training.plot_style import MEANINGS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
-from nanosd3.training.figures import INK, MEANINGS, SERIES
+from nanosd3.training.plot_style import INK, MEANINGS, SERIES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 

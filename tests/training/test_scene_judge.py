@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nanosd3.config import CONFIGS
-from nanosd3.data.handwriting import Handwriting
+from nanosd3.data.digit_cutouts import Handwriting
 from nanosd3.data.mnist import load_images, to_uint8
 from nanosd3.data.scene_prompts import (
     ALL_AT_ONCE,

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from nanosd3.training.figures import (
+from nanosd3.training.grids_and_gifs import (
     caption_lines,
     drawn_picture,
     grid,
