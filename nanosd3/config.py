@@ -15,9 +15,11 @@ from nanosd3.config_types import (
     CLIPConfig,
     Config,
     MMDiTConfig,
+    Recipe,  # noqa: F401 - with the others, for whoever makes a config
     Sampling,
     T5Config,
     TextConfig,
+    Training,  # noqa: F401
     VAEConfig,
 )
 from nanosd3.recipes import (

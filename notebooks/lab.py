@@ -82,7 +82,7 @@ def lesson_config() -> Config:
         recipe = getattr(training, stage)
         batch = pick(recipe.batch, 32)
         recipes[stage] = replace(recipe, steps=n, warmup=min(n // 4, 50), batch=batch)
-    images = pick((60000, 10000), (1000, 50))
+    images = pick((60000, 10000), (400, 50))
     small = replace(training, train_images=images[0], test_images=images[1], **recipes)
     sampling = replace(config.sampling, steps=pick(config.sampling.steps, 3))
     return replace(config, training=small, sampling=sampling)

@@ -14,7 +14,7 @@ from torch import nn
 
 import train_mnist
 from nanosd3.cli import run_main
-from nanosd3.config import Recipe
+from nanosd3.config_types import Recipe
 from nanosd3.errors import InputError
 from nanosd3.machine import signals
 from nanosd3.storage import training_state

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from torch import nn
 
-from nanosd3.config import Recipe
+from nanosd3.config_types import Recipe
 from nanosd3.training.ema import make_ema, update_ema
 from nanosd3.training.optimizer import decay_groups, learning_rate
 
