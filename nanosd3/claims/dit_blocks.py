@@ -69,7 +69,7 @@ def plot_blocks(results: dict, path: Path) -> None:
 MEASURED = (
     "Class-conditional DiTs of width 128 and depth 2 in the main job's latents, 16 tokens, trained "
     "600 steps as the paper does (DDPM with a learned variance, AdamW), from the same seeds with "
-    "the same images and noise. The error of the predicted noise on 500 images held out, with the "
+    "the same images and noise. The error of the predicted noise on 256 images held out, with the "
     "moving average of the weights."
 )
 

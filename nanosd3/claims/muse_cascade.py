@@ -126,8 +126,9 @@ CASCADE = Experiment(
     source="Muse, arXiv 2301.00704, section 2.4",
     measured=f"{MUSE_TRAINED}: 7x7 tokens. On it, fine tokens, 14x14, by a second transformer that "
     f"is told the coarse ones ({CASCADE_STEPS} steps), and the same fine tokens by one transformer "
-    f"alone in about the seconds of both ({DIRECT_STEPS} steps). {CASCADED} samples, 8 steps each: "
-    "read as asked, and Frechet distance over that of real images.",
+    f"alone in about the seconds of both ({DIRECT_STEPS} steps); each network has an order of "
+    f"images of its own. {CASCADED} samples, 8 steps each: read as asked, and Frechet "
+    "distance over that of real images.",
     rule="Supported if in every seed the cascade is nearer to real images than fine tokens alone "
     "and read as asked no less often. Refuted if it is nearer in no seed.",
     minutes=10,

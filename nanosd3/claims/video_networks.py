@@ -108,9 +108,11 @@ class ClipSchool:
             recipe, count = replace(recipe, batch=4, steps=max(1, steps // 40), warmup=1), 16
         config = replace(self.config, training=replace(training_of(self.config), flow=recipe))
         vae = self.finished.pipeline.vae
-        data = self.job_of("cropped-clips" if moving is self.cropped else "clips", self.config, 0)
+        cropped = moving is self.cropped  # from the same clips as wide ones
+        data = self.job_of("cropped-clips" if cropped else "clips", self.config, 0)
+        drawn_for = WIDE if cropped else size
         with data.run.alone():
-            encoded = {size: encoded_clips(data, moving, vae, size, count)}
+            encoded = {size: encoded_clips(data, moving, vae, size, count, drawn_for)}
         job = self.job_of(name, config, seed)
         with job.run.alone():
             if "video" not in job.run.stages:

@@ -35,7 +35,6 @@ from nanosd3.training.stages import CHUNK, Job, build, finish_or_load, fit_avera
 
 OBJECTIVES = ("ddpm", "flow")
 DROPPED_LABELS = 0.1
-VALIDATED = 500  # images held out, each at its own level of noise
 
 LabelledNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]  # z, t, labels
 
@@ -115,7 +114,7 @@ def validation_error(
 ) -> float:
     """Mean square error of the prediction, noise or velocity, on images held out: each with fixed
     noise at a fixed level, the levels spread as in training."""
-    images = torch.arange(job.source.trained, job.source.count)[:VALIDATED]
+    images = torch.arange(job.source.trained, job.source.count)
     mean, _ = features.latents(images)
     x0 = features.normalise(mean)
     noise = torch.randn(x0.shape, generator=rng("validation", "dit"))

@@ -118,11 +118,17 @@ Encoded = tuple[Clips, Tensor]  # clips of one size, and their latents (n, C, T,
 
 
 def encoded_clips(
-    job: Job, moving: MovingDigits, vae: AutoencoderKL, size: ClipSize, count: int
+    job: Job,
+    moving: MovingDigits,
+    vae: AutoencoderKL,
+    size: ClipSize,
+    count: int,
+    drawn_for: ClipSize | None = None,
 ) -> Encoded:
-    """`count` clips of a size to train on; their latents are computed once, and kept on disk until
-    the run is finished."""
-    clips = moving.draw_clips(count, rng(job.seed, "clips", *size), moving=size[0] > 1)
+    """`count` clips of a size to train on, other ones for each size, or those of the size
+    `drawn_for`; their latents are computed once, and kept on disk until the run is finished."""
+    generator = rng(job.seed, "clips", *(drawn_for or size))
+    clips = moving.draw_clips(count, generator, moving=size[0] > 1)
     path = job.run.folder / "cache" / f"clips-{in_name(size)}.safetensors"
     if not path.exists():
         latents, batches = [], range(-(-count // CLIPS_AT_ONCE))

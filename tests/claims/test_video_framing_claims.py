@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanosd3.claims import __main__ as command
+from nanosd3.claims import video_networks
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
 from nanosd3.claims.video_compute import TIMES_COMPUTE, ClipJudge
@@ -121,6 +122,21 @@ def test_crops_are_the_middle(school):
     assert school.cropped.texts == school.moving.texts
     cut, whole = real_border(school.cropped, SQUARE), real_border(school.moving, WIDE)
     assert cut > 4 * whole > 0
+
+
+def test_crops_are_trained_on_as_cut_from_the_same_clips(school, monkeypatch):
+    drawn = []
+    encoded_clips = video_networks.encoded_clips
+    monkeypatch.setattr(video_networks, "train_video", lambda *args: drawn.append(args[3]))
+    monkeypatch.setattr(
+        video_networks, "encoded_clips", lambda *args: (encoded_clips(*args)[0], args[3])
+    )
+    school.trained("native", school.moving, WIDE, 40, 0)
+    school.trained("crops", school.cropped, SQUARE, 40, 0)
+    school.trained("small", school.moving, SQUARE, 40, 0)
+    (native, _), (crops, _), (small, _) = (clips for one in drawn for clips in one.values())
+    assert torch.equal(native.start, crops.start) and torch.equal(native.digits, crops.digits)
+    assert not torch.equal(small.start, crops.start)
 
 
 def test_real_clips_in_place_of_samples(school, tmp_path, monkeypatch):
