@@ -112,6 +112,8 @@ TRAINED_ENCODER = Experiment(
     run=text_study,
     decide=decide_encoder,
     plot=plot_told,
+    remark="Captions of a dozen words need no knowledge of language: random encoders, or a table "
+    "of words, tell them apart as well. What the trained ones bring shows in x-muse-6-words.",
 )
 
 UNHEARD_WORDS = Experiment(
@@ -129,4 +131,7 @@ UNHEARD_WORDS = Experiment(
     run=text_study,
     decide=decide_unheard,
     plot=plot_told,
+    remark="Of captions with numerals, which no generator was trained on, 74% are drawn right with "
+    "trained encoders, almost as many as with words (81%). With untrained encoders or a table of "
+    "words it is 11% and 9%, which is chance.",
 )
