@@ -112,8 +112,8 @@ TRAINED_ENCODER = Experiment(
     run=text_study,
     decide=decide_encoder,
     plot=plot_told,
-    remark="Captions of a dozen words need no knowledge of language: random encoders, or a table "
-    "of words, tell them apart as well. What the trained ones bring shows in x-muse-6-words.",
+    remark="Captions made of so few words need no knowledge of language: random encoders, or a "
+    "table of words, tell them apart as well. What the trained ones bring shows in x-muse-6-words.",
 )
 
 UNHEARD_WORDS = Experiment(

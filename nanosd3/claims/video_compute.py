@@ -162,5 +162,6 @@ CLIP_COMPUTE = Experiment(
     decide=decide_clip_compute,
     plot=plot_clip_compute,
     remark="The distance halves at once and then falls slowly; directions and digits go on "
-    "improving. It is still far from that of real clips, and digits are read in half of the frames.",
+    "improving. It is still far from that of real clips, and digits are read in half of the "
+    "frames.",
 )
