@@ -12,12 +12,15 @@ from nanosd3.storage.files import write_file
 PAGE = Path(__file__).parent / "README.md"
 HEAD = """# Claims, put to the test
 
-Papers claim; here you can see for yourself. Each experiment below takes minutes on a CPU. Claim,
-measurement and rule were written before it ran, and the rule, a function in the code, gave the
-verdict: *supported*, *refuted*, or *undecided* at this budget. A verdict holds for small networks
-on handwritten digits and says nothing about larger ones; a refuted claim may well hold for them.
-Nor is one verdict strong evidence: of two methods that are alike, the mean difference of three
-seeds exceeds its spread in 23% of studies (Student's t, two degrees of freedom).
+Experiments that test what papers claim, each in minutes on a CPU. Claim, measurement and rule
+were written before the run whose results are shown, and the rule, a function in the code, gave the
+verdict: *supported*, *refuted*, or *undecided* at this budget. Pilots on other seeds set sizes and
+rates. Where a mistake was found after a first run, the rule was mended and everything ran again;
+[LOG](../../LOG.md) says where. A verdict holds for small networks on handwritten digits and says
+nothing about larger ones; a refuted claim may well hold for them. Nor is one verdict strong
+evidence: of two methods that are alike, the mean difference of three seeds exceeds its spread in
+23% of studies (Student's t, two degrees of freedom), and more often in one of several comparisons.
+One seed decides nothing.
 
 ```
 python -m nanosd3.claims list
@@ -65,22 +68,42 @@ def committed(experiments: Mapping[str, Experiment]) -> dict[str, dict]:
     return found
 
 
-def page(records: Mapping[str, dict]) -> str:
-    """The text of the page."""
-    rows = [
-        f"| [{name}](#{name}) | {record['claim']} | **{record['verdict']}** |"
-        for name, record in records.items()
-    ]
+def page(experiments: Mapping[str, Experiment], records: Mapping[str, dict]) -> str:
+    """The text of the page. Experiments that have not run are named, too."""
+    rows = []
+    for name, experiment in experiments.items():
+        if name in records:
+            rows.append(
+                f"| [{name}](#{name}) | {experiment.claim} | **{records[name]['verdict']}** |"
+            )
+        else:
+            rows.append(f"| {name} | {experiment.claim} | not run yet |")
     overview = ["| | claim | verdict |", "| --- | --- | --- |", *rows]
-    parts = [HEAD, "\n".join(overview) + "\n", *(section(record) for record in records.values())]
-    return "\n".join(parts)
+    first: dict[str, str] = {}  # which experiment shows a table, of those that share it
+    for name, record in records.items():
+        first.setdefault(str(record["results"]["table"]), name)
+    sections = [
+        section(record, first[str(record["results"]["table"])]) for record in records.values()
+    ]
+    return "\n".join([HEAD, "\n".join(overview) + "\n", *sections])
 
 
-def section(record: dict) -> str:
-    """One experiment: what was said, the verdict, the figures and the plot."""
-    table, machine = record["results"]["table"], record["machine"]
+def figures_of(table: dict) -> str:
+    """A table in Markdown."""
     lines = ["| " + " | ".join(cells) + " |" for cells in [table["columns"], *table["rows"]]]
     lines.insert(1, "| --- " * len(table["columns"]) + "|")
+    return "\n".join(lines)
+
+
+def section(record: dict, shown_by: str) -> str:
+    """One experiment: what was said, the verdict, the figures and the plot. A table that another
+    experiment shows already is linked."""
+    machine = record["machine"]
+    table = (
+        figures_of(record["results"]["table"])
+        if shown_by == record["name"]
+        else f"Measured together with [{shown_by}](#{shown_by}), whose table has the figures."
+    )
     seconds = f"{record['thread_seconds']:.0f} s of one core"
     if "training_seconds" in record["results"]:
         trained = record["results"]["training_seconds"]
@@ -97,7 +120,7 @@ def section(record: dict) -> str:
 
 **Verdict: {record["verdict"]}.**
 {remark}
-{chr(10).join(lines)}
+{table}
 
 ![Plot of {record["name"]}](results/{record["name"]}.png)
 
@@ -107,4 +130,4 @@ Seeds {seeds}; {seconds} on {machine["processor"]}, torch {machine["torch"]}, co
 
 
 def write_page(experiments: Mapping[str, Experiment]) -> None:
-    write_file(PAGE, page(committed(experiments)).encode())
+    write_file(PAGE, page(experiments, committed(experiments)).encode())

@@ -14,7 +14,8 @@ from nanosd3.errors import InputError
 from nanosd3.storage.files import check_writable, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"  # those of the page
-FIELDS = {"name", "verdict", "minutes", "seeds", "fast", "results", "machine"}
+FIELDS = {"name", "claim", "source", "measured", "rule", "verdict", "minutes", "seeds", "fast",
+          "thread_seconds", "results", "machine"}  # fmt: skip
 EMPHASIS = {"supported": "SUPPORTED", "refuted": "REFUTED", "undecided": "UNDECIDED"}
 
 
@@ -30,7 +31,8 @@ def declared(experiment: Experiment) -> str:
 
 
 def carry_out(experiment: Experiment, conditions: Conditions) -> dict:
-    """Print the declaration, run, decide, draw, and write the record, which is returned."""
+    """Print the declaration, run, decide, draw, and write the record, which is returned. A single
+    seed decides nothing: the rules compare with the spread over seeds."""
     file, plot = paths_of(conditions.records, experiment.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     check_writable(file)
@@ -39,7 +41,7 @@ def carry_out(experiment: Experiment, conditions: Conditions) -> dict:
     results = json.loads(json.dumps(experiment.run(conditions), allow_nan=False))
     record = {
         **experiment.declaration,
-        "verdict": experiment.decide(results),
+        "verdict": experiment.decide(results) if len(conditions.seeds) > 1 else "undecided",
         "minutes": experiment.minutes,
         "seeds": list(conditions.seeds),
         "fast": conditions.fast,

@@ -123,4 +123,7 @@ FRAMING = Experiment(
     run=framing_study,
     decide=decide_framing,
     plot=plot_framing,
+    remark="Weak support. After 400 steps both keep their digits in view far more than the clips "
+    "they saw, of which 8% and 49% reach the border: 1.2% and 3.3%. In clips of the other's size "
+    "they reach it equally often.",
 )

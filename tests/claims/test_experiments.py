@@ -86,6 +86,12 @@ def test_declares_runs_decides_and_records(wing, capsys):
     assert (wing / "x-toy-1.png").read_bytes() == b"png"
 
 
+def test_one_seed_decides_nothing(wing):
+    always = replace(TOY, decide=lambda results: verdict(True, False))
+    for seeds, word in ((0,), "undecided"), ((0, 1), "supported"):
+        assert carry_out(always, Conditions(seeds, False, wing, wing))["verdict"] == word
+
+
 def test_declares_before_it_runs(wing, capsys):
     def fails(conditions: Conditions) -> dict:
         assert TOY.rule in capsys.readouterr().out
@@ -191,6 +197,18 @@ def test_out_that_is_a_file(wing, capsys):
     assert "is a file" in refused(capsys, "x-toy-1", "--out", wing)
 
 
+@pytest.mark.parametrize("field", sorted(records.FIELDS))
+def test_records_that_lack_something(wing, capsys, field):
+    claims("x-toy-1", "--out", wing)
+    record = wing / "x-toy-1.json"
+    content = json.loads(record.read_text())
+    del content[field]
+    record.write_text(json.dumps(content))
+    capsys.readouterr()
+    for words in (["x-toy-1"], ["list"], ["page"]):
+        assert f"it has no {field}" in refused(capsys, *words, "--out", wing)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"verdict": "true"}'])
 def test_damaged_records(wing, capsys, content):
     claims("x-toy-1", "--out", wing)
@@ -210,6 +228,9 @@ def test_page_of_toys(wing, capsys):
     claims("x-toy-2", "--out", wing)
     assert claims("page", "--out", wing) == 0
     assert "x-toy-2" in capsys.readouterr().out
+    text = page_module.PAGE.read_text()
+    assert "| x-toy-1 | Three is odd. | not run yet |" in text and "## x-toy-1" not in text
+    assert "| 3 |" in text and "Measured together" not in text
     claims("x-toy-1", "--out", wing)
     claims("page", "--out", wing)
     text = page_module.PAGE.read_text()
@@ -225,6 +246,9 @@ def test_page_of_toys(wing, capsys):
     for part in parts:
         assert part in text
     assert text.count("A toy.") == 1
+    shared = "Measured together with [x-toy-1](#x-toy-1), whose table has the figures."
+    assert text.count("| 3 |") == text.count(shared) == 1  # both have the same
+    assert text.index("| 3 |") < text.index("## x-toy-2") < text.index(shared)
     assert (page_module.RESULTS / "x-toy-1.png").exists()
     page_module.PAGE.unlink()
     assert claims("page") == 0 and page_module.PAGE.read_text() == text
@@ -241,13 +265,13 @@ def test_page_takes_no_fast_results(wing, capsys):
 def test_page_says_what_training_cost(wing):
     claims("x-toy-1", "--out", wing)
     record = json.loads((wing / "x-toy-1.json").read_text()) | {"remark": ""}
-    assert "training" not in page_module.section(record)
+    assert "training" not in page_module.section(record, "x-toy-1")
     record["results"]["training_seconds"] = 41.7
-    assert "(training its networks, now or before: 42 s)" in page_module.section(record)
+    assert "(training its networks, now or before: 42 s)" in page_module.section(record, "x-toy-1")
 
 
 def test_the_page_is_that_of_the_records():
-    assert PAGE.read_text(encoding="utf-8") == page(committed(EXPERIMENTS)), (
+    assert PAGE.read_text(encoding="utf-8") == page(EXPERIMENTS, committed(EXPERIMENTS)), (
         "run python -m nanosd3.claims page"
     )
 
