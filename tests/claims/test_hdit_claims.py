@@ -1,13 +1,14 @@
 """HDiT's experiments: what the rules say of results made up for them, and that each runs."""
 
 import json
+import math
 
 import pytest
 import torch
 
 from nanosd3.claims import __main__ as command
 from nanosd3.claims.hdit_costs import COST_MARKS, COSTS, hourglass_for, multiply_adds_of, slope
-from nanosd3.claims.hdit_detail import DETAIL, decibels
+from nanosd3.claims.hdit_detail import DETAIL, PLAINLY, decibels, signal_to_noise
 from nanosd3.cli import run_main
 from nanosd3.related.hdit import HDiT, hdit_multiply_adds
 
@@ -77,7 +78,9 @@ def test_costs_run(tiny_run, tmp_path):
 
 
 def detail(lost: float, generated: list[float], thin: float = 20.0) -> dict:
-    return {"lost": lost, "generated": generated, "psnr": [thin, 21.0, 22.0]}
+    """The samples with guidance are far off, and decide nothing."""
+    ways = {PLAINLY: generated, "with the main job's": [99.0] * len(generated)}
+    return {"lost": lost, "generated": ways, "signal_to_noise": [thin, 21.0, 22.0]}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,8 @@ def detail(lost: float, generated: list[float], thin: float = 20.0) -> dict:
         (detail(0.3, [2.9, 3.1, 2.5]), "undecided"),
         (detail(0.3, [2.9, 2.99, 2.5], thin=22.1), "undecided"),
         (detail(0.2, [2.9, 3.0, 2.5]), "refuted"),
+        (detail(0.3, [2.9]), "undecided"),
+        (detail(0.2, [2.9]), "undecided"),
     ],
 )
 def test_rule_of_detail(results, word):
@@ -94,9 +99,14 @@ def test_rule_of_detail(results, word):
 
 
 def test_decibels():
-    black, grey = torch.zeros(2, 4, 4, dtype=torch.uint8), torch.full((2, 4, 4), 51).byte()
-    torch.testing.assert_close(decibels(black, grey), torch.full((2,), 13.9794).double())
-    assert (decibels(black, black) > 70).all()
+    white, grey = torch.full((2, 4, 4), 255).byte(), torch.full((2, 4, 4), 204).byte()
+    torch.testing.assert_close(decibels(white, grey), torch.full((2,), 13.9794).double())
+    assert (decibels(white, white) > 70).all()
+    torch.testing.assert_close(signal_to_noise(white, grey), decibels(white, grey))
+    half = torch.full((2, 4, 4), 102).byte(), torch.full((2, 4, 4), 51).byte()
+    torch.testing.assert_close(decibels(*half), decibels(white, grey))
+    lower = torch.full((2,), 20 * math.log10(0.4)).double()
+    torch.testing.assert_close(signal_to_noise(*half) - decibels(*half), lower)
 
 
 def test_detail_runs(tiny_run, tmp_path):
@@ -104,5 +114,7 @@ def test_detail_runs(tiny_run, tmp_path):
     assert run_main(lambda: command.main(words)) == 0
     assert (tmp_path / "fast" / "x-hd-3.png").exists()
     results = json.loads((tmp_path / "fast" / "x-hd-3.json").read_text())["results"]
-    assert results["lost"] > 0 and len(results["generated"]) == 2 and len(results["psnr"]) == 3
-    assert all(5 < psnr < 40 for psnr in results["psnr"])
+    plain, guided = results["generated"].values()
+    assert results["lost"] > 0 and len(plain) == len(guided) == 2 and plain != guided
+    assert len(results["signal_to_noise"]) == 3
+    assert all(-5 < each < 30 for each in results["signal_to_noise"])

@@ -28,7 +28,7 @@ FAULTS_CLAIMS_SD3 = [
         "any(middle < noise for _, middle, noise in found)",
         "refuted by one seed",
     ),
-    (MIDDLE_FILE, "[[b - k for b, k", "[[k - b for b, k", "what is left to learn, below zero"),
+    (MIDDLE_FILE, "[a - b for a, b", "[b - a for a, b", "what is left to learn, below zero"),
     (GROUNDS_FILE, "F.avg_pool2d(x, 2)", "F.max_pool2d(x, 2)", "the brightest of four pixels"),
     (
         GROUNDS_FILE,
@@ -83,7 +83,7 @@ FAULTS_CLAIMS_SD3 = [
     ),
     (
         FORMULATIONS_RULES,
-        "any(m < -s for m, s in leads))",
+        "any(m < -2 * s for m, s in leads))",
         "any(m < s for m, s in leads))",
         "refuted within the spread",
     ),
@@ -104,7 +104,14 @@ FAULTS_CLAIMS_SD3 = [
     (ATTENTION_FILE, 'qk_norm=norm == "with"', "qk_norm=True", "always with the norm"),
     (ATTENTION_FILE, "compute=Compute(precision)", "compute=Compute()", "always in float32"),
     (NORM_FILE, "without >= 2 * with_norm", "without >= with_norm", "twice is once"),
-    (NORM_FILE, "gain > spread and not harmless", "gain > spread", "both verdicts at once"),
+    (NORM_FILE, "gain > spread and more > wobble", "gain > spread", "float32 gains as much"),
+    (
+        NORM_FILE,
+        "[a - b for a, b in zip(losses",
+        "[b - a for a, b in zip(losses",
+        "losses for gains",
+    ),
+    (STRAIGHT_FILE, "for name in OF_UNIT_VARIANCE", "for name in FOLLOWED", "EDM's scale decides"),
     (STRAIGHT_FILE, "lambda t: 1 / (1 - t)", "lambda t: 1 / t", "EDM's scale from the wrong end"),
     (STRAIGHT_FILE, "z = steps(1)[0] * noise", "z = noise", "starts with all noise"),
     (
