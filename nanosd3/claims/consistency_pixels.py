@@ -6,12 +6,13 @@ these are trained on halved digits (sd3_grounds.py) without a label, by consiste
 no teacher. The network is the Consistency Decoder's, whose latents are always zero.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from nanosd3.claims.material import network_job
 from nanosd3.claims.sd3_grounds import HalvedPixels
 from nanosd3.config_types import Recipe
 from nanosd3.flow import interpolate
@@ -22,7 +23,6 @@ from nanosd3.related.consistency import (
     even_levels,
 )
 from nanosd3.related.consistency_decoder import ConsistencyDecoder
-from nanosd3.storage.run import Run
 from nanosd3.training.loop import StepLoss, StepRNG
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
 
@@ -74,14 +74,11 @@ def pixel_model(ground: HalvedPixels, seed: int) -> PixelModel:
     recipe = FAST_PIXEL_RECIPE if conditions.fast else PIXEL_RECIPE
     training = replace(training_of(finished.config), flow=recipe, ema_decay=PIXEL_AVERAGE)
     config = replace(finished.config, training=training)
-    identity = {
-        "config": asdict(config),
-        "widths": PIXEL_WIDTHS,
-        "data": finished.source.fingerprint,
-        "seed": seed,
-    }
-    run = Run.open(conditions.networks / f"consistency-pixels-{seed}", identity)
-    job = Job(run, config, finished.source, finished.device, seed)
+    sizes, levels = PIXEL_WIDTHS, LEVELS_OF_PIXELS
+    job = network_job(
+        conditions, finished, "consistency-pixels", config, seed, widths=sizes, levels=levels
+    )
+    run = job.run
     network = build(job, PIXEL_STAGE, lambda: ConsistencyDecoder(1, 1, PIXEL_WIDTHS))
     loss_of = pixel_loss(job, ground, network)
     train = partial(fit_average, job, PIXEL_STAGE, network, loss_of, PIXEL_AVERAGE)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nanosd3.claims.dit_networks import Classroom
+from nanosd3.claims.material import network_job
 from nanosd3.config_types import Recipe
 from nanosd3.flow import interpolate
 from nanosd3.related.consistency import (
@@ -30,7 +31,6 @@ from nanosd3.related.consistency import (
 from nanosd3.related.dit import DiT
 from nanosd3.related.yardsticks import drawn
 from nanosd3.samplers import euler
-from nanosd3.storage.run import Run
 from nanosd3.training.ema import make_ema
 from nanosd3.training.evaluation import to_digits
 from nanosd3.training.loop import StepLoss, StepRNG
@@ -101,15 +101,9 @@ def trained_way(
     training = replace(training_of(finished.config), flow=recipe)
     config, dit = replace(finished.config, training=training), classroom.config()
     dit = replace(dit, learned_variance=False)
-    identity = {
-        "config": asdict(config),
-        "dit": asdict(dit),
-        "way": way.name,
-        "finished": finished.fingerprint,
-        "seed": seed,
-    }
-    run = Run.open(conditions.networks / f"way-{way.name}-{steps}-{seed}", identity)
-    job = Job(run, config, finished.source, finished.device, seed)
+    name = f"way-{way.name}-{steps}"
+    job = network_job(conditions, finished, name, config, seed, dit=asdict(dit), way=way.name)
+    run = job.run
     network = build(job, WAY_STAGE, lambda: DiT(dit))
     average = make_ema(network)
     loss_of = way_loss(job, classroom, network, average, way)

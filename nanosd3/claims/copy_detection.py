@@ -9,22 +9,22 @@ differ from.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.material import network_job
 from nanosd3.claims.repeated_digits import Planted, altered
 from nanosd3.config_types import Recipe
 from nanosd3.data.mnist import to_model
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.storage.run import Run
 from nanosd3.training.classifier import CLASSIFIER_SIZE, ConvNet
 from nanosd3.training.evaluation import Scorer
 from nanosd3.training.loop import StepRNG
-from nanosd3.training.stages import Job, build, finish_or_load, fit_average, in_chunks, training_of
+from nanosd3.training.stages import build, finish_or_load, fit_average, in_chunks, training_of
 from nanosd3.training.train_text import clip_loss
 
 SHARPNESS = torch.tensor(20.0)  # of the contrastive loss: one over its temperature
@@ -52,9 +52,7 @@ def trained_detector(conditions: Conditions, finished: FinishedRun, seed: int) -
     recipe = replace(DETECTOR, steps=2, batch=8) if conditions.fast else DETECTOR
     training = replace(training_of(finished.config), flow=recipe)
     config = replace(finished.config, training=training)
-    identity = {"config": asdict(config), "finished": finished.fingerprint, "seed": seed}
-    run = Run.open(conditions.networks / f"copy-detector-{seed}", identity)
-    job = Job(run, config, finished.source, finished.device, seed)
+    job = network_job(conditions, finished, "copy-detector", config, seed)
     net = build(job, "detector", lambda: ConvNet(64))
     images = finished.source.images.train_images
 
@@ -67,7 +65,7 @@ def trained_detector(conditions: Conditions, finished: FinishedRun, seed: int) -
     def train() -> dict:
         return fit_average(job, "detector", net, loss_of, DETECTOR_AVERAGE)
 
-    with run.alone():
+    with job.run.alone():
         done = finish_or_load(job, "detector", net, train)
     return Detector(net, done["thread_seconds"])
 

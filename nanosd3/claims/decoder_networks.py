@@ -5,19 +5,19 @@ Consistency Decoder. Both see the same latents, as many images and as many steps
 """
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.material import network_job
 from nanosd3.config import MNIST_COMPRESSED
 from nanosd3.config_types import Recipe, VAEConfig
 from nanosd3.related.consistency_decoder import ConsistencyDecoder
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.train_consistency_decoder import DECODER_EMA, trained_decoder
-from nanosd3.storage.run import Run
 from nanosd3.training.loop import StepLoss, StepRNG
 from nanosd3.training.stages import Job, finish_or_load, fit_average, training_of
 from nanosd3.training.train_autoencoder import train_autoencoder
@@ -50,14 +50,7 @@ def decoder_job(
     if conditions.fast:
         training = replace(training, autoencoder=recipe)
     config = replace(finished.config, vae=vae, training=training)
-    identity = {
-        "config": asdict(config),
-        "what": name,
-        "data": finished.source.fingerprint,
-        "seed": seed,
-    }
-    run = Run.open(conditions.networks / f"{name}-{seed}", identity)
-    return Job(run, config, finished.source, finished.device, seed)
+    return network_job(conditions, finished, name, config, seed)
 
 
 def compressing_autoencoder(

@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.material import network_job, open_encoded
 from nanosd3.config_types import Recipe
 from nanosd3.related.dit import DIT_CONFIGS, DiT, DiTConfig
 from nanosd3.related.dit_lessons import Lesson, train_dit
-from nanosd3.storage.run import Run
-from nanosd3.training.stages import Job, training_of
+from nanosd3.training.stages import training_of
 
 DIT_BATCH = 64
 
@@ -69,19 +68,11 @@ class Classroom:
         finished = self.finished
         training = replace(training_of(finished.config), flow=recipe, ema_decay=ema_decay)
         config = replace(finished.config, training=training)
-        identity = {
-            "config": asdict(config),
-            "dit": asdict(dit),
-            "lesson": [lesson.objective, lesson.density.__name__],
-            "finished": finished.fingerprint,
-            "data": finished.source.fingerprint,
-            "seed": seed,
-        }
-        folder = self.conditions.out / "networks" / ("fast" if self.conditions.fast else "") / name
-        run = Run.open(folder / f"seed-{seed}", identity)
-        with run.alone():
-            run = Run.read(run.folder)
-            job = Job(run, config, finished.source, finished.device, seed)
+        taught = [lesson.objective, lesson.density.__name__]
+        job = network_job(
+            self.conditions, finished, name, config, seed, dit=asdict(dit), lesson=taught
+        )
+        with job.run.alone():
             network = train_dit(job, self.features, self.labels, dit, lesson)
-        found = run.stages["dit"]
+        found = job.run.stages["dit"]
         return TrainedDiT(network, found["validation"], found["thread_seconds"])

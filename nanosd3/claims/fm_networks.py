@@ -4,16 +4,17 @@ The same network, images, noise and recipe for each; only the path differs. They
 in the folder of the records, and kept at some steps on the way.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.material import network_job, open_encoded
 from nanosd3.config_types import Recipe
 from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
+from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.paths import PATHS, ProbabilityPath
 from nanosd3.related.train_paths import (
     PATH_EMA_DECAY,
@@ -24,7 +25,6 @@ from nanosd3.related.train_paths import (
     velocity_for,
 )
 from nanosd3.samplers import Velocity, euler
-from nanosd3.storage.run import Run
 from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import Draw, Scorer, draw_prompts, to_digits
 from nanosd3.training.stages import Job, training_of
@@ -40,9 +40,17 @@ class Material:
     """What experiments with trained paths start from."""
 
     conditions: Conditions
-    pipeline: Pipeline  # of the finished run, for its autoencoder and text
-    scorer: Scorer
+    finished: FinishedRun
     features: Features
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Of the finished run, for its autoencoder and text."""
+        return self.finished.pipeline
+
+    @property
+    def scorer(self) -> Scorer:
+        return self.finished.scorer
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -57,24 +65,16 @@ class Material:
 def open_material(conditions: Conditions) -> Material:
     """Open the finished run and encode its images, once. Raises InputError if it is none."""
     finished, features = open_encoded(conditions)
-    return Material(conditions, finished.pipeline, finished.scorer, features)
+    return Material(conditions, finished, features)
 
 
 def job_for(material: Material, name: str, seed: int) -> Job:
     """The training run of a path."""
-    conditions, config = material.conditions, material.pipeline.config
+    conditions, finished = material.conditions, material.finished
     recipe = FAST_RECIPE if conditions.fast else RECIPE
-    training = replace(training_of(config), flow=recipe, ema_decay=PATH_EMA_DECAY)
-    config, source = replace(config, training=training), material.scorer.source
-    identity = {
-        "config": asdict(config),
-        "path": name,
-        "seed": seed,
-        "data": source.fingerprint,
-        "encoders": material.features.encoders.name,
-    }
-    run = Run.open(conditions.networks / f"{name}-{seed}", identity)
-    return Job(run, config, source, torch.device("cpu"), seed)
+    training = replace(training_of(finished.config), flow=recipe, ema_decay=PATH_EMA_DECAY)
+    config = replace(finished.config, training=training)
+    return network_job(conditions, finished, name, config, seed, path=name)
 
 
 def trained(material: Material, name: str, seed: int) -> tuple[Job, MMDiT]:

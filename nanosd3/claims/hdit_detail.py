@@ -85,7 +85,8 @@ def decide_detail(results: dict) -> Verdict:
 def plot_detail(results: dict, path: Path) -> None:
     figure, axes = new_figure(9, 2)
     means = [sum(each) / len(each) for each in results["generated"].values()]
-    names = ["lost by latents", *(f"samples\n{way}" for way in results["generated"])]
+    ways = (way.replace(" ", "\n", 1) for way in results["generated"])
+    names = ["lost by\nlatents", *(f"samples\n{way}" for way in ways)]
     colours = [SERIES[3], *[MEANINGS["prediction"]] * len(means)]
     axes[0].bar(names, [results["lost"], *means], color=colours)
     axes[0].set(ylabel="Frechet distance", title="Before and after generating")
@@ -111,4 +112,8 @@ DETAIL = Experiment(
     run=detail_study,
     decide=decide_detail,
     plot=plot_detail,
+    remark="It depends on what it is compared with: beside samples with the main job's guidance, "
+    "whose distance is more than twice as large, it is below a tenth. A first run compared with "
+    "these alone, and refuted the claim. This autoencoder keeps 256 numbers of 784 pixels, roomy "
+    "beside those of large models.",
 )

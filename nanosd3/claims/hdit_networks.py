@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import measured_once
+from nanosd3.claims.material import measured_once, network_job
 from nanosd3.config_types import Recipe
 from nanosd3.flow import interpolate, stratified
 from nanosd3.random_streams import rng
@@ -30,7 +30,6 @@ from nanosd3.related.hdit_lessons import (
 )
 from nanosd3.related.train_hdit import HDIT_EMA_DECAY, HDIT_SAMPLING, HEAD_DIM, MAPPING, SIDES
 from nanosd3.related.yardsticks import evaluations, score_samples
-from nanosd3.storage.run import Run
 from nanosd3.training.evaluation import Draw
 from nanosd3.training.stages import Job, training_of
 
@@ -82,24 +81,16 @@ class Easel:
             recipe = replace(recipe, steps=4, batch=8, warmup=1)
         config = replace(self.config, training=replace(training_of(self.config), flow=recipe))
         sizes, finished = self.sizes(net), self.finished
-        identity = {
-            "config": asdict(config),
-            "sizes": asdict(sizes),
-            "strongest": net.strongest,
-            "finished": finished.fingerprint,
-            "data": finished.source.fingerprint,
-            "seed": seed,
-        }
-        run = Run.open(self.conditions.networks / f"{net.name}-{seed}", identity)
-        job = Job(run, config, finished.source, finished.device, seed)
+        what = {"sizes": asdict(sizes), "strongest": net.strongest}
+        job = network_job(self.conditions, finished, net.name, config, seed, network=what)
         looks = [max(1, round(share * recipe.steps)) for share in LOOKS_AT_LOSS]
 
         def watch(step: int, average: nn.Module) -> None:
             if step + 1 in looks:
                 job.run.log(stage="hdit", step=step, held_out=self.held_out_loss(average))
 
-        with run.alone():
-            if "hdit" not in run.stages:
+        with job.run.alone():
+            if "hdit" not in job.run.stages:
                 print(f"{net.name}, seed {seed}", flush=True)
             model = trained_hdit(job, sizes, self.pixels, self.pooled, net.strongest, watch)
         return TrainedPixels(model, job, self.pixels)

@@ -70,9 +70,7 @@ def muse_study(conditions: Conditions, seed: int, steps: int | None) -> Iterator
     words += ["--steps", str(steps)] if steps and not conditions.fast else []
     system = MuseSystem()
     args = parse(system, words)
-    folder = (
-        conditions.out / "networks" / f"muse-{'fast-' * conditions.fast}{steps or 'all'}-{seed}"
-    )
+    folder = conditions.networks / f"muse-{steps or 'all'}-{seed}"
     finished = opened(conditions.run)
     with torch.enable_grad(), study_in(folder, system, args, finished) as study:
         assert study is not None

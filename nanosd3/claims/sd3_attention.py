@@ -4,12 +4,13 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.material import network_job
 from nanosd3.config_types import Recipe
 from nanosd3.flow import interpolate
 from nanosd3.machine.distributed import Compute, ParallelModel
@@ -109,14 +110,9 @@ def trained_with(
     recipe = replace(HIGH_RATE, steps=4, batch=8, warmup=1) if conditions.fast else HIGH_RATE
     mmdit = replace(config.mmdit, qk_norm=norm == "with", dual_attention=())
     config = replace(config, mmdit=mmdit, training=replace(training_of(config), flow=recipe))
-    identity = {
-        "config": asdict(config),
-        "precision": precision,
-        "finished": finished.fingerprint,
-        "seed": seed,
-    }
-    run = Run.open(conditions.networks / f"{norm}-qk-norm-{precision}-{seed}", identity)
-    job = Job(run, config, finished.source, finished.device, seed)
+    name = f"{norm}-qk-norm-{precision}"
+    job = network_job(conditions, finished, name, config, seed, precision=precision)
+    run = job.run
     with run.alone():
         if "flow" not in run.stages:
             print(f"{precision}, {norm} QK-norm, seed {seed}", flush=True)

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from torch import Tensor, nn
 
 from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.material import network_job
 from nanosd3.claims.sd3_variants import VARIANT_AVERAGE, TrainedVariant, train_variant
 from nanosd3.config_types import MMDiTConfig, Recipe
 from nanosd3.mmdit import MMDiT
 from nanosd3.related.backbones import BACKBONES, BackboneConfig
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.storage.run import Run
 from nanosd3.training.cached_features import Features
-from nanosd3.training.stages import Job, build, training_of
+from nanosd3.training.stages import build, training_of
 
 BACKBONE_RECIPE = Recipe(steps=250, batch=64, lr=1e-2, warmup=25, weight_decay=0.0)
 FAST_BACKBONE = replace(BACKBONE_RECIPE, steps=2, batch=8, warmup=0)
@@ -80,19 +80,11 @@ def trained_backbone(
     training = replace(training_of(finished.config), flow=recipe, ema_decay=VARIANT_AVERAGE)
     sizes = arm.config(finished.config.mmdit, finished.config.text.clip_l.length)
     config = replace(finished.config, training=training, mmdit=sizes)
-    identity = {
-        "config": asdict(config),
-        "backbone": arm.kind,
-        "pooled": pooled,
-        "finished": finished.fingerprint,
-        "seed": seed,
-    }
-    name = f"{arm.kind}-{arm.depth}-{'pooled' if pooled else 'tokens'}-{seed}"
-    run = Run.open(conditions.networks / name, identity)
-    job = Job(run, config, finished.source, finished.device, seed)
+    name = f"{arm.kind}-{arm.depth}-{'pooled' if pooled else 'tokens'}"
+    job = network_job(conditions, finished, name, config, seed, backbone=arm.kind, pooled=pooled)
     model = build(job, "flow", lambda: make_backbone(arm, sizes, pooled))
-    with run.alone():
-        if "flow" not in run.stages:
-            print(name, flush=True)
+    with job.run.alone():
+        if "flow" not in job.run.stages:
+            print(f"{name}, seed {seed}", flush=True)
         train_variant(job, features, model, recipe)
     return TrainedVariant(model, job, features)

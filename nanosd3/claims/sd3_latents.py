@@ -6,12 +6,13 @@ all. The autoencoders are half as wide as the main job's and trained for a tenth
 """
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.material import measured_once, network_job
 from nanosd3.claims.sd3_variants import VARIANT_AVERAGE, TrainedVariant
 from nanosd3.config_types import Config, Recipe, VAEConfig
 from nanosd3.data.sources import Digits
@@ -21,7 +22,6 @@ from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.yardsticks import reconstruction_scores
 from nanosd3.storage.files import sha256
-from nanosd3.storage.run import Run
 from nanosd3.training.cached_features import Encoders, Features, get_features
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
@@ -75,30 +75,12 @@ def channels_config(conditions: Conditions, finished: FinishedRun, channels: int
     return replace(finished.config, vae=vae, mmdit=mmdit, training=training)
 
 
-def open_job(
-    conditions: Conditions,
-    finished: FinishedRun,
-    source: Digits,
-    config: Config,
-    name: str,
-    seed: int,
-) -> Job:
-    identity = {
-        "config": asdict(config),
-        "images": source.trained,
-        "finished": finished.fingerprint,
-        "seed": seed,
-    }
-    run = Run.open(conditions.networks / f"{name}-{seed}", identity)
-    return Job(run, config, source, finished.device, seed)
-
-
 def trained_latents(
     conditions: Conditions, finished: FinishedRun, source: Digits, channels: int, seed: int
 ) -> TrainedLatents:
     """The autoencoder with so many channels, trained now or before, and the images in it."""
     config = channels_config(conditions, finished, channels)
-    job = open_job(conditions, finished, source, config, f"autoencoder-{channels}", seed)
+    job = network_job(conditions, finished, f"autoencoder-{channels}", config, seed, source)
     with job.run.alone():
         begin = time.process_time()
         vae = train_autoencoder(job)
@@ -116,17 +98,16 @@ def reconstruction_of(
     conditions: Conditions, finished: FinishedRun, latents: TrainedLatents
 ) -> dict[str, float]:
     """PSNR in decibels, and the Frechet distance over that of real images."""
-    vae, run = latents.vae, latents.job.run
+    vae = latents.vae
 
     def decode(x0: Tensor) -> Tensor:
         return vae.decode(vae.denormalise(x0))
 
-    if "reconstruction" not in run.stages:
+    def measure() -> dict[str, float]:
         scores = reconstruction_scores(finished, vae, decode, 20 if conditions.fast else 500)
-        found = {key: scores[key] for key in ("psnr", "frechet_ratio_to_real")}
-        with run.alone():
-            run.finish("reconstruction", found)
-    return run.stages["reconstruction"]
+        return {key: scores[key] for key in ("psnr", "frechet_ratio_to_real")}
+
+    return measured_once(latents.job.run, "reconstruction", measure)
 
 
 def transformer_in(
@@ -136,8 +117,7 @@ def transformer_in(
     job, features = latents.job, latents.features
     config = replace(job.config, mmdit=replace(job.config.mmdit, depth=depth))
     name = f"channels-{config.mmdit.latent_channels}-depth-{depth}"
-    assert isinstance(job.source, Digits)
-    own = open_job(conditions, finished, job.source, config, name, job.seed)
+    own = network_job(conditions, finished, name, config, job.seed, job.source)
     model = build(own, "flow", lambda: MMDiT(config.mmdit))
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:

@@ -5,13 +5,14 @@ network is one block deep and told what to draw by the pooled text alone, which 
 images go without. Its weights are kept as they are after the last step, and as their average.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from nanosd3.claims.material import network_job
 from nanosd3.claims.sd3_grounds import AskedImages, Latents
 from nanosd3.config_types import Recipe
 from nanosd3.flow import interpolate, stratified
@@ -51,18 +52,14 @@ def trained_by(ground: Latents, name: str, seed: int) -> Trained:
     recipe = FAST_SHORT if conditions.fast else SHORT
     training = replace(training_of(finished.config), flow=recipe, ema_decay=AVERAGED)
     config = replace(finished.config, training=training, mmdit=ground.mmdit)
-    identity = {
-        "config": asdict(config),
-        "formulation": name,
-        "images": ground.name,
-        "finished": finished.fingerprint,
-        "seed": seed,
-    }
     plain = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
-    run = Run.open(conditions.networks / f"{ground.name}-{plain}-{seed}", identity)
+    folder = f"{ground.name}-{plain}"
+    job = network_job(
+        conditions, finished, folder, config, seed, formulation=name, images=ground.name
+    )
+    run = job.run
     with run.alone():
         print(f"{ground.name}, {name}, seed {seed}", flush=True)
-        job = Job(run, config, finished.source, finished.device, seed)
         average = train_by(FORMULATIONS[name], ground, job)
     last = build(job, "flow", lambda: MMDiT(config.mmdit))
     load_weights(last, last_file(run.folder))

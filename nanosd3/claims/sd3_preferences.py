@@ -2,13 +2,14 @@
 transformer, tuned on such pairs with weights of low rank."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.material import network_job
 from nanosd3.claims.sd3_variants import TrainedVariant
 from nanosd3.config_types import Recipe
 from nanosd3.data.mnist import bins, measure_strokes
@@ -18,7 +19,6 @@ from nanosd3.pipeline import Pipeline
 from nanosd3.random_streams import rng
 from nanosd3.related.dpo import PromptText, add_low_rank, dpo_loss, merge_low_rank, pair_errors
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.storage.run import Run
 from nanosd3.text import rows_of
 from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import Draw, draw_prompts, to_digits
@@ -105,20 +105,9 @@ def tuned_transformer(
         recipe = replace(recipe, steps=3, batch=8, warmup=1)
     training = replace(training_of(finished.config), flow=recipe, ema_decay=0.98)
     config = replace(finished.config, training=training)
-    identity = {
-        "config": asdict(config),
-        **{"tuned on": what, "rank": RANK, "beta": BETA, "prompts": PAIRS_DRAWN},
-        "finished": finished.fingerprint,
-        "seed": seed,
-    }
-    name = f"tuned-{what.replace(' ', '-')}-{seed}"
-    job = Job(
-        Run.open(conditions.networks / name, identity),
-        config,
-        finished.source,
-        finished.device,
-        seed,
-    )
+    name = f"tuned-{what.replace(' ', '-')}"
+    numbers = [RANK, BETA, PAIRS_DRAWN]
+    job = network_job(conditions, finished, name, config, seed, tuned_on=what, numbers=numbers)
     model = build(job, "flow", lambda: MMDiT(config.mmdit))
     model.load_state_dict(finished.pipeline.mmdit.state_dict())
     add_low_rank(model, RANK, rng(seed, "low-rank"))

@@ -5,7 +5,7 @@ Depth sets the width too (64 a block), as everywhere in the paper.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import measured_once
+from nanosd3.claims.material import measured_once, network_job
 from nanosd3.claims.sd3_one_way import OneWayMMDiT
 from nanosd3.config_types import MMDiTConfig, Recipe, Sampling
 from nanosd3.mmdit import MMDiT
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.yardsticks import pipeline_scores
-from nanosd3.storage.run import Run
 from nanosd3.training.cached_features import Features
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
@@ -96,19 +95,12 @@ def trained_variant(
     )
     mmdit = replace(finished.config.mmdit, depth=variant.depth, dual_attention=())
     config = replace(finished.config, training=training, mmdit=mmdit)
-    identity = {
-        "config": asdict(config),
-        "variant": variant.name,
-        "finished": finished.fingerprint,
-        "seed": seed,
-        **({"data": features.source.fingerprint} if variant.data else {}),
-    }
-    run = Run.open(conditions.networks / f"{variant.name}-{seed}", identity)
-    job = Job(run, config, features.source, finished.device, seed)
+    name, source = variant.name, features.source
+    job = network_job(conditions, finished, name, config, seed, source, variant=name)
     model = build(job, "flow", lambda: variant.make(mmdit))
-    with run.alone():
-        if "flow" not in run.stages:
-            print(f"{variant.name}, seed {seed}", flush=True)
+    with job.run.alone():
+        if "flow" not in job.run.stages:
+            print(f"{name}, seed {seed}", flush=True)
         train_variant(job, features, model, recipe, looking=not variant.data)
     return TrainedVariant(model, job, features)
 

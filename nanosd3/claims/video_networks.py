@@ -7,14 +7,14 @@ the same, in an order of their own. All start from the finished main job's trans
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import measured_once
+from nanosd3.claims.material import measured_once, network_job
 from nanosd3.config_types import Config, Recipe
 from nanosd3.related.finished_run import open_finished_run
 from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits
@@ -87,16 +87,8 @@ class ClipSchool:
         return sum(self.job.run.stages[name]["seconds"] for name in ("clip", "t5"))
 
     def job_of(self, name: str, config: Config, seed: int) -> Job:
-        finished = self.finished
-        identity = {
-            "config": asdict(config),
-            "clips": [name, SQUARE, WIDE],
-            "finished": finished.fingerprint,
-            "data": finished.source.fingerprint,
-            "seed": seed,
-        }
-        run = Run.open(self.conditions.networks / f"{name}-{seed}", identity)
-        return Job(run, config, finished.source, finished.device, seed)
+        sizes = [SQUARE, WIDE, CLIPS_TO_TRAIN_ON]
+        return network_job(self.conditions, self.finished, name, config, seed, clips=sizes)
 
     def trained(
         self, name: str, moving: MovingDigits, size: ClipSize, steps: int, seed: int

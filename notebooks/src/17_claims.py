@@ -188,10 +188,11 @@ print({rule: f"{shares[1]:.0%} with three seeds" for rule, shares in wrong.items
 #
 # SD3 draws $t$ from logit-normal(0, 1) because, it says, the velocity is more difficult to predict
 # in the middle (section 3.1). That cannot be read from the loss, which also holds what nobody can
-# predict. x-sd3-middle takes the loss of a network that has just begun, minus that of a finished
-# one on the same images and noise: what is *left to learn*.
+# predict. x-sd3-middle takes a network's loss after 150 training steps, minus its loss after 900 on
+# the same images and noise: what is *left to learn*. Both were trained on times drawn evenly, so
+# that neither has practised the middle more.
 #
-# **PREDICT.** Sketch three curves over $t$: the finished network's loss, the beginner's, and their
+# **PREDICT.** Sketch three curves over $t$: the loss after 150 steps, the loss after 900, and their
 # difference.
 
 # %%
@@ -199,16 +200,16 @@ guess("...")
 
 # %%
 middle = records["x-sd3-middle"]["results"]
-beginner, left = (torch.tensor(middle[key]).mean(0) for key in ("beginners", "left_to_learn"))
-curves = {"finished": middle["finished"], "beginner": beginner, "left to learn": left}
+early, late, left = (torch.tensor(middle[k]).mean(0) for k in ("early", "late", "left_to_learn"))
+curves = {"after 150 steps": early, "after 900 steps": late, "left to learn": left}
 lines({name: (middle["times"], y) for name, y in curves.items()}, "t (0 data, 1 noise)",
       "loss (mean square of velocity)", "On held-out digits, mean of three seeds.")  # fmt: skip
 
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The finished network's loss is *lowest* in the middle; near the data most of it is noise, hidden
-# behind the image. What is left to learn is most in the middle and little near the data. Both are
+# After 900 steps the loss is *lowest* just past the middle; near the data most of it is noise,
+# hidden behind the image. What is left to learn is most in the middle and little near the data. Both are
 # true, and the claim is about the second.
 #
 # </details>

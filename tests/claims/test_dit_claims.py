@@ -126,7 +126,7 @@ def quickly(name: str, out: Path, tiny_run: Path) -> dict:
 
 
 def networks(out: Path) -> dict[Path, int]:
-    return {p: p.stat().st_mtime_ns for p in (out / "networks").rglob("dit.safetensors")}
+    return {p: p.stat().st_mtime_ns for p in (out / "fast" / "networks").rglob("dit.safetensors")}
 
 
 def test_blocks_run_once_for_both(tiny_run, out):
