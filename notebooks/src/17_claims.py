@@ -209,8 +209,8 @@ lines({name: (middle["times"], y) for name, y in curves.items()}, "t (0 data, 1 
 # <details><summary>What happened</summary>
 #
 # After 900 steps the loss is *lowest* just past the middle; near the data most of it is noise,
-# hidden behind the image. What is left to learn is most in the middle and little near the data. Both are
-# true, and the claim is about the second.
+# hidden behind the image. What is left to learn is most in the middle and little near the data.
+# Both are true, and the claim is about the second.
 #
 # </details>
 #
