@@ -92,7 +92,7 @@ DISTILLATION = Experiment(
 MORE_STEPS = Experiment(
     name="x-cm-1-steps",
     claim="More steps of a consistency model give better samples.",
-    source="Consistency Models, arXiv 2303.01469, section 4.2 (multistep sampling, algorithm 1)",
+    source="Consistency Models, arXiv 2303.01469, section 3 (multistep sampling, algorithm 1)",
     measured=STUDENTS_MEASURED
     + "Frechet distance relative to that of real images, of 1, 2 and 4 steps at "
     "even times, each with fresh noise; beside it, steps that keep part of the noise.",

@@ -153,5 +153,6 @@ PRICE = Experiment(
     plot=plot_price,
     remark="Two steps come between the limits: 3.9 times the multiply-adds and about 3.5 times the "
     "time. So much for a network of 0.5 million weights; the published one has a thousand times as "
-    "many. The multiply-adds had been counted before the run, the times had not.",
+    "many. The multiply-adds had been counted before the run, so that *supported* was out of "
+    "reach; the times had not.",
 )

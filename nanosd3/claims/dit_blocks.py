@@ -102,4 +102,6 @@ GATES = Experiment(
     run=blocks,
     decide=decide_gates,
     plot=plot_blocks,
+    remark="What is started like any other layer are the gates, and the shifts and scales with "
+    "them; adaLN's shifts and scales start at zero. So more than gates differs.",
 )

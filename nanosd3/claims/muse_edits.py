@@ -172,8 +172,8 @@ REPAINTING = Experiment(
     run=muse_edits,
     decide=decide_repainting,
     plot=plot_repainting,
-    remark="With the true label 97% are read as asked, as many as of the tokens as they are less "
-    "two in a hundred. Towards another label the upper three rows resist: at guidance 4 half of "
+    remark="With the true label 97% are read as asked, two points fewer than of the unedited "
+    "tokens. Towards another label the upper three rows resist: at guidance 4 half of "
     "the digits have changed.",
 )
 

@@ -84,4 +84,5 @@ MASKS = Experiment(
     run=muse_masks,
     decide=decide_masks,
     plot=plot_masks,
+    remark="The three see images and captions in an order of their own.",
 )

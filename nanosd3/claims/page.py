@@ -58,13 +58,14 @@ def take_over(experiments: Mapping[str, Experiment], out: Path) -> list[str]:
 
 
 def committed(experiments: Mapping[str, Experiment]) -> dict[str, dict]:
-    """The page's records by name, in the order of the catalogue, with the remarks of today:
-    unlike the rule, they may say what the results have taught."""
+    """The page's records by name, in the order of the catalogue, with the remarks and
+    sources of today: unlike the rule, they may say what has been learned since."""
     found = {}
     for name, experiment in experiments.items():
         file, _ = paths_of(RESULTS, name)
         if file.exists():
-            found[name] = read_record(file) | {"remark": experiment.remark}
+            today = {"remark": experiment.remark, "source": experiment.source}
+            found[name] = read_record(file) | today
     return found
 
 

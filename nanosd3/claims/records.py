@@ -84,8 +84,10 @@ def read_record(file: Path) -> dict:
 
 
 def check_declaration(record: dict, experiment: Experiment, file: Path) -> None:
-    """Raise InputError if the claim, what is measured or the rule is not what the record says."""
-    for key, text in experiment.declaration.items():
+    """Raise InputError if the claim, what is measured or the rule is not what the record says.
+    Where a claim is from may be said more precisely later."""
+    declaration = {k: text for k, text in experiment.declaration.items() if k != "source"}
+    for key, text in declaration.items():
         if record.get(key) != text:
             raise InputError(
                 f"{file}: ran with another {key} than the code now declares; delete the file and "

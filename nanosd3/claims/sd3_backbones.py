@@ -162,7 +162,8 @@ BACKBONE_RANKING = Experiment(
     remark="UViT decides. Its convolutions see the latents as they are, and after 75 steps it is "
     "further than the transformers after 250. In the paper, too, it learns much faster at first, "
     "and ends behind; here six times the steps (one seed) left a lead of 0.11 out of 0.20. The "
-    "other three cannot be told apart. The pooled text is worth 2% to 3% of the loss to each.",
+    "other three cannot be told apart. The pooled text is worth 2% to 3% of the loss to each. "
+    "Rates were compared at two blocks; the larger of two was the better one.",
 )
 
 AS_LARGE_AS_MMDIT = Experiment(

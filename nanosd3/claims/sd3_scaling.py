@@ -149,9 +149,9 @@ SMOOTH = Experiment(
     run=scaling_study,
     decide=decide_smooth,
     plot=plot_scaling,
-    remark="Each step in size brings less (0.130, 0.045, 0.014), and the wider the network, the "
-    "less its loss has come to rest after 500 steps. It took 34 minutes of one shared core, more "
-    "than the ten minutes of two that were planned.",
+    remark="Each step in size brings less (0.130, 0.045, 0.014), which the rule allows, and the "
+    "wider the network, the less its loss has come to rest after 500 steps. It took 34 minutes of "
+    "one shared core, more than the ten minutes of two that were planned.",
 )
 
 PREDICTS = Experiment(

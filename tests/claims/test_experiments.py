@@ -150,6 +150,14 @@ def test_a_rule_changed_afterwards_is_refused(wing, capsys):
     assert not (page_module.RESULTS / "x-toy-1.json").exists()
 
 
+def test_a_source_may_be_said_better_afterwards(wing):
+    claims("x-toy-1", "--out", wing)
+    better = {"x-toy-1": replace(TOY, source="Euclid, book 7", remark="Still odd.")}
+    assert take_over(better, wing) == ["x-toy-1"]
+    text = page(better, committed(better))
+    assert "*(Euclid, book 7)*" in text and "Still odd." in text
+
+
 def test_not_a_number_is_no_result(wing):
     broken = replace(TOY, run=lambda conditions: {"value": float("nan")})
     with pytest.raises(ValueError, match="JSON"):

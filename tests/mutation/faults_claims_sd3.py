@@ -8,10 +8,14 @@ ATTENTION_FILE, NORM_FILE = "claims/sd3_attention.py", "claims/sd3_qk_norm.py"
 STRAIGHT_FILE = "claims/sd3_straightness.py"
 
 RECORDS_FILE, PAGE_FILE = "claims/records.py", "claims/page.py"
+MATERIAL_FILE = "claims/material.py"
 
 FAULTS_CLAIMS_SD3 = [
     (RECORDS_FILE, "if len(conditions.seeds) > 1 else", "if conditions.seeds else", "one decides"),
     (RECORDS_FILE, "sorted(FIELDS - set(record))", 'sorted({"name"} - set(record))', "parts lack"),
+    (MATERIAL_FILE, '"draws": first_draws(source)', '"draws": ""', "what is left out is not seen"),
+    (MATERIAL_FILE, "torch.stack([index, captions])", "index", "other captions are not seen"),
+    (MATERIAL_FILE, "        **also,\n", "", "what else it depends on is forgotten"),
     (PAGE_FILE, "if name in records:", "if name in records or name:", "none has not run"),
     (PAGE_FILE, 'if shown_by == record["name"]', "if shown_by", "each table again"),
     (MIDDLE_FILE, "ndtr(torch.logit(ends))", "ndtr(ends)", "shares of a normal t"),
