@@ -195,7 +195,7 @@ class MuseSystem(SamplingSystem):
         add("--guidance", type=float, help="scale at the last step (default: the run's)")
         text = "noise in which tokens are kept (default: the run's)"
         add("--temperature", type=float, help=text)
-        text = "what guidance moves away from (default: no text)"
+        text = "negative prompt (default: empty)"
         add("--negative", type=unicode_text, default="", help=text)
 
     def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:

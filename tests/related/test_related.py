@@ -87,7 +87,7 @@ def test_it_is_a_run_like_any_other(turbo, tmp_path, capsys):
 def test_guidance_is_built_in(turbo, tiny_run, tmp_path, capsys):
     main = lambda a: generate.main(["3", "--out", str(tmp_path / "x.png"), *a])  # noqa: E731
     line = refused(capsys, main, "--run", turbo, "--guidance", "2")
-    assert line == "error: guidance 2.0: is built into this model already; leave it out"
+    assert line == "error: guidance 2.0: is already distilled into this model; leave it out"
     line = refused(capsys, main, "--run", tiny_run, "--sampler", "consistency")
     assert "sampler consistency is for consistency models" in line
     assert run_main(lambda: main(["--run", str(turbo), "--guidance", "1"])) == 0
@@ -211,7 +211,7 @@ def test_another_teacher_is_another_run(tiny_run, turbo, tmp_path, capsys):
 
     tensors["final_layer.linear.bias"] += 1
     save_file(tensors, folder / "flow.safetensors")
-    assert "made of a finished run that is not that of --run" in refused(
+    assert "made from a finished run other than that of --run" in refused(
         capsys, related.main, "consistency", "--run", folder, "--out", turbo)  # fmt: skip
 
 
