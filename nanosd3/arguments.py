@@ -1,7 +1,7 @@
 """Arguments of the Python interface, validated.
 
-1, np.int64(1) and torch.tensor(1) are the same whole number; strings, floats and booleans ("1",
-1.0, True) are none.
+1, np.int64(1) and torch.tensor(1) are the same whole number; strings, floats and booleans
+("1", 1.0, True) are rejected.
 """
 
 import contextlib

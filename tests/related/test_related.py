@@ -1,4 +1,4 @@
-"""The command of the neighbours, and the consistency model that it makes of a tiny run."""
+"""The command of the related systems, and the consistency model that it makes of a tiny run."""
 
 import json
 import shutil
@@ -237,7 +237,7 @@ def test_evaluations_are_counted():
     assert evaluations(Sampling(50, 1.0, 1.0, "euler")) == 50
     assert evaluations(Sampling(2, 1.0, 1.0, "consistency")) == 2
     scores = {"evaluations": 1, "prompt_accuracy": 0.5, "frechet_ratio_to_real": 2.0}
-    assert in_words(scores).startswith("1 network evaluation an image, 50.0% read as asked")
+    assert in_words(scores).startswith("1 network evaluation an image, prompt accuracy 50.0%")
 
 
 def test_the_teacher_guides(tiny_run, monkeypatch):

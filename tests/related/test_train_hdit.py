@@ -381,7 +381,7 @@ def test_refused_sampling(hdit_run, tiny_run, tmp_path, capsys):
     assert "unfinished; rerun `python -m nanosd3.related hdit ...`" in line(*models, unfinished)
     other = shutil.copytree(hdit_run, tmp_path / "other")
     change(other, lambda content: content.update(finished="another"))
-    assert "was made of another finished run than that of --run" in line(*models, other)
+    assert "was trained on another finished run than that of --run" in line(*models, other)
     damaged = shutil.copytree(hdit_run, tmp_path / "damaged")
     change(damaged, lambda content: content.update(size=[]))
     assert "run.json: damaged: no size of an HDiT" in line(*models, damaged)

@@ -134,7 +134,7 @@ def test_a_run_of_pairs(pair_run, capsys):
 
 
 def test_samples_of_pairs(pair_run, tiny_run, tmp_path, capsys):
-    """Of the size trained on, or another; the words of motion mean nothing to it."""
+    """Of the size trained on, or another; words of motion are unknown to it."""
 
     def drawn(prompt: str, *words: object) -> np.ndarray:
         out = tmp_path / "x.npy"

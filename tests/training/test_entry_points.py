@@ -233,7 +233,9 @@ def test_other_images(tmp_path, one_step, unobserved, capsys):
     assert train_mnist.main(["--config", "tiny", "--data", str(folder), "--out", str(run)]) == 0
     assert "Fashion-MNIST" in capsys.readouterr().out
     assert "sneaker" in json.loads((run / "tokenizers.json").read_text())["words"]
-    with pytest.raises(InputError, match=r"with different data: .*5 with other content \(training images, "):
+    with pytest.raises(
+        InputError, match=r"with different data: .*5 with other content \(training images, "
+    ):
         train_mnist.main(["--config", "tiny", "--out", str(run)])
 
 
