@@ -1,7 +1,7 @@
 """Arguments of the Python interface, validated.
 
-A number is its value, not how it is written: 1, np.int64(1) and torch.tensor(1) are one seed, and
-what is no whole number is none ("1", 1.0, True).
+1, np.int64(1) and torch.tensor(1) are the same whole number; strings, floats and booleans
+("1", 1.0, True) are rejected.
 """
 
 import contextlib
@@ -44,17 +44,18 @@ def real_number(name: str, value: object) -> float:
 
 
 def path_of(name: str, value: object) -> Path:
-    """The value as a path. Raises InputError if it is none."""
+    """The value as a path. Raises InputError if it is not one."""
     if isinstance(value, str | os.PathLike):
         return Path(value)
     raise InputError(f"{name} must be a path, got {shown(value)}")
 
 
 def several(name: str, values: object, what: str) -> list:
-    """A list of the values, of which one text is one. Raises InputError for what is no list."""
+    """The values as a list; a single string becomes a list of one. Raises InputError for anything
+    that cannot be iterated over, and for bytes and mappings."""
     if isinstance(values, str):
         return [values]
-    values = scalar(values)  # which can be iterated over in name only
+    values = scalar(values)  # 0-d arrays and tensors define __iter__, but raise
     if not isinstance(values, Iterable) or isinstance(values, bytes | Mapping):
         raise InputError(f"{name} must be {what}, got {shown(values)}")
     return list(values)

@@ -38,7 +38,7 @@ from nanosd3.text import ENCODERS
 from nanosd3.training import evaluation, plots
 from nanosd3.weights import PRECISIONS
 
-READ_AS_ASKED = 0.993  # what the classifier reads of real images, about
+REAL_ACCURACY = 0.993  # roughly the classifier's accuracy on real images
 NAMES = {
     "mmdit": "transformer",
     "vae": "VAE decode",
@@ -192,9 +192,9 @@ def bench_frontier(args: argparse.Namespace) -> None:
         points.append(point)
     rows = [(p.guidance, p.accuracy, p.ratio) for p in points]
     plots.plot_frontier(rows, run.stages["judge"]["accuracy"], out)
-    if found := evaluation.at_accuracy(points, READ_AS_ASKED):
+    if found := evaluation.at_accuracy(points, REAL_ACCURACY):
         print(
-            f"{READ_AS_ASKED:.1%} are read as asked at guidance {found[0]:.2f}, where the "
+            f"prompt accuracy is {REAL_ACCURACY:.1%} at guidance {found[0]:.2f}, where the "
             f"distance is {found[1]:.2f} times that of real images"
         )
     print(out)

@@ -105,7 +105,7 @@ MNIST = Config(
     training=MNIST_TRAINING,
 )
 
-# An eighth of the numbers, so that images blur: for decoders to make up for (related/).
+# An eighth of the latent size, so that reconstructions blur: to compare decoders (related/).
 MNIST_COMPRESSED = VAEConfig(1, (16, 32, 32, 32), 1, 2, norm_groups=8, shift=0.0, scale=1.0)
 
 TINY = Config(  # every path of the largest model, dual attention included, in seconds
@@ -162,7 +162,7 @@ SMALL = Config(  # colour, for a folder of one's own images
     training=SMALL_TRAINING,
 )
 
-# Digits in colour, composed by caption: the pixels of `mnist` thrice, and captions twice as long.
+# Digits in colour, composed by caption: `mnist` with three channels and captions twice as long.
 SCENES = replace(
     MNIST,  # 32 x 32, and 32 x 48
     name="scenes",

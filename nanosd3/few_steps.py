@@ -1,8 +1,8 @@
 """Sampling in a few steps, for models that were distilled to it.
 
-A consistency model points from anywhere on a path straight at its end, so one step from noise is an
-image. More steps go back: noise is added to the image, and the model points again. Nothing else of
-the pipeline changes: a consistency model is a velocity network, and its step is Euler's.
+A consistency model maps any point of a path directly to its end, so one step from noise gives an
+image. Further steps add noise to that image and map it again. Nothing else of the pipeline changes:
+a consistency model is a velocity network, and its step is Euler's.
 """
 
 import math
@@ -38,11 +38,11 @@ def consistency(
 ) -> Tensor:
     """Jump to the clean image, add noise, jump again. len(ts) - 1 evaluations.
 
-    Multistep consistency sampling (arXiv 2303.01469, algorithm 1) adds fresh noise only. Every jump
-    then favours what the guidance built into the model favours, and images grow alike: more steps
-    make them worse (related/README.md). Here part of the noise is that which the jump found in z,
-    as in DDIM; `fresh` = 1 is the published algorithm, 0 draws nothing (as arXiv 2310.02279's
-    gamma). The fresh noise of an image is a stream named after the noise that it starts from, so it
+    Multistep consistency sampling (arXiv 2303.01469, algorithm 1) adds fresh noise only. Every step
+    then pushes further towards what the distilled guidance favours and reduces diversity, so more
+    steps are worse (related/README.md). Here part of the noise is that estimated from z, as in
+    DDIM; `fresh` = 1 is the published algorithm, 0 draws nothing (as arXiv 2310.02279's gamma).
+    The fresh noise of an image is a stream named after the noise that it starts from, so it
     depends on nothing else in the batch: `noise`, if z (B, ...) is not noise but on its way.
     """
     rows = z if noise is None else noise
@@ -69,8 +69,8 @@ def renoised(
 
 
 def inpainting_afresh(velocity: Velocity, mask: Tensor, x0: Tensor) -> Velocity:
-    """`samplers.inpainting` for `consistency`: with fresh noise in a step, the known image's line
-    begins anew, and its velocity is found from where z is now."""
+    """`samplers.inpainting` for `consistency`: with fresh noise in a step, the straight line to the
+    known image restarts there, so its velocity is computed from the current z."""
 
     def known_outside(z: Tensor, t: Tensor) -> Tensor:
         return torch.lerp((z - x0) / t, velocity(z, t), mask)

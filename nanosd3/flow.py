@@ -11,8 +11,8 @@ and draws t more often from the middle: that *is* the weighting, and a second we
 would apply it twice. The four densities of the paper are given here as inverse transforms: each
 maps u, uniform in [0, 1], to t. Fed with evenly spread u they give evenly spread t.
 
-`shift` moves time towards noise for larger images, where neighbouring pixels repeat each other
-and the same noise hides less. The one function serves training and sampling.
+`shift` moves time towards noise for larger images, where neighbouring pixels are redundant, so the
+same noise level destroys less information. The one function serves training and sampling.
 Paper: arXiv 2403.03206, sections 2 to 3.1 and 5.3.2.
 
 Left out: the other trajectories of the paper's study (EDM, cosine, LDM-linear); they are in
@@ -97,8 +97,8 @@ def shift(t: Tensor, alpha: float) -> Tensor:
 def schedule(steps: int, alpha: float = 1.0) -> Tensor:
     """Times (steps + 1,) for sampling, from 1 down to 0, as in the official models.
 
-    They go evenly from 1 to shift(0.001), are shifted (so the last one above zero twice: 0.0089
-    for alpha = 3), and end in 0. Raises ValueError for less than one step or alpha <= 0.
+    They go evenly from 1 to shift(0.001), are shifted (so the smallest above 0 is shifted twice,
+    to 0.0089 for alpha = 3), and end in 0. Raises ValueError for less than one step or alpha <= 0.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")

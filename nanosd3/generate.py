@@ -55,8 +55,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--weights",
         type=Path,
         metavar="PATH",
-        help="the same as --model; or, beside a run that was trained with --weights, where those "
-        "weights are now",
+        help="the same as --model; or, for a run trained with --weights, the current path of those "
+        "weights",
     )
     add_files(parser)
     text = "decode with the consistency decoder in this folder, trained for the run"
@@ -68,9 +68,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=".png: one image, or a captioned grid; .npy: the uint8 array (default: digits.png for "
         "a model trained here, else image.png)",
     )
-    add("--count", type=positive, help="images a prompt (default: 8 of a run, else 1)")
+    add("--count", type=positive, help="images per prompt (default: 8 for a run, else 1)")
     add_sampling(parser)
-    text = "what guidance moves away from (default: no text)"
+    text = "negative prompt (default: empty)"
     add("--negative", type=unicode_text, default="", help=text)
     add(
         "--skip-layers",
@@ -85,7 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--strength",
         type=float,
-        help=f"how much of it is made new, up to 1 (default: {STRENGTH}; with a mask 1)",
+        help=f"strength of the change, up to 1 (default: {STRENGTH}; with a mask 1)",
     )
     add("--mask", type=Path, metavar="FILE", help="repaint only where this image is light")
     add("--drop", action="append", default=[], choices=ENCODERS, help="leave out a text encoder")
@@ -106,7 +106,7 @@ def add_sampling(parser: Parser) -> None:
     add("--height", type=positive, help="pixels (default: the model's)")
     add("--width", type=positive, help="pixels (default: the model's)")
     add("--steps", type=positive, help="solver steps (default: the model's)")
-    add("--guidance", type=float, help="guidance scale; up to 1: none (default: the model's)")
+    add("--guidance", type=float, help="guidance scale; 1 or less: off (default: the model's)")
     add("--sampler", choices=tuple(ALL_SAMPLERS), help="solver (default: the model's)")
     add("--shift", type=float, help="timestep shift towards noise (default: the model's)")
 
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     picture = npy(images) if is_array else drawn_picture(images, args.prompts)
     write_file(args.out, picture)
     rate = len(images) / seconds
-    print(f"{len(images)} images in {seconds:.1f} s ({rate:.3g} a second): {args.out}")
+    print(f"{len(images)} images in {seconds:.1f} s ({rate:.3g} per second): {args.out}")
     return 0
 
 

@@ -29,8 +29,8 @@ class RMSNorm(nn.Module):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights, then x (1 + scale) + shift; x (B, L, D), others (B, D).
 
-    This is adaLN: what a LayerNorm would have learned once, the timestep and the pooled text
-    decide for every image (DiT, arXiv 2212.09748, section 3.2).
+    This is adaLN: the scale and shift that a LayerNorm learns once are computed for each image
+    from the timestep and the pooled text (DiT, arXiv 2212.09748, section 3.2).
     """
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])

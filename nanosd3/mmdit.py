@@ -3,8 +3,8 @@
 Image tokens and text tokens keep weights of their own: own norms, own projections, own MLPs.
 In each block the queries, keys and values of both are put side by side for one attention, so
 every image token sees all text and every text token sees the image: the text is rewritten as
-the picture takes shape. That is the whole difference from DiT, which it otherwise is: adaLN
-modulation with gates from the timestep and the pooled text, patches in, patches out.
+the picture takes shape. Everything else is as in DiT: adaLN modulation with gates from the
+timestep and the pooled text, patches in, patches out.
 
     z (B, C, H, W) --patchify, positions--> x (B, N, D)        image tokens
     context (B, M, Dc) --linear--> y (B, M, D)                 text tokens
@@ -126,8 +126,8 @@ class JointBlock(nn.Module):
     def attend(
         self, x: Tensor, y: Tensor, x_mod: Modulation, y_mod: Modulation
     ) -> tuple[Tensor, Tensor]:
-        """What image tokens (B, N, D) and text tokens (B, M, D) gather from both streams; M is 0
-        in the last block. (A function of its own, so that q, k and v are freed at its end.)"""
+        """Outputs of the joint attention for image (B, N, D) and text tokens (B, M, D); M is 0 in
+        the last block. (A function of its own, so that q, k and v are freed at its end.)"""
         q, k, v = join_streams(
             self.context_block.attn.project(self.context_block.modulated(y, y_mod)),
             self.x_block.attn.project(self.x_block.modulated(x, x_mod)),
@@ -176,7 +176,11 @@ class FinalLayer(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """The velocity network. A freshly initialised one predicts exactly zero."""
+    """The velocity network. A freshly initialised one predicts exactly zero.
+
+    Training and sampling swap in faster layers (machine/accelerate.py), with the same parameters
+    under the same names.
+    """
 
     pos_embed: Tensor
 
@@ -244,7 +248,8 @@ def initialise(model: MMDiT) -> None:
 
     Zero modulations close every gate, so a fresh block is the identity and each learns from a
     working signal; the zero final layer makes the first prediction 0 and the first loss
-    1 + E[x0^2]. It is no dead end: the final layer gets a gradient at once, the rest after it.
+    1 + E[x0^2]. Training still starts: the final layer has a gradient at the first step, the
+    patch embedding and the modulations from the second, the rest soon after.
     """
     # Every linear: Xavier, zero bias (the patch embedding as the linear layer that it is).
     for module in model.modules():
@@ -253,8 +258,8 @@ def initialise(model: MMDiT) -> None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-    # Time and pooled text: signals keep their size. DiT's 0.02 is near that at its widths; at
-    # 128 it would make the conditioning some twenty times fainter, and slow to be followed.
+    # Time and pooled text: variance-preserving. DiT's 0.02 is close to that at its widths; at
+    # width 128 it would make the conditioning some twenty times weaker, and slow to learn.
     for embedder in (model.t_embedder, model.y_embedder):
         for layer in (embedder.mlp[0], embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)

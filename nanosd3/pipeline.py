@@ -72,8 +72,8 @@ class Pipeline:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Pipeline":
-        """The model in a run folder, a single file or a diffusers folder, in memory to stay. The
-        short form of `nanosd3.weights.load`."""
+        """The model in a run folder, a single file or a diffusers folder, kept in memory. Short
+        form of `nanosd3.weights.load`."""
         return open_pipeline(open_checkpoint(path_of("path", path)), device, None, staged=False)
 
     @property
@@ -92,8 +92,8 @@ class Pipeline:
     ) -> tuple[Tensor, Tensor]:
         """Context (B, M, Dc) and pooled (B, Dp); equal prompts are encoded once.
 
-        Raises InputError if a CLIP is absent and not dropped; an absent T5 and prompts that are
-        cut are warned of.
+        Raises InputError if a CLIP is absent and not dropped; warns about an absent T5 and
+        truncated prompts.
         """
         prompts, drop = check_prompts(prompts), dropped_encoders(drop)
         length = check_t5_length(t5_length)
@@ -107,8 +107,8 @@ class Pipeline:
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation (B, C, h, w) of the encoder's Gaussian for padded images, in [-1, 1],
-        not normalised."""
+        """Mean and standard deviation (B, C, h, w) of the encoder's Gaussian for padded images, in
+        [-1, 1], not normalised."""
         mean, logvar = self.vae.encode(x.to(self.parts.device, dtype_of(self.vae)))
         return mean, (0.5 * logvar).exp()
 

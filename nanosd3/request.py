@@ -1,8 +1,8 @@
 """One call of the pipeline: its arguments, validated and resolved once.
 
 `make_request` fills in what was not given from the config and raises InputError, one line, for any
-value that makes no sense; after it nothing is checked again. Numbers are Python's, NumPy's or
-tensors (), and a text where several may stand is one of them.
+invalid value; nothing is checked again afterwards. Numbers may be Python's, NumPy's or 0-d
+tensors, and a string is accepted where a list of strings is.
 """
 
 from collections.abc import Collection
@@ -80,7 +80,10 @@ def make_request(
     prompts = check_prompts(prompts, negative)
     sampling = sampling_of(config.sampling, steps, guidance, shift, sampler)
     if negative and sampling.guidance == 1:
-        raise InputError("a negative prompt has no effect at guidance 1 or less, which is none")
+        raise InputError(
+            "a negative prompt has no effect without guidance; leave it out, or use guidance "
+            "above 1"
+        )
     pixels, height, width = starting_image(config, image, height, width, len(prompts))
     latent_mask = starting_mask(config, mask, pixels)
     times = times_from(sampling, default_strength(strength, pixels, latent_mask))
@@ -118,7 +121,7 @@ def sampling_of(
     shift: float | None,
     sampler: str | None,
 ) -> Sampling:
-    """The usual sampling with what is given. Guidance below 1 is none, as in diffusers."""
+    """The usual sampling with what is given. Guidance of 1 or less is off, as in diffusers."""
     count = usual.steps if steps is None else whole_number("steps", steps)
     scale = usual.guidance if guidance is None else real_number("guidance", guidance)
     alpha = usual.shift if shift is None else real_number("shift", shift)
@@ -133,10 +136,10 @@ def sampling_of(
         raise InputError(f"no sampler {shown(solver)}; there are {', '.join(ALL_SAMPLERS)}")
     distilled = usual.sampler == "consistency"
     if distilled and scale > 1:
-        raise InputError(f"guidance {scale}: is built into this model already; leave it out")
+        raise InputError(f"guidance {scale}: is already distilled into this model; leave it out")
     if solver == "consistency" and not distilled:
         raise InputError(
-            "sampler consistency is for consistency models, and this is none; "
+            "sampler consistency is for consistency models, which this is not; "
             "`python -m nanosd3.related consistency` makes one of a trained run"
         )
     return Sampling(count, max(scale, 1.0), alpha, solver)
@@ -171,7 +174,7 @@ def seeded_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def check_noise(noise: object, shape: tuple[int, ...]) -> Tensor:
-    """The noise as a tensor. Raises InputError if it is none of this shape."""
+    """The noise as a tensor. Raises InputError if it is not a tensor of this shape."""
     noise = torch.from_numpy(noise.copy()) if isinstance(noise, np.ndarray) else noise
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
         raise InputError(f"noise: expected a tensor of floating-point numbers, got {shown(noise)}")
@@ -222,7 +225,7 @@ def starting_mask(config: Config, mask: object, pixels: Tensor | None) -> Tensor
 
 
 def default_strength(strength: float | None, pixels: Tensor | None, mask: Tensor | None) -> float:
-    """How much of an image is made new. Raises InputError if it is given without an image."""
+    """How much an image is changed, up to 1. Raises InputError if it is given without an image."""
     if strength is None:
         return 1.0 if pixels is None or mask is not None else STRENGTH
     if pixels is None:
@@ -231,7 +234,7 @@ def default_strength(strength: float | None, pixels: Tensor | None, mask: Tensor
 
 
 def first_step(steps: int, strength: float) -> int:
-    """The step to begin with so that the fraction `strength` of an image is made new: as in
+    """The step to begin with so that the fraction `strength` of all steps is taken: as in
     diffusers (Stability's code differs by one for some values, by rounding)."""
     return int(max(steps - min(steps * strength, steps), 0))
 
@@ -239,14 +242,16 @@ def first_step(steps: int, strength: float) -> int:
 def times_from(sampling: Sampling, strength: float) -> Tensor:
     """The times to visit, descending to 0, from `strength` of the way to noise.
 
-    Raises InputError if that leaves no step, or no room between two.
+    Raises InputError if that leaves no step, or two times are equal.
     """
     if not 0 < strength <= 1:
         raise InputError(f"strength must be above 0 and at most 1, got {strength}")
     spaced = even_schedule if sampling.sampler == "consistency" else schedule
     times = spaced(sampling.steps, sampling.shift)
     if not (times.diff() < 0).all():
-        raise InputError(f"shift {sampling.shift} leaves no room between {sampling.steps} steps")
+        raise InputError(
+            f"shift {sampling.shift} makes consecutive times of {sampling.steps} steps equal"
+        )
     start = first_step(sampling.steps, strength)
     if start == sampling.steps:
         raise InputError(f"strength {strength} of {sampling.steps} steps is less than one step")

@@ -121,8 +121,8 @@ def guided(
 def inpainting(velocity: Velocity, mask: Tensor, x0: Tensor, noise: Tensor) -> Velocity:
     """Repaint where `mask` (..., h, w) is 1; elsewhere the clean latents x0 are known.
 
-    There the way from their noise to them is known too: it is a straight line, whose velocity
-    any solver follows exactly, so at each t the surroundings are those of the known image.
+    There the path is known too: a straight line from noise to x0, which any solver integrates
+    exactly, so outside the mask z_t is the noised known image at every t.
     """
 
     def known_outside(z: Tensor, t: Tensor) -> Tensor:

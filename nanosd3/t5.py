@@ -1,8 +1,8 @@
-"""T5's encoder (v1.1): the text encoder that has read books.
+"""T5 v1.1's encoder: the text encoder pretrained on plain text.
 
 CLIP has seen captions only, 77 tokens at most. T5 learned from plain text by filling in removed
 spans, and gives SD3 its spelling and its grasp of long prompts. It is a plain bidirectional
-transformer with a few habits of its own, each of which breaks it if forgotten:
+transformer with a few peculiarities, each essential:
 
 - attention logits are *not* divided by sqrt(d); the initial weights make up for it;
 - there are no position vectors: a learned bias for each head and distance is added to the

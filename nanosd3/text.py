@@ -6,8 +6,8 @@
     CLIP-L pooled (B, dl) | CLIP-G pooled (B, dg)           side by side
         -> pooled (B, dl + dg): what modulates every block, together with the timestep
 
-There are no separators and no positions on text tokens: the encoders have put order into the
-states already. In training each encoder is dropped on its own with probability 0.464, its
+There are no separators and no positions on text tokens: the encoder states already carry the
+word order. In training each encoder is dropped on its own with probability 0.464, its
 outputs set to zero (so a tenth of all samples has no text at all, which guidance needs); at
 inference any may be left out the same way. The zero tokens stay in the sequence.
 Paper: arXiv 2403.03206, section 4, appendix B.3.
@@ -240,7 +240,7 @@ class TextEncoders:
         remarks = self.absent(drop)
         if unknown := self.tokenizers.unknown_words(prompts):
             words = listed([shown(word) for word in unknown], 20)
-            remarks.append(f"unknown to this model, which has seen no such word: {words}")
+            remarks.append(f"words that occur in no training caption: {words}")
         return remarks + self.truncated(prompts, t5_length, drop)
 
     def run(self, name: str, ids: Tensor, drop: Collection[str]) -> tuple[Tensor, Tensor]:

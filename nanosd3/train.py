@@ -30,7 +30,7 @@ from nanosd3.training.train_flow import train_flow
 
 SAMPLED_CAPTIONS = 8  # to draw samples for, if there is no --prompt
 LISTED_FILES = 20  # skipped files listed by name, at most
-MUCH_CROPPED = 0.25  # share of an image
+HEAVY_CROP = 0.25  # share of the image area
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -71,16 +71,16 @@ def print_summary(folder: ImageFolder, source: Pictures) -> None:
 
 
 def notes_of(folder: ImageFolder, source: Pictures) -> Iterator[str]:
-    """How many images are converted, and how many are cropped much."""
+    """How many images are converted, and how many are cropped heavily."""
     notes = Counter(note for picture in folder.pictures for note in picture.notes)
     for note, count in notes.items():
         yield f"{note}: {count} of {source.count} images"
-    cut = [(share, name) for name, share in source.cropped() if share > MUCH_CROPPED]
+    cut = [(share, name) for name, share in source.cropped() if share > HEAVY_CROP]
     if cut:
         share, name = max(cut)
         yield (
-            f"cropped by more than {MUCH_CROPPED:.0%}: {len(cut)} of {source.count} images, most "
-            f"of all {name} ({share:.0%})"
+            f"cropped by more than {HEAVY_CROP:.0%}: {len(cut)} of {source.count} images, at most "
+            f"{share:.0%} ({name})"
         )
 
 

@@ -100,8 +100,8 @@ class Level(nn.Module):
         self.upsample = Up(c_out) if up else None
 
     def steps(self) -> list[nn.Module]:
-        """What to do to an image, one after the other. (Called one by one from outside: a caller
-        of the whole level would keep its input, the largest tensor there is, until the end.)"""
+        """The layers to apply, in order. (Called one by one from outside: a caller of the whole
+        level would keep its input, the largest tensor there is, until the end.)"""
         return [m for m in (*self.block, self.downsample, self.upsample) if m is not None]
 
 

@@ -5,7 +5,7 @@
 
 PATH is a single file of weights, a diffusers folder or a run folder. Which model it is, and every
 size, is read from the tensors (official/detect.py), and names are mapped by one table
-(official/key_names.py). `load` gives a `Pipeline` whose networks are read when they are needed.
+(official/key_names.py). `load` gives a `Pipeline` whose networks are loaded when they are needed.
 """
 
 import argparse
@@ -42,9 +42,9 @@ def load(
     """The model in a single file, a diffusers folder or a run folder, as a Pipeline.
 
     `dtype` None: float32 for a run and on CPU, else bfloat16; the text encoders are never in
-    float16, which T5 overflows. `staged` networks are read when they are needed and forgotten when
-    they are done; without it they stay, for many calls. `clip_l`, `clip_g`, `t5` and `vae` are
-    files or folders of their own; `weights` is where the weights are now that a run was trained
+    float16, which T5 overflows. With `staged`, networks are loaded when needed and freed after use;
+    otherwise they stay in memory, for repeated calls. `clip_l`, `clip_g`, `t5` and `vae` are files
+    or folders of their own; `weights` is the current path of the weights that a run was trained
     with. Raises InputError for anything missing or misshapen.
     """
     files = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, help="export: which layout to write")
     parser.add_argument("--out", type=Path, help="export: the file or folder to write")
     add_files(parser)
-    text = "where the weights are now that a run was trained with"
+    text = "current path of the weights that the run was trained with"
     parser.add_argument("--weights", type=Path, metavar="PATH", help=text)
     args = parser.parse_args(arguments)
     if args.what == "export" and not (args.layout and args.out):

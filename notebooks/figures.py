@@ -1,9 +1,9 @@
 """Drawing in the notebooks: one look, labelled axes, a caption below, and a description in words.
 
-Four colours have a meaning, the same in every notebook (`nanosd3.training.plot_style.MEANINGS`):
-data, noise, prompt and prediction. A label chooses its colour: "real data" is drawn in that of
-data, "noise" in that of noise, "t = 0.7" in a mixture of the two. Other curves take colours without
-a meaning. Lines also differ in dashes and points, so nothing is lost in black and white.
+Four colours have a meaning, the same in every notebook (MEANINGS in training/plot_style.py): data,
+noise, prompt and prediction. A label chooses its colour: "real data" is drawn in that of data,
+"noise" in that of noise, "t = 0.7" in a mixture of the two. Other curves take colours without a
+meaning. Lines also differ in dashes and points, so nothing is lost in black and white.
 
 Digits are light on black everywhere, as in MNIST: 0 is black, 255 white.
 """

@@ -137,6 +137,6 @@ CASCADE = Experiment(
     plot=plot_measures,
     remark="The second transformer had 150 steps, 39 s of a core, and has not learned enough to "
     "improve on its base; fine tokens alone make better use of the time of both. The command "
-    "`related muse-cascade` trains it ten times as long, and there the fine tokens help (4.29 "
-    "against 5.19).",
+    "`related muse-cascade` trains it for 267 s, and there the fine tokens help (4.29 against "
+    "5.19).",
 )

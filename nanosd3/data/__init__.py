@@ -9,7 +9,7 @@ Modules, each of which imports only from those above it:
     image_folder   a folder of images with captions
     buckets        aspect-ratio buckets: batches of one size from images of many
     sources        the interface of all training data: pixels and captions by index
-    scene_prompts  what can be asked of a picture of coloured digits, and whether it has it
+    scene_prompts  prompts for scenes of coloured digits, and whether an image satisfies them
     digit_cutouts  digits cut out of their images and scaled
     scenes         digits in colour, composed by caption
 """

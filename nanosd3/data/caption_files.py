@@ -1,7 +1,7 @@
 """The captions in a folder: an x.txt beside x.png, or one metadata.jsonl.
 
-Names are compared in Unicode's form NFC, as macOS may write the same name in another one. A name
-that differs otherwise, in case or by a backslash, is not taken for the same but pointed out.
+Names are compared in Unicode's form NFC, as macOS may write the same name in another one. Names
+that differ in case or by a backslash do not match; the error message points them out.
 """
 
 import io
@@ -42,7 +42,7 @@ class PathIndex:
 
 
 def composed(path: Path) -> str:
-    """What is equal for names that are the same."""
+    """The normalised name, equal for equivalent names."""
     return unicodedata.normalize("NFC", path.as_posix())
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 FAINT_INK = 64  # ink below this, of 255, does not belong to a digit's box
-BOLDER = 1.5  # strokes pale when they shrink
+BOLDER = 1.5  # strokes get fainter when scaled down
 
 
 class Handwriting:

@@ -1,4 +1,4 @@
-"""What can be asked of a picture of coloured digits, and whether a picture has it.
+"""Prompts for scenes of coloured digits, and whether an image satisfies them.
 
 A caption says some of what is in a scene: "a small blue seven left of a big green four". A `Prompt`
 keeps both its words and what they ask for, so the same object is the caption of a training image

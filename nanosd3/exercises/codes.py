@@ -112,7 +112,7 @@ NEAREST_CODE = Exercise(
         Mutant(code_itself, "A token is the code's number, not its vector."),
         Mutant(nearest_place, "For each position its code, not for each code its position."),
     ),
-    why="An image is now a text of a fixed alphabet, and a transformer can learn to write it.",
+    why="An image is now a sequence of symbols, which a transformer can learn to predict.",
     where="nanosd3/related/vq.py, Quantiser.nearest (arXiv 2012.09841, eq. 2)",
     names=("z", "codes"),
     differentiable=False,

@@ -86,7 +86,7 @@ EDM_FORM = Exercise(
     mutants=(
         Mutant(deviation_for_variance, "data_std is a deviation; a variance is its square."),
         Mutant(straight_variance, "Variances add up: that of (1 - t) x0 and that of t noise."),
-        Mutant(not_at_the_data, "At t = 0 the network should have no say: c_out is 0 there."),
+        Mutant(not_at_the_data, "At t = 0 the network should have no effect: c_out is 0 there."),
         Mutant(out_negative, "c_out is positive in this form."),
         Mutant(deviations_added, "Variances add up; deviations do not."),
         Mutant(skip_not_shrunk, "c_skip holds 1 - t, too: at t = 1 nothing of z is left in f."),
@@ -170,7 +170,7 @@ PSEUDO_HUBER = Exercise(
         Mutant(plain_norm, "c has no effect: near zero the distance should be smooth."),
         Mutant(batch_in_one, "One number for each image of the batch."),
     ),
-    why="Squares near zero, a distance beyond c: no single image rules the batch.",
+    why="Quadratic near zero, linear beyond c: no single image dominates the batch.",
     where="nanosd3/related/consistency.py, pseudo_huber (arXiv 2310.14189, eq. 8)",
     names=("a", "b", "c"),
 )

@@ -111,7 +111,7 @@ BLOCK_COST = Exercise(
     reference=block_cost,
     cases=cost_cases,
     mutants=(
-        Mutant(attention_free, "Each token also looks at each token."),
+        Mutant(attention_free, "Each token also attends to each token."),
         Mutant(one_product, "Attention multiplies twice: queries by keys, then weights by values."),
         Mutant(one_side, "Patches form a square: how many are there in all?"),
         Mutant(as_many_tokens_as_pixels, "A token is a patch of patch x patch latents."),

@@ -131,7 +131,7 @@ DISTILLATION_LOSS = Exercise(
     "loss = sqrt(|f(z, t) - f(z_s, s)|^2 + c^2) - c for each image, |.| over all its d numbers,\n"
     "       c = 0.00054 sqrt(d); f(z_s, s) is a constant\n"
     "The teacher is called twice, the student twice.",
-    why="The student learns from itself, one teacher's step nearer to where the answer is known.",
+    why="The target is the student's own output, one teacher step nearer to the data.",
     where="nanosd3/related/consistency.py, teacher_step and consistency_loss",
     names=("student", "teacher", "z", "t", "s"),
     constants=("t", "s"),
@@ -244,7 +244,7 @@ RENOISED = Exercise(
         Mutant(shares_of_variance, "`fresh` is an amplitude, not a share of the variance."),
         Mutant(kept_and_fresh_exchanged, "`fresh` belongs to the new noise."),
     ),
-    why="With all of it fresh images grow alike from jump to jump; with none it is Euler's step.",
+    why="Entirely fresh noise reduces diversity in every step; without any it is Euler's step.",
     where="nanosd3/few_steps.py, renoised",
     names=("x0", "z", "t", "t_next", "drawn", "fresh"),
     constants=("t", "t_next"),

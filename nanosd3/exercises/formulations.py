@@ -1,4 +1,4 @@
-"""Exercises on what a network is asked, and at which times: formulations of one flow."""
+"""Exercises on what a network predicts, and at which times: formulations of one flow."""
 
 import math
 from collections.abc import Callable
@@ -114,7 +114,7 @@ V_TO_VELOCITY = Exercise(
         Mutant(z_not_used, "One equation is not enough for two unknowns: z is the other."),
     ),
     size_hint="t is (B,), z is (B, ...): give t trailing axes, as many as z has after the first.",
-    why="So one sampler serves all: what they differ in is only what the network is asked.",
+    why="So one sampler serves all formulations: only the network's target differs.",
     where="nanosd3/related/formulations.py, Formulation.to_velocity",
     tolerance=1e-4,
     names=("v", "z", "t"),

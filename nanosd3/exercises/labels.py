@@ -75,7 +75,7 @@ DROP_LABELS = Exercise(
         Mutant(taken_out, "The images stay in the batch, without their labels."),
         Mutant(nothing_dropped, "Nothing is dropped: what does keep say?"),
     ),
-    why="One table row more, and the same network also answers without a class.",
+    why="With one more table row, the same network also works without a class.",
     where="nanosd3/related/dit_lessons.py, drop_labels",
     differentiable=False,
     names=("y", "keep", "null"),

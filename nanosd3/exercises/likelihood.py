@@ -119,8 +119,8 @@ LOG_LIKELIHOOD = Exercise(
     mutants=(
         Mutant(
             divergence_subtracted,
-            "If the way to noise spreads volume out, were the data more dense than their noise, "
-            "or less?",
+            "If the path to noise expands volume, is the density of the data higher than that "
+            "of the noise, or lower?",
         ),
         Mutant(divergence_forgotten, "The flow changes volumes on the way: what measures that?"),
         Mutant(prior_of_the_data, "N(0, 1) is the density of the noise: at which end is that?"),

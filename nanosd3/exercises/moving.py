@@ -1,4 +1,4 @@
-"""Exercises on clips: how much noise they need, and how what is in them moves."""
+"""Exercises on clips: how much noise they need, and how their contents move."""
 
 import math
 
@@ -204,7 +204,7 @@ CENTRES = Exercise(
         Mutant(threshold_taken_off, "Ink above 0.2 counts in full."),
         Mutant(one_for_the_clip, "Each frame has a centre of its own: that is how it moves."),
     ),
-    why="A clip of the right digit that stands still is read as asked; only this tells.",
+    why="A still clip of the right digit has perfect prompt accuracy; only this shows it.",
     where="nanosd3/related/motion.py, centres",
     names=("ink",),
 )

@@ -250,7 +250,7 @@ MARGINAL = Exercise(
             "softmax does.",
         ),
     ),
-    why="Its samples are the data themselves: what a network draws anew, it owes to its errors.",
+    why="Its samples are the training data: a network's new images come from its errors.",
     where="nanosd3/related/paths.py, exact_velocity (arXiv 2210.02747, eq. 8)",
     tolerance=1e-4,
     names=("z", "t", "points"),

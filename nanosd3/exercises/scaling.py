@@ -85,7 +85,7 @@ NORMALISE = Exercise(
         Mutant(normalised_twice, "Shift and scale are applied twice."),
         Mutant(the_way_back, "That is the way back, to what the decoder expects."),
     ),
-    why="The noise has standard deviation 1: latents of another size drown in it, or drown it.",
+    why="The noise has standard deviation 1: latents of another scale are lost in it, or hide it.",
     where="nanosd3/vae.py, AutoencoderKL.normalise",
     names=("z", "shift", "scale"),
 )

@@ -100,10 +100,10 @@ SOFT_MIN_SNR = Exercise(
         Mutant(
             starts_at_one, "The weight of the image's error is g itself where there is no noise."
         ),
-        Mutant(no_limit, "Without the limit g small noise would rule everything."),
+        Mutant(no_limit, "Without the limit g low noise would dominate."),
         Mutant(time_the_other_way, "t = 0 is data, t = 1 noise."),
     ),
-    why="Where there is little noise, nothing counts more than g: the eye does not, either.",
+    why="At low noise the weight is at most g: such errors are hardly visible.",
     where="nanosd3/related/hdit.py, soft_min_snr (arXiv 2401.11605)",
     names=("t", "data_std"),
 )

@@ -112,7 +112,7 @@ PATCHIFY_VIDEO = Exercise(
         Mutant(clip_reshaped, "A reshape alone keeps the order in memory: split the axes first."),
         Mutant(last_frames_lost, "Frames are lost where boxes do not cover the clip."),
     ),
-    why="The transformer never learns what its tokens were cut from: images and clips are alike.",
+    why="The transformer treats tokens of images and of clips alike.",
     where="nanosd3/related/video.py, patchify_video",
     names=("z", "frames", "patch"),
 )

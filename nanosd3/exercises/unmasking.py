@@ -100,7 +100,9 @@ LEFT_HIDDEN = Exercise(
     mutants=(
         Mutant(evenly, "Along a cosine: few tokens are kept at first, many at the end."),
         Mutant(before_the_step, "After the first step, number 0, some have already been kept."),
-        Mutant(many_at_first, "The first guesses know least: few tokens are kept at first."),
+        Mutant(
+            many_at_first, "The first guesses have the least context: few tokens are kept at first."
+        ),
         Mutant(how_many_are_kept, "How many stay hidden, not how many are kept."),
         Mutant(share_of_now, "The share is of those that were hidden at first."),
         Mutant(all_may_stay, "Each step keeps at least one token."),

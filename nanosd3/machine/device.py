@@ -15,7 +15,7 @@ import torch
 from nanosd3.errors import InputError, shown
 
 PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-MAX_ACTIVATIONS = 2**26  # numbers in the widest activation of the transformer or decoder, at most
+MAX_ACTIVATIONS = 2**26  # elements in the largest activation of transformer or decoder
 BATCH = 250  # images at once, at most
 
 

@@ -14,8 +14,7 @@ and their averages stay float32), activation checkpointing, torch.compile.
 
 Tensor and pipeline parallelism are left out: an 8B model does not need them.
 
-What only FSDP2 needs is imported where it is used: that takes a second, which every command would
-wait for.
+Imports that only FSDP2 needs are deferred, since they take a second.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 """PyTorch checkpoints (.ckpt, .pt, .bin), opened without loading them.
 
 Two layouts are known: a zip archive with a file for each storage (since PyTorch 1.6), and a few
-pickles in a row with the storages behind them. The pickles are followed, not run (pickles.py).
+pickles in a row with the storages behind them. The pickles are parsed, not executed (pickles.py).
 """
 
 import contextlib
@@ -31,8 +31,8 @@ OTHER_TENSORS = {
 
 @dataclass
 class Archive:
-    """A checkpoint: its content, where PickledTensor stands for tensors and Call for all else that
-    is no plain data, and the places of its storages in the file: first byte and bytes."""
+    """A checkpoint: its content, where PickledTensor stands for tensors and Call for anything
+    else that is not plain data, and each storage's offset and size in bytes."""
 
     path: Path
     content: object = None

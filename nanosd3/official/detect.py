@@ -7,7 +7,7 @@ of 64, norms over 32 groups, the latents' shift and scale, activations and sampl
 Large Turbo have the same shapes and are told apart by the path.
 
 A component as wide as a released one is that one: its depth is not read from the tensors found, so
-that those which lack are noticed (missing_keys.py) and not taken for a smaller model.
+that missing tensors are reported (missing_keys.py) instead of suggesting a smaller model.
 """
 
 import re
@@ -144,8 +144,8 @@ def has_dual_attention(state: State, block: int, width: int) -> bool:
 
 
 def alike(released: MMDiTConfig, found: MMDiTConfig) -> bool:
-    """Whether a transformer is a released one, or nearly: of its sizes, and with QK-norm or without
-    as it is. The position grid and single blocks may differ, and are then said to."""
+    """Whether a transformer has a released one's sizes and QK-norm. The position grid and
+    individual blocks may differ; missing_keys.py reports how."""
     norms = found.qk_norm or bool(found.dual_attention)
     return released == replace(
         found, grid=released.grid, qk_norm=norms, dual_attention=released.dual_attention

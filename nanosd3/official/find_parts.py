@@ -1,8 +1,9 @@
-"""Find the components in a file or folder of weights, whatever stands in front of their names.
+"""Find the components in a file or folder of weights, whatever their key prefixes.
 
 Official single files have PREFIXES. Other programs have other ones or none, and training wrappers
-put fields of their own into every name. Where a component's marker is, what stands in front of the
-marker is its prefix. With two candidates, or none, the error says which names were found.
+put fields of their own into every name. A component is found by its marker, a name that only it
+has; what precedes the marker is the prefix. With two candidates, or none, the error says which
+names were found.
 """
 
 import os
@@ -157,7 +158,7 @@ def unwrapped(state: State, path: Path) -> State:
 
 
 def prefixes_of(name: str, keys: Iterable[str]) -> list[str]:
-    """What stands in front of a component's tensors: one prefix for each copy of it, or the
+    """The key prefixes of a component's tensors: one prefix for each copy of it, or the
     official one alone."""
     found = set()
     for key in keys:

@@ -1,4 +1,4 @@
-"""What the JSON files of a diffusers folder say that shapes do not.
+"""Settings in a diffusers folder's JSON files that cannot be inferred from shapes.
 
 A setting that changes the result is followed if our models have it; otherwise it must be as in the
 released models. The rest of these files is what shapes tell, and is not read.
@@ -73,8 +73,8 @@ def check_fixed(file: Path, accepted: dict[str, tuple]) -> dict:
     for key, values in accepted.items():
         if content.get(key) not in (*values, None):  # null is the default
             raise InputError(
-                f"{file}: {key} is {shown(content[key])}, which this program does not "
-                f"have; expected {' or '.join(map(str, values))}"
+                f"{file}: {key} is {shown(content[key])}, which is not supported; "
+                f"expected {' or '.join(map(str, values))}"
             )
     return content
 

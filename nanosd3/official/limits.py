@@ -1,7 +1,7 @@
-"""Configs and tokenizers from a file, held to what a network can be and to sizes that exist.
+"""Validate configs and tokenizers from files: consistent, and of plausible size.
 
-Every count is bounded before anything is built of it: by the largest released model, with some room
-for one's own. Numbers are finite, parts fit together, and what will be printed is printable.
+Every size is bounded before anything is built from it, with some headroom over the largest released
+model. Numbers are finite, parts fit together, and what will be printed is printable.
 """
 
 import math

@@ -16,13 +16,8 @@ from nanosd3.official.tensors import fill
 def open_networks(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, staged: bool
 ) -> LazyModules:
-    """Networks by name; those that are `staged` are forgotten when they are done, the others are
-    read at once and stay.
-
-    `dtype` None: a run keeps float32; official weights are in float32 on CPU and bfloat16 on a
-    GPU. Text encoders are never in float16, which T5 overflows. Raises InputError for tensors that
-    are missing or misshapen.
-    """
+    """Networks by name, loaded when needed or, without `staged`, at once; `dtype` as in
+    `nanosd3.weights.load`. Raises InputError for tensors that are missing or misshapen."""
     check(checkpoint)
     if dtype is None:
         half = device.type == "cuda" and not (checkpoint.path / "run.json").exists()

@@ -99,7 +99,7 @@ def report(checkpoint: Checkpoint) -> str:
 
 
 def problems_of(checkpoint: Checkpoint) -> list[str]:
-    """What a checkpoint lacks to be its model, and what makes it another one."""
+    """What is missing or misshapen, and what belongs to another model."""
     problems = []
     for name, state in checkpoint.parts.items():
         comparison = check_part(checkpoint.config, name, state)

@@ -38,7 +38,7 @@ def finished_config(run: Run, allow_unfinished_flow: bool = False) -> Config:
                 if "samples" in run.stages:
                     raise InputError(
                         f"{run.folder}: is a finished run of `python -m nanosd3.related {system}`, "
-                        "which is no model to open here; see its samples.png"
+                        "which cannot be opened as a model; see its samples.png"
                     )
                 words = ("-m", "nanosd3.related", system)
             command = command_line("python", *words, "--out", run.folder)

@@ -1,8 +1,8 @@
-"""Pickles followed, not run: what a PyTorch checkpoint says about its tensors.
+"""A pickle parser that executes nothing: tensor metadata of PyTorch checkpoints.
 
 A pickle is a program for a small stack machine, which may call any function. Here it is only
-followed: dictionaries, lists, text and numbers are built, and a call is written down as a `Call`
-and never made. So nothing in a file can run, nor ask for more memory than it has bytes.
+parsed: dictionaries, lists, text and numbers are built, and a call is recorded as a `Call` and
+never executed. So a file can neither run code nor allocate more memory than its own size.
 """
 
 import io

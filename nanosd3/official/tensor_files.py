@@ -1,8 +1,8 @@
 """Opening weight files without reading them: safetensors, PyTorch checkpoints, indexed shards.
 
-`open_weights` returns the name, shape and dtype of each tensor in a file; the numbers stay on disk
+`open_weights` returns the name, shape and dtype of each tensor in a file; the data stay on disk
 until `StoredTensor.read` maps them. The safetensors library checks that the header describes the
-file. The pickles of checkpoints are followed, not run (pickles.py).
+file. The pickles of checkpoints are parsed, not executed (pickles.py).
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Train a neighbouring system on a finished run: `python -m nanosd3.related list`."""
+"""Train a related system on a finished run: `python -m nanosd3.related list`."""
 
 import sys
 
@@ -38,7 +38,7 @@ def listing() -> str:
 
 
 def system_of(name: str) -> System:
-    """Raises InputError for a name that is none of them."""
+    """The system of a name. Raises InputError if there is none."""
     if name not in SYSTEMS:
         raise InputError(f"no system {shown(name)}; there are {', '.join(SYSTEMS)}")
     return SYSTEMS[name]

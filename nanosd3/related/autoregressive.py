@@ -1,20 +1,20 @@
-"""What Muse is faster than: a transformer that writes tokens one after the other, as a text.
+"""The autoregressive baseline for Muse: a transformer that predicts tokens one after another.
 
-The image's tokens in reading order are a text, and a language model learns to continue it: the
+The image's tokens in reading order are treated as text, which a language model continues: the
 logits for token n depend on tokens 0 .. n-1 alone (and on the caption). That takes two changes to
 Muse's network:
 
     causal attention   position n attends to positions up to n
-    a shift by one     position n is given token n-1, the first MASK
+    a shift by one     position n is given token n-1, and the first position MASK
 
-so that one pass over a whole image trains all its positions at once, and nothing is hidden:
+so that one pass over a whole image trains all its positions at once, without masking:
 
     loss = cross-entropy of token n at position n, for all n
 
-Parti (arXiv 2206.10789) draws so, and so did DALL-E (arXiv 2102.12092). To draw is to draw token 0
-from its logits, put it in, draw token 1, ...: N passes for N tokens, where Muse needs 8. Each pass
-is cheap, however: what earlier positions computed does not change, so keys and values are kept and
-only the new token runs through the network.
+Parti (arXiv 2206.10789) samples so, and so did DALL-E (arXiv 2102.12092). Sampling draws token 0
+from its logits, feeds it in, draws token 1, ...: N passes for N tokens, where Muse needs 8. Each
+pass is cheap, however: what earlier positions computed does not change, so keys and values are kept
+and only the new token runs through the network.
 """
 
 from collections.abc import Iterator

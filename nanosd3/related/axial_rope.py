@@ -1,10 +1,10 @@
 """Rotary positions for images: rows and columns as angles.
 
-In place of a vector that is added to each token, queries and keys are turned: pairs of features, as
-points in the plane, by an angle proportional to the token's position. A product of a query and a
-key then depends on how far apart the two are, and not on where. Here one pair turns with the row or
-with the column, at one of several frequencies, and half of each head's features are not turned at
-all, for what has nothing to do with place (arXiv 2104.09864; as in HDiT, arXiv 2401.11605).
+Instead of adding a vector to each token, queries and keys are rotated: pairs of features, as points
+in the plane, by an angle proportional to the token's position. The product of a query and a key
+then depends on their distance only. Here one pair turns with the row or with the column, at one of
+several frequencies, and half of each head's features are not turned at all, for features
+independent of position (arXiv 2104.09864; as in HDiT, arXiv 2401.11605).
 """
 
 import math
@@ -26,7 +26,7 @@ def cell_centres(grid: Grid) -> Tensor:
 
 def axial_frequencies(heads: int, head_dim: int) -> Tensor:
     """Frequencies (heads, head_dim / 8) for each axis, evenly spaced in their logarithm from pi up
-    to 10 pi, which is left out: dealt to the heads one by one, like cards."""
+    to 10 pi, which is excluded, and assigned to heads in turn."""
     count = heads * head_dim // 8
     exponents = torch.arange(count, dtype=torch.float64) / count
     return (math.pi * 10**exponents).view(-1, heads).T

@@ -1,4 +1,4 @@
-"""Backbones: what MMDiT was compared with, and chosen over (arXiv 2403.03206, section 5.2.3).
+"""Backbones that MMDiT was compared with (arXiv 2403.03206, section 5.2.3).
 
 A backbone is the network between noisy latents and velocity. All know the time and the pooled text
 as MMDiT does, by modulation. They differ in how an image reads its text, token by token:
@@ -17,13 +17,12 @@ Weights of a block of width D, in D^2, beside biases: a stream's modulation 6, a
 (The last text has keys and values alone and needs 5.) What a token costs does not depend on whose
 weights it meets: mmdit has twice dit's weights and exactly its multiply-adds. That is the whole
 argument for and against it: at equal width it is more network for the same time, and at equal size
-it is half as deep. cross saves the text's MLPs, and has text that never learns what it is read for.
+it is half as deep. cross saves the text's MLPs, but its text tokens are never updated.
 
 All stand between the core's embedders and head, so each block is one class: (x, y, c) -> (x, y),
 image tokens (B, N, D), text tokens (B, M, D), conditioning c (B, D). A fresh block is the identity,
-and a fresh network answers zero. The paper tells no details of its CrossDiT and UViT: those here
-are the plainest that deserve the names. (U-ViT with a hyphen, arXiv 2209.12152, is another network:
-DiT with long skips.)
+and a fresh network outputs zero. The paper gives no details of its CrossDiT and UViT: these are the
+simplest versions. (U-ViT with a hyphen, arXiv 2209.12152, is another network: DiT with long skips.)
 """
 
 from collections.abc import Callable, Collection
@@ -62,14 +61,14 @@ class BackboneConfig(MMDiTConfig):
 def after_attention(
     stream: Stream, x: Tensor, gathered: Tensor, attn_mod: Modulation, mlp_mod: Modulation
 ) -> Tensor:
-    """Tokens (B, L, D) with what they gathered in attention, after their MLP."""
+    """Tokens (B, L, D) after adding the output of attention and the MLP."""
     x = x + attn_mod.gate[:, None] * stream.attn.proj(gathered)
     return feed_forward(stream, x, mlp_mod)
 
 
 class SharedBlock(nn.Module):
-    """dit: all tokens in one sequence, for one stream. The last block has no use for what becomes
-    of the text, and computes the image tokens alone."""
+    """dit: all tokens in one sequence, for one stream. The last block computes the image tokens
+    only, since its text would go nowhere."""
 
     def __init__(self, config: BackboneConfig, last: bool):
         super().__init__()
@@ -102,7 +101,7 @@ class Reading(CrossAttention):
 
 
 class CrossBlock(nn.Module):
-    """cross: self-attention, then a look at the text, which stays as it was, then an MLP."""
+    """cross: self-attention, cross-attention to the text, which is not updated, then an MLP."""
 
     def __init__(self, config: BackboneConfig, last: bool):
         super().__init__()
@@ -170,7 +169,7 @@ class ConvBlock(nn.Module):
 
 
 class Backbone(MMDiT):
-    """The MMDiT's way in and out, around other blocks."""
+    """The MMDiT's embedders and final layer, around other blocks."""
 
     def __init__(self, config: BackboneConfig, block: type[nn.Module]):
         super().__init__(config)
@@ -181,10 +180,10 @@ class Backbone(MMDiT):
 
 
 class UViT(Backbone):
-    """Convolutions on the latents as they are, on both sides of a transformer on patches.
+    """Convolutions at full resolution before and after a transformer on patches.
 
-    The transformer reads and answers feature maps, so its patches are the way down and its head is
-    the way up; what it answers is added to what it was given (the skip).
+    The transformer maps feature maps to feature maps: its patch embedding downsamples, its head
+    upsamples, and its output is added to its input (the skip).
     """
 
     channels = 32  # of the feature maps
@@ -222,7 +221,7 @@ class UViT(Backbone):
 
 
 def initialise_backbone(model: Backbone) -> None:
-    """All initial weights: the core's, and for the same reasons what the core has not."""
+    """All initial weights: the core's, and those of the other layers by the same principles."""
     initialise(model)
     for module in model.modules():
         if isinstance(module, Reading):  # closed, with queries and keys that are not all alike

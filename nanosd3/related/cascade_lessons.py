@@ -1,4 +1,4 @@
-"""Teaching a cascade: the transformer of the fine tokens and the larger decoder; drawing."""
+"""Train a cascade's transformer of fine tokens and its larger decoder, and sample."""
 
 import time
 from functools import partial

@@ -1,7 +1,7 @@
-"""The command line of every neighbour: `python -m nanosd3.related NAME`.
+"""The command line of every related system: `python -m nanosd3.related NAME`.
 
-A neighbour describes itself as a `System`; the options, the run folder and the report that all
-have in common are here. Interrupted runs resume as the main job does.
+A system is described by a `System`; the options, the run folder and the report common to all are
+here. Interrupted runs resume as the main job does.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from nanosd3.training.options import with_recipe
 from nanosd3.training.report import shown_prompts
 from nanosd3.training.stages import Job, training_of
 
-RECIPE_SIZES = ("mnist", "tiny")  # of a neighbour's recipe
+RECIPE_SIZES = ("mnist", "tiny")  # of a recipe
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a neighbour trains with."""
+    """What a system trains with."""
 
     job: Job  # its own run, config and seed; the finished run's images and captions
     finished: FinishedRun
@@ -50,7 +50,7 @@ class Study:
 
 
 class System(ABC):
-    """A neighbour, as its command sees it."""
+    """A related system, as its command sees it."""
 
     name: str
     what: str  # in a sentence
@@ -59,7 +59,7 @@ class System(ABC):
 
     @abstractmethod
     def add_options(self, parser: Parser) -> None:
-        """Add the options that it alone has."""
+        """Add the options specific to this system."""
 
     @abstractmethod
     def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
@@ -70,13 +70,13 @@ class System(ABC):
 
     @abstractmethod
     def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:
-        """What else makes its run what it is, by name."""
+        """Further settings that identify its run, by name."""
 
     @abstractmethod
     def train(self, study: Study) -> dict:
         """Train, or load what is trained; write samples.png; return scores (yardsticks.py) and
-        `training_seconds`. If it is not the main model that they compare with, it returns that
-        one's scores as `main_model`."""
+        `training_seconds`. If they are compared with another model than the main one, that model's
+        scores are returned as `main_model`."""
 
     def in_words(self, metrics: dict) -> str:
         """Its scores in a line."""
@@ -119,15 +119,15 @@ def with_flow_recipe(config: Config, recipe: Recipe, args: argparse.Namespace) -
 
 
 def check_guidance(scale: float) -> None:
-    """Raises InputError for a scale that is none."""
+    """Raises InputError for an invalid scale."""
     if not 1 <= scale < float("inf"):
         raise InputError(f"--guidance must be a number from 1 up, got {scale}")
 
 
 def run_system(system: System, arguments: list[str] | None) -> int:
-    """Train a neighbour on a finished run, and report how it compares."""
+    """Train a system on a finished run, and report how it compares."""
     args = parse(system, arguments)
-    Run.read(args.run)  # a folder that is none is refused first
+    Run.read(args.run)  # raises InputError for a folder that is not a run
     device = set_up(args.threads)
     finished = open_finished_run(args.run, args.data, device)
     folder = args.out or Path("runs") / system.name
@@ -155,7 +155,7 @@ def study_in(
     finished: FinishedRun,
     encoded: Features | None = None,
 ) -> Iterator[Study | None]:
-    """Lock the neighbour's run folder and yield what it trains with; None if it is finished."""
+    """Lock the system's run folder and yield what it trains with; None if it is finished."""
     config = system.config(args, finished)
     identity = {
         "config": asdict(config),

@@ -1,4 +1,4 @@
-"""Consistency models: from anywhere on a path straight to its end.
+"""Consistency models: from any point of a path directly to its end.
 
 A velocity network says which way a path goes *here*, so sampling takes many small steps. A
 consistency model says where the path *ends*: f(z_t, t) is the same clean image for all points of
@@ -7,7 +7,7 @@ one path, and one evaluation is a sample. Write it with a velocity network F of 
     f(z, t) = z - t F(z, t)         at t = 0 it is z itself, as it must be: the end of a path is
                                     where it is. And one Euler step from t to 0 *is* f.
 
-Training asks for the same answer at two neighbouring points of one path, t and s < t:
+Training asks for the same output at two neighbouring points of one path, t and s < t:
 
     loss = d( f(z_t, t),  f(z_s, s) without gradient )
 
@@ -34,7 +34,7 @@ SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # of EDM's grid, arXiv 2206.00364
 
 
 def clean_image(velocity: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """f(z, t) = z - t F: where a path ends, from F's answer at z (B, ...) and t (B,)."""
+    """f(z, t) = z - t F: where a path ends, from F's output at z (B, ...) and t (B,)."""
     return z - per_image(t, z) * velocity
 
 
@@ -64,8 +64,8 @@ def consistency_loss(
     target_network: Callable[..., Tensor] | None = None,
     distance: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """How far a network's answers at two points (B, ...) of a path are apart, (B,). The one nearer
-    to the data is the target. `given` is what else the network is told, such as the text.
+    """The distance between a network's outputs at two points (B, ...) of a path, (B,). The one
+    nearer to the data is the target. `given` is what else the network is told, such as the text.
 
     The original training had another network for the target, a moving average of this one's
     weights, and squared distances.
@@ -77,13 +77,13 @@ def consistency_loss(
     return distance(answer, target)
 
 
-# --- how far apart are two answers? ---------------------------------------------------------------
+# --- distances between two outputs ----------------------------------------------------------------
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     """sqrt(|a - b|^2 + c^2) - c for each image (B,), with one norm over all of an image.
 
-    Squares near zero, a distance beyond c: outliers do not rule the batch (2310.14189, eq. 8).
+    Quadratic near zero, linear beyond c: outliers do not dominate (2310.14189, eq. 8).
     """
     return (squared_distance(a, b) + c * c).sqrt() - c
 
@@ -94,12 +94,12 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def huber_constant(size: int) -> float:
-    """c for images of `size` numbers: 0.00054 sqrt(size) (2310.14189, section 3.3)."""
+    """c for images of `size` elements: 0.00054 sqrt(size) (2310.14189, section 3.3)."""
     return 0.00054 * math.sqrt(size)
 
 
 def gap_weight(t: Tensor, s: Tensor) -> Tensor:
-    """1 / (sigma_t - sigma_s) = (1 - t)(1 - s) / (t - s): close levels count more."""
+    """1 / (sigma_t - sigma_s) = (1 - t)(1 - s) / (t - s): close levels have more weight."""
     return (1 - t) * (1 - s) / (t - s)
 
 
@@ -164,7 +164,7 @@ def draw_levels(
 def edm_form(t: Tensor, data_std: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out and c_in of EDM's f = c_skip z + c_out F(c_in z), for z in flow form.
 
-    Another way to the same boundary condition, for networks that want inputs and answers of unit
+    Another way to the same boundary condition, for networks with inputs and outputs of unit
     variance. `clean_image` has c_skip = c_in = 1, c_out = -t and leaves the scale to the network.
     """
     variance = t**2 + (1 - t) ** 2 * data_std**2  # of z, for data of this deviation

@@ -2,9 +2,9 @@
 
 An autoencoder's decoder is trained to be near the image on average, and where its latents do not
 say what was there, the average is a blur. A generative decoder draws one of the possible images
-instead: noise in, and the latents, enlarged to the image's size, beside it as more channels. The
-encoder stays, the generator stays, nothing of them is trained again (OpenAI, 2023: weights and
-code for Stable Diffusion 1's autoencoder, no paper; its training is not published).
+instead: noise in, and the latents, enlarged to the image's size, as additional channels. Encoder
+and generator stay as they are (OpenAI, 2023: weights and code for Stable Diffusion 1's autoencoder,
+no paper; its training is not published).
 
     z_t (B, C, H, W) and latents (B, c, h, w), each repeated f times --U-Net, t--> velocity
 
@@ -12,7 +12,7 @@ The network is this project's own, a small U-Net; it is trained by consistency t
 (consistency.py), which knowing the latents makes far easier than drawing images from nothing. It
 decodes in two steps: from almost pure noise, t = 0.978, then from half of it, t = 0.504.
 
-Below are also the numbers of the published decoder, in its own convention (variance-preserving,
+Below are also the constants of the published decoder, in its own convention (variance-preserving,
 1,024 steps), to compare with.
 """
 
@@ -46,7 +46,7 @@ class TimedBlock(nn.Module):
 
 
 class ConsistencyDecoder(nn.Module):
-    """A U-Net: noisy images and latents to the velocity. A fresh one answers zero."""
+    """A U-Net: noisy images and latents to the velocity. A fresh one outputs zero."""
 
     def __init__(self, image_channels: int, latent_channels: int, widths: tuple[int, ...]):
         super().__init__()
@@ -94,7 +94,7 @@ def decode_in_steps(
     return x0
 
 
-# --- the published decoder's numbers --------------------------------------------------------------
+# --- the published decoder's constants ------------------------------------------------------------
 
 PUBLISHED_STEPS, PUBLISHED_DATA_STD = 1024, 0.5
 PUBLISHED_LATENT_SCALE = 0.18215  # Stable Diffusion 1's; then each channel's mean and deviation:

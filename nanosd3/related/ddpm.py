@@ -5,24 +5,24 @@ the product alpha_bar_n of all 1 - beta so far, because after n steps at once
 
     z_n = sqrt(alpha_bar_n) x0 + sqrt(1 - alpha_bar_n) noise
 
-The network predicts the noise, by plain mean squares. Backwards one goes by the posterior: if x0
-were known, the step before z_n would be a Gaussian with mean and variance
+The network predicts the noise, by plain mean squares. Sampling goes backwards by the posterior: if
+x0 were known, the step before z_n would be a Gaussian with mean and variance
 
     mean    = (sqrt(alpha_bar_{n-1}) beta_n x0 + sqrt(1 - beta_n) (1 - alpha_bar_{n-1}) z_n)
               / (1 - alpha_bar_n)
     beta~_n = beta_n (1 - alpha_bar_{n-1}) / (1 - alpha_bar_n)
 
-and for x0 the network's estimate is put in. Since it is only an estimate, the right variance lies
+and the network's estimate is used for x0. Since it is only an estimate, the right variance lies
 between beta~ (x0 known) and beta (x0 a unit Gaussian). DiT's networks learn it: a second set of
-channels s, about -1 to 1, gives log variance = f log beta + (1 - f) log beta~, f = (s + 1) / 2.
-The variational bound trains s, and no gradient of it reaches the noise. It is a KL divergence
-between Gaussians and, at the first step, the likelihood of pixels in 256 bins. (Of latents that
-means little; the published networks were trained so.)
+channels s, about -1 to 1, gives log variance = f log beta + (1 - f) log beta~, f = (s + 1) / 2. The
+variational bound trains s, and no gradient of it reaches the noise. It is a KL divergence between
+Gaussians and, at the first step, the likelihood of pixels in 256 bins. (Of latents that means
+little; the published networks were trained so.)
 
-`respaced` keeps some of the steps, as if there were no others: fewer, larger betas. DDIM goes
-without randomness, to the point where the same x0 and the same noise stand at the next step.
-Divided by sqrt(alpha_bar) + sqrt(1 - alpha_bar), its z lie on the straight lines of rectified
-flow, and each of its steps is one of Euler's.
+`respaced` keeps a subset of the steps, with fewer, larger betas. DDIM is deterministic: it goes to
+the point with the same x0 and the same noise at the next step. Divided by sqrt(alpha_bar) + sqrt(1
+- alpha_bar), its z lie on the straight lines of rectified flow, and each of its steps is one of
+Euler's.
 
 Steps count from 0, and step n is time n / 1000 for a network.
 Papers: arXiv 2006.11239 (DDPM), 2010.02502 (DDIM), 2102.09672 (learned variance).
@@ -61,12 +61,12 @@ class NoiseSchedule:
 
     @property
     def posterior_variance(self) -> Tensor:
-        """beta~: 0 at the first step, behind which x0 itself stands."""
+        """beta~: 0 at the first step, which leads to x0 itself."""
         return self.betas * (1 - self.previous) / (1 - self.alpha_bar)
 
     @property
     def times(self) -> Tensor:
-        """What a network is told: t in [0, 1)."""
+        """The time given to a network: t in [0, 1)."""
         return self.steps / TIMESTEP_SCALE
 
     def respaced(self, steps: Tensor) -> "NoiseSchedule":
@@ -150,8 +150,8 @@ def spaced_steps(count: int) -> Tensor:
 def ddpm_loss(
     schedule: NoiseSchedule, answer: Tensor, x0: Tensor, noise: Tensor, n: Tensor
 ) -> Tensor:
-    """The loss of each sample, (B,): mean square error of the noise and, if the network's answer
-    (B, 2 C, ...) to z_n holds s as well, the bound on it."""
+    """The loss of each sample, (B,): mean square error of the noise and, if the network's output
+    (B, 2 C, ...) for z_n holds s as well, the bound on it."""
     predicted, s = split_answer(answer, x0.shape[1])
     error = (predicted - noise).square().flatten(1).mean(1)
     if answer.shape[1] == x0.shape[1]:
@@ -171,8 +171,8 @@ def split_answer(answer: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 def variance_bound(
     schedule: NoiseSchedule, predicted: Tensor, s: Tensor, x0: Tensor, z: Tensor, n: Tensor
 ) -> Tensor:
-    """The bound's term for step n, in bits a number, (B,): KL of the posterior to the step taken,
-    at the first step minus the log-likelihood of x0."""
+    """The bound's term for step n, in bits per element, (B,): KL of the posterior to the step
+    taken, at the first step minus the log-likelihood of x0."""
     mean = schedule.posterior_mean(schedule.noise_to_x0(predicted, z, n), z, n)
     log_variance = schedule.log_variance(s, n)
     wanted = schedule.posterior_mean(x0, z, n)
@@ -198,7 +198,7 @@ def binned_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     return -(up_to - below).clamp(min=1e-12).log()
 
 
-# --- sampling: `model(z, t)` answers (B, C, ...) or (B, 2 C, ...) --------------------------------
+# --- sampling: `model(z, t)` returns (B, C, ...) or (B, 2 C, ...) --------------------------------
 
 
 def ancestral(
@@ -232,7 +232,7 @@ def guided_noise(
     """Classifier-free guidance: away from the noise predicted without the class, in the first
     `channels` of them, by default all; s is that with the class.
 
-    DiT's released code guides the first three of the four, and so were the paper's images made.
+    DiT's released code guides the first three of four channels, as for the paper's images.
     """
     both = torch.cat([y, torch.full_like(y, null)])
 

@@ -5,8 +5,8 @@ does such a block learn the time and the class? Four ways of the paper, by one f
 
     in_context       two more tokens, one for the time and one for the class, cut off at the end
     cross_attention  after its self-attention each block attends to those two vectors
-    adaln            their sum c decides scale and shift of the LayerNorms (adaptive LayerNorm)
-    adaln_zero       c also decides a gate on each branch, and every modulation starts at zero:
+    adaln            their sum c gives scale and shift of the LayerNorms (adaptive LayerNorm)
+    adaln_zero       c also gives a gate on each branch, and every modulation starts at zero:
                      a fresh block adds nothing, it is the identity
 
 and the last is by far the best, so SD3 took it: a block of adaLN-Zero *is* one of MMDiT's streams
@@ -16,10 +16,10 @@ and the last is by far the best, so SD3 took it: a block of adaLN-Zero *is* one 
     t --cosines, MLP--> (B, D)   y --row of a table--> (B, D)   their sum is c (B, D)
     blocks, then LayerNorm, linear, unpatchify --> (B, C or 2 C, H, W)
 
-The published networks were trained as diffusion models (ddpm.py) and answer twice as many channels
-as they read: the noise, and how uncertain a step is. The class table has one row more than there
-are classes: the null class, for labels that are left out, which guidance needs. Modules are named
-as in the published checkpoints. Paper: arXiv 2212.09748, section 3.
+The published networks were trained as diffusion models (ddpm.py) and return twice as many channels
+as they read: the noise, and the variance of a step. The class table has one row more than there are
+classes: the null class, for dropped labels, which guidance needs. Modules are named as in the
+published checkpoints. Paper: arXiv 2212.09748, section 3.
 """
 
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ class CrossAttention(nn.Module):
 
 
 class AdaptiveBlock(nn.Module):
-    """adaLN: c (B, D) decides shift and scale of both norms, and the gates if there are any."""
+    """adaLN: c (B, D) gives shift and scale of both norms, and the gates if there are any."""
 
     def __init__(self, dim: int, heads: int, gated: bool):
         super().__init__()
@@ -162,7 +162,7 @@ class PlainFinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The network. A freshly initialised one answers exactly zero."""
+    """The network. A freshly initialised one outputs exactly zero."""
 
     pos_embed: Tensor
 
@@ -188,8 +188,8 @@ class DiT(nn.Module):
         initialise_dit(self)
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The answer (B, C, H, W), or (B, 2 C, H, W) with a learned variance, to latents
-        z (B, C, H, W) at time t in [0, 1], (B,) or () for all alike, given labels y (B,).
+        """The output (B, C, H, W), or (B, 2 C, H, W) with a learned variance, for latents z (B, C,
+        H, W) at time t in [0, 1], (B,) or () for all alike, given labels y (B,).
 
         Raises ValueError for latents of another size, unknown labels and batches that differ.
         """
@@ -220,8 +220,8 @@ def initialise_dit(model: DiT) -> None:
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.flatten(1))
             nn.init.zeros_(module.bias)
-    # Time and class. DiT has 0.02; at widths like 128 that is too faint to be followed soon, so
-    # None lets signals keep their size, as in mmdit.py.
+    # Time and class. DiT has 0.02; at widths like 128 that is too weak to be learned soon, so None
+    # preserves the variance, as in mmdit.py.
     mlp, std = model.t_embedder.mlp, model.config.embedding_std
     for layer in (model.y_embedder["embedding_table"], mlp[0], mlp[2]):
         inputs = getattr(layer, "in_features", 1)
@@ -231,7 +231,7 @@ def initialise_dit(model: DiT) -> None:
         is_block = isinstance(module, AdaptiveBlock) and model.config.block != "adaln_gates"
         if is_block or isinstance(module, FinalLayer):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
-    nn.init.zeros_(model.final_layer.linear.weight)  # the first answer is 0
+    nn.init.zeros_(model.final_layer.linear.weight)  # the first output is 0
 
 
 def multiply_adds(config: DiTConfig) -> int:

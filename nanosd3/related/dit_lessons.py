@@ -1,9 +1,9 @@
-"""Teaching a DiT: latents with their labels, and what to learn of them.
+"""Train a DiT on latents with their labels, and sample with it.
 
-With DDPM's objective it learns the noise and how uncertain a step is, with the flow's the velocity.
-The two differ in more than the loss: DDPM draws its thousand steps evenly, rectified flow draws t
-with a density of its own. To change one thing at a time, levels of noise are said in one way for
-both: at step n, z is image and noise in the same proportion as on rectified flow's line at
+With DDPM's objective it learns the noise and a step's variance, with the flow's the velocity. The
+two differ in more than the loss: DDPM draws its thousand steps evenly, rectified flow draws t with
+a density of its own. To change one thing at a time, noise levels are written in one way for both:
+at step n, z is image and noise in the same proportion as on rectified flow's line at
 
     t = sqrt(1 - alpha_bar) / (sqrt(alpha_bar) + sqrt(1 - alpha_bar))
 
@@ -130,8 +130,8 @@ def validation_error(
 def train_dit(
     job: Job, features: Features, labels: Tensor, config: DiTConfig, lesson: Lesson
 ) -> DiT:
-    """A DiT trained on the job's images, or loaded: the moving average of its weights. `labels`
-    are those of all images of the source, by number."""
+    """A DiT trained on the job's images, or loaded: the moving average of its weights. `labels` are
+    those of all images of the source, by index."""
     model = build(job, "dit", lambda: DiT(config)).to(job.device)
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:

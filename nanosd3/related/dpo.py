@@ -1,21 +1,21 @@
 """Diffusion-DPO: teach a finished model which of two images is preferred (arXiv 2311.12908).
 
-Preferences say of two images of one prompt that one is better. A reward r and the rule of Bradley
-and Terry, p(winner preferred) = sigmoid(r(winner) - r(loser)), would explain them. No reward has to
-be learned: the model that gains most of it, while staying near a reference, has r as the logarithm
-of its likelihood over the reference's, times beta. So the model's own likelihoods are put in place
-of the reward, and preferences train it by logistic regression.
+A preference says which of two images of one prompt is better. It is modelled by a reward r and the
+Bradley-Terry rule, p(winner preferred) = sigmoid(r(winner) - r(loser)). The reward need not be
+learned: for the model that maximises it while staying near a reference, r is beta times the
+logarithm of its likelihood over the reference's, up to a term of the prompt alone. So the model's
+own likelihoods replace the reward, and preferences train it by logistic regression.
 
-A flow's likelihood is dear, but its training error bounds it. With the same time and noise for both
-images and both models, the reward of an image is by how much the model's error is below the
-reference's (Wallace et al., eq. 14, with rectified flow's errors of the velocity in place of those
-of the noise; their factor T w and the one half are part of beta):
+A flow's likelihood is expensive to compute, but its training error bounds it. With the same time
+and noise for both images and both models, the reward of an image is how far the model's error is
+below the reference's (Wallace et al., eq. 14, with rectified flow's errors of the velocity in place
+of those of the noise; their factor T w and the one half are part of beta):
 
     margin = (reference's error - error)(winner) - (reference's error - error)(loser)
     loss = -log sigmoid(beta margin)
 
-It has two ways down: errors of the winner that fall, and errors of the loser that rise. Only large
-beta and few steps keep a model from the second one alone, which ruins all images.
+It can fall in two ways: the winner's error falls, or the loser's rises. Only a large beta and few
+steps keep a model from the second alone, which ruins all images.
 
 What is trained is of low rank (LoRA, arXiv 2106.09685): W + up down for each linear layer of the
 blocks, with up (out, rank) and down (rank, in). `up` starts at zero, so training starts from the
@@ -53,8 +53,8 @@ def linear_layers(model: MMDiT) -> list[nn.Linear]:
 
 
 def add_low_rank(model: MMDiT, rank: int, generator: torch.Generator | None = None) -> MMDiT:
-    """Freeze a model and give the linear layers of its blocks something of low rank to train, in
-    place. It computes what it did before."""
+    """Freeze a model and add trainable matrices of low rank to the linear layers of its blocks, in
+    place. Its outputs do not change."""
     model.requires_grad_(False)
     for layer in linear_layers(model):
         addition = LowRank(layer.weight, rank, generator)
@@ -85,8 +85,8 @@ def pair_errors(
 
 
 def reward_margin(errors: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> Tensor:
-    """By how much the implicit reward of the winner is above that of the loser, (B,), without
-    beta. `errors` and `reference` are those of (winner, loser)."""
+    """The implicit reward of the winner less that of the loser, (B,), without beta. `errors` and
+    `reference` are those of (winner, loser)."""
     winner, loser = (before - now for before, now in zip(reference, errors, strict=True))
     return winner - loser
 
@@ -94,6 +94,5 @@ def reward_margin(errors: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor
 def dpo_loss(
     errors: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], beta: float
 ) -> Tensor:
-    """-log of the probability that preferences are as they were, (B,): log 2 for the reference
-    itself."""
+    """-log of the probability of the given preferences, (B,): log 2 for the reference itself."""
     return -F.logsigmoid(beta * reward_margin(errors, reference))

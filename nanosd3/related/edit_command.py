@@ -3,8 +3,8 @@
     python -m nanosd3.related muse --edit digit.png --prompt "the digit 8" --mask lower-half.png
     python -m nanosd3.related muse --edit digit.png --prompt "the digit 8"
 
-With a mask, the tokens that it marks are drawn anew and no other changes; without one, the image
-drifts to the prompt, a few tokens at a time.
+With a mask, only the tokens that it marks are redrawn; without one, a few tokens at a time are
+redrawn anywhere, so that the image moves towards the prompt.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def editing_options(system: SamplingSystem, arguments: list[str]) -> argparse.Na
 
 
 def run_editing(system: SamplingSystem, arguments: list[str]) -> int:
-    """Edit and write the file."""
+    """Edit the image and write the file."""
     args = editing_options(system, arguments)
     finished = open_finished_run(args.run, args.data, set_up(args.threads))
     run = open_trained(system, args.model, finished)

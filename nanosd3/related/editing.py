@@ -1,13 +1,13 @@
-"""Zero-shot editing with a consistency model: what is known stays, the rest is made up to fit.
+"""Zero-shot editing with a consistency model: known parts stay, the rest is generated to match.
 
-Each call of the model gives a whole clean image. Put what is known back into it, add noise again,
-call again: the rest comes to agree with it (arXiv 2303.01469, algorithm 4). "Known" need not be
-pixels. It can be any coordinates of the image in an orthogonal basis:
+Each call of the model gives a whole clean image. Put the known parts back, add noise again, call
+again: the rest becomes consistent with them (arXiv 2303.01469, algorithm 4). "Known" need not mean
+pixels, but any coordinates of the image in an orthogonal basis:
 
     inpainting         the basis is the pixels; some of them are known
     colouring          of each pixel's three colour coordinates, brightness is known
     super-resolution   of each block's p x p coordinates, the mean is known
-    denoising          nothing is known for sure; one enters at the time of the noise that is there
+    denoising          nothing is known; sampling starts at the time of the noise that is there
 
 An orthogonal basis keeps Gaussian noise Gaussian, which is all that the method needs.
 """
@@ -36,8 +36,8 @@ def edit(
     """Images (B, C, H, W) whose coordinates are those of `y` where `known` (broadcast over them)
     is True, and the model's elsewhere. len(ts) - 1 evaluations, at times that descend to 0.
 
-    `to` gives an image's coordinates in an orthogonal basis, `back` the image. What `y` has in the
-    unknown coordinates does not matter.
+    `to` gives an image's coordinates in an orthogonal basis, `back` the image. The unknown
+    coordinates of `y` are ignored.
     """
 
     def with_known(x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def edit(
 
 
 def denoise(velocity: Velocity, z: Tensor, t: Tensor) -> Tensor:
-    """Images z (B, ...) with noise of time t, cleaned in one evaluation.
+    """Images z (B, ...) with noise of time t, denoised in one evaluation.
 
     Noise of deviation sigma on an image y is z = (1 - t) y' at t = sigma / (1 + sigma), for the
     noisy y'.

@@ -1,4 +1,4 @@
-"""A finished run of train_mnist.py, as the neighbours use it: its frozen encoders, its transformer
+"""A finished run of train_mnist.py, as related systems use it: its frozen encoders, its transformer
 as a teacher, its images and its classifier."""
 
 from dataclasses import dataclass, field, replace
@@ -17,12 +17,12 @@ from nanosd3.training.cached_features import Encoders
 from nanosd3.training.evaluation import Scorer, open_scorer
 from nanosd3.training.stages import Job
 
-TEXTLESS = 0.1  # share of the samples that a neighbour is trained on without text, for guidance
+TEXTLESS = 0.1  # share of the training samples without text, for guidance
 
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
-    """What a neighbour takes from a finished run."""
+    """What a related system uses of a finished run."""
 
     run: Run
     config: Config  # with the measured shift and scale of the latents
@@ -34,12 +34,12 @@ class FinishedRun:
 
     @property
     def fingerprint(self) -> str:
-        """Of all weights that a neighbour may use."""
+        """A fingerprint of all weights that a system may use."""
         return f"{self.encoders_name}-{sha256(self.run.folder / 'flow.safetensors')}"
 
     @property
     def encoders_identity(self) -> dict:
-        """Where its encoders are from, if it did not train them: the neighbour's are from there."""
+        """Where its encoders are from, if it did not train them; the system's are the same."""
         keys = (WEIGHTS, "encoders")
         return {key: self.run.identity[key] for key in keys if key in self.run.identity}
 
@@ -52,12 +52,12 @@ class FinishedRun:
         return "-".join(sha256(file) for file in files)
 
     def encoders(self, config: Config) -> Encoders:
-        """Its autoencoder and text encoders, for a neighbour of this config."""
+        """Its autoencoder and text encoders, for a system of this config."""
         config = replace(config, vae=self.config.vae)
         return Encoders(config, self.encoders_name, lambda: self.pipeline)
 
-    def hand_over(self, job: Job) -> None:
-        """Copy its frozen networks into a neighbour's run, and note their stages as finished."""
+    def copy_encoders_to(self, job: Job) -> None:
+        """Copy its frozen networks into another run, and mark their stages as finished."""
         names = [f"{name}.safetensors" for name in WEIGHT_FILES if name != "flow"]
         for path in (self.run.folder / name for name in (*names, "tokenizers.json")):
             if path.exists():
@@ -68,7 +68,7 @@ class FinishedRun:
 
 
 def open_finished_run(folder: Path, data: Path | None, device: torch.device) -> FinishedRun:
-    """The run in a folder. Raises InputError if it is none of train_mnist.py, or unfinished."""
+    """The run in a folder. Raises InputError if it is not one of train_mnist.py, or unfinished."""
     run = Run.read(folder)
     config = finished_config(run)
     scorer = open_scorer(run, data, device)
@@ -77,5 +77,5 @@ def open_finished_run(folder: Path, data: Path | None, device: torch.device) -> 
 
 
 def repeated(t: Tensor, batch: int) -> Tensor:
-    """Times (n,) for a batch (B,) that holds the same images several times over."""
+    """Times (n,) repeated for a batch (B,) that holds the same images several times."""
     return t.repeat(batch // len(t))

@@ -1,14 +1,14 @@
-"""Formulations: DDPM, EDM and rectified flow are one model, asked in different ways.
+"""Formulations: DDPM, EDM and rectified flow are one model, parametrised in different ways.
 
-A path alpha(t) x0 + sigma(t) noise can be drawn in many ways, but only the ratio sigma / alpha says
-how much of the image is left; the rest is scale. Divided by alpha + sigma, what any of these models
-sees lies on rectified flow's line,
+A path alpha(t) x0 + sigma(t) noise can be written in many ways, but only the ratio sigma / alpha
+says how much of the image is left; the rest is scale. Divided by alpha + sigma, what any of these
+models sees lies on rectified flow's line,
 
     z = (1 - t) x0 + t noise,     t = sigma / (alpha + sigma),
 
-and all of them can be written in this one time. What then tells them apart is four choices:
+and all of them can be written in this one time. They then differ in four choices:
 
-                  drawn in training        asked of the network     shown   steps of a sampler
+                  t in training            network predicts         input   steps of a sampler
     rf            uniform, logit-normal,   noise - x0               z       even in t
                   mode, cosmap
     eps/linear    LDM's thousand steps     noise                    z / n   even among these
@@ -17,15 +17,15 @@ and all of them can be written in this one time. What then tells them apart is f
 
     n = sqrt((1 - t)^2 + t^2),     v = ((1 - t) noise - t x0) / n
 
-z / n is z at unit variance, if x0 has it. Read as a table of names, three of these look like three
-theories. In one time they are neighbours: v/cos and rf/cosmap draw the same times, edm is v with
-rectified flow's best times (for EDM's F is -v where the data's deviation is 1, as it is here), and
-a step that keeps the estimates of x0 and of noise, DDIM's, is a step of Euler's along the line. So
-one sampler serves all, and comparing them compares the choices.
+z / n is z at unit variance, if x0 has it. Three of these look like three theories. In one time they
+are close: v/cos and rf/cosmap draw the same times, edm is v with rectified flow's best times (for
+EDM's F is -v where the data's deviation is 1, as it is here), and a step that keeps the estimates
+of x0 and of noise, DDIM's, is a step of Euler's along the line. So one sampler serves all, and
+comparing them compares the choices.
 
-Each is trained by plain mean squares of its own answer, which weighs an error of the estimated
-noise by (b - a t / (1 - t))^2, if the answer is a x0 + b noise. With the density of log-SNR,
-l = 2 ln((1 - t) / t), that makes the paper's weights w(l), up to a factor:
+Each is trained by plain mean squares of its own output, which weighs an error of the estimated
+noise by (b - a t / (1 - t))^2, if the output is a x0 + b noise. With the density of log-SNR, l = 2
+ln((1 - t) / t), that makes the paper's weights w(l), up to a factor:
 
     rf           t / (1 - t) = exp(-l / 2), times the density of t if it is not uniform
     eps/cosine   sech(l / 2)         v/cos   exp(-l / 2)
@@ -47,7 +47,7 @@ from nanosd3.flow import cosmap, logit_normal, mode, uniform
 from nanosd3.related.ddpm import NoiseSchedule, spaced_steps
 from nanosd3.related.dit_lessons import flow_times
 
-# --- what is asked: a and b of a x0 + b noise, at t ---------------------------------------------
+# --- what is predicted: a and b of a x0 + b noise, at t -----------------------------------------
 
 Answer = tuple[Tensor, Tensor]
 
@@ -79,7 +79,7 @@ def latent_diffusion_schedule() -> NoiseSchedule:
 
 
 def a_thousand_steps(u: Tensor) -> Tensor:
-    """Each of the steps as often as any other."""
+    """The thousand steps, uniformly."""
     times = flow_times(latent_diffusion_schedule()).to(u)
     return times[(u * len(times)).long()]
 
@@ -118,7 +118,7 @@ class Formulation:
     density: Callable[[Tensor], Tensor]  # from u, uniform in [0, 1], to t
     asked: Callable[[Tensor], Answer]
     steps: Callable[[int], Tensor]
-    unit: bool = True  # whether the network is shown z / n, or z
+    unit: bool = True  # whether the network's input is z / n, or z
 
     def shown(self, z: Tensor, t: Tensor) -> Tensor:
         """z as the network sees it."""
@@ -130,8 +130,8 @@ class Formulation:
         return a * x0 + b * noise
 
     def to_velocity(self, answer: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """noise - x0 from an answer at z and t: put x0 = z - t v and noise = z + (1 - t) v into
-        it, and solve for v. (Asked for the noise, nothing is known at t = 1.)"""
+        """noise - x0 from an output at z and t: put x0 = z - t v and noise = z + (1 - t) v into it,
+        and solve for v. (From the noise it cannot be computed at t = 1.)"""
         t = like(t, z)
         a, b = self.asked(t)
         return (answer - (a + b) * z) / (b * (1 - t) - a * t)

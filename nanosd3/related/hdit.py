@@ -1,10 +1,10 @@
 """HDiT: a transformer that draws pixels, without an autoencoder and without a convolution.
 
-Latents are there to make images small, since attention between N tokens costs N^2. The Hourglass
-Diffusion Transformer keeps the pixels and shapes the network like a U-Net instead. Its outer levels
-have many narrow tokens, and each attends only to its neighbours (neighbourhood.py); four tokens at
-a time are merged into one for the next level, and only the innermost, small one attends to all of
-itself. On the way back each token is split into four again and mixed with what was there before:
+Latents make images small, since attention between N tokens costs N^2. The Hourglass Diffusion
+Transformer keeps the pixels and shapes the network like a U-Net instead. Its outer levels have many
+narrow tokens, and each attends only to its neighbours (neighbourhood.py); four tokens at a time are
+merged into one for the next level, and only the innermost level attends globally. On the way back
+each token is split into four again and mixed with what was there before:
 
     z (B, C, H, W) --patches, linear--> tokens
       level 0     blocks: neighbours -----------------------> lerp, blocks --linear--> velocity
@@ -16,11 +16,11 @@ itself. On the way back each token is split into four again and mixed with what 
 Each doubling of the image adds one level outside and changes nothing within, so the cost grows with
 the number of pixels. A network of one level without a window is flat, a DiT of these blocks.
 
-A block differs from DiT's in what language models have taught since. Its norm is RMSNorm, and time
-and text decide its scale alone, without shift and gate. Queries and keys are made unit vectors, so
-their products are cosines; a learned factor s of each head, 10 at first, says how sharp the softmax
-is. Positions are not added, they turn queries and keys (axial_rope.py). The MLP is gated (GEGLU).
-Linear layers have no biases.
+A block differs from DiT's by later findings from language models. Its norm is RMSNorm, and time and
+text set its scale only, without shift and gate. Queries and keys are made unit vectors, so their
+products are cosines; a learned factor s of each head, 10 at first, sets the sharpness of the
+softmax. Positions are not added, they rotate queries and keys (axial_rope.py). The MLP is gated
+(GEGLU). Linear layers have no biases.
 
 The loss is weighted by `soft_min_snr`. Left out: dropout, and the mapping network's lower rate.
 Paper: arXiv 2401.11605.
@@ -64,7 +64,7 @@ class HDiTConfig:
     head_dim: int
     mapping_width: int
     mapping_depth: int
-    pooled_dim: int  # features of the text, or of whatever else says what to draw
+    pooled_dim: int  # features of the text or other conditioning
 
     @property
     def multiple(self) -> int:
@@ -76,7 +76,7 @@ class HDiTConfig:
 
 
 class AdaRMSNorm(nn.Module):
-    """RMSNorm whose scale c (B, Dm) decides: 1 + W c, and W is zero at first."""
+    """RMSNorm with a scale computed from c (B, Dm): 1 + W c, where W is zero at first."""
 
     def __init__(self, dim: int, condition: int):
         super().__init__()
@@ -87,7 +87,7 @@ class AdaRMSNorm(nn.Module):
 
 
 def length(x: Tensor) -> Tensor:
-    """Of the features of each token and head of x (B, heads, N, d): (B, heads, N, 1)."""
+    """The norm of each token and head of x (B, heads, N, d): (B, heads, N, 1)."""
     return torch.linalg.vector_norm(x, dim=3, keepdim=True).clamp(min=1e-6)
 
 
@@ -114,7 +114,7 @@ class CosineAttention(nn.Module):
 
 
 class HourglassBlock(nn.Module):
-    """Attention, then the gated MLP, each behind its norm."""
+    """Attention, then the gated MLP, each after its norm."""
 
     def __init__(self, dim: int, head_dim: int, window: int | None, condition: int):
         super().__init__()
@@ -129,7 +129,7 @@ class HourglassBlock(nn.Module):
 
 
 class Mapping(nn.Module):
-    """Time and text to the vector c (B, Dm) that decides the norms."""
+    """Time and text to the vector c (B, Dm) that sets the norms' scales."""
 
     def __init__(self, config: HDiTConfig):
         super().__init__()
@@ -158,7 +158,7 @@ def split(x: Tensor, grid: Grid) -> Tensor:
 
 
 class HDiT(nn.Module):
-    """The velocity network. A freshly initialised one answers exactly zero."""
+    """The velocity network. A freshly initialised one outputs exactly zero."""
 
     def __init__(self, config: HDiTConfig):
         super().__init__()
@@ -180,8 +180,8 @@ class HDiT(nn.Module):
         self.outward = nn.ModuleList(blocks(level) for level in levels[:-1])
         self.norm_out = RMSNorm(widths[0])
         self.patch_out = nn.Linear(widths[0], features, bias=False)
-        # Linear layers start as PyTorch has them. Zero: what answers, so that every block is the
-        # identity at first and the network's answer is 0, and what time and text decide.
+        # Linear layers start with PyTorch's defaults. Zero-initialised: output projections, so that
+        # every block is the identity and the network's output 0 at first, and modulations.
         for name, parameter in self.named_parameters():
             if name.endswith(("proj.weight", "wo.weight", "linear.weight", "patch_out.weight")):
                 nn.init.zeros_(parameter)
@@ -225,8 +225,8 @@ def soft_min_snr(t: Tensor, data_std: float = 1.0) -> Tensor:
 
         (1-t)^2 / (t^2 + data_std^2 (1-t)^2) = 1 / (sigma^2 + data_std^2) = g SNR / (SNR + g)
 
-    with g = 1 / data_std^2: half their harmonic mean, a smooth form of min(SNR, g). Where there is
-    little noise, nothing counts more than g.
+    with g = 1 / data_std^2: half their harmonic mean, a smooth form of min(SNR, g). At low noise
+    the weight is at most g.
     """
     return (t * (1 - t)) ** 2 / (t**2 + (data_std * (1 - t)) ** 2)
 

@@ -1,14 +1,14 @@
-"""Teaching an HDiT: pixels with captions, the noise at which to look at them, and sampling.
+"""Train an HDiT on captioned pixels, at noise levels chosen for their size, and sample with it.
 
-There is no autoencoder: the network sees pixels, made to have mean 0 and deviation 1. It is told
-what to draw by the pooled text of a finished run's frozen encoders, and a tenth of the time by
+There is no autoencoder: the network sees pixels, normalised to mean 0 and deviation 1. It is
+conditioned on the pooled text of a finished run's frozen encoders, and a tenth of the time on
 zeros, so that guidance works.
 
-The larger an image, the more its neighbouring pixels say the same, and the more noise it takes to
-hide what it shows (flow.py). Of the principal components of digits at 64 x 64 the strongest has 17
-times the deviation of a pixel, the tenth 8 times: their shapes are seen through as much noise. So
-noise is drawn around 8, and the loss's weight, which would fall from the deviation of a pixel on,
-falls from 16 on. The paper moves its noise with the image's size as well.
+The larger an image, the more redundant its neighbouring pixels, and the more noise it takes to hide
+what it shows (flow.py). Of the principal components of digits at 64 x 64 the strongest has 17 times
+the deviation of a pixel, the tenth 8 times: their shapes are visible up to as much noise. So noise
+is drawn around 8, and the loss's weight, which would fall from the deviation of a pixel on, falls
+from 16 on. The paper moves its noise with the image's size as well.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ MEASURED_DIGITS = 2000  # for the mean and deviation of pixels
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images of a source at a config's size, made to have mean 0 and deviation 1."""
+    """Images of a source at a config's size, normalised to mean 0 and deviation 1."""
 
     source: Digits
     config: Config
@@ -53,12 +53,12 @@ class Pixels:
     std: float
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Images (B, 1, side, side) by their numbers in the source."""
+        """Images (B, 1, side, side) by their indices in the source."""
         images = enlarged(self.source.all_images[index], self.config)
         return (images - self.mean) / self.std
 
     def to_uint8(self, x: Tensor) -> Tensor:
-        """And back, uint8 (B, side, side)."""
+        """The inverse, uint8 (B, side, side)."""
         return to_uint8(x * self.std + self.mean)
 
 
@@ -79,7 +79,7 @@ def pooled_text(pipeline: Pipeline, texts: list[str]) -> Tensor:
 
 
 def noisy_times(u: Tensor) -> Tensor:
-    """Times by u in (0, 1), such that t / (1 - t) is the noise to look at."""
+    """Times for u in (0, 1), such that t / (1 - t) is the noise to train at."""
     return logit_normal(u, log(MIDDLE_NOISE), NOISE_SPREAD)
 
 

@@ -1,23 +1,23 @@
-"""How probable is an image under a flow? The log-likelihood, along the ODE from data to noise.
+"""The log-likelihood of an image under a flow, along the ODE from data to noise.
 
-Sampling carries noise to an image by an ODE, and an ODE runs both ways: from the image to the one
-noise that it comes from, whose density is known. On the way the velocity field squeezes or spreads
-the volume around the image at a rate of its divergence, the trace of dv/dz. Together (the
-instantaneous change of variables, arXiv 1806.07366):
+Sampling maps noise to an image by an ODE, which can be reversed: from the image to the one noise
+that it comes from, whose density is known. On the way the velocity field contracts or expands
+volume at the rate of its divergence, the trace of dv/dz. Together (the instantaneous change of
+variables, arXiv 1806.07366):
 
     log p(x0) = log N(z_1; 0, prior_std^2) + integral from t = 0 to 1 of div v(z_t, t) dt
 
-The sign is that of our time, data at 0: where the way to noise spreads volume out, the image's
-density was higher than that of its noise.
+The sign is that of our time, data at 0: where the path to noise expands volume, the image's density
+is higher than that of its noise.
 
-The trace of a D x D matrix that is only known by its products with vectors takes D of them.
-Hutchinson's estimate takes one: E[probe^T (dv/dz) probe] is the trace, if the probe's entries are
-independent signs. One probe is drawn for each image and kept for the whole solve: then the right
-side is a smooth ODE that adaptive solvers can follow, and the mean is right all the same.
+The trace of a D x D matrix known only by its products with vectors takes D products. Hutchinson's
+estimate takes one: E[probe^T (dv/dz) probe] is the trace, if the probe's entries are independent
+signs. One probe is drawn for each image and kept for the whole solve: then the right side is a
+smooth ODE that adaptive solvers can follow, and the mean is right all the same.
 
-Pixels are whole numbers, and no density is bounded on those. They get uniform noise of one level
+Pixels are whole numbers, on which a density is unbounded. They get uniform noise of one level
 (`dequantise`); the density is then a lower bound on the probability of the pixels themselves, and
-`bits_per_dimension` says how many bits a pixel it would take to store them.
+`bits_per_dimension` says how many bits per pixel it would take to store them.
 """
 
 import math
@@ -43,9 +43,9 @@ def log_likelihood(
 ) -> Tensor:
     """log p(x0) in nats, (B,), for x0 (B, ...) and times `ts` from data to noise.
 
-    The trace is exact, by a backward pass for each number of a sample; or Hutchinson's estimate,
-    by one, with a `probe` like x0. Samples must not see each other in `velocity`. Raises ValueError
-    for times that descend.
+    The trace is exact, by a backward pass for each element of a sample; or Hutchinson's estimate,
+    by one, with a `probe` like x0. `velocity` must be independent across the batch. Raises
+    ValueError for times that descend.
     """
     if not ts[0] < ts[-1]:
         raise ValueError(f"ts must ascend, from data to noise, got {ts}")
@@ -77,7 +77,7 @@ def divergence(
 
 
 def prior_log_density(z: Tensor, std: float) -> Tensor:
-    """log N(z; 0, std^2) of each sample of z (B, ...), summed over its numbers."""
+    """log N(z; 0, std^2) of each sample of z (B, ...), summed over its elements."""
     log_density = -(z / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
     return log_density.flatten(1).sum(1)
 
@@ -95,6 +95,6 @@ def dequantise(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def bits_per_dimension(log_density: Tensor, dimensions: int) -> Tensor:
-    """Bits a pixel, of log densities in nats of images scaled to [-1, 1): a level there is 2/256
-    wide, which is 7 bits."""
+    """Bits per pixel, from log densities in nats of images scaled to [-1, 1): a level there is
+    2/256 wide, which is 7 bits."""
     return -log_density / (dimensions * math.log(2)) + math.log2(PIXEL_LEVELS / 2)

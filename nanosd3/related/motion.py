@@ -1,10 +1,10 @@
-"""What is in a clip of a moving digit: where the digit is in every frame, what it is, and how it
+"""Measure a clip of a moving digit: where it is in every frame, which digit it is, and how it
 moves.
 
-A still picture of the right digit would be read as asked in every frame, so motion is always
-reported beside accuracy. The share of the variance that a bouncing straight line explains (R^2) is
-no proof either: through few frames of noise some line always goes. The direction and the speed of
-that line are compared with the caption's.
+A still picture of the right digit would score 100% prompt accuracy, so motion is always reported
+beside it. The share of the variance that a bouncing straight line explains (R^2) is not enough
+either: some line fits a few frames of noise. The direction and the speed of that line are compared
+with the caption's.
 """
 
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ from nanosd3.training.evaluation import Scorer
 from nanosd3.training.metrics import frechet_distance
 from nanosd3.training.stages import in_chunks
 
-FAINT = 0.2  # ink below this is not looked at
+FAINT = 0.2  # ink below this is ignored
 EDGE = 2  # pixels; the autoencoder, trained on padded digits, never draws in the outermost one
 SPEEDS_TRIED = torch.arange(-16, 17) / 4  # pixels a frame
 STARTS_A_PIXEL = 2
-STILL = 0.5  # a line slower than this is no motion
+STILL = 0.5  # a line slower than this is not motion
 SPEED_TOLERANCE = 0.5  # pixels a frame
 
 
@@ -90,17 +90,17 @@ def fitted_motion(centre: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor
 
 @dataclass(frozen=True)
 class Seen:
-    """What is seen in some clips."""
+    """Measurements of some clips."""
 
     features: Tensor  # (B * T, F) of the classifier, of every frame's digit
-    digits: Tensor  # (B, T), as read in every frame
+    digits: Tensor  # (B, T), as classified in every frame
     velocity: Tensor  # (B, 2)
     explained: Tensor  # (B,)
 
 
 @torch.no_grad()
 def look_at(scorer: Scorer, videos: Tensor) -> Seen:
-    """Find, read and follow the digit in clips (B, 1, T, H, W) in [-1, 1]."""
+    """Locate, classify and track the digit in clips (B, 1, T, H, W) in [-1, 1]."""
     ink = (videos[:, 0] / 2 + 0.5).clamp(0, 1)
     centre = centres(ink)
     features = scorer.features(located_digits(ink, centre))
@@ -111,10 +111,10 @@ def look_at(scorer: Scorer, videos: Tensor) -> Seen:
 
 @torch.no_grad()
 def clip_features(scorer: Scorer, videos: Tensor) -> Tensor:
-    """What clips (B, 1, T, H, W) in [-1, 1] look like and how they change, (B, 2 F): of the
-    classifier's features of whole frames, the mean, and the mean absolute difference from each
-    frame to the next. The Frechet distance of these stands in for the video distance (FVD), whose
-    features see motion as well."""
+    """Appearance and change of clips (B, 1, T, H, W) in [-1, 1], (B, 2 F): of the classifier's
+    features of whole frames, the mean, and the mean absolute difference from each frame to the
+    next. The Frechet distance of these stands in for the video distance (FVD), whose features see
+    motion as well."""
     frames = thumbnails(fold_time(videos, 1).clamp(-1, 1))
     found = in_chunks(scorer.classifier.features, frames.to(scorer.device)).cpu()
     by_frame = found.unflatten(0, (len(videos), -1))  # (B, T, F)
@@ -158,7 +158,7 @@ def asked_clips(moving: MovingDigits, size: ClipSize, count: int, draw: int = 0)
 def scores_of_size(
     finished: FinishedRun, moving: MovingDigits, videos: Tensor, clips: Clips, size: ClipSize
 ) -> dict:
-    """How well videos show what the captions of `clips` say; beside them, real ones."""
+    """How well videos match the captions of `clips`; and, for comparison, real ones."""
     real, others = (asked_clips(moving, size, len(clips.digits), i) for i in (1, 2))
     reference = look_at(finished.scorer, moving.videos(others, size)).features
     found = []
@@ -176,7 +176,8 @@ def scores_of_size(
 def scores_of_pairs(
     finished: FinishedRun, moving: MovingDigits, videos: Tensor, clips: Clips, size: ClipSize
 ) -> dict:
-    """How near clips of two digits are to real ones: digits that overlap cannot be told apart."""
+    """The distance of clips of two digits from real ones: digits that overlap cannot be
+    classified."""
     real, others = (asked_clips(moving, size, len(clips.digits), i) for i in (1, 2))
     shown, floor, reference = (
         clip_features(finished.scorer, x)
@@ -191,5 +192,5 @@ def scores_of_pairs(
 
 
 def mean(hits: Tensor) -> float | None:
-    """The share of hits; None of nothing."""
+    """The share of hits; None if there are none to count."""
     return hits.float().mean().item() if len(hits) else None

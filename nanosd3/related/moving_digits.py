@@ -2,8 +2,8 @@
 
 The data set of Srivastava et al. (arXiv 1502.04681), made on the fly and with captions: every clip
 has a digit, a direction and a speed, and its caption names them, "a seven moving left, fast". A
-digit starts where its whole way fits into the frame, if there is such a place; otherwise at the
-wall behind it, and it comes back from the one ahead.
+digit starts where its whole path fits into the frame, if possible; otherwise at the wall behind it,
+and it bounces off the one ahead.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from nanosd3.random_streams import rng
 from nanosd3.storage.run import Contents
 
 DIGIT_SIDE = 24  # pixels that a digit's 28 are scaled to
-SPRITE = 20  # the middle of those, which has all but a hundredth of the ink
+SPRITE = 20  # their middle, with 99% of the ink
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows, columns
 SPEEDS = {", slowly": 1, "": 2, ", fast": 3}  # pixels a frame
 MOTIONS = [(d, s) for d in DIRECTIONS for s in SPEEDS]  # after them: no motion at all
@@ -42,7 +42,7 @@ def sprites(images: Tensor) -> Tensor:
 
 
 def velocities(motion: Tensor) -> Tensor:
-    """Rows and columns a frame, (B, 2), of motions by their number."""
+    """Rows and columns a frame, (B, 2), of motions by their index."""
     table = [[SPEEDS[s] * x for x in DIRECTIONS[d]] for d, s in MOTIONS]
     return torch.tensor([*table, [0, 0]])[motion]
 
@@ -73,9 +73,9 @@ def drawn_clips(ink: Tensor, corners: Tensor, size: ClipSize) -> Tensor:
 
 @dataclass(frozen=True)
 class Clips:
-    """What is in some clips, before they are drawn."""
+    """The contents of some clips, before they are drawn."""
 
-    digits: Tensor  # (B,), numbers of the finished run's images
+    digits: Tensor  # (B,), indices of the finished run's images
     motion: Tensor  # (B,), see `MOTIONS`
     start: Tensor  # (B, 2) in [0, 1)
 
@@ -85,8 +85,8 @@ class Clips:
 
 
 class MovingDigits:
-    """Moving digits with captions; as a `Source`, for the text encoders, each clip is one picture
-    with all its frames over each other, later ones brighter."""
+    """Moving digits with captions; as a `Source`, for the text encoders, each clip is one image,
+    the maximum over its frames, later ones brighter."""
 
     def __init__(self, digits: Digits, size: ClipSize):
         self.digits, self.size = digits, size
@@ -159,8 +159,8 @@ def caption(name: str, motion: int) -> str:
 
 
 def long_exposure(videos: Tensor) -> Tensor:
-    """A picture (B, C, H, W) of each video (B, C, T, H, W): the brightest of its frames, of which
-    each is brighter than the one before."""
+    """An image (B, C, H, W) of each video (B, C, T, H, W): the maximum over its frames, each of
+    which is made brighter than the one before."""
     T = videos.shape[2]
     light = torch.arange(1, T + 1).view(T, 1, 1) / T
     return ((videos + 1) * light).amax(2) - 1

@@ -1,31 +1,31 @@
-"""Muse: a transformer that guesses hidden tokens of an image, many at a time.
+"""Muse: a transformer that predicts masked tokens of an image, many at a time.
 
-An image is a grid of tokens (vq.py). In training some are hidden, and the network says from the
-others and from the text what they may be: logits over the K codes for each position. One u in
-(0, 1) an image decides how many:
+An image is a grid of tokens (vq.py). In training some are hidden, and the network predicts them
+from the others and from the text: logits over the K codes for each position. One u in (0, 1) per
+image sets how many:
 
     share hidden = cos(pi u / 2)          2 / pi of them on average, often nearly all
     loss = cross-entropy of the true tokens, at the hidden positions alone
 
-To draw, start with everything hidden and repeat K times: guess all hidden tokens at once, keep the
-guesses that the network is surest of, hide the rest again. After step k = 0 .. K - 1 there remain
+To sample, start with everything hidden and repeat K times: guess all hidden tokens at once, keep
+the most confident guesses, hide the rest again. After step k = 0 .. K - 1 there remain hidden
 
     floor(N0 cos(pi / 2 (k + 1) / K))     of N0: 48, 45, 40, 34, 27, 18, 9, 0 for N0 = 49, K = 8
 
-Few tokens are kept at first, when each guess knows least of the others; tokens drawn in one step do
-not see each other, which is what many steps are for. Keeping only the surest would always give the
-dullest image, so confidence has noise that fades: log p(guess) + temperature (1 - (k + 1) / K) g,
-g from a Gumbel distribution.
+Few tokens are kept at first, when the least is known; tokens drawn in one step are independent of
+each other, hence the many steps. Keeping only the most confident ones would reduce diversity, so
+confidence has noise that fades: log p(guess) + temperature (1 - (k + 1) / K) g, g from a Gumbel
+distribution.
 
 Guidance acts on logits, l = l_negative + scale (l_prompt - l_negative), as on velocities in
-samplers.py, and its scale rises evenly from 1 in the first step to its end value in the last:
-early tokens make samples differ, late ones make them fit. (The paper writes (1 + w) l_prompt -
-w l_negative: the scale is 1 + w.) The negative is no text, or a text to move away from.
+samplers.py, and its scale rises evenly from 1 in the first step to its end value in the last: early
+tokens give diversity, late ones fit the prompt. (The paper writes (1 + w) l_prompt - w l_negative:
+the scale is 1 + w.) The negative is no text, or a text to move away from.
 
 The network is a plain transformer: attention among the tokens, attention to the text (cross-
-attention, the pooled text as one more text token), an MLP. There is no time: how much is hidden can
-be seen. The MMDiT's joint blocks, which update the text too, were tried in their place: in equal
-seconds they learned less, since text tokens with weights of their own cost a layer (LOG.md).
+attention, the pooled text as one more text token), an MLP. There is no time input: the share hidden
+is visible. The MMDiT's joint blocks, which update the text too, were tried in their place: in equal
+time they learned less, since separate weights for text tokens cost a layer (LOG.md).
 Papers: MaskGIT, arXiv 2202.04200; Muse, arXiv 2301.00704.
 """
 
@@ -54,14 +54,14 @@ class MuseConfig:
 
     depth: int
     width: int  # a multiple of 64
-    codes: int  # K, tokens there are
+    codes: int  # K, the number of different tokens
     grid: int  # tokens in height and in width, at most
     context_dim: int
     pooled_dim: int
 
 
 class Muse(nn.Module):
-    """The masked transformer. A freshly initialised one finds all tokens equally likely."""
+    """The masked transformer. A freshly initialised one gives all tokens equal probability."""
 
     pos_embed: Tensor
 
@@ -82,15 +82,15 @@ class Muse(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
         """Logits (B, h, w, K) for tokens (B, h, w), given context (B, M, Dc), pooled (B, Dp).
 
-        Raises ValueError if the tokens are more than the grid of positions, are none of the codes
-        or of another number of images than the texts.
+        Raises ValueError if the tokens are more than the grid of positions, are not codes, or if
+        the batch sizes differ.
         """
         h, w = tokens.shape[1:]
         x = self.embed(tokens.flatten(1)) + centre_crop(self.pos_embed, h, w)  # (B, N, D)
         return self.transform(x, context, pooled).unflatten(1, (h, w))  # (B, h, w, K)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, N) to their vectors (B, N, D). Raises ValueError for what is none."""
+        """Tokens (B, N) to their vectors (B, N, D). Raises ValueError for other values."""
         codes = self.config.codes
         if not MASK <= int(tokens.min()) <= int(tokens.max()) < codes:
             raise ValueError(f"tokens must be from 0 to {codes - 1}, or MASK")
@@ -143,10 +143,9 @@ def hide(tokens: Tensor, share: Tensor, places: Tensor) -> Tensor:
 
 def masked_loss(logits: Tensor, tokens: Tensor, seen: Tensor) -> Tensor:
     """Mean cross-entropy of each image's tokens (B, h, w) that are hidden in `seen`, (B,); ln K for
-    a guess.
+    uniform logits.
 
-    Each image counts alike, however much of it is hidden: in drawing, too, as many tokens are
-    decided while little is hidden as while much is.
+    Each image has the same weight, however much of it is hidden.
     """
     hidden = (seen == MASK).flatten(1)  # (B, N)
     losses = F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none").flatten(1)  # (B, N)
@@ -206,7 +205,7 @@ def gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 def keep_surest(tokens: Tensor, guess: Tensor, confidence: Tensor, left: Tensor) -> Tensor:
     """Tokens (B, h, w) with the guesses for the hidden ones, but for the `left` (B,) of each image
-    whose confidence is least: these stay hidden."""
+    with the lowest confidence: these stay hidden."""
     hidden = tokens == MASK
     confidence = confidence.masked_fill(~hidden, math.inf).flatten(1)
     rank = confidence.argsort(1).argsort(1).view_as(tokens)  # 0 for the least sure

@@ -1,14 +1,14 @@
-"""Drawing and editing with Muse: from prompts to tokens to images.
+"""Sampling and editing with Muse: from prompts to tokens to images.
 
-A masked transformer needs no inversion to edit. What is known is left as it is, what is not is
-hidden, and `fill_hidden` draws it; that is how it was trained (arXiv 2301.00704, section 3.3).
+A masked transformer needs no inversion to edit. Known tokens stay, the others are hidden, and
+`fill_hidden` draws them, which is what it was trained for (arXiv 2301.00704, section 3.3).
 
     repaint       tokens under a mask are hidden and drawn for a prompt; all others stay
-    edit_freely   without a mask: again and again a few tokens anywhere are hidden and drawn anew;
-                  the image drifts to what the prompt says, and stays where that fits already
+    edit_freely   without a mask: a few random tokens are hidden and redrawn, round after round;
+                  the image moves towards the prompt, and stays where it already fits
 
-Few tokens at a time see most of the old image and keep to it; guidance is strong and only the
-likeliest tokens are drawn, so that the drift has a direction.
+Few tokens at a time keep most of the old image as context; guidance is strong and only the
+likeliest tokens are drawn, so that the changes follow the prompt.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def repaint(
     temperature: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Tokens (B, h, w), drawn anew where `marked`, bool (h, w) or (B, h, w); the same elsewhere."""
+    """Tokens (B, h, w), redrawn where `marked`, bool (h, w) or (B, h, w); the same elsewhere."""
     hidden = tokens.masked_fill(marked, MASK)
     return fill_hidden(logits, hidden, steps, guidance, temperature, generator)
 
@@ -61,7 +61,7 @@ def edit_freely(
     share: float = FREE_SHARE,
     top_k: int = FREE_TOP_K,
 ) -> Tensor:
-    """Tokens (B, h, w) after so many rounds in which a share of them, anywhere, is drawn anew."""
+    """Tokens (B, h, w) after some rounds, each of which redraws a random share of them."""
     shares = torch.full((len(tokens),), share)
     for _ in range(rounds):
         places = torch.rand(tokens.flatten(1).shape, generator=generator)
@@ -80,7 +80,7 @@ class Tokeniser:
         self.encode: Callable[[list[str]], Conditioning] = pipeline.text.encode
 
     def texts(self, prompts: list[str], negative: str) -> tuple[Conditioning, Conditioning]:
-        """One prompt an image, and as often the text to guide them away from."""
+        """The encoded prompts, and as many copies of the encoded negative prompt."""
         without = tuple(x.expand(len(prompts), *x.shape[1:]) for x in self.encode([negative]))
         return self.encode(prompts), without
 
@@ -118,14 +118,14 @@ class Tokeniser:
 
 
 class TokenPainter(Tokeniser):
-    """It, and a transformer for its tokens."""
+    """A tokeniser, and a transformer for its tokens."""
 
     def __init__(self, vq: VQAutoencoder, muse: Muse, pipeline: Pipeline):
         super().__init__(vq, pipeline)
         self.muse = muse
 
     def logits(self, prompts: list[str], negative: str = "") -> Logits:
-        """Those for one prompt an image, guided away from another text, or from none."""
+        """A function that gives logits for one prompt per image, guided away from `negative`."""
         return guided_logits(self.muse, *self.texts(prompts, negative))
 
     def draw(

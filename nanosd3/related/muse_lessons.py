@@ -1,7 +1,7 @@
-"""Teaching a tokeniser its codes, and a masked transformer to guess hidden tokens.
+"""Train a tokeniser, and a masked transformer on its tokens.
 
-Images are taken without the black frame that the finished run's latents need. The transformer's
-tokens are made anew in every step: in a short training few images are seen twice.
+Images are taken without the black frame that the finished run's latents need. Tokens are computed
+in every step, not cached: a short training sees few images twice.
 """
 
 import time
@@ -45,18 +45,18 @@ def train_tokens(job: Job, config: VQConfig, stage: str = "tokens") -> VQAutoenc
         tokens = vq.quantiser.nearest(z)
         e = vq.quantiser.vectors(tokens)
         error = (vq.decoder(straight_through(z, e)) - x).square().flatten(1).sum(1)
-        at_work = perplexity(tokens, config.codes)
-        return error + quantising_loss(z, e), {"perplexity": at_work, "restarted": restarted}
+        used_codes = perplexity(tokens, config.codes)
+        return error + quantising_loss(z, e), {"perplexity": used_codes, "restarted": restarted}
 
     def train() -> dict:
         begin = time.process_time()
         fit(job.run, stage, vq, loss_of, recipe, job.seed)
         seconds = round(time.process_time() - begin, 1)
-        at_work = job.run.read_log(stage)[-1]["perplexity"]
-        return {"perplexity": at_work, "thread_seconds": seconds}
+        used_codes = job.run.read_log(stage)[-1]["perplexity"]
+        return {"perplexity": used_codes, "thread_seconds": seconds}
 
-    at_work = finish_or_load(job, stage, vq, train)["perplexity"]
-    print(f"tokens: as varied as {at_work:.0f} of {config.codes} codes used alike")
+    used_codes = finish_or_load(job, stage, vq, train)["perplexity"]
+    print(f"tokens: perplexity {used_codes:.0f} of {config.codes} codes")
     return vq
 
 
@@ -71,7 +71,7 @@ def train_muse(
 ) -> Muse:
     """Train the transformer, or load the one that the run has: the average of its weights.
 
-    `texts` are the encodings of the source's captions; `share_of` the share to hide, from a u.
+    `texts` are the encodings of the source's captions; `share_of` the share to hide, for a u.
     """
     muse = build(job, "muse", lambda: Muse(config)).to(job.device)
 
@@ -93,7 +93,8 @@ def guessing_loss(
     guess: Callable[..., Tensor],
 ) -> StepLoss:
     """The loss of a step of training a network by its logits, `guess(seen, tokens, x, context,
-    pooled)`: the tokens of images x with some hidden, all of them, the images and their texts."""
+    pooled)`: given the tokens of images x with some hidden, all tokens, the images and their
+    texts."""
     recipe = job.training.flow
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
@@ -122,7 +123,7 @@ def train_causal(
     config: MuseConfig,
     stage: str,
 ) -> CausalMuse:
-    """Train a transformer to write the same tokens one after the other, or load the one there."""
+    """Train a transformer on the same tokens one after another, or load the one there."""
     network = build(job, stage, lambda: CausalMuse(config)).to(job.device)
 
     def guess(seen: Tensor, tokens: Tensor, x: Tensor, *text: Tensor) -> Tensor:

@@ -1,20 +1,20 @@
 """Neighbourhood attention: every token attends to a small square of tokens around it.
 
-In an image a pixel has most to do with those beside it. If each of N tokens reads k x k others and
-not all N, the cost of attention grows with N, not with its square. Where the square would reach
-over the border it is moved inside, whole, so that every token reads exactly k x k (arXiv
-2204.07143): along an axis of n tokens, token i reads k of them from
+In an image a pixel depends most on those nearby. If each of N tokens attends to k x k others
+instead of all N, the cost of attention is linear in N, not quadratic. A square that would cross the
+border is moved inside as a whole, so that every token reads exactly k x k (arXiv 2204.07143): along
+an axis of n tokens, token i reads k of them from
 
     start(i) = clamp(i - k // 2, 0, n - k)
 
 (k = 5, n = 8)   token 0  # # # # # . . .      token 4  . . # # # # # .
                  token 1  # # # # # . . .      token 7  . . . # # # # #
 
-It is here twice. `masked_attention` is the definition: attention between all tokens, with a mask.
-Its cost is still that of N x N. `tiled_attention` gives the same numbers and computes little more
-than it needs: the squares of neighbouring tokens overlap, so a tile of 4 x 4 queries needs
-(4 + k - 1)^2 keys, its halo, and attends to those under a mask of its own. All tiles together are
-one ordinary attention with the tiles as its batch, and that is fast on any processor.
+There are two implementations. `masked_attention` is the definition: attention between all tokens,
+with a mask, at a cost of N x N. `tiled_attention` gives the same result at little more than the
+minimal cost: the squares of neighbouring tokens overlap, so a tile of 4 x 4 queries needs the keys
+of (4 + k - 1)^2 tokens, its halo, and attends to those under a mask of its own. All tiles together
+are one ordinary attention with the tiles as its batch, and that is fast on any processor.
 """
 
 from functools import lru_cache
@@ -83,8 +83,8 @@ def grid_tiles(
     grid: Grid, window: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tiles of a grid: the tokens of their queries (T, t*t) and halos (T, h*h), which of them
-    each query reads, bool (T, 1, t*t, h*h), and where to find the answer of each token, (N,), in
-    those of all tiles one after the other."""
+    each query reads, bool (T, 1, t*t, h*h), and where to find the output of each token, (N,), in
+    those of all tiles concatenated."""
     rows, columns = map(axis_tiles, grid, axis_windows(grid, window))
     width = grid[1]
     queries, halos = (

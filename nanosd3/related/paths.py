@@ -1,12 +1,12 @@
-"""Flow Matching: many paths from noise to data, one way to learn them (arXiv 2210.02747).
+"""Flow Matching: many paths from noise to data, one loss to learn them (arXiv 2210.02747).
 
 A path is a pair of functions of time. It carries an image x0 and noise to
 
     z_t = alpha(t) x0 + sigma(t) noise,     dz/dt = alpha'(t) x0 + sigma'(t) noise
 
 and a network that regresses dz/dt from z_t and t learns the velocity field that moves noise to
-data. Nothing is simulated while training, and nothing depends on the path but four numbers for
-each t. Diffusion is one choice among others. In our time, t = 0 data and t = 1 noise, they are:
+data. Training simulates nothing, and the path enters by four numbers for each t only. Diffusion is
+one choice among others. In our time, t = 0 data and t = 1 noise, they are:
 
     ot       alpha = 1 - t,               sigma = sigma_min + (1 - sigma_min) t
     vp       alpha = exp(-T(t) / 2),      sigma = sqrt(1 - alpha^2),  T = 19.9 t^2 / 2 + 0.1 t
@@ -19,7 +19,7 @@ flow.py; the paper has a sigma_min just above. VP is the diffusion of DDPM in co
 that of score matching (arXiv 2011.13456). The paths end in N(0, sigma(1)^2), almost: VP keeps
 0.66% of the image at t = 1.
 
-What a network predicts is a matter of taste. At a given z_t and t, velocity, noise, x0 and score
+What a network predicts is a matter of choice. At a given z_t and t, velocity, noise, x0 and score
 are each a linear function of any other; with Delta = alpha sigma' - sigma alpha'
 
     x0    = (sigma' z - sigma v) / Delta         noise = (alpha v - alpha' z) / Delta
@@ -49,7 +49,7 @@ class Coefficients(NamedTuple):
 
 
 def optimal_transport(t: Tensor, sigma_min: float = 0.0) -> Coefficients:
-    """Straight lines at constant speed; sigma_min is the noise that is left at the data."""
+    """Straight lines at constant speed; sigma_min is the noise left at t = 0."""
     one = torch.ones_like(t)
     return Coefficients(1 - t, sigma_min + (1 - sigma_min) * t, -one, (1 - sigma_min) * one)
 
@@ -65,7 +65,7 @@ def variance_preserving(t: Tensor, beta_min: float = 0.1, beta_max: float = 20.0
 
 
 def cosine_schedule(t: Tensor) -> Coefficients:
-    """A quarter of a circle: preserves the variance as VP does, at a constant angular speed."""
+    """A quarter circle: variance-preserving as VP, at constant angular speed."""
     angle = math.pi / 2 * t
     alpha, sigma = torch.cos(angle), torch.sin(angle)
     return Coefficients(alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha)
@@ -85,7 +85,7 @@ class ProbabilityPath:
     """A path, and what follows from it. Tensors are (B, ...), times (B,) or ()."""
 
     coefficients: Callable[[Tensor], Coefficients]
-    first: float = 0.0  # the earliest time to train and to sample at: slopes are finite from there
+    first: float = 0.0  # the earliest time in training and sampling: slopes are finite from there
 
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
         """The coefficients of each sample of a batch, shaped to multiply a tensor `like` it."""
@@ -93,7 +93,7 @@ class ProbabilityPath:
 
     @property
     def prior_std(self) -> float:
-        """Sampling starts at t = 1 from noise times this."""
+        """The deviation of the noise that sampling starts from at t = 1."""
         return float(self.coefficients(torch.ones((), dtype=torch.float64)).sigma)
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class ProbabilityPath:
         return c.alpha_slope * x0 + c.sigma_slope * (z - c.alpha * x0) / c.sigma
 
     def noise_to_velocity(self, noise: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """Divides by alpha: not at t = 1, where OT and cosine have none of the image left."""
+        """Divides by alpha: not at t = 1, where OT and cosine keep nothing of the image."""
         c = self.at(t, z)
         return c.alpha_slope * (z - c.sigma * noise) / c.alpha + c.sigma_slope * noise
 

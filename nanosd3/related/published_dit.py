@@ -1,13 +1,13 @@
-"""Published DiTs: the authors' checkpoints, and the folders that diffusers makes of them.
+"""Published DiTs: the authors' checkpoints, and the folders that diffusers converts them to.
 
-A checkpoint (`DiT-XL-2-256x256.pt`) is a dictionary of tensors under our own names. It is read, not
-unpickled. The folder of a DiTTransformer2DModel has other names, queries, keys and values apart,
-and the embedders of time and class once more in every block; they are compared, and one is kept.
-Loading is strict, and the position table, where a file has one, must be the fixed one.
+A checkpoint (`DiT-XL-2-256x256.pt`) is a dictionary of tensors under our own names. It is parsed,
+not unpickled. The folder of a DiTTransformer2DModel has other names, queries, keys and values
+apart, and a copy of the embedders of time and class in every block; they are compared, and one is
+kept. Loading is strict, and the position table, where a file has one, must be the fixed one.
 
-Two things diffusers computes otherwise than the released code: its time frequencies are
-10000^(-k/127), not 10000^(-k/128), and its norm before the MLP has epsilon 1e-5, not 1e-6. The
-weights were trained with the latter, so a folder's weights are run with those.
+Diffusers differs from the released code in two things: its time frequencies are 10000^(-k/127), not
+10000^(-k/128), and its norm before the MLP has epsilon 1e-5, not 1e-6. The weights were trained
+with the released code's, so a folder's weights are run with those.
 """
 
 import math
@@ -52,7 +52,7 @@ FIXED_IN_DIT = {
     "norm_elementwise_affine": (False,),
 }
 LARGEST_LATENTS = 1024  # side of the latents
-FileNames = Callable[[str, int], list[str]]  # of a tensor of ours, in a network of some depth
+FileNames = Callable[[str, int], list[str]]  # for our name of a tensor, and the network's depth
 
 
 def open_dit(
@@ -94,7 +94,7 @@ def own_names(key: str, depth: int) -> list[str]:
 
 
 def diffusers_names(key: str, depth: int) -> list[str]:
-    """Where diffusers keeps a tensor of ours: in one place, in three parts or as `depth` copies."""
+    """Diffusers' names of a tensor of ours: one, three parts, or `depth` copies."""
     if key == "pos_embed":
         return ["pos_embed.pos_embed"]
     layer, _, kind = key.rpartition(".")
@@ -125,7 +125,7 @@ def open_dit_folder(folder: Path) -> tuple[State, Path]:
 
 
 def dit_settings(file: Path) -> tuple[int, int]:
-    """What the shapes of tensors do not say: how many heads, and the side of the latents."""
+    """Settings that shapes do not tell: the number of heads, and the side of the latents."""
     return read_setting(file, "num_attention_heads", 16), read_setting(file, "sample_size", 32)
 
 

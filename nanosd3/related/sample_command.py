@@ -1,7 +1,7 @@
-"""`python -m nanosd3.related NAME --sample PROMPT`: draw with a neighbour that has been trained.
+"""`python -m nanosd3.related NAME --sample PROMPT`: sample with a trained system.
 
-For neighbours that `nanosd3.generate` cannot open. Training has other options; both together are
-refused. The text encoders are those of the finished run that the neighbour was trained on.
+For systems that `nanosd3.generate` cannot open. Options of training are refused here. The text
+encoders are those of the finished run that the system was trained on.
 """
 
 import argparse
@@ -28,19 +28,19 @@ SAMPLES = "--sample PROMPT draws with a finished run; see --sample PROMPT --help
 
 
 class SamplingSystem(System):
-    """A neighbour with a `--sample` of its own."""
+    """A system with a `--sample` of its own."""
 
     drawn = "images"
-    written = (".png", ".npy")  # kinds of files, its own first
+    written = (".png", ".npy")  # file types, its own first
     count = 8  # drawn for a prompt
 
     @abstractmethod
     def add_sampling_options(self, parser: Parser) -> None:
-        """Add those that it alone has."""
+        """Add the sampling options specific to this system."""
 
     @abstractmethod
     def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
-        """Images uint8 for `args.sample`, `args.count` of each prompt, by its run. Raises
+        """Images uint8 for `args.sample`, `args.count` of each prompt, by this run. Raises
         InputError if the options do not fit."""
 
     def picture(self, images: np.ndarray, captions: list[str]) -> bytes:
@@ -53,7 +53,7 @@ def asks_for(option: str, arguments: list[str]) -> bool:
 
 
 def add_drawing_options(parser: Parser, system: SamplingSystem) -> None:
-    """Add what all that draws has in common."""
+    """Add the options common to all sampling commands."""
     add = parser.add_argument
     text = f"finished run of this system (default: runs/{system.name})"
     add("--model", type=Path, default=Path("runs") / system.name, metavar="FOLDER", help=text)
@@ -85,7 +85,7 @@ def sampling_options(system: SamplingSystem, arguments: list[str]) -> argparse.N
 
 
 def check_image_file(out: Path, kinds: tuple[str, ...]) -> None:
-    """Raises InputError for a file that cannot be written, or is of no such kind."""
+    """Raises InputError for a file that cannot be written, or is of another type."""
     if out.suffix.lower() not in kinds:
         raise InputError(f"--out {out}: must end in {' or '.join(kinds)}")
     if not out.parent.is_dir() or out.is_dir():
@@ -96,7 +96,7 @@ def check_image_file(out: Path, kinds: tuple[str, ...]) -> None:
 def open_trained(
     system: System, folder: Path, finished: FinishedRun, option: str = "--model"
 ) -> Run:
-    """The finished run of a neighbour, made of this finished run; `option` is what names it.
+    """The finished run of a system, trained on this finished run; `option` names it in messages.
 
     Raises InputError if there is none in the folder, or one of something else.
     """
@@ -109,7 +109,9 @@ def open_trained(
     if "samples" not in run.stages:
         raise InputError(f"{option} {folder}: unfinished; rerun `{command} ...` to resume")
     if run.identity.get("finished") != finished.fingerprint:
-        raise InputError(f"{option} {folder}: was made of another finished run than that of --run")
+        raise InputError(
+            f"{option} {folder}: was trained on another finished run than that of --run"
+        )
     return run
 
 
@@ -118,7 +120,7 @@ def add_guidance(parser: Parser) -> None:
 
 
 def with_sampling(config: Config, args: argparse.Namespace) -> Config:
-    """A run's config with --steps and --guidance. Raises InputError for a scale that is none."""
+    """A run's config with --steps and --guidance. Raises InputError for an invalid scale."""
     own = config.sampling
     guidance = own.guidance if args.guidance is None else args.guidance
     check_guidance(guidance)
@@ -131,13 +133,13 @@ def prompts_asked(args: argparse.Namespace) -> list[str]:
 
 
 def warn_of(pipeline: Pipeline, texts: list[str]) -> None:
-    """Print what the text encoders do not understand, or cut off."""
+    """Print warnings about unknown words and truncated prompts."""
     for message in pipeline.text.remarks([text for text in texts if text], None, ()):
         print(f"warning: {message}", file=sys.stderr)
 
 
 def run_sampling(system: SamplingSystem, arguments: list[str]) -> int:
-    """Draw and write the file."""
+    """Sample and write the file."""
     args = sampling_options(system, arguments)
     finished = open_finished_run(args.run, args.data, set_up(args.threads))
     run = open_trained(system, args.model, finished)

@@ -1,22 +1,22 @@
 """Off-the-shelf ODE solvers for any velocity field: midpoint, RK4, adaptive Dormand-Prince.
 
-A learned velocity is an ordinary differential equation, and numerical analysis has solved those
-for a century. These are functions like the core's samplers, `solver(velocity, z, ts, callback)`,
-and can stand in for them. `ts` may also ascend, from data to noise, as likelihoods need.
+A learned velocity defines an ordinary differential equation, so standard solvers apply. These are
+functions like the core's samplers, `solver(velocity, z, ts, callback)`, and can stand in for them.
+`ts` may also ascend, from data to noise, as likelihoods need.
 
     midpoint    2 evaluations a step, error of order h^2
     rk4         4 evaluations a step, error of order h^4
-    dopri5      6 evaluations a step, error of order h^5, and steps as long as the error allows
+    dopri5      6 evaluations a step, error of order h^5, and steps as long as the tolerance allows
 
 Dormand and Prince's pair computes the step twice from the same seven slopes, in fifth and in fourth
 order; the difference estimates the error of the worse one. While it is within atol + rtol |z|, on
-average over all numbers of z, the step is accepted and the next one adapted; otherwise it is tried
+average over all elements of z, the step is accepted and the next one adapted; otherwise it is tried
 again, shorter. The last slope of an accepted step is the first of the next. The step control is
 scipy's (RK45): steps, evaluations and results agree. One step size serves the whole batch, so an
 image's result depends slightly on its neighbours; papers report the evaluations that this takes.
 
-High order pays where the field is smooth and is wasted where it is not, so compare at equal numbers
-of evaluations (`python -m nanosd3.claims x-fm-5-order`).
+High order pays only where the field is smooth, so compare at equal numbers of evaluations
+(`python -m nanosd3.claims x-fm-5-order`).
 """
 
 import math
@@ -52,7 +52,8 @@ def check_times(ts: Tensor) -> None:
 
 
 def midpoint(velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | None = None) -> Tensor:
-    """Steps along the velocity halfway, where half of Euler's step leads. 2 evaluations each."""
+    """Steps along the velocity at the midpoint, reached by half an Euler step. 2 evaluations
+    each."""
     check_times(ts)
     for i, (t, t_next) in enumerate(pairwise(ts)):
         v = velocity(z, t)
@@ -176,5 +177,5 @@ def first_length(
 
 
 def rms(x: Tensor) -> float:
-    """Root of the mean square of all numbers."""
+    """Root mean square of all elements."""
     return float(x.double().square().mean().sqrt())

@@ -1,8 +1,8 @@
-"""Muse's cascade: coarse tokens say what the image shows, fine tokens how it looks in detail.
+"""Muse's cascade: coarse tokens give the content of an image, fine tokens its details.
 
-Fine tokens are many: with half the side a token there are four times as many of them, attention
-costs sixteen times as much, and most of what is to be guessed is local. So Muse guesses coarse ones
-first (muse.py), and a second transformer then guesses the fine ones from them (paper, section 2.4):
+Tokens of half the side are four times as many, attention costs sixteen times as much, and most of
+what they hold is local. So Muse predicts coarse ones first (muse.py), and a second transformer then
+predicts the fine ones from them (paper, section 2.4):
 
     base tokens (B, h, w)        codes of a tokeniser that shrinks a lot: with their own
                                  self-attention layers to features (B, h*w, D)
@@ -10,12 +10,12 @@ first (muse.py), and a second transformer then guesses the fine ones from them (
     what the fine tokens attend to across: the features of both, one after the other
 
 The second transformer is again a Muse, whose "text" is that sequence: it is trained alike, with a
-random share of the fine tokens hidden and all of the base tokens known, and drawn from alike, in
-few steps, since the shape is settled.
+random share of the fine tokens hidden and all of the base tokens known, and sampled alike, in few
+steps, since the base tokens fix the shape.
 
 Last, a larger decoder is trained for the fine tokens, with the encoder, the codes and both
-transformers as they are (section 2.5): better images from the same tokens, and nothing that the
-transformers have learned is lost. `with_decoder` is that tokeniser.
+transformers as they are (section 2.5): better images from the same tokens, without retraining the
+transformers. `with_decoder` is that tokeniser.
 Paper: Muse, arXiv 2301.00704.
 """
 
@@ -33,7 +33,7 @@ from nanosd3.related.vq import VQAutoencoder
 
 class SuperResolution(nn.Module):
     """Hidden fine tokens from base tokens, text and the other fine tokens. A freshly initialised
-    one finds all fine tokens equally likely.
+    one gives all fine tokens equal probability.
 
     `config` is that of the fine tokens, `base` that of the network whose tokens it is given.
     """
@@ -55,7 +55,7 @@ class SuperResolution(nn.Module):
         """Logits (B, H, W, K) for fine tokens (B, H, W), given base tokens (B, h, w), context
         (B, M, Dc) and pooled text (B, Dp).
 
-        Raises ValueError as a Muse does, and if a base token is hidden or none of the codes.
+        Raises ValueError as a Muse does, and if a base token is hidden or not a code.
         """
         codes = self.base_config.codes
         if not 0 <= int(base.min()) <= int(base.max()) < codes:
@@ -63,7 +63,7 @@ class SuperResolution(nn.Module):
         x = self.base_embedder(base.flatten(1))  # (B, h*w, D)
         x = x + centre_crop(self.pos_embed, *base.shape[1:])
         for block in self.base_blocks:
-            x = block(x, x, x)  # it asks for no conditions
+            x = block(x, x, x)  # self-attention only
         y = self.text_embedder(context)  # (B, M, D)
         return self.muse(tokens, torch.cat([y, x], dim=1), pooled)
 

@@ -1,4 +1,4 @@
-"""Train Muse's cascade on a finished Muse: fine tokens, the transformer that guesses them from the
+"""Train Muse's cascade on a finished Muse: fine tokens, the transformer that predicts them from the
 Muse's tokens, and a larger decoder.
 
     python -m nanosd3.related muse-cascade
@@ -79,7 +79,7 @@ def larger_channels(config: VQConfig) -> tuple[int, ...]:
 
 
 def open_cascade(run: Run, finished: FinishedRun) -> CascadePainter:
-    """What a finished run has trained, and its copy of the Muse."""
+    """The networks of a finished run, with its copy of the Muse."""
     base = open_painter(run, finished, COPIES)
     size, config = run.identity["size"], finished.config
     fine = fine_vq_config(config, size)

@@ -1,10 +1,10 @@
-"""Make a consistency model of a finished run: prompted digits by one network evaluation.
+"""Distil a finished run into a consistency model: prompted digits by one network evaluation.
 
 The result is a run folder like any other: `generate --model runs/consistency` draws with it, one
 step by default. The text encoders and the autoencoder are the finished run's.
 
-`distillation` starts from the trained transformer, whose guided steps are the student's lesson;
-`training` starts from nothing and has no teacher.
+`distillation` starts from the trained transformer, whose guided steps are the student's targets;
+`training` starts from fresh weights and has no teacher.
 """
 
 import argparse
@@ -73,8 +73,8 @@ Text = tuple[Tensor, Tensor]  # context (B, M, Dc), pooled (B, Dp)
 def draw_batch(
     job: Job, features: Features, levels: Tensor, step_rng: StepRNG
 ) -> tuple[Tensor, Tensor, Text, Tensor, Tensor]:
-    """Latents x0 (B, C, h, w), noise like them, the text of their captions, of which no part is
-    dropped, and neighbouring levels t and s, each (B,)."""
+    """Latents x0 (B, C, h, w), noise like them, the text of their captions, without dropping any,
+    and neighbouring levels t and s, each (B,)."""
     generator, size = step_rng.generator(), job.training.flow.batch
     images = step_rng.take(job.source.draw(size, generator))
     captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
@@ -134,7 +134,7 @@ def student_of(study: Study, features: Features) -> MMDiT:
         loss_of = (distillation_loss if distilled else training_loss)(study, features, student)
         return fit_average(job, "consistency", student, loss_of, job.training.ema_decay)
 
-    finish_or_load(job, "flow", student, train)  # "flow": as a run's transformer is called
+    finish_or_load(job, "flow", student, train)  # "flow", the name of a run's transformer
     return student
 
 
@@ -145,7 +145,7 @@ class Consistency(System):
 
     def add_options(self, parser: Parser) -> None:
         add = parser.add_argument
-        text = "what a pair of neighbouring points is made by (default: %(default)s)"
+        text = "how a pair of neighbouring points is made (default: %(default)s)"
         add("--method", choices=METHODS, default=METHODS[0], help=text)
         text = "levels of noise at which it learns (default: 4, without a teacher 8)"
         add("--levels", type=positive, help=text)
@@ -188,7 +188,7 @@ class Consistency(System):
 
 def distilled(study: Study) -> Pipeline:
     """The consistency model, trained or loaded, with the finished run's encoders in its folder."""
-    study.finished.hand_over(study.job)
+    study.finished.copy_encoders_to(study.job)
     features, device = study.features, study.job.device
     encoders = study.finished.encoders(study.job.config)
     student = student_of(study, features)
@@ -200,7 +200,7 @@ def turbo_stage(finished: FinishedRun, features: Features, seed: int) -> dict:
     main job's own draw, in turbo.png and in the scores returned."""
     system, folder = Consistency(), finished.run.folder / "turbo"
     args = parse(system, ["--seed", str(seed)])
-    if (folder / "run.json").exists():  # if it was made of other weights, it starts over
+    if (folder / "run.json").exists():  # one made from other weights is deleted
         args.fresh = Run.read(folder).identity.get("finished") != finished.fingerprint
     with study_in(folder, system, args, finished, features) as study:
         if study is None:

@@ -1,8 +1,8 @@
 """Train a consistency decoder for the latents of a finished run, or for a strong compression.
 
 `generate --decoder FOLDER` then decodes with it what the finished run generates. That run's latents
-hold nearly all of an image, and there is little to gain. With `--compress` an autoencoder is
-trained first that keeps an eighth of the numbers, where there is.
+hold nearly all of an image, so there is little to gain. With `--compress` an autoencoder with an
+eighth of the latent size is trained first, where there is more.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def trained_decoder(job: Job, vae: AutoencoderKL) -> ConsistencyDecoder:
 
 
 def decoding(decoder: ConsistencyDecoder, factor: int, steps: int = 2) -> Decode:
-    """As a function of the latents alone: every image gets the same noise."""
+    """The decoder as a function of the latents alone: every image gets the same noise."""
     ts = (*DECODING_TIMES[:steps], 0.0)
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ def decoding(decoder: ConsistencyDecoder, factor: int, steps: int = 2) -> Decode
     return decode
 
 
-# --- use ------------------------------------------------------------------------------------------
+# --- decoding with a trained one ------------------------------------------------------------------
 
 
 def open_decoder(folder: Path, model: Path, device: torch.device) -> Decode:
@@ -139,7 +139,7 @@ def open_decoder(folder: Path, model: Path, device: torch.device) -> Decode:
 
 class ConsistencyDecoding(System):
     name = "consistency-decoder"
-    what = "The Consistency Decoder: draws what the latents leave open, in two steps."
+    what = "The Consistency Decoder: generates what the latents leave open, in two steps."
     paper = "OpenAI, 2023; arXiv 2303.01469"
     compared_with = "by the autoencoder's decoder"
 

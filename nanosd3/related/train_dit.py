@@ -1,9 +1,9 @@
-"""Train a DiT in the latents of a finished run: told the class, as the paper does it.
+"""Train a class-conditional DiT in the latents of a finished run, as in the paper.
 
-It sees the latents that the main model sees and, in place of captions, their labels; a tenth of
-them are dropped, so that guidance works. DDPM's objective is the paper's; with `--loss flow` the
-same network learns the velocity, in the main model's way. Samples are drawn from the prompts'
-classes and decoded by the finished run's autoencoder.
+It uses the main model's latents and, in place of captions, their labels; a tenth of the labels are
+dropped, so that guidance works. DDPM's objective is the paper's; with `--loss flow` the same
+network learns the velocity, as the main model does. Samples are drawn from the prompts' classes and
+decoded by the finished run's autoencoder.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def drawing(study: Study, network: DiT, way: Sampled) -> Callable[[Tensor, int],
 
 
 def scores_of(study: Study, network: DiT, way: Sampled) -> dict:
-    """Scores of about as many samples as of the main model's, on the same draws."""
+    """Scores of about as many samples as the main model's, on the same draws."""
     images = drawing(study, network, way)
 
     def generate(draw: Draw, seed: int) -> np.ndarray:
@@ -121,12 +121,12 @@ def draw_beside(study: Study, network: DiT, way: Sampled) -> None:
 
 class DiTSystem(System):
     name = "dit"
-    what = "DiT: a transformer trained as a diffusion model, which is told the class."
+    what = "DiT: a transformer trained as a class-conditional diffusion model."
     paper = "arXiv 2212.09748"
 
     def add_options(self, parser: Parser) -> None:
         add = parser.add_argument
-        text = "how blocks are told time and class (default: %(default)s)"
+        text = "how blocks are given time and class (default: %(default)s)"
         add("--block", choices=BLOCKS, default="adaln_zero", help=text)
         text = "what it learns: DDPM's noise, or the flow's velocity (default: %(default)s)"
         add("--loss", choices=OBJECTIVES, default="ddpm", help=text)

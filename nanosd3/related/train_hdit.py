@@ -3,7 +3,7 @@
     python -m nanosd3.related hdit
     python -m nanosd3.related hdit --sample "a bold seven" "a thin 2" --out digits.png
 
-With `--flat` the same blocks stand in one level where every patch reads every other, as in a DiT,
+With `--flat` the same blocks form one level where every patch attends to every other, as in a DiT,
 and train for as many seconds.
 """
 
@@ -86,7 +86,7 @@ class HDiTSystem(SamplingSystem):
     def add_options(self, parser: Parser) -> None:
         parser.epilog = SAMPLES
         add = parser.add_argument
-        text = "the same blocks in one level, where every patch reads every other, as in a DiT"
+        text = "the same blocks in one level, where every patch attends to all, as in a DiT"
         add("--flat", action="store_true", help=text)
         text = "guidance scale of the samples (default: %(default)s)"
         add("--guidance", type=float, default=HDIT_SAMPLING.guidance, help=text)

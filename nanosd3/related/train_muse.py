@@ -1,11 +1,11 @@
-"""Train Muse beside a finished run: first its tokens, then the transformer that guesses them.
+"""Train Muse beside a finished run: first its tokens, then the transformer that predicts them.
 
     python -m nanosd3.related muse
     python -m nanosd3.related muse --sample "a bold 3" --steps 8
 
 The tokeniser learns from the run's images alone; the transformer reads their captions by the run's
-frozen text encoders, and neither sees the run's latents. Together they take about five minutes of
-one core.
+frozen text encoders; neither uses the run's latents. Together they take about five minutes of one
+core.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def trained_painter(
     share_of: Callable[[Tensor], Tensor] = cosine_share,
     stage: str = MUSE_STAGE,
 ) -> TokenPainter:
-    """Both stages: what they have trained, now or before, with the text encoders. Experiments hide
+    """The results of both stages, trained or loaded, with the text encoders. Experiments hide
     another share, in a stage of another name."""
     job, finished, size = study.job, study.finished, size_of(study.args, study.finished)
     vq = train_tokens(job, vq_config(job.config, size))
@@ -96,23 +96,22 @@ def trained_painter(
 
 
 def reconstruction(finished: FinishedRun, painter: Tokeniser, count: int) -> dict:
-    """What the tokens keep: accuracy and distance of training images that became tokens and images
-    again."""
+    """Accuracy and distance of training images that are encoded as tokens and decoded."""
     draw, floor = drawn(finished, count, SCORED_DRAWS[0])
     x = unpadded(finished.source.pixels(draw.chosen), finished.config.padding)
     tokens = painter.tokens(x)
     rebuilt = to_digits(torch.from_numpy(painter.images(tokens)))
     accuracy, distance = finished.scorer.score(rebuilt, draw)
-    at_work = perplexity(tokens.cpu(), painter.vq.config.codes)
+    used_codes = perplexity(tokens.cpu(), painter.vq.config.codes)
     ratio = distance / floor
-    return {"accuracy": accuracy, "frechet_ratio_to_real": ratio, "perplexity": at_work}
+    return {"accuracy": accuracy, "frechet_ratio_to_real": ratio, "perplexity": used_codes}
 
 
 def muse_sampling(
     guidance: float | None, temperature: float | None, identity: dict | None = None
 ) -> tuple[float, float]:
     """Guidance and temperature of samples: those given, or a run's own, or the recipe's. Raises
-    InputError for values that are none."""
+    InputError for invalid values."""
     own = identity or {"guidance": MUSE_GUIDANCE, "temperature": MUSE_TEMPERATURE}
     guidance = own["guidance"] if guidance is None else guidance
     temperature = own["temperature"] if temperature is None else temperature
@@ -140,7 +139,7 @@ def open_painter(
 
 class MuseSystem(SamplingSystem):
     name = "muse"
-    what = "Muse: images as tokens, which a transformer guesses many at a time."
+    what = "Muse: images as tokens, which a transformer predicts many at a time."
     paper = "arXiv 2301.00704"
 
     def add_options(self, parser: Parser) -> None:
@@ -149,7 +148,7 @@ class MuseSystem(SamplingSystem):
         add = parser.add_argument_group("sampling").add_argument
         text = f"scale at the last step of samples (default: {MUSE_GUIDANCE:g})"
         add("--guidance", type=float, help=text)
-        text = f"noise in which tokens are kept (default: {MUSE_TEMPERATURE:g})"
+        text = f"noise in the choice of tokens to keep (default: {MUSE_TEMPERATURE:g})"
         add("--temperature", type=float, help=text)
 
     def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
@@ -193,9 +192,9 @@ class MuseSystem(SamplingSystem):
     def add_sampling_options(self, parser: Parser) -> None:
         add = parser.add_argument
         add("--guidance", type=float, help="scale at the last step (default: the run's)")
-        text = "noise in which tokens are kept (default: the run's)"
+        text = "noise in the choice of tokens to keep (default: the run's)"
         add("--temperature", type=float, help=text)
-        text = "what guidance moves away from (default: no text)"
+        text = "negative prompt (default: empty)"
         add("--negative", type=unicode_text, default="", help=text)
 
     def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:

@@ -3,8 +3,8 @@
     python -m nanosd3.related paths --path vp --solver dopri5 --tolerance 1e-3
 
 Times are uniform from the path's first to 1, as in the paper, for all paths: SD3's densities of t
-and its guidance are left out, since they are answers to other questions. The network is told what
-to draw by the pooled text alone, which halves its work.
+and its guidance are left out, as they are independent of the path. The network is conditioned on
+the pooled text alone, which halves its cost.
 """
 
 import argparse
@@ -48,7 +48,7 @@ EVALUATIONS_SHOWN = (4, 16)  # by the solver's fixed steps, or by Euler beside a
 
 
 def by_pooled_text(model: MMDiT, z: Tensor, t: Tensor, pooled: Tensor) -> Tensor:
-    """The velocity (B, C, h, w) with a single zero for text tokens."""
+    """The velocity (B, C, h, w) with one zero text token."""
     return model(z, t, pooled.new_zeros(len(z), 1, model.config.context_dim), pooled)
 
 
@@ -130,7 +130,8 @@ def path_latents(
 
 
 def cost_of(args: argparse.Namespace) -> float:
-    """What the solver is given. Raises InputError for options that do not go with it."""
+    """The solver's evaluations or tolerance. Raises InputError for options that do not apply to
+    it."""
     if args.solver == "dopri5":
         if args.evaluations is not None:
             raise InputError("--evaluations: dopri5 finds their number; use --tolerance")

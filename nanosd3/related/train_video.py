@@ -4,8 +4,8 @@
     python -m nanosd3.related video --sample "a seven moving left" --frames 12 --width 48
 
 The finished run's autoencoder is used as it is, and training starts from its transformer. Its text
-encoders do not know the words of motion, and would cut the captions before them, so the two CLIPs
-and T5 are trained again on these captions; CLIP looks at a clip in one picture, a long exposure.
+encoders do not know the words of motion, so the CLIPs and T5 are trained again on these captions;
+CLIP sees each clip as one image, a maximum over brightened frames.
 """
 
 import argparse
@@ -83,7 +83,7 @@ VIDEO_EMA = 0.995
 
 
 def check_size(size: ClipSize, config: Config) -> None:
-    """Raises InputError for a video that the network cannot lay out."""
+    """Raises InputError for a size that does not fit the network."""
     frames, height, width = size
     if not 1 <= frames <= MOST_FRAMES or (frames > 1 and frames % FRAMES_IN_PATCH):
         raise InputError(
@@ -103,7 +103,7 @@ def sizes_of(recipe: str, pairs: bool) -> tuple[ClipSize, ...]:
 
 @dataclass(frozen=True)
 class TrainedVideo:
-    """A video model, and what its captions and frames are encoded with."""
+    """A video model, and the encoders of its captions and frames."""
 
     network: VideoMMDiT
     vae: AutoencoderKL
@@ -189,11 +189,11 @@ class VideoSystem(SamplingSystem):
 
     def in_words(self, metrics: dict) -> str:
         spent = f"{evaluations_in_words(metrics['evaluations'])} a clip"
-        if "direction" not in metrics:  # nobody can tell two digits that overlap
+        if "direction" not in metrics:  # overlapping digits cannot be classified
             times = metrics["frechet_ratio_to_real"]
             return f"{spent}, Frechet distance {times:.2f} times that of real clips"
         return (
-            f"{spent}, its digit read as asked in "
+            f"{spent}, its digit is the prompted one in "
             f"{metrics['prompt_accuracy']:.1%} of frames, its direction right in "
             f"{metrics['direction']:.1%} of clips, a bouncing line explains "
             f"{metrics['line_r2']:.2f} of its motion"
@@ -240,7 +240,7 @@ def pixels_of(videos: Tensor) -> np.ndarray:
 
 
 def draw_strips(model: TrainedVideo, sizes: dict[str, ClipSize], folder: Path) -> None:
-    """Write samples.png: clips frame by frame, of some sizes by what is known of them."""
+    """Write samples.png: clips frame by frame, of some sizes with their titles."""
     moving = model.moving
     clips = moving.draw_clips(STRIPS, rng("strips"))
     index = moving.captions_of(clips, torch.zeros(STRIPS))

@@ -1,9 +1,8 @@
-"""The classic Moving MNIST: two digits in a frame of 64 x 64, each on its own way.
+"""The classic Moving MNIST: two digits in a frame of 64 x 64, moving independently.
 
-They pass over each other and bounce off the walls, not off each other; where they overlap the
-brighter one is seen, as in the data set of Srivastava et al. (arXiv 1502.04681). Captions name both
-digits, "a seven and an 8", in the order of no meaning in which they were drawn, and leave open how
-they move.
+They bounce off the walls, not off each other; where they overlap the maximum is taken, as in the
+data set of Srivastava et al. (arXiv 1502.04681). Captions name both digits, "a seven and an 8", in
+arbitrary order, and not their motion.
 """
 
 import torch
@@ -26,7 +25,7 @@ PAIRS_ENCODED = {"mnist": 2000, "tiny": 16}
 
 
 class MovingPairs(MovingDigits):
-    """Clips of two digits: in `Clips`, all that is said of a digit is said of both, (B, 2, ...)."""
+    """Clips of two digits: in `Clips`, every field of a digit has one of both, (B, 2, ...)."""
 
     def __init__(self, digits: Digits, size: ClipSize):
         super().__init__(digits, size)

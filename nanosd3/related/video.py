@@ -1,18 +1,18 @@
 """Spacetime patches: the same transformer, for video (Sora, OpenAI's technical report of 2024).
 
-A video is cut in time as well: a token is a box of p_t frames and p x p latents. Nothing in the
-transformer cares how many tokens there are or what shape they came from, so a network that draws
-pictures draws videos once its tokens are told when they are:
+A video is cut in time as well: a token is a box of p_t frames and p x p latents. The transformer is
+independent of the number of tokens and their shape, so a network for images works for videos once
+its tokens have a position in time:
 
     z (B, C, T, H, W) --patchify_video--> x (B, N, p*p*p_t*C)    N = (T/p_t)(H/p)(W/p)
     position = code of row and column + code of time, both from the middle of the grid
 
 The code of time is zero in the middle, so a video of one frame with p_t = 1 is an image and
 `VideoMMDiT` is then the core's MMDiT, number for number. Positions are functions of coordinates,
-not a table that was learned: whoever wants another size or length lays out noise in a grid of that
-size ("arranging randomly-initialized patches in an appropriately-sized grid", as the report says).
-What the network makes of positions that it was not trained on is another question; the experiments
-x-sora in claims/ ask it. The report tells nothing else of the network.
+not a table that was learned: another size or length needs only noise in a grid of that size
+("arranging randomly-initialized patches in an appropriately-sized grid", as the report says). How
+the network generalises to positions that it was not trained on is tested by the experiments x-sora
+in claims/. The report gives no further details of the network.
 """
 
 from collections.abc import Collection
@@ -88,8 +88,8 @@ def spacetime_positions(pos_embed: Tensor, slots: int, rows: int, columns: int) 
 
 
 def inflated(state: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
-    """The weights of an MMDiT for images, for patches of `frames` frames that it draws alike: each
-    frame counts for a part of the token, and each gets the whole answer (I3D, arXiv 1705.07750)."""
+    """The weights of an MMDiT for images, for patches of `frames` equal frames: input weights are
+    divided among the frames, output weights are repeated for each (I3D, arXiv 1705.07750)."""
     embed = state["x_embedder.proj.weight"]  # (D, C, p, p)
     _, C, patch, _ = embed.shape
 

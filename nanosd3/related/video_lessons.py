@@ -1,8 +1,8 @@
-"""Teaching the transformer videos of moving digits, of several sizes and lengths at once, and
-sampling with it.
+"""Train the transformer on videos of moving digits, of several sizes and lengths at once, and
+sample with it.
 
-Frames go through a finished autoencoder, one by one. A batch has one size; the sizes take turns. A
-picture is a video that stands still for the length of a patch.
+Frames go through a finished autoencoder, one by one. A batch has one size; sizes alternate. An
+image is a video that is still for the length of a patch.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class EncodedCaptions:
     pooled: Tensor  # (n + 1, Dp)
 
     def of(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Context and pooled text of captions, by their number."""
+        """Context and pooled text of captions, by their index."""
         return self.context[index], self.pooled[index]
 
     def none(self, count: int) -> tuple[Tensor, Tensor]:
@@ -74,9 +74,8 @@ def decode_frames(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def clip_shift(config: Config, size: ClipSize) -> float:
-    """The timestep shift for a size. Frames say the same thing several times over, so that it takes
-    more noise to hide it, as in larger images. Without it the digits were not those of the
-    captions."""
+    """The timestep shift for a size. Frames are redundant, so it takes more noise to destroy their
+    information, as in larger images. Without the shift, digits did not match the captions."""
     frames, height, width = size
     factor = config.vae.factor
     return time_shift(config, (frames, height // factor, width // factor))
@@ -172,7 +171,8 @@ def video_step(
 
 
 def first_network(job: Job, images: MMDiT) -> VideoMMDiT:
-    """The network before training: a finished one for images, but for what reads the text."""
+    """The network before training: a finished one for images, except the layers that read the
+    text."""
     network = build(job, "video", partial(VideoMMDiT, job.config.mmdit, FRAMES_IN_PATCH))
     known = inflated(images.state_dict(), FRAMES_IN_PATCH)
     text = ("context_embedder.", "y_embedder.")  # of other encoders
@@ -213,8 +213,8 @@ def sample_video(
     config: Config,
     seed: int,
 ) -> Tensor:
-    """Videos (B, 1, T, H, W) in [-1, 1]: noise patches in a grid of this size, followed to data as
-    the config's `sampling` says."""
+    """Videos (B, 1, T, H, W) in [-1, 1] from noise in a grid of this size, by the config's
+    `sampling`."""
     B, channels = len(text[0]), vae.config.latent_channels
     frames = max(size[0], FRAMES_IN_PATCH)
     shape = (channels, frames, size[1] // vae.config.factor, size[2] // vae.config.factor)

@@ -1,24 +1,23 @@
-"""A VQ autoencoder: an image as a small grid of tokens from a learned alphabet, and back.
+"""A VQ autoencoder: an image as a small grid of tokens from a learned codebook, and back.
 
-The KL autoencoder of the core (vae.py) gives each position a vector of any numbers. Here it has to
-be one of K vectors, the codes, so that the image becomes K-ary text: a grid of indices, which a
-transformer can learn as it learns words (muse.py). The blocks are the core's; between encoder and
-decoder stands
+The KL autoencoder of the core (vae.py) gives each position a continuous vector. Here it is one of K
+vectors, the codes, so that the image becomes a grid of indices, which a transformer can learn as it
+learns words (muse.py). The blocks are the core's; between encoder and decoder stands
 
     z = encoder(x) / |.|      e = the code nearest to z      token = its index
     z_q = z + stop(e - z)     the value of e, the gradient of z ("straight through")
 
     loss = |x - decoder(z_q)|^2 + |stop(z) - e|^2 + 0.25 |z - stop(e)|^2
 
-The index has no gradient, so the decoder's passes to the encoder as if nothing had been rounded;
-the second term brings the codes to what is encoded, and the third (commitment) keeps the encoder
-near its codes. Both sides have length 1: "near" is then the angle alone, and no code wins or loses
-by its length (arXiv 2110.04627, section 3.2).
+The index has no gradient, so the decoder's is passed to the encoder as if nothing had been rounded;
+the second term moves codes towards encodings, and the third (commitment) keeps encodings near their
+codes. Both have length 1: "near" then means the angle alone, and a code's length has no effect
+(arXiv 2110.04627, section 3.2).
 
-Left alone, most of the codes would never be used: one that is nearest to nothing gets no gradient.
-So now and then the codes that a whole batch did not choose restart as encodings of that batch. How
-many codes are at work is the perplexity exp(H) of the tokens: K if all are used alike, 1 if it is
-always the same one.
+Otherwise most codes would never be used: one that is nearest to nothing gets no gradient. So from
+time to time the codes that a whole batch did not choose restart as encodings of that batch. The
+usage of codes is measured by the perplexity exp(H) of the tokens: K if all are used equally, 1 if
+it is always the same one.
 
 There is no attention: all is convolution, and one model takes images of any size. Left out, as in
 vae.py: the perceptual and the adversarial term.
@@ -97,7 +96,7 @@ class VQAutoencoder(nn.Module):
     def __init__(self, config: VQConfig):
         super().__init__()
         self.config = config
-        # A KL encoder gives two numbers a channel, mean and log-variance; here both are the code's.
+        # A KL encoder outputs mean and log-variance, two values per channel; here both are code.
         self.encoder = Encoder(config.half(config.channels, config.width // 2))
         self.quantiser = Quantiser(config.codes, config.width)
         self.decoder = Decoder(config.half(config.decoder_channels, config.width))
@@ -105,7 +104,7 @@ class VQAutoencoder(nn.Module):
             middle.attn_1 = nn.Identity()  # type: ignore[assignment]  # local, whatever the size
 
     def encode(self, x: Tensor) -> Tensor:
-        """What is quantised: vectors of length 1, (B, C, H/f, W/f).
+        """The vectors to quantise, of length 1, (B, C, H/f, W/f).
 
         Raises ValueError if H or W is not divisible by f.
         """
@@ -129,12 +128,12 @@ def straight_through(z: Tensor, e: Tensor) -> Tensor:
 
 
 def quantising_loss(z: Tensor, e: Tensor) -> Tensor:
-    """What brings codes e to encodings z, and encodings to their codes; of each image, (B,)."""
+    """The two losses between codes e and encodings z, summed, of each image, (B,)."""
     codebook, commitment = (z.detach() - e).square(), (z - e.detach()).square()
     return (codebook + COMMITMENT * commitment).flatten(1).sum(1)
 
 
 def perplexity(tokens: Tensor, codes: int) -> float:
-    """exp of the entropy of the tokens: how many codes, used alike, would be as varied."""
+    """exp of the entropy of the tokens: the number of equally used codes of the same entropy."""
     share = torch.bincount(tokens.flatten(), minlength=codes).double() / tokens.numel()
     return float(torch.exp(torch.special.entr(share).sum()))

@@ -1,5 +1,5 @@
-"""How a neighbour compares with the main model: the main job's yardsticks on the same draws, and
-the same prompts drawn by both, side by side."""
+"""Compare a system with the main model: the main job's metrics on the same draws, and samples of
+both for the same prompts, side by side."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ def drawn(finished: FinishedRun, count: int, seed: int) -> tuple[Draw, float]:
 
 
 def distance_of_reconstructions(finished: FinishedRun, count: int, seed: int) -> float:
-    """That of the same real images, encoded and decoded."""
+    """The distance of the same real images, encoded and decoded."""
     key = ("reconstructions", count, seed)
     if key not in finished.measured:
         draw, _ = drawn(finished, count, seed)
@@ -60,10 +60,10 @@ def score_samples(
     evaluations: int,
     draws: Sequence[int] = SCORED_DRAWS,
 ) -> dict:
-    """Scores of about `count` samples of each draw: means, and each draw's.
+    """Scores of about `count` samples of each draw, and their means.
 
-    The distance is also given relative to that of as many real images: distances as such compare
-    only within one classifier and one number of samples.
+    The distance is also given relative to that of as many real images: distances are comparable
+    only for one classifier and one number of samples.
     """
     scorer, scores = finished.scorer, []
     for seed in draws:
@@ -99,9 +99,9 @@ def evaluations(sampling: Sampling) -> int:
 def in_words(scores: dict) -> str:
     """Scores in a line."""
     return (
-        f"{evaluations_in_words(scores['evaluations'])} an image, {scores['prompt_accuracy']:.1%} "
-        f"read as asked, Frechet distance {scores['frechet_ratio_to_real']:.2f} times that of real "
-        "images"
+        f"{evaluations_in_words(scores['evaluations'])} an image, prompt accuracy "
+        f"{scores['prompt_accuracy']:.1%}, Frechet distance "
+        f"{scores['frechet_ratio_to_real']:.2f} times that of real images"
     )
 
 
@@ -132,7 +132,7 @@ def pipeline_scores(
 
 
 def grid_of_prompts(finished: FinishedRun, draw: Callable[[list[str]], np.ndarray]) -> Image.Image:
-    """A row of images for each of a few prompts, from the same noise whoever draws them."""
+    """A row of images for each of a few prompts, from the same noise for every model."""
     prompts = shown_prompts(finished.source)
     images = draw([prompt for prompt in prompts for _ in range(SHOWN_OF_EACH)])
     return grid_of(prompts, images)
@@ -141,7 +141,7 @@ def grid_of_prompts(finished: FinishedRun, draw: Callable[[list[str]], np.ndarra
 def save_beside_main(
     finished: FinishedRun, title: str, ours: Image.Image, path: Path, main: str = "the main model"
 ) -> None:
-    """Write a grid and, to its right, under the title `main`, what the main model draws."""
+    """Write a grid and, to its right, under the title `main`, the main model's samples."""
     theirs = grid_of_prompts(finished, partial(sample_images, finished.pipeline))
     write_file(path, png(side_by_side([(title, ours), (main, theirs)])))
 
@@ -199,7 +199,7 @@ def edge_energy(x: Tensor) -> float:
 def draw_decoded(
     finished: FinishedRun, vae: AutoencoderKL, ways: dict[str, Decode], path: Path
 ) -> None:
-    """The first held-out digits, and what each way of decoding makes of their latents."""
+    """The first held-out digits, and their latents decoded in each way."""
     source = finished.source
     x = source.pixels(torch.arange(source.trained, source.trained + SHOWN_IMAGES))
     with torch.no_grad():

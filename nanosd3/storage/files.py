@@ -173,7 +173,7 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file and flush it to disk. The same content gives the same bytes."""
     path.touch()
-    mode = path.stat().st_mode  # as the umask has it; the library's files are their owner's alone
+    mode = path.stat().st_mode  # the umask's; safetensors makes files for their owner alone
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # such as a full disk

@@ -1,8 +1,8 @@
 """Safetensors files of any size: opened by their header, tensors mapped one by one.
 
-A mapping that its owner may write to counts as memory, though nothing has been read: as a whole, a
-checkpoint of 28 GB could not be opened on a machine of 24. So opening reads names, shapes and
-places only, and a tensor that is read maps the part of the file around it, of which pages are
+A private writable mapping counts as memory before anything is read: mapping a checkpoint of 28 GB
+in one piece failed on a machine with 24 GB. So opening reads names, shapes and
+offsets only, and a tensor that is read maps the part of the file around it, of which pages are
 loaded as they are used.
 """
 

@@ -114,7 +114,7 @@ class Run:
         return cls(folder, content, stages)
 
     def remember(self, identity: dict, contents: Contents) -> None:
-        """Note, in a run of this identity, where its weights are now and what its data hold."""
+        """Record the current path of the run's weights and the checksums of its data."""
         stored = Run.read(self.folder)
         if stored.identity.get(WEIGHTS) != identity.get(WEIGHTS):
             self.stages, self.identity = stored.stages, stored.identity | identity
@@ -218,12 +218,12 @@ class Run:
         write_file(self.folder / "log.jsonl", lines.encode())
 
 
-OTHER_DATA = "with data that are not these"
+OTHER_DATA = "with different data"
 FINGERPRINTS = {
     "data": OTHER_DATA,
-    "encoders": "with encoders that are not those of --weights",
-    "finished": "made of a finished run that is not that of --run",
-    "init": "with init from a transformer that is not that of --init",
+    "encoders": "with other encoders than those of --weights",
+    "finished": "made from a finished run other than that of --run",
+    "init": "started from a transformer other than that of --init",
 }
 
 

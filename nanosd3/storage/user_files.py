@@ -1,7 +1,7 @@
 """Read files that users wrote, such as images, captions and answers to exercises.
 
-Text is UTF-8, with or without a byte order mark. Anything else would be read as other words, or not
-at all, so it is refused by name.
+Text is UTF-8, with or without a byte order mark. Any other encoding would be misread or
+fail, so it is rejected.
 """
 
 import codecs

@@ -1,11 +1,12 @@
-"""How good are prompted samples? Do they show what was asked for, and do they look real?
+"""How good are prompted samples? Do they match their prompts, and do they look real?
 
-A classifier of real images answers both. Accuracy is the share of samples that it reads as the
-prompt asks. The Frechet distance compares the distribution of its features with that of the test
-images; the same distance of as many training images, the floor, is what real images would get.
+A classifier of real images answers both. Prompt accuracy is the share of samples that it assigns
+to the prompted class. The Frechet distance compares the distribution of its features with that of
+the test images; the same distance of as many training images, the floor, is that of real images.
 
-Guidance trades one for the other: more of it makes prompts clearer and samples alike. So a single
-pair of numbers says little about a model; the frontier, both along the guidance scale, says more.
+Guidance trades one for the other: more of it raises prompt accuracy and lowers diversity. So a
+single pair of numbers says little about a model; the frontier, both along the guidance scale, says
+more.
 """
 
 from collections.abc import Callable, Iterable, Iterator

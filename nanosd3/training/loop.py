@@ -1,6 +1,6 @@
 """The training loop shared by all stages.
 
-A stage brings a module and a function that returns the losses of some rows of a step's batch.
+A stage supplies a module and a function that returns the losses of a part of a step's batch.
 `fit` does the rest: the optimizers, warm-up and decay of the learning rate, gradients accumulated
 over microbatches and averaged over ranks, clipping, EMA, the log, a progress bar, checkpoints.
 Ctrl-C and SIGTERM stop it after the current step, with a checkpoint saved.
@@ -46,7 +46,7 @@ class StepRNG:
     whichever rank computes it, in whatever microbatch, before or after a resume. There are two
     kinds of draw:
 
-        cheap, a few numbers a row (indices, timesteps, dropout): draw them for the whole batch
+        cheap, a few values per row (indices, timesteps, dropout): draw them for the whole batch
             from `generator()`, then keep this microbatch's rows with `take`
         expensive (the noise of the latents): `noise` draws this microbatch's rows only
     """

@@ -2,8 +2,8 @@
 
 The gradient of a matrix is dominated by few directions: its largest singular values are far above
 the rest, and a step along it changes little else. Muon (Jordan 2024) takes the momentum, U S V^T by
-its singular values, and steps along U V^T. AdamW does something like it number by number, blind to
-the fact that the numbers form a map.
+its singular values, and steps along U V^T. AdamW normalises element by element, ignoring
+that the elements form a matrix.
 
 No decomposition is needed. The odd polynomial  a X + b (X X^T) X + c (X X^T)^2 X  leaves U and V as
 they are and maps each singular value s to  a s + b s^3 + c s^5;  a few rounds of it (Newton-Schulz)
@@ -11,7 +11,7 @@ take all of (0, 1] near 1. Matrices of one shape are computed together.
 
 Two details matter here. A fused layer is several matrices, one above the other (queries, keys and
 values), which have nothing to do with each other: each is made orthogonal by itself. And a step is
-as long as AdamW's, 0.2 lr a number (root mean square) whatever the shape, so that both use rates of
+as long as AdamW's, an RMS of 0.2 lr per element whatever the shape, so that both use rates of
 the same size (arXiv 2502.16982).
 
 torch.optim.Muon is the same but for three things: it knows no fused layers, takes the matrices one

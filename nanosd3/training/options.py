@@ -1,6 +1,6 @@
 """The command-line options shared by `train_mnist.py` and `python -m nanosd3.train`.
 
-From options to a job in two steps: `make_plan` resolves the config and opens the weights to start
+Options become a job in two steps: `make_plan` resolves the config and opens the weights to start
 from; `job_of` opens the run folder.
 
 By default a run trains its own autoencoder and text encoders first. `--weights PATH` takes those of

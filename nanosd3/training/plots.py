@@ -110,7 +110,7 @@ def plot_frontier(points: list[tuple[float, float, float]], real: float, path: P
     axis.margins(0.12)
     axis.set_ylim(bottom=0)
     axis.set(
-        xlabel="samples read as asked (%)",
+        xlabel="prompt accuracy (%)",
         ylabel="Frechet distance / that of real images",
         title="Along the guidance scale",
     )

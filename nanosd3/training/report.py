@@ -3,7 +3,7 @@
 The metrics are taken on samples whose prompts are captions drawn as in training, the same number
 for each class:
 
-    prompt accuracy     share of samples that the classifier reads as the prompt's class
+    prompt accuracy     share of samples that the classifier assigns to the prompted class
     Frechet distance    in the classifier's features, with two floors that give it a scale
     weight, slant       share of samples that match the attribute in their prompt, as measured in
                         the image

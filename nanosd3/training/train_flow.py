@@ -1,6 +1,6 @@
 """Train the transformer: the velocity of noisy latents, given time and text.
 
-`flow_step` is one training step, from the numbers of a batch's images to its losses; the loop
+`flow_step` is one training step, from the indices of a batch's images to their losses; the loop
 around it (loop.py) takes gradients and updates the weights and their average. The same loss on
 images held out, at fixed times and with fixed noise, is the validation loss.
 """

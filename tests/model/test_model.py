@@ -147,8 +147,8 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_learning_starts_from_zero():
-    """The zero initialisation is no dead end: gates open one after the other, from the
-    output back, and after a few steps every parameter has a gradient."""
+    """Training starts in spite of the zero initialisation: gates open one after another, from
+    the output back, and after a few steps every parameter has a gradient."""
     torch.manual_seed(0)
     model = MMDiT(MMDIT)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -194,7 +194,7 @@ def test_every_branch_reaches_the_output(stream, branch):
 
 
 def test_attention_reaches_the_residual_stream():
-    """With every MLP silenced, image tokens still hear each other and the text."""
+    """With every MLP silenced, image tokens still attend to each other and the text."""
     model = perturbed()
     for name, parameter in model.named_parameters():
         if ".mlp.fc2." in name and "joint_blocks" in name:

@@ -1,4 +1,4 @@
-"""The arguments of a call: a number is its value, and whatever makes no sense is one line."""
+"""The arguments of a call: numbers of every type, and one line for each invalid value."""
 
 import warnings
 

@@ -1,5 +1,5 @@
 """Mistakes that real programmers make, for tests/mutation/run.py: here in time, solvers and
-patches; the network's and the neighbours' are in files of their own.
+patches; those of the network and of related systems are in files of their own.
 
 Each entry is the text of one place, what a tired hand might have written there, and what is
 wrong with that. The old text stands exactly once in its file. Changes that cannot change an

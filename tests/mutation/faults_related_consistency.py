@@ -104,7 +104,7 @@ FAULTS_CONSISTENCY = [
     (TRAINING, "text, no_text, scale)", "text, no_text, 1.0)", "guidance is not built in"),
     (TRAINING, "        if distilled:\n", "        if not distilled:\n",
      "the student starts from nothing"),
-    # what the neighbours' trainings share
+    # what the trainings of related systems share
     (CACHED, "self.normalise(mean + std * posterior), noise", "mean + std * posterior, noise",
      "latents not normalised"),
     (CACHED, "self.normalise(mean + std * posterior), noise", "self.normalise(mean), noise",

@@ -38,7 +38,7 @@ FAULTS_DIT = [
     (DIT, 'and model.config.block != "adaln_gates"', "", "gates not zero are zero"),
     (DIT, "if is_block or isinstance(module, FinalLayer):", "if is_block:",
      "the head's modulation is not zero"),
-    (DIT, "    nn.init.zeros_(model.final_layer.linear.weight)  # the first answer is 0\n", "",
+    (DIT, "    nn.init.zeros_(model.final_layer.linear.weight)  # the first output is 0\n", "",
      "the first answer is not zero"),
     (DIT, "torch.zeros(1), y)) // 2", "torch.zeros(1), y))", "flops are not multiply-adds"),
     # ddpm.py

@@ -161,7 +161,7 @@ FAULTS_MUSE = [
      "base tokens do not know where they are"),
     (SUPER_FILE, "torch.cat([y, x], dim=1)", "y", "base tokens are not looked at"),
     (SUPER_FILE, "torch.cat([y, x], dim=1)", "x", "the text is not heard"),
-    (SUPER_FILE, "            x = block(x, x, x)  # it asks for no conditions", "            pass",
+    (SUPER_FILE, "            x = block(x, x, x)  # self-attention only", "            pass",
      "no layers for the base tokens"),
     (SUPER_FILE, "if not 0 <= int(base.min())", "if not -1 <= int(base.min())",
      "hidden base tokens pass"),

@@ -1,7 +1,7 @@
 """Do the tests test? Plant mistakes in the spine, one at a time, and see whether anything fails.
 
     python tests/mutation/run.py                     all of them: half an hour on one core
-    python tests/mutation/run.py --only related      those of the neighbours
+    python tests/mutation/run.py --only related      those of the related systems
     python tests/mutation/run.py --only euler        those whose file, function or text says "euler"
     python tests/mutation/run.py --head --verbose    in the committed state; name the failing tests
 

@@ -1,4 +1,4 @@
-"""Tokens one after the other: causal, and the same with and without what is kept of the past."""
+"""Tokens one after another: causal, and the same with and without cached keys and values."""
 
 import math
 

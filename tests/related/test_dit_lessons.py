@@ -1,4 +1,4 @@
-"""What a DiT is taught, at which levels of noise, and how samples are drawn."""
+"""A DiT's objectives, its noise levels in training, and its samples."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -63,10 +63,10 @@ def test_merged_cells_have_the_mean_position():
 
 
 def test_frequencies():
-    """pi to 10 pi in equal ratios, without the end, dealt to the heads in turn."""
-    dealt = axial_frequencies(2, 32)
-    assert dealt.shape == (2, 4)
-    in_order = dealt.T.flatten()
+    """pi to 10 pi in equal ratios, without the end, assigned to heads in turn."""
+    found = axial_frequencies(2, 32)
+    assert found.shape == (2, 4)
+    in_order = found.T.flatten()
     expected = [math.pi * 10 ** (i / 8) for i in range(8)]
     torch.testing.assert_close(in_order, torch.tensor(expected, dtype=torch.float64))
 

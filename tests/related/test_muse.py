@@ -39,7 +39,7 @@ def everything(batch, side=7):
 
 @pytest.fixture
 def model():
-    """With random weights: a fresh one answers zero."""
+    """With random weights: a fresh one outputs zero."""
     torch.manual_seed(0)
     muse = Muse(CONFIG)
     for p in muse.parameters():
@@ -65,7 +65,7 @@ def test_a_fresh_network_knows_nothing():
     losses = masked_loss(logits, tokens, seen)
     assert losses.tolist() == pytest.approx([math.log(11)] * 2)
     losses.sum().backward()
-    assert muse.final_layer.linear.weight.grad.any()  # no dead end
+    assert muse.final_layer.linear.weight.grad.any()  # training can start
 
 
 def test_everything_reaches_the_logits(model):

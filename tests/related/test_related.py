@@ -1,4 +1,4 @@
-"""The command of the neighbours, and the consistency model that it makes of a tiny run."""
+"""The command of the related systems, and the consistency model that it makes of a tiny run."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ def test_it_is_a_run_like_any_other(turbo, tmp_path, capsys):
 def test_guidance_is_built_in(turbo, tiny_run, tmp_path, capsys):
     main = lambda a: generate.main(["3", "--out", str(tmp_path / "x.png"), *a])  # noqa: E731
     line = refused(capsys, main, "--run", turbo, "--guidance", "2")
-    assert line == "error: guidance 2.0: is built into this model already; leave it out"
+    assert line == "error: guidance 2.0: is already distilled into this model; leave it out"
     line = refused(capsys, main, "--run", tiny_run, "--sampler", "consistency")
     assert "sampler consistency is for consistency models" in line
     assert run_main(lambda: main(["--run", str(turbo), "--guidance", "1"])) == 0
@@ -211,7 +211,7 @@ def test_another_teacher_is_another_run(tiny_run, turbo, tmp_path, capsys):
 
     tensors["final_layer.linear.bias"] += 1
     save_file(tensors, folder / "flow.safetensors")
-    assert "made of a finished run that is not that of --run" in refused(
+    assert "made from a finished run other than that of --run" in refused(
         capsys, related.main, "consistency", "--run", folder, "--out", turbo)  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def test_evaluations_are_counted():
     assert evaluations(Sampling(50, 1.0, 1.0, "euler")) == 50
     assert evaluations(Sampling(2, 1.0, 1.0, "consistency")) == 2
     scores = {"evaluations": 1, "prompt_accuracy": 0.5, "frechet_ratio_to_real": 2.0}
-    assert in_words(scores).startswith("1 network evaluation an image, 50.0% read as asked")
+    assert in_words(scores).startswith("1 network evaluation an image, prompt accuracy 50.0%")
 
 
 def test_the_teacher_guides(tiny_run, monkeypatch):

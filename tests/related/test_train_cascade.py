@@ -34,7 +34,7 @@ def command(*words: object) -> int:
 
 @pytest.fixture(scope="module")
 def muse(tiny_run, tmp_path_factory):
-    """A tiny Muse, with weights as large as after a long training: it listens."""
+    """A tiny Muse, with weights as large as after a long training, so that text has an effect."""
     folder = tmp_path_factory.mktemp("muse") / "run"
     words = ["muse", "--run", str(tiny_run), "--out", str(folder)]
     assert run_main(lambda: related.main(words)) == 0

@@ -320,7 +320,7 @@ def test_samples_are_those_of_the_run(hdit_run, tiny_run, finished, pixels, tmp_
     told = capsys.readouterr()
     assert "4 images: " in told.out and "warning" not in told.err and found.shape == (4, 32, 32)
     sampled(hdit_run, tiny_run, tmp_path / "x.npy", "--count", 1, "--sample", "a quixotic 7")
-    assert "warning: unknown to this model" in capsys.readouterr().err
+    assert "warning: words that occur in no training caption" in capsys.readouterr().err
     model = HDiT(hdit_config("tiny", False, finished.config))
     model.load_state_dict(load_file(hdit_run / "hdit.safetensors"))
     way = config_of(hdit_run, finished).sampling
@@ -381,7 +381,7 @@ def test_refused_sampling(hdit_run, tiny_run, tmp_path, capsys):
     assert "unfinished; rerun `python -m nanosd3.related hdit ...`" in line(*models, unfinished)
     other = shutil.copytree(hdit_run, tmp_path / "other")
     change(other, lambda content: content.update(finished="another"))
-    assert "was made of another finished run than that of --run" in line(*models, other)
+    assert "was trained on another finished run than that of --run" in line(*models, other)
     damaged = shutil.copytree(hdit_run, tmp_path / "damaged")
     change(damaged, lambda content: content.update(size=[]))
     assert "run.json: damaged: no size of an HDiT" in line(*models, damaged)

@@ -47,7 +47,7 @@ def muse_run(tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lively(muse_run, tmp_path_factory):
-    """The same, with weights as large as after a long training: it listens to the text."""
+    """The same, with weights as large as after a long training, so that text has an effect."""
     folder = tmp_path_factory.mktemp("lively") / "run"
     shutil.copytree(muse_run, folder)
     tensors, generator = read_tensors(folder / "muse.safetensors"), torch.Generator().manual_seed(0)
@@ -392,5 +392,5 @@ def test_another_finished_run_is_refused(muse_run, tiny_run, tmp_path, capsys):
     tensors[name] = tensors[name] + 1
     save_file(tensors, other / "text.safetensors")
     words = ("--run", other, "--model", muse_run, "--sample", "3", "--out", tmp_path / "x.png")
-    assert "was made of another finished run than that of --run" in refused(capsys, main, *words)
+    assert "was trained on another finished run than that of --run" in refused(capsys, main, *words)
     assert not (tmp_path / "x.png").exists()

@@ -134,7 +134,7 @@ def test_a_run_of_pairs(pair_run, capsys):
 
 
 def test_samples_of_pairs(pair_run, tiny_run, tmp_path, capsys):
-    """Of the size trained on, or another; the words of motion mean nothing to it."""
+    """Of the size trained on, or another; words of motion are unknown to it."""
 
     def drawn(prompt: str, *words: object) -> np.ndarray:
         out = tmp_path / "x.npy"
@@ -146,7 +146,7 @@ def test_samples_of_pairs(pair_run, tiny_run, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
     assert drawn("a seven and an 8", "--frames", 6, "--width", 40).shape == (1, 6, 48, 40)
     assert drawn("a seven moving left").shape == (1, 4, 48, 48)
-    assert "warning: unknown to this model" in capsys.readouterr().err
+    assert "warning: words that occur in no training caption" in capsys.readouterr().err
 
 
 def test_what_does_not_go_together(pair_run, tiny_run, tmp_path, capsys):

@@ -72,7 +72,7 @@ def test_what_does_not_divide(call, words):
 
 
 def test_time_runs_from_the_middle():
-    """Closed form; a longer clip surrounds a shorter one, and a single step is nowhere in time."""
+    """Closed form; a longer clip surrounds a shorter one, and a single step is at zero."""
     code = time_code(8, 4)
     angles = torch.tensor([-1.5, -0.5, 0.5, 1.5])[:, None] * 10000 ** -(torch.arange(4) / 4)
     torch.testing.assert_close(code, torch.cat([angles.sin(), angles.cos() - 1], 1))

@@ -112,7 +112,7 @@ def test_what_changed_in_the_data_is_said(tmp_path):
     identity = {"config": {"name": "x"}, "seed": 0, "data": "0"}
     before = {"a": ["1", "1"], "b": ["1", "1"], "c": ["1", "1"]}
     run = Run.open(tmp_path / "run", identity)
-    held = f"{tmp_path / 'run'}: holds a run with data that are not these"
+    held = f"{tmp_path / 'run'}: holds a run with different data"
     assert refusal(**before) == held  # of a version that did not note them
     run.remember(identity, contents(**before))
     assert refusal(**before, d=["1", "1"]) == f"{held}: 1 added (d)"
@@ -132,7 +132,8 @@ def test_fingerprints_are_not_printed(tmp_path):
     """64 digits tell nobody anything."""
     one = {"config": {"name": "x"}, "data": "0" * 64, "encoders": "0" * 64, "init": "0" * 64}
     Run.open(tmp_path, one)
-    for key in ("data", "encoders", "init"):
-        with pytest.raises(InputError, match=f"holds a run with {key} ") as error:
+    reasons = {"data": "with different", "encoders": "with other encoders", "init": "started from"}
+    for key, reason in reasons.items():
+        with pytest.raises(InputError, match=f"holds a run {reason} ") as error:
             Run.open(tmp_path, one | {key: "1" * 64})
         assert "000" not in str(error.value) and "111" not in str(error.value)

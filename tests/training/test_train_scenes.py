@@ -109,7 +109,7 @@ def test_other_images_are_refused(tmp_path, capsys):
     assert "--data" in line and "leave it out" in line and not out.exists()
 
 
-def test_neighbours_refuse_scenes(scenes_run, tmp_path, capsys):
+def test_related_systems_refuse_scenes(scenes_run, tmp_path, capsys):
     line = refused(capsys, related.main, "paths", "--run", scenes_run, "--out", tmp_path / "paths")
     assert str(scenes_run) in line and "scenes" in line and "train_mnist.py" in line
 

@@ -150,7 +150,7 @@ def test_only_what_changed_is_encoded_again(folder, tmp_path, unobserved, monkey
     (folder / "4.txt").write_text("something new\n")
     assert run(*options, *prompt) == 2
     line = capsys.readouterr().err
-    assert "holds a run with data that are not these: 1 with other pixels (3.png), " in line
+    assert "holds a run with different data: 1 with other pixels (3.png), " in line
     assert "1 with other captions (4.png)" in line
     assert run(*options, *prompt, "--fresh") == 0
     assert seen == {"images": 1, "texts": 1}

@@ -1,10 +1,10 @@
 """Judge an answer from its record and report the first thing that is wrong.
 
-The checks, in the order in which a student wants to hear of them: not attempted; an exception,
-with the student's own line; type; shape; values, with the hint of the first mutant that gives the
-same results, else in what way they differ; loops over elements; the gradient; inputs modified in
-place; a second call or non-contiguous inputs giving another result; dtype and device not kept. A
-right answer is told why it matters and where it is in the package.
+The checks, most helpful first: not attempted; an exception, with the student's own line; type;
+shape; values, with the hint of the first mutant that gives the same results, else in what way they
+differ; loops over elements; the gradient; inputs modified in place; a second call or non-contiguous
+inputs giving another result; dtype and device not kept. A right answer is told why it matters and
+where it is in the package.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Compare results with those expected, and say in what way they differ."""
+"""Compare results with those expected, and describe how they differ."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The grades of a class: which files to grade, and the table of what came out."""
+"""The grades of a class: which files to grade, and the table of results."""
 
 import csv
 import io

@@ -1,10 +1,10 @@
 """Grade files of answers, each in a restricted process of its own.
 
-Student code never meets the grader. It runs in sandbox.py, restricted from inside and with time
-limits from outside; it gets inputs and leaves a record of outputs, and only that record is judged,
-here, against the package. An answer that loops is stopped and the others go on; an answer that
-exits, prints or patches changes nothing but its own record; and the reference values are out of
-reach, since the package may be neither imported nor read (closed book).
+Student code runs in a process of its own, sandbox.py, restricted from inside and with time limits
+from outside; it gets inputs and leaves a record of outputs, and only that record is judged, here,
+against the package. An answer that loops is stopped and the others go on; an answer that exits,
+prints or patches changes nothing but its own record; and the reference values are out of reach,
+since the package may be neither imported nor read (closed book).
 """
 
 import contextlib
