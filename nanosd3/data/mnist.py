@@ -179,7 +179,7 @@ def to_model(images: Tensor, size: int) -> Tensor:
 
 def to_uint8(x: Tensor) -> Tensor:
     """Convert float (B, C, H, W) in [-1, 1] to uint8 (B, H, W, C), or (B, H, W) for C = 1."""
-    x = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    x = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     return x[..., 0] if x.shape[-1] == 1 else x
 
 

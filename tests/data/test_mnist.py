@@ -142,6 +142,12 @@ def test_thirds():
 # --- captions ------------------------------------------------------------------------------------
 
 
+def test_pixels_are_rounded_once():
+    """Of bfloat16 too, in which 127.5 times a number has too few digits for a pixel."""
+    x = torch.linspace(-1, 1, 4096).view(1, 1, 64, 64).bfloat16()
+    assert torch.equal(to_uint8(x), to_uint8(x.double()))
+
+
 def test_captions():
     captions = make_captions(DIGITS)
     assert len(set(captions.texts)) == len(captions.texts)
