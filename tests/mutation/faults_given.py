@@ -1,11 +1,26 @@
 """Mistakes in reading what is given: files, folders, arrays and options. Tuples (file, old text,
 new text, what)."""
 
-FOLDERS = "official/folders.py"
+FOLDERS, RUN, USER_FILES = "official/folders.py", "storage/run.py", "storage/user_files.py"
+MNIST, CLASSES = "data/mnist.py", "data/class_names.py"
+LOOP, NOT_FINITE = "training/loop.py", "training/not_finite.py"
 
 FAULTS_GIVEN = [
     (FOLDERS, "[whole.name] if whole.is_dir() else [whole.name, whole.parent.name]",
      "whole.parts", "any folder above says turbo"),
     (FOLDERS, "[whole.name] if whole.is_dir() else", "", "the folder around a folder"),
     (FOLDERS, "(path.absolute(), path.resolve())", "(path.absolute(),)", "links are not followed"),
+    (RUN, "any(not path.name.startswith(\".\") for", "any(path.name for",
+     "hidden files are in the way"),
+    (USER_FILES, "list(io.StringIO(read_text(path), newline=None))",
+     "read_text(path).splitlines()", "U+2028 ends a line"),
+    (USER_FILES, "newline=None", 'newline=""', "a line of a Mac's end"),
+    (MNIST, "((x.float() + 1) * 127.5)", "((x + 1) * 127.5)", "pixels rounded to bfloat16"),
+    (CLASSES, "line.lower().strip()", "line.strip()", "names in capitals"),
+    # a step that is not finite
+    (LOOP, "min(PATIENCE, recipe.steps)", "PATIENCE", "short runs end without a loss"),
+    (LOOP, "in microbatches(parallel, name, recipe.batch)]",
+     "in microbatches(parallel, name, recipe.batch)[:1]]", "one microbatch runs again"),
+    (NOT_FINITE, "[*weights, *outputs, *losses,", "[*outputs, *weights, *losses,",
+     "what weights do to outputs is said"),
 ]  # fmt: skip

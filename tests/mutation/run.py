@@ -119,7 +119,9 @@ def stages_of(copy: Path) -> Stages:
             stem = Path(file).stem
             nearest = [n for n in there if Path(n).stem == f"test_{stem}"]
             related = [n for n in there if n.startswith("related/") and n not in nearest]
-            return [[f"tests/{name}" for name in row] for row in (nearest, related) if row]
+            rest = [n for n in there if n.startswith(("training/", "storage/"))]
+            rest = [n for n in rest if n not in nearest and file.startswith("training/")]
+            return [[f"tests/{name}" for name in row] for row in (nearest, related, rest) if row]
         folder = f"{file.partition('/')[0]}/"
         if folder in OWN:
             return [[f"tests/{name}" for name in there if name.startswith(folder)]]
