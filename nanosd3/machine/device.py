@@ -117,9 +117,21 @@ def device_of(device: str | torch.device) -> torch.device:
         raise InputError(
             f"device: expected a name such as cpu or cuda, got {shown(device)}"
         ) from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if found.type == "cuda":
+        there = (found.index or 0) < torch.cuda.device_count()
+    else:
+        there = holds_numbers(found)
+    if not there:
         raise InputError(f"device: no {found} on this machine")
     return found
+
+
+def holds_numbers(device: torch.device) -> bool:
+    """Whether this PyTorch can compute on a device; not on "meta", where only shapes exist."""
+    try:
+        return torch.zeros(1, device=device).item() == 0
+    except (RuntimeError, AssertionError, ImportError):  # each type of device has its own
+        return False
 
 
 def set_up(threads: int | None = None) -> torch.device:

@@ -50,6 +50,15 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # about devices of the past
+def test_devices_that_are_not_there():
+    """Each fails in a way of its own; on meta there are shapes but no numbers."""
+    assert device.device_of("cpu") == device.device_of(torch.device("cpu")) == torch.device("cpu")
+    for name in ("meta", "hpu", "privateuseone", "ipu", "vulkan", "mkldnn", "cuda:99"):
+        with pytest.raises(InputError, match=f"^device: no {name} on this machine$"):
+            device.device_of(name)
+
+
 @pytest.mark.parametrize("name", GROUPS)
 def test_limits_of_control_groups(files, name):
     there, lines, share, gigabytes = GROUPS[name]
