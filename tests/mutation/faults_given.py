@@ -3,6 +3,7 @@ new text, what)."""
 
 FOLDERS, RUN, USER_FILES = "official/folders.py", "storage/run.py", "storage/user_files.py"
 MNIST, CLASSES = "data/mnist.py", "data/class_names.py"
+PICTURES = "data/pictures.py"
 LOOP, NOT_FINITE = "training/loop.py", "training/not_finite.py"
 
 FAULTS_GIVEN = [
@@ -23,4 +24,11 @@ FAULTS_GIVEN = [
      "in microbatches(parallel, name, recipe.batch)[:1]]", "one microbatch runs again"),
     (NOT_FINITE, "[*weights, *outputs, *losses,", "[*outputs, *weights, *losses,",
      "what weights do to outputs is said"),
+    (PICTURES, "array.astype(array.dtype.newbyteorder(\"=\"), order=\"C\")", "array.copy()",
+     "arrays of another machine's byte order"),
+    (PICTURES, "\"=\"), order=\"C\")", "\"=\"))", "arrays that run backwards in memory"),
+    (PICTURES, "except TypeError:", "except KeyError:", "arrays of texts"),
+    ("generate.py", "if name not in read and getattr(args, name) != usual:",
+     "if getattr(args, name) != usual:", "no report at all"),
+    ("generate.py", "        check_report(args)\n", "", "options of a report without effect"),
 ]  # fmt: skip
