@@ -271,7 +271,7 @@ def parsers() -> dict[str, Parser]:
         "forward train growth frontier",
         "--threads",
         type=positive,
-        help="(default: all usable cores)",
+        help="(default: the usable cores, at most 8)",
     )
     made["growth"].set_defaults(batch=8)
     made["table"].set_defaults(batch=1)

@@ -35,7 +35,7 @@ from nanosd3.training.stages import Job, training_of
 def add_options(parser: Parser, config: str) -> None:
     """Add the training options that do not depend on the data; `config` is the default config."""
     add = parser.add_argument
-    names = tuple(CONFIGS)
+    names = tuple(name for name in CONFIGS if not name.endswith("-turbo"))  # distilled already
     add("--config", default=config, choices=names, help="model size (default: %(default)s)")
     add("--out", type=Path, help="run folder (default: runs/CONFIG)")
     add("--fresh", action="store_true", help="delete the run in the folder and start over")
