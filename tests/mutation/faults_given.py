@@ -4,6 +4,8 @@ new text, what)."""
 FOLDERS, RUN, USER_FILES = "official/folders.py", "storage/run.py", "storage/user_files.py"
 MNIST, CLASSES = "data/mnist.py", "data/class_names.py"
 PICTURES = "data/pictures.py"
+RATES = "training/throughput.py"
+TENSORS = "official/tensors.py"
 LOOP, NOT_FINITE = "training/loop.py", "training/not_finite.py"
 
 FAULTS_GIVEN = [
@@ -31,4 +33,16 @@ FAULTS_GIVEN = [
     ("generate.py", "if name not in read and getattr(args, name) != usual:",
      "if getattr(args, name) != usual:", "no report at all"),
     ("generate.py", "        check_report(args)\n", "", "options of a report without effect"),
+    # rates of training
+    (RATES, "{model}\\b", "{model}", "an L40S is an L40"),
+    (RATES, "multiplication_speed(device, torch.bfloat16)",
+     "multiplication_speed(device, torch.float32)", "a GPU's peak in float32"),
+    (RATES, "        self.begin = None\n", "", "what is between steps counts"),
+    (RATES, "        if self.begin is None:\n", "        if True:\n", "only the last microbatch"),
+    # fingerprints, memory
+    (TENSORS, "if len(tensor.shape) == 1 or not earlier:", "if len(tensor.shape) == 1:",
+     "a merged LoRA is not noticed"),
+    (TENSORS, "not like.startswith(SAMPLED)", "like.startswith(SAMPLED)", "versions exchanged"),
+    (TENSORS, "like is not None and not", "not like or not", "new runs without matrices"),
+    (TENSORS, "max(1, len(values) // MATRIX_VALUES)", "len(values)", "one value of a matrix"),
 ]  # fmt: skip
