@@ -198,7 +198,7 @@ def to_tensor(array: object, name: str) -> Tensor:
             f"{name}: expected an array of pixels or a Pillow image, got a {type(array).__name__}"
         )
     try:
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     except TypeError:
         raise InputError(f"{name}: expected numbers, got an array of {array.dtype}") from None
 

@@ -320,8 +320,8 @@ def test_turbo_in_the_names_of_outer_folders_says_nothing(tmp_path):
     (models.parent / "large").mkdir(parents=True)
     assert known_as(large, models / "sd3.5_large.safetensors")[0] == "sd3.5-large"
     assert known_as(large, models.parent / "large")[0] == "sd3.5-large"
-    (tmp_path / "link").symlink_to(models / "Turbo.safetensors")
-    assert known_as(large, tmp_path / "link")[0] == "sd3.5-large-turbo"
+    (models.parent / "large" / "link").symlink_to(models / "Turbo.safetensors")
+    assert known_as(large, models.parent / "large" / "link")[0] == "sd3.5-large-turbo"
 
 
 def test_clip_l_projection(official_file, official_folder, official_parts, tmp_path):
