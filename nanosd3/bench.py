@@ -27,7 +27,12 @@ from nanosd3.errors import InputError
 from nanosd3.machine.device import memory_found, set_up
 from nanosd3.machine.matmul import multiplication_speed
 from nanosd3.measure import growth, training_memory
-from nanosd3.measure.compare_diffusers import Workload, compare_pass, compare_training
+from nanosd3.measure.compare_diffusers import (
+    Workload,
+    compare_pass,
+    compare_training,
+    require_diffusers,
+)
 from nanosd3.measure.costs import parameters, training_flops
 from nanosd3.measure.cuda import command
 from nanosd3.measure.generate_memory import measure_run
@@ -51,6 +56,8 @@ NAMES = {
 def workload(args: argparse.Namespace, config: Config, dtype: str, compiled: bool) -> Workload:
     """The measurement that the options describe. Raises InputError for an unsupported size."""
     patches_per_side(config, args.size)  # before anything large is allocated
+    if args.against:
+        require_diffusers()
     return Workload(
         config=config,
         size=args.size,
@@ -264,7 +271,7 @@ def parsers() -> dict[str, Parser]:
         "forward train growth frontier",
         "--threads",
         type=positive,
-        help="(default: all usable cores)",
+        help="(default: the usable cores, at most 8)",
     )
     made["growth"].set_defaults(batch=8)
     made["table"].set_defaults(batch=1)

@@ -1,9 +1,9 @@
 """Every size of the model, as numbers: `CONFIGS[name]` with `.mmdit`, `.vae` and `.text`.
 
-The classes have no default dimensions; a config gives them all. `tiny`, `mnist` and `small` train
-from scratch on a CPU, by the numbers in `recipes`; the others are the official models and the
-depths of the paper's scaling study. Each could be held by diffusers' SD3Transformer2DModel and
-AutoencoderKL as well.
+The classes have no default dimensions; a config gives them all. `tiny`, `mnist`, `small`,
+`scenes` and `tiny-scenes` train from scratch on a CPU, by the numbers in `recipes`; the others are
+the official models and the depths of the paper's scaling study. Each could be held by diffusers'
+SD3Transformer2DModel and AutoencoderKL as well.
 
 Sizes and defaults of the official models: the published checkpoints' shapes, Stability's
 reference code and diffusers' configs; where those disagree, the choice is noted at the number.

@@ -12,7 +12,8 @@ would apply it twice. The four densities of the paper are given here as inverse 
 maps u, uniform in [0, 1], to t. Fed with evenly spread u they give evenly spread t.
 
 `shift` moves time towards noise for larger images, where neighbouring pixels are redundant, so the
-same noise level destroys less information. The one function serves training and sampling.
+same noise level destroys less information. The one function serves training, by the size of each
+image, and sampling, by the model's number at every size.
 Paper: arXiv 2403.03206, sections 2 to 3.1 and 5.3.2.
 
 Left out: the other trajectories of the paper's study (EDM, cosine, LDM-linear); they are in

@@ -96,7 +96,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="of the networks (default: a run's own; else float32 on CPU, bfloat16 on a GPU)",
     )
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    add("--threads", type=positive, help="CPU threads (default: all usable cores)")
+    add("--threads", type=positive, help="CPU threads (default: the usable cores, at most 8)")
     return parser.parse_args(arguments)
 
 
@@ -120,6 +120,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         model, args.weights = args.weights or Path("runs/mnist"), None
     args.model = model
     if args.report:
+        check_report(args)
         return
     if not args.prompts:
         raise InputError("no PROMPT given (see --help)")
@@ -138,6 +139,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"{out}: is a folder")
     check_writable(out)
     args.out, args.count = out, args.count or (8 if own else 1)
+
+
+def check_report(args: argparse.Namespace) -> None:
+    """Raise InputError for what has no effect on a report."""
+    read = {"model", "run", "weights", "report", *files_of(args)}
+    for name, usual in vars(parse([])).items():
+        if name not in read and getattr(args, name) != usual:
+            option = "PROMPT" if name == "prompts" else f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} has no effect with --report, which draws nothing")
 
 
 def is_run(path: Path) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanosd3.arguments import real_number, several, whole_number
 from nanosd3.config_types import Config, Sampling
-from nanosd3.data.pictures import to_latent_mask, to_pixels
+from nanosd3.data.pictures import to_latent_mask, to_pixels, to_tensor
 from nanosd3.errors import InputError, shown
 from nanosd3.few_steps import ALL_SAMPLERS, even_schedule
 from nanosd3.flow import schedule
@@ -175,7 +175,7 @@ def seeded_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 def check_noise(noise: object, shape: tuple[int, ...]) -> Tensor:
     """The noise as a tensor. Raises InputError if it is not a tensor of this shape."""
-    noise = torch.from_numpy(noise.copy()) if isinstance(noise, np.ndarray) else noise
+    noise = to_tensor(noise, "noise") if isinstance(noise, np.ndarray) else noise
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
         raise InputError(f"noise: expected a tensor of floating-point numbers, got {shown(noise)}")
     if tuple(noise.shape) != shape:

@@ -4,7 +4,6 @@ Names are compared in Unicode's form NFC, as macOS may write the same name in an
 that differ in case or by a backslash do not match; the error message points them out.
 """
 
-import io
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Protocol
 from nanosd3.data.formats import UNREAD_SUFFIXES
 from nanosd3.errors import InputError, shown
 from nanosd3.storage.files import parse_json
-from nanosd3.storage.user_files import read_text
+from nanosd3.storage.user_files import read_lines
 
 METADATA = "metadata.jsonl"
 OTHER_SUFFIXES = (".caption", ".cap", ".json", ".yaml", ".xmp")  # captions elsewhere
@@ -78,7 +77,7 @@ class TextFiles:
         text = self.texts.find(wanted)
         self.named.add(text or self.texts.similar.get(folded(wanted), wanted))
         if text or wanted.exists():
-            return stripped(read_text(text or wanted).splitlines(), path)
+            return stripped(read_lines(text or wanted), path)
         hint = self.texts.hint(wanted)
         if not hint and (name := self.foreign.get(folded(path.with_suffix("")))):
             hint = f"; {name} is not read"
@@ -94,8 +93,7 @@ class Metadata:
     def __init__(self, root: Path, files: Iterable[Path]):
         self.named = {root / METADATA}
         self.files, self.captions = PathIndex(root, files), dict[Path, list[str]]()
-        lines = io.StringIO(read_text(root / METADATA), newline=None)  # U+2028 ends no line
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(read_lines(root / METADATA), 1):
             if line.strip():
                 name, texts = parse_line(line, f"{root / METADATA}, line {number}")
                 path = self.files.find(root / name) or root / name

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nanosd3.errors import InputError, shown
-from nanosd3.storage.user_files import read_text
+from nanosd3.storage.user_files import read_lines
 
 Names = tuple[tuple[str, ...], ...]  # for each class, its synonyms
 
@@ -37,8 +37,8 @@ def read_classes(path: Path) -> list[str]:
     """The names in a classes.txt, one a line. Raises InputError if two classes have the same."""
     numbers: dict[str, int] = {}  # of the lines
     names = []
-    for number, line in enumerate(read_text(path).lower().splitlines(), 1):
-        if name := line.strip():
+    for number, line in enumerate(read_lines(path), 1):
+        if name := line.lower().strip():
             first = numbers.setdefault(" ".join(unicodedata.normalize("NFC", name).split()), number)
             if first != number:
                 raise InputError(

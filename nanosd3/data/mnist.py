@@ -123,8 +123,8 @@ def read_idx(path: Path, dims: int) -> Tensor:
 def load_images(folder: str | Path | None = None) -> ImageSet:
     """Load the MNIST in the package (verifying checksums), or the four IDX files of `folder`.
 
-    Raises InputError for files that are missing, damaged, or do not match in size, and for
-    labels without a class name.
+    Raises InputError for files that are missing, damaged, or do not match in size, for a single
+    image, and for labels without a class name.
     """
     root = MNIST_FOLDER if folder is None else Path(folder)
     if not root.is_dir():
@@ -143,6 +143,11 @@ def load_images(folder: str | Path | None = None) -> ImageSet:
             raise InputError(f"{path}: images are {height}x{width}, expected {SIDE}x{SIDE}")
         if len(images) != len(labels):
             raise InputError(f"{path}: {len(images)} images but {len(labels)} labels")
+        if len(images) < 2:
+            raise InputError(
+                f"{path}: holds one image, expected at least two: the metrics are about how "
+                "images differ"
+            )
     labels = parts[1].long()
     names, why = class_names(root, labels, packaged=folder is None)
     for part, path in ((labels, paths[1]), (parts[3].long(), paths[3])):
@@ -179,7 +184,7 @@ def to_model(images: Tensor, size: int) -> Tensor:
 
 def to_uint8(x: Tensor) -> Tensor:
     """Convert float (B, C, H, W) in [-1, 1] to uint8 (B, H, W, C), or (B, H, W) for C = 1."""
-    x = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    x = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     return x[..., 0] if x.shape[-1] == 1 else x
 
 

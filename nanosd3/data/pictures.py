@@ -189,14 +189,18 @@ def to_pixels(image: object, channels: int) -> Tensor:
 
 
 def to_tensor(array: object, name: str) -> Tensor:
-    """A tensor as it is, or a copy of a NumPy array. Raises InputError for anything else."""
+    """A tensor as it is, or a copy of a NumPy array, in whatever byte order. Raises InputError for
+    anything else, such as an array of texts."""
     if isinstance(array, Tensor):
         return array
-    if isinstance(array, np.ndarray):
-        return torch.from_numpy(array.copy())
-    raise InputError(
-        f"{name}: expected an array of pixels or a Pillow image, got a {type(array).__name__}"
-    )
+    if not isinstance(array, np.ndarray):
+        raise InputError(
+            f"{name}: expected an array of pixels or a Pillow image, got a {type(array).__name__}"
+        )
+    try:
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    except TypeError:
+        raise InputError(f"{name}: expected numbers, got an array of {array.dtype}") from None
 
 
 def to_latent_mask(mask: object, height: int, width: int, factor: int, padding: int) -> Tensor:

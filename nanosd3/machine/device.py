@@ -117,9 +117,21 @@ def device_of(device: str | torch.device) -> torch.device:
         raise InputError(
             f"device: expected a name such as cpu or cuda, got {shown(device)}"
         ) from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if found.type == "cuda":
+        there = (found.index or 0) < torch.cuda.device_count()
+    else:
+        there = holds_numbers(found)
+    if not there:
         raise InputError(f"device: no {found} on this machine")
     return found
+
+
+def holds_numbers(device: torch.device) -> bool:
+    """Whether this PyTorch can compute on a device; not on "meta", where only shapes exist."""
+    try:
+        return torch.zeros(1, device=device).item() == 0
+    except (RuntimeError, AssertionError, ImportError):  # each type of device has its own
+        return False
 
 
 def set_up(threads: int | None = None) -> torch.device:
@@ -143,7 +155,7 @@ def set_up(threads: int | None = None) -> torch.device:
             reason += f"; the machine is busy (load {os.getloadavg()[0]:.1f}), --threads 1 may help"
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
-        device = torch.device("cuda")
+        device = own_gpu()
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
         print(f"device: {torch.cuda.get_device_name()}; {threads} CPU threads ({reason})")
     else:
@@ -152,24 +164,44 @@ def set_up(threads: int | None = None) -> torch.device:
     return device
 
 
+def own_gpu() -> torch.device:
+    """The GPU; under torchrun that of this process, which becomes the current one. Raises
+    InputError if there are more processes than GPUs."""
+    number = torchrun_number("LOCAL_RANK")
+    if number is None:
+        return torch.device("cuda")
+    if number >= torch.cuda.device_count():
+        raise InputError(
+            f"torchrun started process {number + 1} on this machine, which has "
+            f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node"
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
 def memory_found() -> tuple[float, str]:
-    """Memory available to a model in GB, and where: on the GPU if there is one, otherwise in RAM.
+    """Memory available to a model in GB, and where: on the GPU if there is one, otherwise in RAM,
+    which the processes that torchrun started on this machine share equally.
 
     NaN if the system does not report it.
     """
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free / 1e9, f"free on {torch.cuda.get_device_name()}"
+    processes = torchrun_number("LOCAL_WORLD_SIZE") or 1
+    share = f", shared by {processes} processes" if processes > 1 else ""
     try:
         lines = (PROC / "meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-        return min(available * 1024 / 1e9, group_memory()), "available on this machine"
+        gigabytes = min(available * 1024 / 1e9, group_memory()) / processes
+        return gigabytes, f"available on this machine{share}"
     except (OSError, StopIteration):  # not Linux
         names = getattr(os, "sysconf_names", {})
         if "SC_PHYS_PAGES" not in names:
             return float("nan"), "(not reported by this system)"
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return size / 1e9, "in this machine"
+        return size / 1e9 / processes, f"in this machine{share}"
 
 
 def peak_memory(device: torch.device) -> float | None:

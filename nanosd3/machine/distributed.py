@@ -114,6 +114,7 @@ def launched_processes() -> int:
 @contextmanager
 def process_group(mode: str | None, device: torch.device) -> Iterator[ProcessGroup]:
     """Join the process group of torchrun while open; without torchrun, yield a single process.
+    `device` is this process's own.
 
     Raises InputError if `mode` is given without torchrun, or torchrun is used without `mode`.
     """
@@ -129,9 +130,6 @@ def process_group(mode: str | None, device: torch.device) -> Iterator[ProcessGro
         raise InputError(
             f"torchrun started {launched_processes()} processes; add --parallel ddp or fsdp"
         )
-    if device.type == "cuda":
-        device = torch.device("cuda", torchrun_number("LOCAL_RANK") or 0)
-        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     yield ProcessGroup(dist.get_rank(), dist.get_world_size(), mode, device)

@@ -66,10 +66,16 @@ class OneDNNLinear(torch.autograd.Function):
         g_rows, x_rows = (a.reshape(-1, a.shape[-1]) for a in (g, x))  # (tokens, out), (tokens, in)
         for_x, for_weight, for_bias = needed
         return (
-            onednn_linear(g, weight.T) if for_x else None,
-            onednn_linear(g_rows.T, x_rows.T) if for_weight else None,
+            differentiable(g, weight.T) if for_x else None,
+            differentiable(g_rows.T, x_rows.T) if for_weight else None,
             g_rows.sum(0) if for_bias else None,
         )
+
+
+def differentiable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`onednn_linear` with gradients where they are wanted: of gradients, with create_graph."""
+    multiply = OneDNNLinear.apply if torch.is_grad_enabled() else onednn_linear
+    return multiply(x, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -77,8 +83,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     plain = x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0
     if plain or not (eager() and onednn_multiplies_faster()):
         return F.linear(x, weight, bias)
-    multiply = OneDNNLinear.apply if torch.is_grad_enabled() else onednn_linear
-    return multiply(x, weight, bias)
+    return differentiable(x, weight, bias)
 
 
 def multiplication_speed(device: torch.device, dtype: torch.dtype) -> float:

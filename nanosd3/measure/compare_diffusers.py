@@ -9,6 +9,7 @@ import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanosd3.config_types import Config
+from nanosd3.errors import InputError
 from nanosd3.machine.matmul import seconds
 from nanosd3.measure.meters import count_flops, peak_bytes, training_step
 from nanosd3.measure.random_models import (
@@ -71,6 +73,16 @@ class StepCost:
     fixed: int  # bytes of weights and AdamW's two moments
     peak: int  # bytes at the peak beyond those
     ratios: Ratios | None
+
+
+def require_diffusers() -> None:
+    """Raise InputError if the reference implementations are not installed."""
+    for library in ("diffusers", "transformers"):
+        if find_spec(library) is None:
+            raise InputError(
+                f"{library} is not installed, which --against compares with; "
+                "install it with pip install -r requirements-dev.txt"
+            )
 
 
 def reference_model(config: Config, part: str, ours: nn.Module) -> nn.Module:

@@ -130,10 +130,11 @@ def open_base(run: Run, weights: Path | None) -> Checkpoint:
     Raises InputError that says where it was looked for.
     """
     problems = [run.identity[WEIGHTS]] if weights else []
+    stored = run.identity.get("encoders")
     for path in [weights] if weights else own_runs.base_places(run):
         try:
             base = open_checkpoint(path)
-            if fingerprint(base.encoders) == run.identity.get("encoders"):
+            if fingerprint(base.encoders, like=stored) == stored:
                 return base
             problems.append(f"{path}: holds other encoders")
         except InputError as error:

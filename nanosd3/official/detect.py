@@ -4,7 +4,7 @@ Official files carry no config to rely on, but shapes tell almost everything: th
 patch embedding is 64 times the depth, the position grid is a square, and QK-norm or dual attention
 is there if any of its weights is. What shapes do not tell is taken from the released models: heads
 of 64, norms over 32 groups, the latents' shift and scale, activations and sampling. SD3.5 Large and
-Large Turbo have the same shapes and are told apart by the path.
+Large Turbo have the same shapes and are told apart by their names.
 
 A component as wide as a released one is that one: its depth is not read from the tensors found, so
 that missing tensors are reported (missing_keys.py) instead of suggesting a smaller model.
@@ -28,6 +28,7 @@ from nanosd3.config_types import (
 )
 from nanosd3.errors import InputError
 from nanosd3.layers import HEAD_DIM
+from nanosd3.official.folders import model_names
 from nanosd3.official.key_names import count
 from nanosd3.official.tensors import State
 
@@ -261,12 +262,12 @@ def known_as(mmdit: MMDiTConfig, path: Path) -> tuple[str, Sampling, str]:
     detected_by = f"depth {mmdit.depth}, {'with' if mmdit.qk_norm else 'without'} QK-norm"
     if mmdit.dual_attention:
         detected_by += f", dual attention in {len(mmdit.dual_attention)} blocks"
-    turbo = "turbo" in f"{path.absolute()} {path.resolve()}".lower()
+    turbo = any("turbo" in name.lower() for name in model_names(path))
     for name in ("sd3-medium", "sd3.5-medium", "sd3.5-large-turbo" if turbo else "sd3.5-large"):
         config = CONFIGS[name]
         if config.mmdit == mmdit:
             if name == "sd3.5-large-turbo":
-                detected_by += ', "turbo" in its path; sd3.5-large has the same shapes'
+                detected_by += ', "turbo" in its name; sd3.5-large has the same shapes'
             return name, config.sampling, detected_by
     name = "sd3.5-large" if mmdit.qk_norm else "sd3-medium"
     name = "sd3.5-medium" if mmdit.dual_attention else name

@@ -86,6 +86,16 @@ def choose_file(names: list[str], stem: str, folder: Path) -> str | None:
     return best
 
 
+def model_names(path: Path) -> list[str]:
+    """The names of a file and its folder, or of a folder, links followed too; in the Hub's cache
+    (models--OWNER--NAME/snapshots/...) its repository's as well."""
+    names = []
+    for whole in (path.absolute(), path.resolve()):
+        names += [whole.name] if whole.is_dir() else [whole.name, whole.parent.name]
+        names += [name for name in whole.parts if name.startswith("models--")]
+    return names
+
+
 def is_weight_like(name: str) -> bool:
     """Whether a file may hold weights, a part of them, or where they are."""
     return not WEIGHT_SUFFIXES.isdisjoint(Path(name.lower()).suffixes)

@@ -18,6 +18,9 @@ from nanosd3.errors import InputError
 
 State = dict[str, "StoredTensor"]
 
+SAMPLED = "sampled-"  # in front of a fingerprint
+MATRIX_VALUES = 256  # values of a matrix in it, about
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -62,16 +65,24 @@ def in_memory(name: str, tensor: Tensor, file: Path) -> StoredTensor:
     return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
-def fingerprint(parts: dict[str, State]) -> str:
+def fingerprint(parts: dict[str, State], like: str | None = None) -> str:
     """A hash of networks that may be too large to read in full: the name, shape and type of every
-    tensor, and the values of all vectors (biases and norms), which any training changes."""
+    tensor, all values of vectors (biases and norms), which any training changes, and some of every
+    matrix, which a merged LoRA changes.
+
+    To be compared with the stored fingerprint `like`, it is made as that one was: earlier versions
+    took no values of matrices.
+    """
+    earlier = like is not None and not like.startswith(SAMPLED)
     digest = hashlib.sha256()
     for part in sorted(parts):
         for name, tensor in sorted(parts[part].items()):
             digest.update(f"{part} {name} {tensor.shape} {tensor.dtype}".encode())
-            if len(tensor.shape) == 1:
-                digest.update(tensor.read().float().numpy().tobytes())
-    return digest.hexdigest()
+            if len(tensor.shape) == 1 or not earlier:
+                values = tensor.read().flatten()
+                step = 1 if len(tensor.shape) == 1 else max(1, len(values) // MATRIX_VALUES)
+                digest.update(values[::step].float().numpy().tobytes())
+    return digest.hexdigest() if earlier else f"{SAMPLED}{digest.hexdigest()}"
 
 
 def fill(

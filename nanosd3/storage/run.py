@@ -89,7 +89,8 @@ class Run:
                     "with --out, or start over with --fresh"
                 )
             return run
-        if folder.exists() and any(folder.iterdir()):
+        # Killed processes and file managers leave hidden names.
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise InputError(
                 f"{folder}: is not empty and has no run.json, so it is not a run folder; "
                 "choose another folder with --out"

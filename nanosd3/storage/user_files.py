@@ -5,6 +5,7 @@ fail, so it is rejected.
 """
 
 import codecs
+import io
 from pathlib import Path
 
 from nanosd3.errors import InputError
@@ -21,6 +22,12 @@ WIDE_MARKS = {  # byte order marks; UTF-32 first, as its mark begins with that o
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file. Raises InputError as `read_regular` and `decode_text` do."""
     return decode_text(read_regular(path), path)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, with their ends. Form feeds, U+2028 and others, where
+    str.splitlines splits as well, end none. Raises InputError as `read_text` does."""
+    return list(io.StringIO(read_text(path), newline=None))
 
 
 def decode_text(content: bytes, name: object, encoding: str = "utf-8") -> str:

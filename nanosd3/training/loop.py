@@ -93,18 +93,23 @@ def state_tensors(
     return tensors
 
 
+def microbatches(parallel: ParallelModel, name: tuple[int | str, ...], batch: int) -> list[StepRNG]:
+    """The random numbers of this process's microbatches of a step."""
+    rows = parallel.group.microbatches(batch, parallel.compute.accumulate)
+    return [StepRNG(name, microbatch) for microbatch in rows]
+
+
 def gradients(
     parallel: ParallelModel, loss_of: StepLoss, name: tuple[int | str, ...], batch: int
 ) -> tuple[float, dict]:
     """Accumulate the gradients of one step; its mean loss over the batch, and values to log."""
-    group = parallel.group
-    microbatches = group.microbatches(batch, parallel.compute.accumulate)
+    group, parts = parallel.group, microbatches(parallel, name, batch)
     computed = []
-    for i, rows in enumerate(microbatches):
-        with parallel.syncing_gradients(i == len(microbatches) - 1):
-            losses, extra = loss_of(StepRNG(name, rows))
+    for i, part in enumerate(parts):
+        with parallel.syncing_gradients(i == len(parts) - 1):
+            losses, extra = loss_of(part)
             # Gradients are summed over microbatches but averaged over ranks.
-            (losses.mean() * (len(rows) * group.size / batch)).backward()
+            (losses.mean() * (len(part.rows) * group.size / batch)).backward()
         computed.append(losses.detach().reshape(-1))
     return group.all_gather(torch.cat(computed)).mean().item(), extra
 
@@ -152,9 +157,9 @@ def fit(
                 skipped, entry = skipped + 1, {"skipped": skipped + 1}
             if group.is_main:
                 run.log(stage=stage, step=step, **entry)
-            if skipped == PATIENCE:
-                rerun = partial(loss_of, StepRNG(name, group.microbatches(recipe.batch)[0]))
-                raise not_finite_error(stage, step, first_not_finite(module, rerun))
+            if skipped == min(PATIENCE, recipe.steps):
+                reruns = [partial(loss_of, m) for m in microbatches(parallel, name, recipe.batch)]
+                raise not_finite_error(stage, step, skipped, first_not_finite(module, reruns))
             module.zero_grad()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if watch:

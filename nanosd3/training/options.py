@@ -35,7 +35,7 @@ from nanosd3.training.stages import Job, training_of
 def add_options(parser: Parser, config: str) -> None:
     """Add the training options that do not depend on the data; `config` is the default config."""
     add = parser.add_argument
-    names = tuple(CONFIGS)
+    names = tuple(name for name in CONFIGS if not name.endswith("-turbo"))  # distilled already
     add("--config", default=config, choices=names, help="model size (default: %(default)s)")
     add("--out", type=Path, help="run folder (default: runs/CONFIG)")
     add("--fresh", action="store_true", help="delete the run in the folder and start over")
@@ -108,6 +108,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """Resolve the options. Raises InputError for weights that do not fit the config."""
     config, source = CONFIGS[args.config], args.weights
     identity, init, frozen = {}, None, None
+    before = identity_before(args)
     if args.init:
         init = open_transformer(args.init)
         checked = check_part(config, "mmdit", init)
@@ -115,7 +116,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
             raise InputError(
                 f"{args.init}: its transformer does not fit config {config.name}: {problems[0]}"
             )
-        identity["init"] = fingerprint({"mmdit": init})
+        identity["init"] = fingerprint({"mmdit": init}, like=before.get("init"))
         source = source or args.init
     if source:
         frozen = open_checkpoint(source)
@@ -127,9 +128,23 @@ def make_plan(args: argparse.Namespace) -> Plan:
             )
         config = with_parts_of(config, frozen)
         place = os.path.abspath(source)  # links keep their names, which may be looked for
-        identity |= {WEIGHTS: place, "encoders": fingerprint(frozen.encoders)}
+        encoders = fingerprint(frozen.encoders, like=before.get("encoders"))
+        identity |= {WEIGHTS: place, "encoders": encoders}
     config = with_recipe(trainable(config) if not frozen else config, args)
     return Plan(config, frozen, init, {"config": asdict(config), **identity})
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """The run folder that the options ask for."""
+    return args.out or Path("runs") / args.config
+
+
+def identity_before(args: argparse.Namespace) -> dict:
+    """The identity of the run that is there to be resumed; empty if there is none."""
+    folder = folder_of(args)
+    if args.fresh or not (folder / "run.json").exists():
+        return {}
+    return Run.read(folder).identity
 
 
 def with_parts_of(config: Config, frozen: Checkpoint) -> Config:
@@ -180,7 +195,7 @@ def job_of(args: argparse.Namespace, plan: Plan, source: Source) -> Iterator[Job
 
     Raises InputError if the options, the folder or the memory do not allow it.
     """
-    folder = args.out or Path("runs") / plan.config.name
+    folder = folder_of(args)
     identity = plan.identity | {"data": source.fingerprint, "seed": args.seed}
     device = set_up(args.threads)
     precision = args.precision or ("bfloat16" if device.type == "cuda" else "float32")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nanosd3.config_types import Config, Training
 from nanosd3.data.sources import Source
+from nanosd3.errors import InputError
 from nanosd3.machine.accelerate import accelerate
 from nanosd3.machine.distributed import SINGLE_PROCESS, Compute, ProcessGroup
 from nanosd3.random_streams import rng
@@ -111,8 +112,11 @@ def finish(job: Job, stage: str, results: dict, begin: float) -> None:
 
 
 def last_loss(job: Job, stage: str) -> float:
-    """Mean loss over the last tenth of a stage's steps."""
+    """Mean loss over the last tenth of a stage's steps. Raises InputError if none is logged."""
     losses = [entry["loss"] for entry in job.run.read_log(stage)]
+    if not losses:
+        path = job.run.folder / "log.jsonl"
+        raise InputError(f"{path}: has no loss of {stage}; start over with --fresh")
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
 

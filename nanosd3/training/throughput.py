@@ -2,10 +2,12 @@
 
 These numbers differ from run to run, so they are kept out of log.jsonl, which is reproducible.
 FLOPs utilisation is the model FLOPs of a step (measure/costs.py; recomputed activations do not
-count) over what the processor could have done in that time: a GPU's published bfloat16 peak, or on
-CPU the speed of one large matrix product, measured when the first line is written.
+count) over what the processor could have done in that time: a GPU's bfloat16 peak, published or, of
+others, the speed of one large matrix product; on CPU that in float32. It is measured when the first
+line is written. Only steps count, not the validation, previews and saved states between them.
 """
 
+import re
 import time
 
 import torch
@@ -21,15 +23,20 @@ from nanosd3.storage.run import Run
 EVERY = 50  # steps between lines
 
 
-# Published dense bfloat16 peaks, FLOPs per second.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
+PEAKS = {  # published dense bfloat16 peaks, FLOPs per second; the longer names first
+    **{"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12},
+    **{"H100": 989e12, "H200": 989e12, "A100": 312e12},
+    **{"L40": 181e12, "L40S": 362e12, "RTX 4090": 165e12},
+}
 
 
 def peak_flops(device: torch.device) -> float:
     """FLOPs per second a device can do: published for known GPUs, measured otherwise."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = [peak for model, peak in PEAKS.items() if model in name]
-    return known[0] if known else multiplication_speed(device, torch.float32)
+    if device.type != "cuda":
+        return multiplication_speed(device, torch.float32)
+    name = torch.cuda.get_device_name(device)
+    known = [peak for model, peak in PEAKS.items() if re.search(rf"\b{model}\b", name)]
+    return known[0] if known else multiplication_speed(device, torch.bfloat16)
 
 
 class Throughput:
@@ -38,11 +45,17 @@ class Throughput:
     def __init__(self, run: Run, config: MMDiTConfig, network: ParallelModel):
         self.run, self.config, self.group = run, config, network.group
         self.peak = 0.0  # not measured yet
+        self.begin: float | None = None  # of the current step
         self.reset()
 
     def reset(self) -> None:
-        self.begin, self.steps = time.perf_counter(), 0
+        self.seconds, self.steps = 0.0, 0
         self.images, self.tokens, self.flops = 0, 0, 0
+
+    def start(self) -> None:
+        """Call when a step or a microbatch of it begins."""
+        if self.begin is None:
+            self.begin = time.perf_counter()
 
     def seen(self, z: Tensor, context: Tensor) -> None:
         """Count one training pass over latents (B, C, h, w) with context (B, M, Dc)."""
@@ -55,10 +68,12 @@ class Throughput:
 
     def log(self, step: int) -> None:
         """Call after every step. Every EVERY steps, write a line with the rates of all ranks."""
-        self.steps += 1
+        now, self.steps = time.perf_counter(), self.steps + 1
+        self.seconds += now - (self.begin or now)
+        self.begin = None
         if self.steps < EVERY:
             return
-        seconds = time.perf_counter() - self.begin
+        seconds = self.seconds
         size, device = self.group.size, self.group.device
         self.peak = self.peak or peak_flops(device)
         memory = peak_memory(device)

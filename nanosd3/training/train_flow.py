@@ -178,6 +178,7 @@ def fit_flow(
         return network(z, t, context, pooled)
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+        throughput.start()
         return flow_step(job, features, counted, step_rng), {}
 
     def after(step: int) -> None:

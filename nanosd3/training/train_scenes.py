@@ -49,10 +49,12 @@ SAMPLES_EACH = 6
 
 
 def train_on_scenes(args: argparse.Namespace, plan: Plan) -> int:
-    """Train, or resume, by the options of train_mnist.py. Raises InputError for a folder of images:
-    scenes are made of the packaged digits."""
+    """Train, or resume, by the options of train_mnist.py. Raises InputError for those that are for
+    single digits: scenes are made of the packaged ones, and have no turbo."""
     if args.data:
         raise InputError(f"--data {args.data}: scenes are of the packaged digits; leave it out")
+    if args.no_turbo:
+        raise InputError("--no-turbo: scenes have no turbo; leave it out")
     source = Scenes(load_images(), plan.config)
     with job_of(args, plan, source) as job:
         if job:

@@ -184,6 +184,16 @@ def class_names(folder: Path, content: bytes) -> list[str]:
     return [name for (name,) in load_images(folder).names]
 
 
+def test_only_line_breaks_end_a_line(tmp_path):
+    """Not what Unicode calls a line separator, next line, form feed or file separator."""
+    text = "a red\u2028square\x85 here\x0c\x1c\nand\rtwo\r\n"
+    captioned(tmp_path / "x.png").with_suffix(".txt").write_text(text, "utf-8", newline="")
+    expected = ("a red\u2028square\x85 here", "and", "two")
+    assert read_folder(tmp_path).pictures[0].captions == expected
+    folder = write_set(tmp_path / "set", labels=[0, 1, 2])
+    assert class_names(folder, text.encode()) == list(expected)
+
+
 def test_class_names(tmp_path):
     folder, names = write_set(tmp_path, labels=[0, 1, 2]), ["kätzchen", "猫", "a dog"]
     text = "Kätzchen\r\n猫\r\n\r\n a dog \n"

@@ -86,6 +86,9 @@ def test_bad_folders(tmp_path):
         load_images(folder)
     with pytest.raises(InputError, match="label 26, but only 10 class names"):
         load_images(write_set(tmp_path / "letters", labels=[1, 26, *range(10)]))
+    for part in ("train", "test"):
+        with pytest.raises(InputError, match="ubyte: holds one image, expected at least two"):
+            load_images(write_set(tmp_path / part, **{part: 1}))
     with pytest.raises(InputError, match="no image of class 'zero'"):
         load_images(write_set(tmp_path / "few", labels=[1, 2, 3])).first(30, 20)
     with pytest.raises(InputError, match=r"no image of class 'three' .* among the first 6 "):
@@ -140,6 +143,12 @@ def test_thirds():
 
 
 # --- captions ------------------------------------------------------------------------------------
+
+
+def test_pixels_are_rounded_once():
+    """Of bfloat16 too, in which 127.5 times a number has too few digits for a pixel."""
+    x = torch.linspace(-1, 1, 4096).view(1, 1, 64, 64).bfloat16()
+    assert torch.equal(to_uint8(x), to_uint8(x.double()))
 
 
 def test_captions():

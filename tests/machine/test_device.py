@@ -50,6 +50,15 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # about devices of the past
+def test_devices_that_are_not_there():
+    """Each fails in a way of its own; on meta there are shapes but no numbers."""
+    assert device.device_of("cpu") == device.device_of(torch.device("cpu")) == torch.device("cpu")
+    for name in ("meta", "hpu", "privateuseone", "ipu", "vulkan", "mkldnn", "cuda:99"):
+        with pytest.raises(InputError, match=f"^device: no {name} on this machine$"):
+            device.device_of(name)
+
+
 @pytest.mark.parametrize("name", GROUPS)
 def test_limits_of_control_groups(files, name):
     there, lines, share, gigabytes = GROUPS[name]
@@ -107,6 +116,31 @@ def test_number_of_threads(threads, monkeypatch, environment, option, expected, 
         monkeypatch.setenv(name, value)
     set_up(option)
     assert threads == [expected] and f"{expected} " in capsys.readouterr().out
+
+
+def test_the_memory_is_shared(files, monkeypatch):
+    write(files / "proc/meminfo", "MemAvailable: 8000000 kB\n")
+    assert memory_found() == (pytest.approx(8.192), "available on this machine")
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    expected = "available on this machine, shared by 4 processes"
+    assert memory_found() == (pytest.approx(2.048), expected)
+
+
+def test_every_process_has_its_gpu(threads, monkeypatch, capsys):
+    """It is the current one before its memory is asked for."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    assert set_up() == torch.device("cuda") and not current
+    for name, value in (TORCHRUN | {"LOCAL_RANK": "2"}).items():
+        monkeypatch.setenv(name, value)
+    assert set_up() == torch.device("cuda", 2) and current == [torch.device("cuda", 2)]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(InputError, match="process 4 on this machine, which has 3 GPUs; lower --np"):
+        set_up()
 
 
 def test_notebooks_have_a_variable_of_their_own(threads, monkeypatch):

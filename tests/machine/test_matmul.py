@@ -39,6 +39,22 @@ def test_gradients_match_f_linear(monkeypatch, shape, bias):
 
 
 @needs_onednn
+@pytest.mark.parametrize("shape", [(12,), (4, 7, 12)])
+def test_second_derivatives_match_f_linear(monkeypatch, shape):
+    monkeypatch.setattr(matmul, "onednn_multiplies_faster", lambda: True)
+
+    def second(multiply, dtype):
+        inputs = [draw(*s).to(dtype).requires_grad_() for s in (shape, (5, 12), (5,))]
+        loss = multiply(*inputs).square().sum()
+        gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)
+
+    ours, theirs = second(matmul.linear, torch.float32), second(F.linear, torch.float64)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+
+
+@needs_onednn
 def test_unneeded_gradients_are_not_computed(monkeypatch):
     monkeypatch.setattr(matmul, "onednn_multiplies_faster", lambda: True)
     calls, original = [], matmul.onednn_linear

@@ -9,7 +9,7 @@ from support import tiny_official
 from nanosd3 import bench
 from nanosd3.config import CONFIGS
 from nanosd3.errors import InputError
-from nanosd3.measure import growth, training_memory
+from nanosd3.measure import compare_diffusers, growth, training_memory
 
 
 def test_bench_forward(capsys):
@@ -22,6 +22,15 @@ def test_bench_forward(capsys):
     for row in rows:
         assert float(row[4]) > 0 and float(row[6]) > 0 and float(row[7]) < 1e-4
     assert bench.main(["forward", "--parts", "vae", *arguments]) == 0
+
+
+@pytest.mark.parametrize("what", ["forward", "train"])
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+def test_without_the_reference(what, library, monkeypatch):
+    monkeypatch.setattr(compare_diffusers, "find_spec", lambda name: None if name == library else 1)
+    command = [what, "--against", "diffusers", "--config", "tiny", "--size", "32"]
+    with pytest.raises(InputError, match=f"^{library} is not installed, .*requirements-dev.txt$"):
+        bench.main(command)
 
 
 def test_bench_train(capsys):

@@ -17,7 +17,15 @@ from nanosd3 import bench
 from nanosd3.config import CONFIGS
 from nanosd3.errors import InputError
 from nanosd3.measure.cuda import command, correct, sampling, training, worker
-from nanosd3.measure.cuda.result import Check, Row, Setting, at_least, at_most, relative_error
+from nanosd3.measure.cuda.result import (
+    Check,
+    Row,
+    Setting,
+    Unavailable,
+    at_least,
+    at_most,
+    relative_error,
+)
 from nanosd3.measure.random_models import random_inputs, random_model
 
 CPU = torch.device("cpu")
@@ -84,6 +92,8 @@ def test_main_job(tiny_run, tmp_path, monkeypatch):
     )
     with pytest.raises(RuntimeError, match="failed with exit status 3"):
         list(training.main_job(setting))
+    with pytest.raises(Unavailable, match="scenes are measured otherwise"):
+        list(training.main_job(Setting(CPU, tmp_path, "tiny-scenes")))
 
 
 def test_the_commit_is_recorded(results):

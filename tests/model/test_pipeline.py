@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from nanosd3 import generate, weights
+from nanosd3.errors import InputError
 from nanosd3.flow import schedule
 from nanosd3.samplers import SAMPLERS, inpainting
 
@@ -198,6 +199,23 @@ def test_report_alone(official_file, capsys, monkeypatch):
     monkeypatch.setattr("nanosd3.generate.open_pipeline", None)
     assert generate.main(["--weights", str(official_file), "--report"]) == 0
     assert "mmdit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (["a cat"], "PROMPT"),
+        (["--steps", "4"], "--steps"),
+        (["--skip-layers", "1"], "--skip-layers"),
+        (["--out", "a.png"], "--out"),
+        (["--drop", "t5"], "--drop"),
+        (["--decoder", "d"], "--decoder"),
+    ],
+    ids=str,
+)
+def test_what_has_no_effect_on_a_report(official_file, option, name):
+    with pytest.raises(InputError, match=f"^{name} has no effect with --report"):
+        generate.main(["--model", str(official_file), "--report", *option])
 
 
 def test_the_progress_bar_counts_steps(official_file, capsys):

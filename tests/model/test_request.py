@@ -43,6 +43,9 @@ def test_a_number_is_its_value(pipeline):
         assert torch.equal(drawn(pipeline, **common | same), expected), same
     noise = pipeline.noise(1, np.int64(3), (4, 4))
     assert torch.equal(drawn(pipeline, noise=noise.numpy()), drawn(pipeline, seed=3))
+    swapped = noise.numpy().astype(">f4")  # the other byte order, and backwards in memory
+    for same in (swapped, swapped[:, :, ::-1].copy()[:, :, ::-1]):
+        assert torch.equal(drawn(pipeline, noise=same), drawn(pipeline, seed=3))
     near = (drawn(pipeline, image=PHOTO, strength=s) for s in (0.5, np.float32(0.5), f(0.5)))
     a, b, c = near
     assert torch.equal(a, b) and torch.equal(a, c)
@@ -83,6 +86,10 @@ def test_a_number_is_its_value(pipeline):
         ({"output": None}, "output must be image or latent, got None"),
         ({"noise": "seed"}, "noise: expected a tensor of floating-point numbers, got 'seed'"),
         ({"noise": torch.zeros(1, 16, 4, 4, dtype=torch.int)}, "noise: expected a tensor of fl"),
+        ({"noise": np.array(["a"])}, "noise: expected numbers, got an array of <U1"),
+        ({"image": np.zeros((32, 32, 3), object)}, "image: expected numbers, got an array of ob"),
+        ({"image": PHOTO.astype(">u2")}, "image: expected uint8 pixels, got torch.uint16"),
+        ({"image": PHOTO, "mask": PHOTO[..., 0].astype(object)}, "mask: expected numbers, got an"),
         ({"callback": 3}, "callback must be a function, got 3"),
         ({"negative": None}, "a prompt must be text, got None"),
         ({"negative": ["dull"]}, "a prompt must be text, got ['dull']"),

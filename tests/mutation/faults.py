@@ -16,6 +16,7 @@ from mutation.faults_claims_pixels import FAULTS_CLAIMS_PIXELS
 from mutation.faults_claims_sd3 import FAULTS_CLAIMS_SD3
 from mutation.faults_claims_sd3_data import FAULTS_CLAIMS_SD3_DATA
 from mutation.faults_dpo import FAULTS_DPO
+from mutation.faults_given import FAULTS_GIVEN
 from mutation.faults_network import ACCELERATE, CHANNELS_LAST, EMBEDDINGS, LAYERS, MATMUL, MMDIT
 from mutation.faults_related_consistency import FAULTS_CONSISTENCY
 from mutation.faults_related_dit import FAULTS_DIT
@@ -248,4 +249,4 @@ FAULTS = [
         ("machine/channels_last.py", CHANNELS_LAST),
     )
     for entry in entries
-] + [Fault(*entry) for family in (*RELATED, *CLAIMS) for entry in family]
+] + [Fault(*entry) for family in (*RELATED, *CLAIMS, FAULTS_GIVEN) for entry in family]

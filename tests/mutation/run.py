@@ -72,6 +72,7 @@ LEFT_OUT = (  # minutes in all, and what they look at is not the core
     "test_structure.py",
     "training/",
 )
+OWN = ("data/", "measure/", "official/", "storage/")  # tested in the folder of the same name
 NEEDED = 0.98
 HANGS = "hangs"
 Stages = Callable[[str], list[list[str]]]
@@ -118,7 +119,12 @@ def stages_of(copy: Path) -> Stages:
             stem = Path(file).stem
             nearest = [n for n in there if Path(n).stem == f"test_{stem}"]
             related = [n for n in there if n.startswith("related/") and n not in nearest]
-            return [[f"tests/{name}" for name in row] for row in (nearest, related) if row]
+            rest = [n for n in there if n.startswith(("training/", "storage/"))]
+            rest = [n for n in rest if n not in nearest and file.startswith("training/")]
+            return [[f"tests/{name}" for name in row] for row in (nearest, related, rest) if row]
+        folder = f"{file.partition('/')[0]}/"
+        if folder in OWN:
+            return [[f"tests/{name}" for name in there if name.startswith(folder)]]
         near = QUICK[:1] if file in ("flow.py", "samplers.py") else QUICK[1:2]
         rows = [dict.fromkeys(near + QUICK), (*SECOND, *others)]
         chosen = [[f"tests/{name}" for name in row if name in there] for row in rows]

@@ -164,6 +164,7 @@ def test_the_spine_is_watched(tmp_path):
     fault = next(f for f in FAULTS if f.what == "direction of the velocity")
     stages = mutation.stages_of(copy)
     assert stages("flow.py") == [["tests/model/test_flow.py"]]
+    assert stages("official/folders.py") == [[]]
     failure = mutation.catch(fault, copy, stages, limit=300)
     assert failure and failure.startswith("FAILED tests/model/test_flow.py")
     assert (copy / "nanosd3/flow.py").read_text() == SOURCES["flow.py"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.commands import refused
 
 import train_mnist
@@ -14,7 +15,7 @@ from nanosd3 import generate, weights
 from nanosd3.errors import InputError
 from nanosd3.official.checkpoint import open_checkpoint, open_transformer
 from nanosd3.official.own_runs import base_places
-from nanosd3.official.tensors import fingerprint
+from nanosd3.official.tensors import fingerprint, in_memory
 from nanosd3.storage import files
 from nanosd3.storage.run import Run
 
@@ -58,8 +59,8 @@ def drawn(run: Path, *options: object) -> np.ndarray:
 
 def found(run: Path, place: Path | None = None) -> bool:
     """Whether the encoders of a run are those it was trained on."""
-    opened = open_checkpoint(run, weights=place)
-    return fingerprint(opened.encoders) == Run.read(run).identity["encoders"]
+    opened, stored = open_checkpoint(run, weights=place), Run.read(run).identity["encoders"]
+    return fingerprint(opened.encoders, like=stored) == stored
 
 
 def move(path: Path, to: Path) -> Path:
@@ -79,8 +80,12 @@ def test_it_draws_wherever_its_base_is(run, base, tmp_path):
     assert found(run)
 
 
-def test_it_resumes_wherever_its_base_is(run, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("by_version", ["now", "earlier"])
+def test_it_resumes_wherever_its_base_is(by_version, run, base, tmp_path, monkeypatch):
     """And remembers where that is."""
+    if by_version == "earlier":
+        edit(run, encoders=fingerprint(open_checkpoint(base).encoders, like="0" * 64))
+        assert found(run)
     elsewhere = move(base, tmp_path / "else" / "where")
     resumed = []
     monkeypatch.setattr(train_mnist, "train", lambda job, *_, **__: resumed.append(job))
@@ -136,6 +141,28 @@ def test_another_model_in_its_place_is_not_taken(capsys, run, base, tmp_path):
         assert f"{base}: holds other encoders" in line
     move(kept, run.parent / "base")  # the right one is beside the run
     assert found(run)
+
+
+def test_a_merged_lora_makes_other_encoders():
+    """It changes matrices alone, a little everywhere."""
+    draw = torch.Generator().manual_seed(0)
+    vector, matrix = torch.ones(8), torch.randn(96, 64, generator=draw)
+    change = 1e-3 * torch.randn(96, 1, generator=draw) @ torch.randn(1, 64, generator=draw)
+
+    def of(matrix, vector, like=None):
+        tensors = {"w": matrix, "b": vector}
+        state = {name: in_memory(name, x, Path()) for name, x in tensors.items()}
+        return fingerprint({"t5": state}, like)
+
+    assert of(matrix, vector) == of(matrix.clone(), vector)
+    assert of(matrix, vector) != of(matrix + change, vector)
+    assert of(matrix[:4, :4], vector) != of(matrix[:4, :4] + change[:4, :4], vector)
+    assert of(matrix, vector) == of(matrix.T.clone().T, vector)  # whatever its place in memory
+    earlier = "e1eb07c5"
+    assert of(matrix, vector, "0" * 64) == of(matrix + change, vector, "0" * 64)
+    assert of(matrix, vector, "0" * 64).startswith(earlier)
+    assert of(matrix, vector, "0" * 64) != of(matrix, 2 * vector, "0" * 64)
+    assert of(matrix, vector, of(matrix, vector)) == of(matrix, vector)
 
 
 def test_weights_that_have_no_meaning_are_refused(capsys, tiny_run, official_file, tmp_path):

@@ -315,6 +315,15 @@ def test_turbo_is_detected_by_the_parent_folder(tmp_path):
     assert known_as(large, tmp_path.parent / "sd3.5_large.safetensors")[0] == "sd3.5-large"
 
 
+def test_turbo_in_the_names_of_outer_folders_says_nothing(tmp_path):
+    large, models = CONFIGS["sd3.5-large"].mmdit, tmp_path / "turbot" / "models"
+    (models.parent / "large").mkdir(parents=True)
+    assert known_as(large, models / "sd3.5_large.safetensors")[0] == "sd3.5-large"
+    assert known_as(large, models.parent / "large")[0] == "sd3.5-large"
+    (models.parent / "large" / "link").symlink_to(models / "Turbo.safetensors")
+    assert known_as(large, models.parent / "large" / "link")[0] == "sd3.5-large-turbo"
+
+
 def test_clip_l_projection(official_file, official_folder, official_parts, tmp_path):
     """In a single file it is OpenAI's and ignored; in a diffusers folder it is applied."""
     matrix = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))

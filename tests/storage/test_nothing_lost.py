@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from nanosd3.cli import run_main
 from nanosd3.config_types import Recipe
 from nanosd3.errors import InputError
 from nanosd3.machine import signals
+from nanosd3.machine.distributed import Compute, ParallelModel
 from nanosd3.storage import training_state
 from nanosd3.storage.run import Run
-from nanosd3.training import ema, loop
+from nanosd3.training import ema, loop, stages
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(steps=8, batch=4, lr=1e-2, warmup=2, weight_decay=0.0)
@@ -225,6 +227,42 @@ def test_three_in_a_row_stop_the_run_and_are_located(tmp_path):
     module[2].weight.data[0, 0] = torch.nan
     with pytest.raises(InputError, match=r"not finite, the weight 2\.weight;"):
         fit(tmp_path / "c", module)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_that_is_too_short_for_three_in_a_row(tmp_path, monkeypatch, steps):
+    monkeypatch.setattr(sys.modules[__name__], "RECIPE", replace(RECIPE, steps=steps))
+    with pytest.raises(InputError, match=f"steps 0 to {steps - 1} are not finite, first in the"):
+        fit(tmp_path, net(), lambda step, x: x * torch.nan)
+
+
+def test_not_finite_in_one_microbatch(tmp_path):
+    """All of them run again, one at a time: every rank has to gather a sharded network as often."""
+    seen = []
+
+    def loss_of(step_rng):
+        seen.append((step_rng.name[-1], [*step_rng.rows]))
+        x = torch.ones(len(step_rng.rows), 3)
+        return module(x / (step_rng.rows[0] - 2) if bad else x).square().mean(1), {}
+
+    for bad, where in ((True, "first in the output of 0"), (False, r"the weight 2\.weight")):
+        module = net()
+        if not bad:
+            module[2].weight.data[0, 0] = torch.nan
+        parallel = ParallelModel(module, compute=Compute(accumulate=4))
+        seen.clear()
+        run = Run.open(tmp_path / str(bad), {"config": {"name": "x"}})
+        with pytest.raises(InputError, match=f"steps 0 to 2 are not finite, {where};"):
+            loop.fit(run, "x", module, loss_of, RECIPE, 0, parallel=parallel)
+        assert seen[-4:] == [(2, [row]) for row in range(4)] and len(seen) == 16
+
+
+def test_no_loss_in_the_log(tmp_path):
+    job = stages.Job(fit(tmp_path, net()), None, None, torch.device("cpu"), 0)
+    assert stages.last_loss(job, "x") > 0
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(InputError, match=r"log.jsonl: has no loss of x; start over with --fresh$"):
+        stages.last_loss(job, "x")
 
 
 def test_counting_resumes_after_an_interruption(tmp_path):

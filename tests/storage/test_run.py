@@ -28,6 +28,17 @@ def test_partial_files_of_killed_processes_are_deleted(tmp_path):
         assert {path.name for path in run.folder.iterdir()} == mine
 
 
+def test_hidden_files_are_not_in_the_way_of_a_new_run(tmp_path):
+    """As a process killed at its start leaves them, or macOS."""
+    for name in (".run.json.1.tmp", ".DS_Store"):
+        (tmp_path / name).write_text("half")
+    with Run.open(tmp_path, {"config": {"name": "x"}}).alone():
+        assert {path.name for path in tmp_path.iterdir()} == {"run.json", ".DS_Store"}
+    (tmp_path / "run.json").rename(tmp_path / "mine")
+    with pytest.raises(InputError, match=r"is not empty and has no run\.json"):
+        Run.open(tmp_path, {"config": {"name": "x"}})
+
+
 def test_fresh_interrupted(tmp_path, monkeypatch):
     """A half-deleted run can be started over, and is not mistaken for one of another seed."""
     one, two = ({"config": {"name": "x"}, "seed": seed} for seed in (1, 2))

@@ -107,6 +107,13 @@ def test_other_images_are_refused(tmp_path, capsys):
     out = tmp_path / "run"
     line = refused(capsys, main, "--config", "tiny-scenes", "--data", tmp_path, "--out", out)
     assert "--data" in line and "leave it out" in line and not out.exists()
+    line = refused(capsys, main, "--config", "tiny-scenes", "--no-turbo", "--out", out)
+    assert "--no-turbo: scenes have no turbo; leave it out" in line and not out.exists()
+
+
+def test_a_distilled_model_is_not_trained(capsys):
+    line = refused(capsys, train_mnist.main, "--config", "sd3.5-large-turbo")
+    assert "argument --config: invalid choice: 'sd3.5-large-turbo'" in line
 
 
 def test_related_systems_refuse_scenes(scenes_run, tmp_path, capsys):

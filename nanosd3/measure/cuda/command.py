@@ -170,7 +170,7 @@ def parser() -> Parser:
     add("--run", type=Path, help="finished run of train_mnist.py to compare images of")
     add("--device", choices=("cuda", "cpu"), default="cuda", help=default)
     add("--config", choices=small, help="small model in place of the official ones")
-    add("--threads", type=positive, help="CPU threads (default: all usable cores)")
+    add("--threads", type=positive, help="CPU threads (default: the usable cores, at most 8)")
     return made
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import nanosd3
 from nanosd3.config_types import Config
+from nanosd3.data.scenes import SCENE_CONFIGS
 from nanosd3.machine.distributed import Compute, ParallelModel, ProcessGroup
 from nanosd3.machine.matmul import multiplication_speed, seconds
 from nanosd3.measure.costs import training_flops
@@ -174,6 +175,8 @@ def sharded(setting: Setting) -> Iterator[Row]:
 
 def train_mnist(setting: Setting, precision: str, folder: Path) -> Iterator[Row]:
     """Times, prompt accuracy and Frechet distance of a run of train_mnist.py."""
+    if setting.config in SCENE_CONFIGS:
+        raise Unavailable("scenes are measured otherwise; choose another --config")
     root = Path(nanosd3.__file__).parent.parent
     script = root / "train_mnist.py"
     if not script.exists():

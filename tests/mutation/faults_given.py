@@ -1,0 +1,47 @@
+"""Mistakes in reading what is given: files, folders, arrays and options. Tuples (file, old text,
+new text, what)."""
+
+FOLDERS, RUN, USER_FILES = "official/folders.py", "storage/run.py", "storage/user_files.py"
+MNIST, CLASSES = "data/mnist.py", "data/class_names.py"
+PICTURES = "data/pictures.py"
+RATES = "training/throughput.py"
+TENSORS = "official/tensors.py"
+LOOP, NOT_FINITE = "training/loop.py", "training/not_finite.py"
+
+FAULTS_GIVEN = [
+    (FOLDERS, "[whole.name] if whole.is_dir() else [whole.name, whole.parent.name]",
+     "whole.parts", "any folder above says turbo"),
+    (FOLDERS, "[whole.name] if whole.is_dir() else", "", "the folder around a folder"),
+    (FOLDERS, "(path.absolute(), path.resolve())", "(path.absolute(),)", "links are not followed"),
+    (RUN, "any(not path.name.startswith(\".\") for", "any(path.name for",
+     "hidden files are in the way"),
+    (USER_FILES, "list(io.StringIO(read_text(path), newline=None))",
+     "read_text(path).splitlines()", "U+2028 ends a line"),
+    (USER_FILES, "newline=None", 'newline="\\n"', "a line of a Mac's end"),
+    (MNIST, "((x.float() + 1) * 127.5)", "((x + 1) * 127.5)", "pixels rounded to bfloat16"),
+    (CLASSES, "line.lower().strip()", "line.strip()", "names in capitals"),
+    # a step that is not finite
+    (LOOP, "min(PATIENCE, recipe.steps)", "PATIENCE", "short runs end without a loss"),
+    (LOOP, "in microbatches(parallel, name, recipe.batch)]",
+     "in microbatches(parallel, name, recipe.batch)[:1]]", "one microbatch runs again"),
+    (NOT_FINITE, "[*weights, *outputs, *losses,", "[*outputs, *weights, *losses,",
+     "what weights do to outputs is said"),
+    (PICTURES, "array.astype(array.dtype.newbyteorder(\"=\"))", "array.copy()",
+     "arrays of another machine's byte order"),
+    (PICTURES, "except TypeError:", "except KeyError:", "arrays of texts"),
+    ("generate.py", "if name not in read and getattr(args, name) != usual:",
+     "if getattr(args, name) != usual:", "no report at all"),
+    ("generate.py", "        check_report(args)\n", "", "options of a report without effect"),
+    # rates of training
+    (RATES, "{model}\\b", "{model}", "an L40S is an L40"),
+    (RATES, "multiplication_speed(device, torch.bfloat16)",
+     "multiplication_speed(device, torch.float32)", "a GPU's peak in float32"),
+    (RATES, "        self.begin = None\n", "", "what is between steps counts"),
+    (RATES, "        if self.begin is None:\n", "        if True:\n", "only the last microbatch"),
+    # fingerprints, memory
+    (TENSORS, "if len(tensor.shape) == 1 or not earlier:", "if len(tensor.shape) == 1:",
+     "a merged LoRA is not noticed"),
+    (TENSORS, "not like.startswith(SAMPLED)", "like.startswith(SAMPLED)", "versions exchanged"),
+    (TENSORS, "like is not None and not", "not like or not", "new runs without matrices"),
+    (TENSORS, "max(1, len(values) // MATRIX_VALUES)", "len(values)", "one value of a matrix"),
+]  # fmt: skip
