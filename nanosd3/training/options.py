@@ -24,7 +24,7 @@ from nanosd3.machine.distributed import MODES, Compute, launched_processes, proc
 from nanosd3.machine.signals import obeying
 from nanosd3.measure.memory_check import refuse_too_large
 from nanosd3.official.checkpoint import Checkpoint, open_checkpoint, open_transformer
-from nanosd3.official.missing_keys import check, check_part
+from nanosd3.official.missing_keys import check, problems_of_part
 from nanosd3.official.tensors import State, fingerprint
 from nanosd3.storage.run import WEIGHTS, Run
 from nanosd3.text import ENCODERS
@@ -110,8 +110,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     identity, init, frozen = {}, None, None
     if args.init:
         init = open_transformer(args.init)
-        checked = check_part(config, "mmdit", init)
-        if problems := [*checked.missing, *checked.misshapen]:
+        if problems := problems_of_part(config, "mmdit", init):
             raise InputError(
                 f"{args.init}: its transformer does not fit config {config.name}: {problems[0]}"
             )

@@ -105,6 +105,10 @@ def test_weights_that_do_not_fit_the_config(capsys, tmp_path, monkeypatch, tiny_
     ):  # fmt: skip
         line = refused(capsys, train_mnist.main, *arguments)
         assert message in line and str(arguments[-1]) in line
+    plain = replace(CONFIGS["tiny"].mmdit, qk_norm=False)
+    monkeypatch.setitem(CONFIGS, "plain", replace(CONFIGS["tiny"], name="plain", mmdit=plain))
+    line = refused(capsys, train_mnist.main, "--config", "plain", "--init", tiny_run)
+    assert "does not fit config plain: mmdit of this size has no joint_blocks.0." in line
     assert not list(tmp_path.iterdir())
     wider = SimpleNamespace(path="wider", config=CONFIGS["mnist"])
     message = "wider: its text features are 128 and 96 wide; config tiny takes at most 48 and 32"

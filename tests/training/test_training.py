@@ -268,7 +268,9 @@ def fails(capsys, main, *arguments: object) -> str:
 def test_bad_requests(tiny_run, folder, tmp_path, capsys):
     out = tmp_path / "none"
     mnist = (capsys, train_mnist.main, "--out", out, "--config")
-    assert "does not fit config mnist: pos_embed" in fails(*mnist, "mnist", "--init", tiny_run)
+    assert "does not fit config mnist: mmdit pos_embed: " in fails(
+        *mnist, "mnist", "--init", tiny_run
+    )
     assert "no such file or folder" in fails(*mnist, "tiny", "--weights", tmp_path / "x")
     assert "no such file or folder" in fails(*mnist, "tiny", "--init", tmp_path / "x")
     assert "latents have 4 channels, config stand-in needs 16" in fails(
