@@ -81,6 +81,18 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def discard(folder: Path) -> None:
+    """Delete a folder that is of no more use. Where that fails it says so: Windows and NFS do not
+    let go of a file that some process has mapped."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"  warning: {folder}: cannot be deleted ({reason}); nothing needs it any more")
+
+
 def flush(path: Path) -> None:
     """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -7,7 +7,6 @@ changes is encoded again, and outputs of different encoders are never mixed.
 """
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from nanosd3.lazy_modules import LazyModules
 from nanosd3.machine.device import at_once
 from nanosd3.machine.distributed import ProcessGroup
 from nanosd3.pipeline import Pipeline
+from nanosd3.storage.files import discard
 from nanosd3.storage.shards import Shards, fill_shards
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job
@@ -94,7 +94,9 @@ class Features:
 
     def forget(self) -> None:
         """Delete the whole cache, including the outputs of other encoders."""
-        shutil.rmtree(self.folder.parent)
+        self.latent_rows.close()
+        self.text_rows.close()
+        discard(self.folder.parent)
 
 
 def encoded(
@@ -153,3 +155,10 @@ def get_features(job: Job, encoders: Encoders, prompts: list[str], images: bool 
     """The features of the job's images and captions and of `prompts`, computed where missing;
     without `images`, only those of texts."""
     return encoded(job.run.folder / "cache", job.source, encoders, prompts, job.group, images)
+
+
+def end_job(job: Job, features: Features) -> None:
+    """Mark the job as finished, then delete its cache: if that fails, the job is done all the
+    same."""
+    job.run.finish("samples", {})
+    features.forget()

@@ -1,0 +1,88 @@
+"""Latents and text features on disk: how they are deleted."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_mnist
+from nanosd3.config import CONFIGS
+from nanosd3.data.sources import caption_key
+from nanosd3.related.command import Study, conclude
+from nanosd3.storage import files
+from nanosd3.storage.run import Run
+from nanosd3.training.cached_features import Encoders, Features, end_job
+
+
+def in_use(path: Path, **_) -> None:
+    """As where a file of the folder is still mapped: on Windows, or on NFS with its .nfs files."""
+    raise OSError(39, "Directory not empty", str(path))
+
+
+@pytest.fixture
+def features(tmp_path) -> Features:
+    """One caption's features, mapped."""
+    made = Features(tmp_path / "cache", None, Encoders(CONFIGS["tiny"], "these", None))
+    rows = {"context": torch.randn(1, 3, 8), "pooled": torch.randn(1, 4)}
+    made.text_rows.add([caption_key("a 3")], rows)
+    assert len(made["a 3"]) == 2 and made.text_rows.opened
+    return made
+
+
+def test_forgotten(features, monkeypatch):
+    """Nothing is mapped any more when the files are deleted."""
+    original = files.shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        assert not features.text_rows.opened
+        original(path)
+
+    monkeypatch.setattr(files.shutil, "rmtree", rmtree)
+    features.forget()
+    assert not features.folder.parent.exists()
+    features.forget()  # nothing is left to delete
+
+
+def test_files_in_use_are_left_with_a_warning(features, monkeypatch, capsys):
+    monkeypatch.setattr(files.shutil, "rmtree", in_use)
+    features.forget()
+    line = capsys.readouterr().out
+    assert line.startswith(f"  warning: {features.folder.parent}: cannot be deleted (Directory")
+    assert line.count("\n") == 1 and features.folder.exists()
+
+
+def test_a_run_ends_although_its_cache_cannot_be_deleted(
+    tmp_path, one_step, unobserved, monkeypatch, capsys
+):
+    out, original = tmp_path / "run", files.shutil.rmtree
+    monkeypatch.setattr(
+        files.shutil, "rmtree", lambda p, **k: (in_use if p.name == "cache" else original)(p, **k)
+    )
+    assert train_mnist.main(["--config", "tiny", "--no-turbo", "--out", str(out)]) == 0
+    assert "cannot be deleted" in capsys.readouterr().out and (out / "cache").exists()
+    assert "samples" in Run.read(out).stages
+
+
+def test_a_job_is_finished_before_its_cache_is_deleted(tmp_path):
+    run = Run.open(tmp_path / "run", {"config": {}})
+    stages: list[str] = []
+    cache = SimpleNamespace(forget=lambda: stages.extend(Run.read(run.folder).stages))
+    end_job(SimpleNamespace(run=run), cache)
+    assert stages == ["samples"]
+
+
+def test_a_neighbour_is_finished_before_its_cache_is_deleted(features, tmp_path, monkeypatch):
+    run = Run.open(tmp_path / "run", {"config": {}})
+    (run.folder / "cache").mkdir()
+    monkeypatch.setattr(files.shutil, "rmtree", in_use)
+    study = Study(SimpleNamespace(run=run, device=torch.device("cpu")), None, None)
+    conclude(study, {})
+    assert "samples" in Run.read(run.folder).stages and (run.folder / "cache").exists()
+    monkeypatch.undo()
+    conclude(study, {})
+    assert not (run.folder / "cache").exists()
+    study = Study(study.job, None, None)
+    vars(study)["features"] = features
+    conclude(study, {})
+    assert not features.text_rows.opened and not features.folder.exists()
