@@ -74,7 +74,10 @@ class Pipeline:
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Pipeline":
         """The model in a run folder, a single file or a diffusers folder, in memory to stay. The
         short form of `nanosd3.weights.load`."""
-        return open_pipeline(open_checkpoint(path_of("path", path)), device, None, staged=False)
+        checkpoint = open_checkpoint(path_of("path", path))
+        pipeline = open_pipeline(checkpoint, device, None, staged=False)
+        pipeline.parts.load()
+        return pipeline
 
     @property
     def mmdit(self) -> MMDiT:

@@ -43,14 +43,17 @@ def load(
 
     `dtype` None: float32 for a run and on CPU, else bfloat16; the text encoders are never in
     float16, which T5 overflows. `staged` networks are read when they are needed and forgotten when
-    they are done; without it they stay, for many calls. `clip_l`, `clip_g`, `t5` and `vae` are
-    files or folders of their own; `weights` is where the weights are now that a run was trained
-    with. Raises InputError for anything missing or misshapen.
+    they are done; without it all are read now and stay, for many calls. `clip_l`, `clip_g`, `t5`
+    and `vae` are files or folders of their own; `weights` is where the weights are now that a run
+    was trained with. Raises InputError for anything missing or misshapen.
     """
     files = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
     place = None if weights is None else path_of("weights", weights)
     checkpoint = open_checkpoint(path_of("path", path), files, place)
-    return open_pipeline(checkpoint, device, dtype, staged)
+    pipeline = open_pipeline(checkpoint, device, dtype, staged)
+    if not staged:
+        pipeline.parts.load()
+    return pipeline
 
 
 # --- command line -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ changes is encoded again, and outputs of different encoders are never mixed.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from nanosd3.machine.distributed import ProcessGroup
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.files import discard
 from nanosd3.storage.shards import Shards, fill_shards
+from nanosd3.text import ENCODERS
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job
 
@@ -83,11 +84,17 @@ class Features:
         rows = self.text_rows.rows([caption_key(text)])
         return rows["context"][0].float(), rows["pooled"][0].float()
 
+    @cached_property
+    def opened(self) -> Pipeline:
+        """The encoders, opened once for all pipelines."""
+        return self.encoders.open()
+
     def pipeline(self, mmdit: nn.Module, device: torch.device) -> Pipeline:
         """The full model with this transformer. It reads cached texts from here, so for those no
-        text encoder is opened."""
-        encoders = self.encoders.open()
-        parts = LazyModules({**encoders.parts.sources(), "mmdit": mmdit}, device, staged=True)
+        text encoder is read. The autoencoder is read once, for all such pipelines."""
+        encoders = self.opened
+        sources = encoders.parts.sources() | {"mmdit": mmdit, "vae": lambda: encoders.vae}
+        parts = LazyModules(sources, device, staged=True)
         pipeline = Pipeline(self.encoders.config, encoders.text.tokenizers, parts)
         pipeline.encoded_text = self
         return pipeline
@@ -146,6 +153,8 @@ def fill_cache(features: Features, prompts: list[str], images: bool) -> None:
         return {"context": context, "pooled": pooled}
 
     fill_shards(features.text_rows, list(texts), encode_texts, SHARD, "captions")
+    for name in ENCODERS:  # done: images are encoded without them in memory
+        pipeline.parts.free(name)
     for numbers in groups:
         encode = partial(encode_images, numbers)
         fill_shards(features.latent_rows, list(numbers), encode, SHARD, "images")

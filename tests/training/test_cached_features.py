@@ -8,11 +8,17 @@ import torch
 
 import train_mnist
 from nanosd3.config import CONFIGS
-from nanosd3.data.sources import caption_key
+from nanosd3.data.mnist import load_images
+from nanosd3.data.sources import Digits, caption_key
+from nanosd3.mmdit import MMDiT
+from nanosd3.official import load_networks
+from nanosd3.official.checkpoint import open_checkpoint
+from nanosd3.pipeline import open_pipeline
 from nanosd3.related.command import Study, conclude
 from nanosd3.storage import files
 from nanosd3.storage.run import Run
-from nanosd3.training.cached_features import Encoders, Features, end_job
+from nanosd3.training import report, train_flow
+from nanosd3.training.cached_features import Encoders, Features, end_job, fill_cache
 
 
 def in_use(path: Path, **_) -> None:
@@ -86,3 +92,49 @@ def test_a_neighbour_is_finished_before_its_cache_is_deleted(features, tmp_path,
     vars(study)["features"] = features
     conclude(study, {})
     assert not features.text_rows.opened and not features.folder.exists()
+
+
+# --- encoders of another model --------------------------------------------------------------------
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[str]:
+    """The networks that are read from another model's files, as they are read."""
+    names: list[str] = []
+    fill = load_networks.fill
+
+    def counted(module, *more):
+        names.append(type(module).__name__)
+        return fill(module, *more)
+
+    monkeypatch.setattr(load_networks, "fill", counted)
+    return names
+
+
+ONCE = ["AutoencoderKL", "CLIPText", "CLIPText", "T5Encoder"]
+
+
+def test_encoders_are_read_once(tmp_path, tiny_run, one_step, read, monkeypatch):
+    """To fill the cache; from then on the autoencoder alone, for previews and report."""
+    monkeypatch.setattr(train_flow, "validation_loss", lambda *_: [])
+    monkeypatch.setattr(report, "draw_trajectory", lambda *_: None)
+    monkeypatch.setattr(report, "solver_errors", lambda *_: {"euler": [(1, 0.5)]})
+    run = ["--config", "tiny", "--steps", "3", "--weights", str(tiny_run), "--no-turbo"]
+    assert train_mnist.main([*run, "--out", str(tmp_path / "run")]) == 0
+    assert len(list((tmp_path / "run").glob("preview-*"))) == 3
+    assert sorted(read) == sorted([*ONCE, "AutoencoderKL"])
+
+
+def test_text_encoders_are_not_in_memory_beside_the_autoencoder(tiny_run, tmp_path, read):
+    """Each is read where it is first needed, and free once all captions are encoded."""
+    sources = open_checkpoint(tiny_run)
+    opened = open_pipeline(sources, "cpu", None, staged=False)
+    assert not opened.parts.ready and not read
+    source = Digits(load_images().first(20, 1), sources.config)
+    features = Features(tmp_path, source, Encoders(sources.config, "tiny", lambda: opened))
+    fill_cache(features, ["a 3", ""], images=True)
+    assert sorted(read) == ONCE and list(opened.parts.ready) == ["vae"]
+    again = features.pipeline(MMDiT(sources.config.mmdit), torch.device("cpu"))
+    again(["a 3", "a 3"], steps=1)
+    again(["a 3"], steps=1)
+    assert sorted(read) == ONCE
