@@ -7,7 +7,7 @@ changes is encoded again, and outputs of different encoders are never mixed.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from nanosd3.training.stages import Job
 
 CAPTION_BATCH = 64  # captions encoded at a time
 SHARD = 4096  # rows in a shard, at most
+SHARD_BYTES = 2**28  # in a shard, about: it is in memory twice while it is written
 
 
 @dataclass(frozen=True)
@@ -135,29 +136,50 @@ def fill_cache(features: Features, prompts: list[str], images: bool) -> None:
     if long := pipeline.text.truncated(source.texts):
         print(f"text: {len(long)} of {len(source.texts)} captions are truncated; one is {long[0]}")
 
-    def encode_images(numbers: dict[str, int], keys: list[str]) -> dict[str, Tensor]:
+    def encode_images(numbers: dict[str, int], pixels: int, keys: list[str]) -> dict[str, Tensor]:
         index = torch.tensor([numbers[key] for key in keys])
-        pixels = source.pixels(index[:1])[0, 0].numel()
         size = at_once(pixels * pipeline.config.vae.channels[0])
-        batches = [pipeline.posterior(source.pixels(batch)) for batch in index.split(size)]
-        mean, std = (torch.cat(x).half().cpu() for x in zip(*batches, strict=True))
-        return {"mean": mean, "std": std}
+        parts = (pipeline.posterior(source.pixels(batch)) for batch in index.split(size))
+        return collected(("mean", "std"), ((m.half(), s.half()) for m, s in parts))
 
     def encode_texts(keys: list[str]) -> dict[str, Tensor]:
         captions = [texts[key] for key in keys]
-        batches = [
-            pipeline.text.encode(captions[i : i + CAPTION_BATCH])
-            for i in range(0, len(captions), CAPTION_BATCH)
-        ]
-        context, pooled = (torch.cat(x).cpu() for x in zip(*batches, strict=True))
-        return {"context": context, "pooled": pooled}
+        starts = range(0, len(captions), CAPTION_BATCH)
+        parts = (pipeline.text.encode(captions[i : i + CAPTION_BATCH]) for i in starts)
+        return collected(("context", "pooled"), parts)
 
-    fill_shards(features.text_rows, list(texts), encode_texts, SHARD, "captions")
+    rows = rows_in_shard(text_bytes(features.encoders.config))
+    fill_shards(features.text_rows, list(texts), encode_texts, rows, "captions")
     for name in ENCODERS:  # done: images are encoded without them in memory
         pipeline.parts.free(name)
     for numbers in groups:
-        encode = partial(encode_images, numbers)
-        fill_shards(features.latent_rows, list(numbers), encode, SHARD, "images")
+        one = torch.tensor([next(iter(numbers.values()))])
+        pixels = source.pixels(one)[0, 0].numel()
+        rows = rows_in_shard(latent_bytes(features.encoders.config, pixels))
+        encode = partial(encode_images, numbers, pixels)
+        fill_shards(features.latent_rows, list(numbers), encode, rows, "images")
+
+
+def collected(names: tuple[str, str], parts: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Two tensors of rows, computed some at a time; each part leaves the device at once."""
+    on_cpu = [(a.cpu(), b.cpu()) for a, b in parts]
+    a, b = (torch.cat(rows) for rows in zip(*on_cpu, strict=True))
+    return dict(zip(names, (a, b), strict=True))
+
+
+def text_bytes(config: Config) -> int:
+    """Size of a text's row, if it is in float32."""
+    tokens = config.text.clip_l.length + config.text.t5.length
+    return 4 * (tokens * config.mmdit.context_dim + config.mmdit.pooled_dim)
+
+
+def latent_bytes(config: Config, pixels: int) -> int:
+    """Size of an image's row: mean and deviation, in float16."""
+    return 2 * 2 * config.vae.latent_channels * pixels // config.vae.factor**2
+
+
+def rows_in_shard(row_bytes: int) -> int:
+    return min(SHARD, max(1, SHARD_BYTES // row_bytes))
 
 
 def get_features(job: Job, encoders: Encoders, prompts: list[str], images: bool = True) -> Features:

@@ -119,7 +119,8 @@ def test_weights_that_do_not_fit_the_config(capsys, tmp_path, monkeypatch, tiny_
 def test_full_size_needs_memory(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(memory_check, "memory_found", lambda: (8.0, "free"))
-    monkeypatch.setattr(configs, "LARGE", replace(configs.LARGE, train_images=300, test_images=100))
+    few = replace(configs.LARGE_TRAINING, train_images=300, test_images=100)
+    monkeypatch.setattr(configs, "LARGE_TRAINING", few)
     line = refused(capsys, train_mnist.main, "--config", "sd3-medium")
     assert "2.0B parameters needs 635 GB" in line and "found 8 GB free: not enough" in line
     assert "--checkpointing" in line and "--accumulate" in line and "fsdp" in line

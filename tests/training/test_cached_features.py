@@ -13,12 +13,21 @@ from nanosd3.data.sources import Digits, caption_key
 from nanosd3.mmdit import MMDiT
 from nanosd3.official import load_networks
 from nanosd3.official.checkpoint import open_checkpoint
-from nanosd3.pipeline import open_pipeline
+from nanosd3.pipeline import Pipeline, open_pipeline
 from nanosd3.related.command import Study, conclude
 from nanosd3.storage import files
 from nanosd3.storage.run import Run
-from nanosd3.training import report, train_flow
-from nanosd3.training.cached_features import Encoders, Features, end_job, fill_cache
+from nanosd3.training import cached_features, report, train_flow
+from nanosd3.training.cached_features import (
+    Encoders,
+    Features,
+    collected,
+    end_job,
+    fill_cache,
+    latent_bytes,
+    rows_in_shard,
+    text_bytes,
+)
 
 
 def in_use(path: Path, **_) -> None:
@@ -138,3 +147,54 @@ def test_text_encoders_are_not_in_memory_beside_the_autoencoder(tiny_run, tmp_pa
     again(["a 3", "a 3"], steps=1)
     again(["a 3"], steps=1)
     assert sorted(read) == ONCE
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def test_shards_hold_some_hundred_megabytes():
+    """Of T5-XXL's features and of latents of 1024x1024, and thousands of small rows."""
+    large, tiny = CONFIGS["sd3.5-large"], CONFIGS["tiny"]
+    assert text_bytes(large) == 4 * (333 * 4096 + 2048)
+    assert latent_bytes(large, 1024**2) == 2 * 2 * 16 * 128**2
+    for row in (text_bytes(large), latent_bytes(large, 1024**2)):
+        assert 0.9 * 2**28 < rows_in_shard(row) * row <= 2**28
+    assert rows_in_shard(text_bytes(tiny)) == rows_in_shard(latent_bytes(tiny, 32**2)) == 4096
+    assert rows_in_shard(2**30) == 1
+
+
+def test_what_shards_hold_is_what_the_sizes_say(tiny_run, tmp_path, monkeypatch):
+    """As many rows as fit, and a batch leaves the device before the next one is computed."""
+    opened = Pipeline.load(tiny_run)
+    config = opened.config
+    source = Digits(load_images().first(20, 4), config)
+    features = Features(tmp_path, source, Encoders(config, "tiny", lambda: opened))
+    monkeypatch.setattr(cached_features, "SHARD_BYTES", 7 * text_bytes(config))
+    fill_cache(features, ["a 3"], images=True)
+    sizes = [len(e["keys"]) for e in features.text_rows.shards.values()]
+    assert set(sizes[:-1]) == {7}
+    rows = features.text_rows.rows(features.text_rows.shards["00000.safetensors"]["keys"])
+    assert sum(row.nbytes for row in rows.values()) == 7 * text_bytes(config)
+    key = source.key(0)
+    row = features.latent_rows.rows([key])
+    assert sum(x.nbytes for x in row.values()) == latent_bytes(config, 32**2)
+    assert len(features.latent_rows.missing([source.key(i) for i in range(24)])) == 0
+
+
+class OnDevice:
+    """A tensor that counts how many like it are on the device."""
+
+    there = 0
+
+    def __init__(self):
+        assert OnDevice.there < 2
+        OnDevice.there += 1
+
+    def cpu(self) -> torch.Tensor:
+        OnDevice.there -= 1
+        return torch.ones(2, 3)
+
+
+def test_parts_leave_the_device_at_once():
+    rows = collected(("a", "b"), ((OnDevice(), OnDevice()) for _ in range(3)))
+    assert {name: tuple(x.shape) for name, x in rows.items()} == {"a": (6, 3), "b": (6, 3)}

@@ -53,7 +53,9 @@ STAND_IN = replace(  # like the official configs: no recipe, wide text, 16 laten
 def small_configs(monkeypatch):
     monkeypatch.setitem(CONFIGS, "colour", COLOUR)
     monkeypatch.setitem(CONFIGS, "stand-in", STAND_IN)
-    monkeypatch.setattr(configs, "LARGE", replace(QUICK, train_images=300, test_images=100))
+    monkeypatch.setattr(
+        configs, "LARGE_TRAINING", replace(QUICK, train_images=300, test_images=100)
+    )
     monkeypatch.setattr(sources, "SHARE_HELD_OUT", 0.2)
 
 
