@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from nanosd3.config_types import Config
 from nanosd3.data.sources import Source, caption_key
 from nanosd3.lazy_modules import LazyModules
-from nanosd3.machine.device import at_once
 from nanosd3.machine.distributed import ProcessGroup
-from nanosd3.pipeline import Pipeline
+from nanosd3.pipeline import Pipeline, images_at_once
 from nanosd3.storage.files import discard
 from nanosd3.storage.shards import Shards, fill_shards
 from nanosd3.text import ENCODERS
@@ -138,7 +137,7 @@ def fill_cache(features: Features, prompts: list[str], images: bool) -> None:
 
     def encode_images(numbers: dict[str, int], pixels: int, keys: list[str]) -> dict[str, Tensor]:
         index = torch.tensor([numbers[key] for key in keys])
-        size = at_once(pixels * pipeline.config.vae.channels[0])
+        size = images_at_once(pipeline.config.vae, pixels)
         parts = (pipeline.posterior(source.pixels(batch)) for batch in index.split(size))
         return collected(("mean", "std"), ((m.half(), s.half()) for m, s in parts))
 

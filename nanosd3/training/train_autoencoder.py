@@ -6,12 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nanosd3.pipeline import images_at_once
 from nanosd3.training.loop import StepRNG, fit
 from nanosd3.training.stages import Job, build, finish_or_load
 from nanosd3.vae import AutoencoderKL, kl_divergence, sample_posterior
 
 MEASURED_IMAGES = 5000  # at most, to estimate the latents' mean and standard deviation
-MEASURING_BATCH = 8
+MEASURING_BATCH = 8  # at most
 
 
 def train_autoencoder(job: Job) -> AutoencoderKL:
@@ -51,7 +52,8 @@ def measured_latents(job: Job, vae: AutoencoderKL) -> dict[str, float]:
     """The `shift` and `scale` that bring the latents to mean 0 and standard deviation 1."""
     count = total = squares = 0.0
     for group in job.source.groups(range(min(job.source.trained, MEASURED_IMAGES))):
-        for index in group.split(MEASURING_BATCH):
+        pixels = job.source.pixels(group[:1])[0, 0].numel()
+        for index in group.split(min(MEASURING_BATCH, images_at_once(vae.config, pixels))):
             mean, logvar = vae.encode(job.source.pixels(index).to(job.device))
             count += mean.numel()
             total += mean.double().sum().item()

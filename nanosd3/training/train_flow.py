@@ -20,17 +20,19 @@ from nanosd3.flow import flow_loss, interpolate, logit_normal, shift, stratified
 from nanosd3.machine.distributed import ParallelModel, gather_full
 from nanosd3.mmdit import MMDiT
 from nanosd3.official.tensors import State
+from nanosd3.pipeline import latents_at_once
 from nanosd3.random_streams import rng
 from nanosd3.storage.files import load_weights, save_tensors
 from nanosd3.text import drop_encoders
 from nanosd3.training.cached_features import Features
 from nanosd3.training.ema import make_ema
 from nanosd3.training.loop import StepRNG, fit
-from nanosd3.training.stages import CHUNK, Job, build, finish, last_loss
+from nanosd3.training.stages import Job, build, finish, last_loss
 from nanosd3.training.throughput import Throughput
 
 VALIDATION_TIMES = 8  # equally spaced t
 VALIDATIONS = 5  # a run
+VALIDATION_BATCH = 50  # images, at most
 Watch = Callable[[int, ParallelModel], None]
 Network = nn.Module | Callable[..., Tensor]
 
@@ -80,7 +82,7 @@ def validation_loss(job: Job, features: Features, network: Network) -> list[floa
     totals = torch.zeros(VALIDATION_TIMES + 1, dtype=torch.float64)  # losses, then a count
     for same_size in source.groups(range(source.trained, source.count)):
         mine = padded(same_size, group.size).view(-1, group.size)[:, group.rank]
-        for index in mine.split(CHUNK // 10):
+        for index in mine.split(validated_at_once(job, features, same_size[:1])):
             real = index >= 0
             index = torch.where(real, index, same_size[0])  # padding: one of this size, not counted
             totals[VALIDATION_TIMES] += real.sum()
@@ -88,6 +90,14 @@ def validation_loss(job: Job, features: Features, network: Network) -> list[floa
                 totals[k] += losses.cpu().double()[real].sum()
     *sums, count = group.all_gather(totals[None]).sum(0).tolist()
     return [round(x / count, 5) for x in sums] if count else []
+
+
+def validated_at_once(job: Job, features: Features, one: Tensor) -> int:
+    """How many images of the size of this one are validated at once: no more than fit into memory
+    when one trains."""
+    config, (mean, _) = job.config, features.latents(one)
+    tokens = config.text.clip_l.length + config.text.t5.length
+    return min(VALIDATION_BATCH, latents_at_once(config.mmdit, mean[0, 0].numel(), tokens))
 
 
 def losses_over_time(
