@@ -10,6 +10,7 @@ from nanosd3.config import CONFIGS
 from nanosd3.machine.distributed import ProcessGroup
 from nanosd3.training import train_flow
 from nanosd3.training.train_flow import (
+    dtype_after,
     every_so_often,
     padded,
     time_shift,
@@ -127,6 +128,16 @@ def test_validation_takes_as_many_images_as_fit(monkeypatch):
     monkeypatch.setattr(train_flow, "validated_at_once", lambda *_: 2)
     assert validation_loss(job_with(source), source, network) == pytest.approx(whole, abs=1e-5)
     assert max(passes) == 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "dtype"),
+    [("fsdp", "cuda", torch.bfloat16), ("fsdp", "cpu", None), ("ddp", "cuda", None)],
+)
+def test_type_after_training(mode, device, dtype):
+    """Half as large as in training where it has been trained in shards on GPUs."""
+    job = SimpleNamespace(group=SimpleNamespace(mode=mode), device=torch.device(device))
+    assert dtype_after(job) is dtype
 
 
 def test_padded():
