@@ -22,7 +22,7 @@ from nanosd3.errors import InputError, shortened
 from nanosd3.machine.device import set_up
 from nanosd3.machine.distributed import MODES, Compute, launched_processes, process_group
 from nanosd3.machine.signals import obeying
-from nanosd3.measure.memory_check import refuse_too_large
+from nanosd3.measure.memory_check import refuse_large_autoencoder, refuse_too_large
 from nanosd3.official.checkpoint import Checkpoint, open_checkpoint, open_transformer
 from nanosd3.official.missing_keys import check, problems_of_part
 from nanosd3.official.tensors import State, fingerprint
@@ -187,6 +187,8 @@ def job_of(args: argparse.Namespace, plan: Plan, source: Source) -> Iterator[Job
         raise InputError("--precision bfloat16 is for GPUs; use float32, which is faster on CPU")
     compute = Compute(precision, args.checkpointing, args.compile, args.accumulate)
     refuse_too_large(plan.config, max(1, launched_processes()), compute, args.parallel == "fsdp")
+    if not plan.frozen and not (folder / "autoencoder.safetensors").exists():
+        refuse_large_autoencoder(plan.config)
     with (
         process_group(args.parallel, device) as group,
         obeying(),
