@@ -19,7 +19,7 @@ from nanosd3.related.command import RECIPE_SIZES
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.train_consistency import turbo_stage
 from nanosd3.related.yardsticks import in_words
-from nanosd3.training.cached_features import get_features
+from nanosd3.training.cached_features import end_job, get_features
 from nanosd3.training.classifier import train_classifier
 from nanosd3.training.encoders import frozen_encoders, trained_encoders
 from nanosd3.training.evaluation import Scorer
@@ -100,8 +100,7 @@ def train(job: Job, plan: Plan, source: Digits, with_turbo: bool) -> None:
 
     # Samples: grids, the path from noise to digits, and how good they are.
     metrics = report_digits(job, scorer, pipeline, turbo)
-    features.forget()
-    job.run.finish("samples", {})
+    end_job(job, features)
     print(
         f"samples: {metrics['prompt_accuracy']:.1%} match their prompt; Frechet distance "
         f"{metrics['frechet_distance']:.2f} (real images {metrics['frechet_floor_real']:.2f}, "

@@ -92,7 +92,8 @@ def status_of(main: Callable[[], int | None]) -> int:
         if not out_of_memory(error):
             raise
         advice = "request fewer or smaller images at once, or choose a smaller --config"
-        advice += " (for training: --accumulate, --checkpointing, --parallel fsdp)"
+        advice += " (for training: --weights, which leaves out autoencoder and text encoders; for "
+        advice += "the transformer --accumulate, --checkpointing, --parallel fsdp)"
         print(f"error: out of memory; {advice}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `... | head`: the reader is gone, so there is no one to tell

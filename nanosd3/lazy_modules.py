@@ -40,10 +40,20 @@ class LazyModules(Mapping[str, nn.Module]):
 
     def release(self, name: str) -> None:
         """Free `name`, which is not needed for now, if `staged` and it can be made again."""
-        if self.staged and name in self.makers:
-            self.ready.pop(name, None)
+        if self.staged:
+            self.free(name)
+
+    def free(self, name: str) -> None:
+        """Free `name`, if it can be made again."""
+        if name in self.makers and name in self.ready:
+            del self.ready[name]
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def load(self) -> None:
+        """Make all networks now."""
+        for name in self:
+            self[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self.ready or name in self.makers

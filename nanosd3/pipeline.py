@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanosd3.arguments import path_of
-from nanosd3.config_types import Config
+from nanosd3.config_types import Config, MMDiTConfig, VAEConfig
 from nanosd3.data.mnist import to_uint8
 from nanosd3.errors import InputError, shown
 from nanosd3.few_steps import ALL_SAMPLERS, consistency, inpainting_afresh
@@ -74,7 +74,10 @@ class Pipeline:
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Pipeline":
         """The model in a run folder, a single file or a diffusers folder, kept in memory. Short
         form of `nanosd3.weights.load`."""
-        return open_pipeline(open_checkpoint(path_of("path", path)), device, None, staged=False)
+        checkpoint = open_checkpoint(path_of("path", path))
+        pipeline = open_pipeline(checkpoint, device, None, staged=False)
+        pipeline.parts.load()
+        return pipeline
 
     @property
     def mmdit(self) -> MMDiT:
@@ -116,7 +119,7 @@ class Pipeline:
         """Images (B, channels, H, W) in [-1, 1] to normalised latents (B, C, h, w): the mean of
         the encoder's Gaussian, so that the same image gives the same latents."""
         padded = F.pad(pixels, (self.config.padding,) * 4, value=-1.0)
-        size = at_once(pixels[0, 0].numel() * self.config.vae.channels[0])
+        size = images_at_once(self.config.vae, pixels[0, 0].numel())
         return self.vae.normalise(torch.cat([self.posterior(x)[0] for x in padded.split(size)]))
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -124,7 +127,7 @@ class Pipeline:
         vae, cut = self.vae, self.config.padding
         pixels = latents[0, 0].numel() * self.config.vae.factor**2
         images = []
-        for z in latents.split(at_once(pixels * self.config.vae.channels[0])):
+        for z in latents.split(images_at_once(self.config.vae, pixels)):
             x = (
                 self.decoder(z)
                 if self.decoder
@@ -219,9 +222,9 @@ class Pipeline:
             return mmdit(z.to(dtype), t, *texts, skip=skip).to(solver_dtype)
 
         text = {t: (context.to(dtype), pooled.to(dtype)) for t, (context, pooled) in text.items()}
-        patches = noise[0, 0].numel() // self.config.mmdit.patch_size**2
-        tokens = patches + len(next(iter(text.values()))[0])
-        batches = torch.arange(len(noise)).split(at_once(tokens * 4 * self.config.mmdit.width))
+        length = len(next(iter(text.values()))[0])
+        size = latents_at_once(self.config.mmdit, noise[0, 0].numel(), length)
+        batches = torch.arange(len(noise)).split(size)
         bar = tqdm(
             total=len(batches) * (len(times) - 1), desc="sampling", disable=not request.progress
         )
@@ -253,6 +256,16 @@ class Pipeline:
             bar.update()
         bar.close()
         return finite(torch.cat(results), "the latents")
+
+
+def images_at_once(config: VAEConfig, pixels: int) -> int:
+    """How many images of so many pixels the autoencoder takes at once."""
+    return at_once(pixels * config.channels[0])
+
+
+def latents_at_once(config: MMDiTConfig, size: int, text_tokens: int) -> int:
+    """How many latents of so many numbers a channel the transformer takes at once."""
+    return at_once((size // config.patch_size**2 + text_tokens) * 4 * config.width)
 
 
 def open_pipeline(

@@ -50,7 +50,10 @@ def load(
     files = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
     place = None if weights is None else path_of("weights", weights)
     checkpoint = open_checkpoint(path_of("path", path), files, place)
-    return open_pipeline(checkpoint, device, dtype, staged)
+    pipeline = open_pipeline(checkpoint, device, dtype, staged)
+    if not staged:
+        pipeline.parts.load()
+    return pipeline
 
 
 # --- command line -------------------------------------------------------------------------------

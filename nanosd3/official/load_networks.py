@@ -16,8 +16,13 @@ from nanosd3.official.tensors import fill
 def open_networks(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, staged: bool
 ) -> LazyModules:
-    """Networks by name, loaded when needed or, without `staged`, at once; `dtype` as in
-    `nanosd3.weights.load`. Raises InputError for tensors that are missing or misshapen."""
+    """Networks by name, each read when it is first used; with `staged` they are freed after use,
+    otherwise they stay.
+
+    `dtype` None: a run keeps float32; official weights are in float32 on CPU and bfloat16 on a
+    GPU. Text encoders are never in float16, which T5 overflows. Raises InputError for tensors that
+    are missing or misshapen.
+    """
     check(checkpoint)
     if dtype is None:
         half = device.type == "cuda" and not (checkpoint.path / "run.json").exists()
@@ -30,8 +35,4 @@ def open_networks(
             fill(on_meta(checkpoint.config, name), checkpoint.parts[name], device, kind)
         )
 
-    networks = LazyModules({name: reader(name) for name in checkpoint.parts}, device, staged)
-    if not staged:
-        for name in networks:
-            networks[name]
-    return networks
+    return LazyModules({name: reader(name) for name in checkpoint.parts}, device, staged)

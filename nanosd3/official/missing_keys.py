@@ -100,13 +100,18 @@ def report(checkpoint: Checkpoint) -> str:
 
 def problems_of(checkpoint: Checkpoint) -> list[str]:
     """What is missing or misshapen, and what belongs to another model."""
-    problems = []
-    for name, state in checkpoint.parts.items():
-        comparison = check_part(checkpoint.config, name, state)
-        problems += [f"{name} lacks {key}" for key in comparison.missing]
-        problems += [f"{name} {entry}" for entry in comparison.misshapen]
-        problems += [f"{name} of this size has no {key}" for key in comparison.beyond]
-    return problems
+    parts = checkpoint.parts.items()
+    return [p for name, state in parts for p in problems_of_part(checkpoint.config, name, state)]
+
+
+def problems_of_part(config: Config, name: str, state: State) -> list[str]:
+    """The same of a component, compared with that of a config."""
+    comparison = check_part(config, name, state)
+    return [
+        *(f"{name} lacks {key}" for key in comparison.missing),
+        *(f"{name} {entry}" for entry in comparison.misshapen),
+        *(f"{name} of this size has no {key}" for key in comparison.beyond),
+    ]
 
 
 def check(checkpoint: Checkpoint) -> None:

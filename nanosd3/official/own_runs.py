@@ -8,10 +8,10 @@ from nanosd3.components import on_meta
 from nanosd3.config import CONFIGS
 from nanosd3.config_types import Config
 from nanosd3.errors import InputError
-from nanosd3.mmdit import MMDiT
 from nanosd3.official.limits import check_fields, limited_config, limited_tokenizers
 from nanosd3.official.tensor_files import open_weights
 from nanosd3.official.tensors import State, in_memory
+from nanosd3.patchify import sincos_positions
 from nanosd3.storage import training_state
 from nanosd3.storage.files import check_state, parse_json, read_json
 from nanosd3.storage.run import WEIGHTS, Run
@@ -65,7 +65,9 @@ def open_run_transformer(run: Run) -> tuple[Config, State]:
     config = finished_config(run, allow_unfinished_flow=averages is not None)
     if averages is None:
         return config, open_run_weights(folder / "flow.safetensors", config, {"mmdit": ""})
-    averages |= dict(MMDiT(config.mmdit).named_buffers())
+    width, grid = config.mmdit.width, config.mmdit.grid
+    positions = sincos_positions(width, grid, config.mmdit.grid_sample, config.mmdit.grid_span)
+    averages["pos_embed"] = positions  # a buffer, which no state holds
     return config, {name: in_memory(name, tensor, folder) for name, tensor in averages.items()}
 
 

@@ -21,7 +21,7 @@ from nanosd3.machine.device import peak_memory, set_up
 from nanosd3.machine.signals import obeying
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.related.yardsticks import in_words, pipeline_scores
-from nanosd3.storage.files import write_json
+from nanosd3.storage.files import discard, write_json
 from nanosd3.storage.run import Run
 from nanosd3.training.cached_features import Features, get_features
 from nanosd3.training.options import with_recipe
@@ -182,6 +182,10 @@ def conclude(study: Study, metrics: dict) -> None:
         "peak_memory_gb": peak_memory(study.job.device),
     }
     write_json(run.folder / "metrics.json", metrics | about)
-    if not study.encoded:
-        run.delete(["cache"])
     run.finish("samples", {})
+    if study.encoded:
+        return
+    if "features" in vars(study):
+        study.features.forget()
+    else:
+        discard(run.folder / "cache")

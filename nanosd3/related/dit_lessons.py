@@ -91,7 +91,7 @@ def density_of(job: Job) -> Callable[[Tensor], Tensor]:
 def dit_step(
     job: Job, features: Features, labels: Tensor, network: DiT, lesson: Lesson, step_rng: StepRNG
 ) -> Tensor:
-    """One training step: the loss of each row of a batch, (B,), of images with their labels, a
+    """The loss of a training step for each row of a batch, (B,), of images with their labels, a
     tenth of which are dropped."""
     size, generator = job.training.flow.batch, step_rng.generator()
     images = step_rng.take(job.source.draw(size, generator))

@@ -91,7 +91,7 @@ def hdit_step(
     step_rng: StepRNG,
     strongest: float | None = STRONGEST,
 ) -> Tensor:
-    """One training step: the loss of each row of a batch, (B,). `pooled` are those of the source's
+    """The loss of a training step for each row of a batch, (B,). `pooled` are those of the source's
     texts. Without `strongest` the loss has no weight."""
     size, generator = job.training.flow.batch, step_rng.generator()
     images = step_rng.take(job.source.draw(size, generator))

@@ -60,7 +60,7 @@ def velocity_for(model: MMDiT, pooled: Tensor) -> Velocity:
 def path_step(
     path: ProbabilityPath, job: Job, features: Features, model: MMDiT, step_rng: StepRNG
 ) -> Tensor:
-    """One training step: the loss of each row of a batch, (B,)."""
+    """The loss of a training step for each row of a batch, (B,)."""
     size, generator = job.training.flow.batch, step_rng.generator()
     images = step_rng.take(job.source.draw(size, generator))
     captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))

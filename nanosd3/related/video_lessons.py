@@ -153,7 +153,7 @@ def video_step(
     step_rng: StepRNG,
     sizes: Sequence[ClipSize] = CLIP_SIZES,
 ) -> Tensor:
-    """One training step: the losses of a batch of clips of one size, (B,); sizes take turns."""
+    """The losses of a training step on a batch of clips of one size, (B,); sizes take turns."""
     training, generator = job.training, step_rng.generator()
     count = training.flow.batch
     size = sizes[int(step_rng.name[-1]) % len(sizes)]

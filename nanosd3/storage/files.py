@@ -6,6 +6,7 @@ unlike pickles, cannot execute code when they are read.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,18 +23,20 @@ from torch import Tensor, nn
 
 from nanosd3.errors import InputError
 
+# No permission, a failing disk, a lost connection: errors that say nothing about the content.
+UNKNOWN = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 JSON_DEPTH = 32  # levels; what this program and others write has four or five
 
 
 class Unreadable(InputError):
-    """A file without permission to read it: nothing is known about its content."""
+    """A file that cannot be read, or not now: nothing is known about its content."""
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> InputError:
     """The error to raise for a file that cannot be read."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path}: no such file")
-    kind = Unreadable if isinstance(error, PermissionError) else InputError
+    kind = Unreadable if getattr(error, "errno", None) in UNKNOWN else InputError
     reason = getattr(error, "strerror", None) or error
     return kind(f"{path}: cannot be read ({reason})")
 
@@ -81,6 +84,18 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def discard(folder: Path) -> None:
+    """Delete a folder that is of no more use. Where that fails it says so: Windows and NFS do not
+    let go of a file that some process has mapped."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"  warning: {folder}: cannot be deleted ({reason}); nothing needs it any more")
+
+
 def flush(path: Path) -> None:
     """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -122,7 +137,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file. Raises InputError, Unreadable without permission."""
+    """The content of a regular file. Raises InputError: Unreadable if its content is unknown."""
     try:
         if path.is_file() or not path.exists():  # reading a pipe or device might never end
             return path.read_bytes()

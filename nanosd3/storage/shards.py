@@ -109,7 +109,7 @@ class Shards:
         return {name: torch.stack([shard[name][row] for shard, row in rows]) for name in names}
 
     def open(self, name: str) -> dict[str, Tensor]:
-        """The memory-mapped tensors of a shard, which stay open."""
+        """The memory-mapped tensors of a shard, which stay open until `close`."""
         if name not in self.opened:
             path = self.folder / name
             try:
@@ -121,6 +121,10 @@ class Shards:
                     f"{path}: cannot be read ({reason}); rerun the command to recompute its rows"
                 ) from None
         return self.opened[name]
+
+    def close(self) -> None:
+        """Unmap all shards, until their rows are read again."""
+        self.opened.clear()
 
 
 def is_manifest(shards: object) -> TypeGuard[dict[str, Entry]]:

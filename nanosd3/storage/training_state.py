@@ -30,8 +30,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanosd3.errors import InputError
+from nanosd3.machine.device import out_of_memory
 from nanosd3.machine.distributed import SINGLE_PROCESS, ProcessGroup
-from nanosd3.storage.files import Unreadable, read_json, remove, rename, sha256, write_json
+from nanosd3.storage.files import (
+    Unreadable,
+    read_json,
+    remove,
+    rename,
+    sha256,
+    unreadable,
+    write_json,
+)
 
 KEPT = 2  # states
 INDEX = "state.json"
@@ -201,9 +210,11 @@ def read_shards(path: Path, tensors: dict[str, Tensor], group: ProcessGroup) -> 
             reader = dcp.HuggingFaceStorageReader(str(path))
             reader.read_metadata()  # otherwise dcp.load would log a traceback of any error
             dcp.load(tensors, storage_reader=reader, no_dist=group.size == 1)
-    except MemoryError:
-        raise
-    except Exception:
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         # The checksums match, so the files are as written, but not by save_state.
         raise InputError(f"{path}: not a state written by nanosd3; {ADVICE}") from None
 

@@ -7,10 +7,9 @@ changes is encoded again, and outputs of different encoders are never mixed.
 """
 
 import hashlib
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -19,15 +18,17 @@ from torch import Tensor, nn
 from nanosd3.config_types import Config
 from nanosd3.data.sources import Source, caption_key
 from nanosd3.lazy_modules import LazyModules
-from nanosd3.machine.device import at_once
 from nanosd3.machine.distributed import ProcessGroup
-from nanosd3.pipeline import Pipeline
+from nanosd3.pipeline import Pipeline, images_at_once
+from nanosd3.storage.files import discard
 from nanosd3.storage.shards import Shards, fill_shards
+from nanosd3.text import ENCODERS
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job
 
 CAPTION_BATCH = 64  # captions encoded at a time
 SHARD = 4096  # rows in a shard, at most
+SHARD_BYTES = 2**28  # in a shard, about: it is in memory twice while it is written
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,26 @@ class Features:
         rows = self.text_rows.rows([caption_key(text)])
         return rows["context"][0].float(), rows["pooled"][0].float()
 
+    @cached_property
+    def opened(self) -> Pipeline:
+        """The encoders, opened once for all pipelines."""
+        return self.encoders.open()
+
     def pipeline(self, mmdit: nn.Module, device: torch.device) -> Pipeline:
         """The full model with this transformer. It reads cached texts from here, so for those no
-        text encoder is opened."""
-        encoders = self.encoders.open()
-        parts = LazyModules({**encoders.parts.sources(), "mmdit": mmdit}, device, staged=True)
+        text encoder is read. The autoencoder is read once, for all such pipelines."""
+        encoders = self.opened
+        sources = encoders.parts.sources() | {"mmdit": mmdit, "vae": lambda: encoders.vae}
+        parts = LazyModules(sources, device, staged=True)
         pipeline = Pipeline(self.encoders.config, encoders.text.tokenizers, parts)
         pipeline.encoded_text = self
         return pipeline
 
     def forget(self) -> None:
         """Delete the whole cache, including the outputs of other encoders."""
-        shutil.rmtree(self.folder.parent)
+        self.latent_rows.close()
+        self.text_rows.close()
+        discard(self.folder.parent)
 
 
 def encoded(
@@ -126,30 +135,60 @@ def fill_cache(features: Features, prompts: list[str], images: bool) -> None:
     if long := pipeline.text.truncated(source.texts):
         print(f"text: {len(long)} of {len(source.texts)} captions are truncated; one is {long[0]}")
 
-    def encode_images(numbers: dict[str, int], keys: list[str]) -> dict[str, Tensor]:
+    def encode_images(numbers: dict[str, int], pixels: int, keys: list[str]) -> dict[str, Tensor]:
         index = torch.tensor([numbers[key] for key in keys])
-        pixels = source.pixels(index[:1])[0, 0].numel()
-        size = at_once(pixels * pipeline.config.vae.channels[0])
-        batches = [pipeline.posterior(source.pixels(batch)) for batch in index.split(size)]
-        mean, std = (torch.cat(x).half().cpu() for x in zip(*batches, strict=True))
-        return {"mean": mean, "std": std}
+        size = images_at_once(pipeline.config.vae, pixels)
+        parts = (pipeline.posterior(source.pixels(batch)) for batch in index.split(size))
+        return collected(("mean", "std"), ((m.half(), s.half()) for m, s in parts))
 
     def encode_texts(keys: list[str]) -> dict[str, Tensor]:
         captions = [texts[key] for key in keys]
-        batches = [
-            pipeline.text.encode(captions[i : i + CAPTION_BATCH])
-            for i in range(0, len(captions), CAPTION_BATCH)
-        ]
-        context, pooled = (torch.cat(x).cpu() for x in zip(*batches, strict=True))
-        return {"context": context, "pooled": pooled}
+        starts = range(0, len(captions), CAPTION_BATCH)
+        parts = (pipeline.text.encode(captions[i : i + CAPTION_BATCH]) for i in starts)
+        return collected(("context", "pooled"), parts)
 
-    fill_shards(features.text_rows, list(texts), encode_texts, SHARD, "captions")
+    rows = rows_in_shard(text_bytes(features.encoders.config))
+    fill_shards(features.text_rows, list(texts), encode_texts, rows, "captions")
+    for name in ENCODERS:  # done: images are encoded without them in memory
+        pipeline.parts.free(name)
     for numbers in groups:
-        encode = partial(encode_images, numbers)
-        fill_shards(features.latent_rows, list(numbers), encode, SHARD, "images")
+        one = torch.tensor([next(iter(numbers.values()))])
+        pixels = source.pixels(one)[0, 0].numel()
+        rows = rows_in_shard(latent_bytes(features.encoders.config, pixels))
+        encode = partial(encode_images, numbers, pixels)
+        fill_shards(features.latent_rows, list(numbers), encode, rows, "images")
+
+
+def collected(names: tuple[str, str], parts: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Two tensors of rows, computed some at a time; each part leaves the device at once."""
+    on_cpu = [(a.cpu(), b.cpu()) for a, b in parts]
+    a, b = (torch.cat(rows) for rows in zip(*on_cpu, strict=True))
+    return dict(zip(names, (a, b), strict=True))
+
+
+def text_bytes(config: Config) -> int:
+    """Size of a text's row, if it is in float32."""
+    tokens = config.text.clip_l.length + config.text.t5.length
+    return 4 * (tokens * config.mmdit.context_dim + config.mmdit.pooled_dim)
+
+
+def latent_bytes(config: Config, pixels: int) -> int:
+    """Size of an image's row: mean and deviation, in float16."""
+    return 2 * 2 * config.vae.latent_channels * pixels // config.vae.factor**2
+
+
+def rows_in_shard(row_bytes: int) -> int:
+    return min(SHARD, max(1, SHARD_BYTES // row_bytes))
 
 
 def get_features(job: Job, encoders: Encoders, prompts: list[str], images: bool = True) -> Features:
     """The features of the job's images and captions and of `prompts`, computed where missing;
     without `images`, only those of texts."""
     return encoded(job.run.folder / "cache", job.source, encoders, prompts, job.group, images)
+
+
+def end_job(job: Job, features: Features) -> None:
+    """Mark the job as finished, then delete its cache: if that fails, the job is done all the
+    same."""
+    job.run.finish("samples", {})
+    features.forget()

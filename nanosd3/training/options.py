@@ -22,9 +22,9 @@ from nanosd3.errors import InputError, shortened
 from nanosd3.machine.device import set_up
 from nanosd3.machine.distributed import MODES, Compute, launched_processes, process_group
 from nanosd3.machine.signals import obeying
-from nanosd3.measure.memory_check import refuse_too_large
+from nanosd3.measure.memory_check import refuse_large_autoencoder, refuse_too_large
 from nanosd3.official.checkpoint import Checkpoint, open_checkpoint, open_transformer
-from nanosd3.official.missing_keys import check, check_part
+from nanosd3.official.missing_keys import check, problems_of_part
 from nanosd3.official.tensors import State, fingerprint
 from nanosd3.storage.run import WEIGHTS, Run
 from nanosd3.text import ENCODERS
@@ -111,8 +111,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     before = identity_before(args)
     if args.init:
         init = open_transformer(args.init)
-        checked = check_part(config, "mmdit", init)
-        if problems := [*checked.missing, *checked.misshapen]:
+        if problems := problems_of_part(config, "mmdit", init):
             raise InputError(
                 f"{args.init}: its transformer does not fit config {config.name}: {problems[0]}"
             )
@@ -203,6 +202,8 @@ def job_of(args: argparse.Namespace, plan: Plan, source: Source) -> Iterator[Job
         raise InputError("--precision bfloat16 is for GPUs; use float32, which is faster on CPU")
     compute = Compute(precision, args.checkpointing, args.compile, args.accumulate)
     refuse_too_large(plan.config, max(1, launched_processes()), compute, args.parallel == "fsdp")
+    if not plan.frozen and not (folder / "autoencoder.safetensors").exists():
+        refuse_large_autoencoder(plan.config)
     with (
         process_group(args.parallel, device) as group,
         obeying(),

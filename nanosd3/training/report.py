@@ -23,7 +23,7 @@ from nanosd3.data.sources import Digits
 from nanosd3.errors import shortened
 from nanosd3.machine.device import peak_memory
 from nanosd3.machine.distributed import ParallelModel
-from nanosd3.pipeline import Pipeline
+from nanosd3.pipeline import Pipeline, images_at_once
 from nanosd3.samplers import Callback
 from nanosd3.storage.files import write_file, write_json
 from nanosd3.training import plots
@@ -34,7 +34,7 @@ from nanosd3.training.stages import Job
 from nanosd3.training.train_flow import every_so_often
 
 PREVIEWS = 10  # a run
-RECONSTRUCTION_BATCH = 50
+RECONSTRUCTION_BATCH = 50  # at most
 TERMINAL_SAMPLES = 5
 EXACT_STEPS = 100  # of Heun, for the solution that solvers are compared with
 SOLVER_EVALUATIONS = (5, 9, 17, 33)  # per image, to compare solvers at; odd, because of Heun
@@ -184,7 +184,9 @@ def evaluate(job: Job, scorer: Scorer, pipeline: Pipeline) -> dict:
 def reconstructions(source: Digits, index: Tensor, pipeline: Pipeline) -> Tensor:
     """Training images encoded and decoded again, as digits uint8 (B, 28, 28)."""
     decoded = []
-    for batch in index.split(RECONSTRUCTION_BATCH):
+    pixels = source.pixels(index[:1])[0, 0].numel()
+    size = min(RECONSTRUCTION_BATCH, images_at_once(pipeline.config.vae, pixels))
+    for batch in index.split(size):
         mean, _ = pipeline.posterior(source.pixels(batch))
         decoded.append(torch.from_numpy(pipeline.decode(pipeline.vae.normalise(mean))))
     return to_digits(torch.cat(decoded))

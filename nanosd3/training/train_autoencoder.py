@@ -6,12 +6,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nanosd3.machine.distributed import Compute, ParallelModel
+from nanosd3.measure.memory_check import autoencoder_rows
+from nanosd3.pipeline import images_at_once
 from nanosd3.training.loop import StepRNG, fit
 from nanosd3.training.stages import Job, build, finish_or_load
 from nanosd3.vae import AutoencoderKL, kl_divergence, sample_posterior
 
 MEASURED_IMAGES = 5000  # at most, to estimate the latents' mean and standard deviation
-MEASURING_BATCH = 8
+MEASURING_BATCH = 8  # at most
 
 
 def train_autoencoder(job: Job) -> AutoencoderKL:
@@ -28,7 +31,8 @@ def train_autoencoder(job: Job) -> AutoencoderKL:
         index = step_rng.take(job.source.draw(recipe.batch, generator))
         x = job.source.pixels(index).to(job.device)
         mean, logvar = vae.encode(x)
-        noise = torch.randn(mean.shape, generator=generator).to(job.device)
+        noise = torch.randn(recipe.batch, *mean.shape[1:], generator=generator)
+        noise = step_rng.take(noise).to(job.device)
         difference = vae.decode(sample_posterior(mean, logvar, noise)) - x
         reconstruction = difference.square().flatten(1).sum(1).mean()
         kl = kl_divergence(mean, logvar).mean()
@@ -36,7 +40,9 @@ def train_autoencoder(job: Job) -> AutoencoderKL:
         return loss, {"reconstruction": reconstruction.item(), "kl": kl.item()}
 
     def train() -> dict:
-        fit(job.run, "autoencoder", vae, loss_of, recipe, job.seed)
+        compute = Compute(accumulate=recipe.batch // autoencoder_rows(job.config))
+        parallel = ParallelModel(vae, compute=compute)
+        fit(job.run, "autoencoder", vae, loss_of, recipe, job.seed, parallel=parallel)
         return measured_latents(job, vae)
 
     results = finish_or_load(job, "autoencoder", vae, train)
@@ -51,7 +57,8 @@ def measured_latents(job: Job, vae: AutoencoderKL) -> dict[str, float]:
     """The `shift` and `scale` that bring the latents to mean 0 and standard deviation 1."""
     count = total = squares = 0.0
     for group in job.source.groups(range(min(job.source.trained, MEASURED_IMAGES))):
-        for index in group.split(MEASURING_BATCH):
+        pixels = job.source.pixels(group[:1])[0, 0].numel()
+        for index in group.split(min(MEASURING_BATCH, images_at_once(vae.config, pixels))):
             mean, logvar = vae.encode(job.source.pixels(index).to(job.device))
             count += mean.numel()
             total += mean.double().sum().item()

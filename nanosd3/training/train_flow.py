@@ -1,6 +1,6 @@
 """Train the transformer: the velocity of noisy latents, given time and text.
 
-`flow_step` is one training step, from the indices of a batch's images to their losses; the loop
+`flow_step` computes the losses of a training step from the indices of the batch's images; the loop
 around it (loop.py) takes gradients and updates the weights and their average. The same loss on
 images held out, at fixed times and with fixed noise, is the validation loss.
 """
@@ -9,34 +9,39 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanosd3.components import on_meta
 from nanosd3.config_types import Config
 from nanosd3.flow import flow_loss, interpolate, logit_normal, shift, stratified
 from nanosd3.machine.distributed import ParallelModel, gather_full
 from nanosd3.mmdit import MMDiT
-from nanosd3.official.tensors import State
+from nanosd3.official.own_runs import open_run_weights
+from nanosd3.official.tensors import State, fill
+from nanosd3.pipeline import latents_at_once
 from nanosd3.random_streams import rng
-from nanosd3.storage.files import load_weights, save_tensors
+from nanosd3.storage.files import save_tensors
 from nanosd3.text import drop_encoders
 from nanosd3.training.cached_features import Features
 from nanosd3.training.ema import make_ema
 from nanosd3.training.loop import StepRNG, fit
-from nanosd3.training.stages import CHUNK, Job, build, finish, last_loss
+from nanosd3.training.stages import Job, build, finish, last_loss
 from nanosd3.training.throughput import Throughput
 
 VALIDATION_TIMES = 8  # equally spaced t
 VALIDATIONS = 5  # a run
+VALIDATION_BATCH = 50  # images, at most
 Watch = Callable[[int, ParallelModel], None]
 Network = nn.Module | Callable[..., Tensor]
 
 
 def flow_step(job: Job, features: Features, network: Network, step_rng: StepRNG) -> Tensor:
-    """One training step: the loss of each of this process's rows of a batch, (B,).
+    """The loss of a training step, for each of this process's rows of the batch: (B,).
 
     Every process draws the numbers of the whole batch and takes its own rows, so the step does
     not depend on how many processes share it.
@@ -80,7 +85,7 @@ def validation_loss(job: Job, features: Features, network: Network) -> list[floa
     totals = torch.zeros(VALIDATION_TIMES + 1, dtype=torch.float64)  # losses, then a count
     for same_size in source.groups(range(source.trained, source.count)):
         mine = padded(same_size, group.size).view(-1, group.size)[:, group.rank]
-        for index in mine.split(CHUNK // 10):
+        for index in mine.split(validated_at_once(job, features, same_size[:1])):
             real = index >= 0
             index = torch.where(real, index, same_size[0])  # padding: one of this size, not counted
             totals[VALIDATION_TIMES] += real.sum()
@@ -88,6 +93,14 @@ def validation_loss(job: Job, features: Features, network: Network) -> list[floa
                 totals[k] += losses.cpu().double()[real].sum()
     *sums, count = group.all_gather(totals[None]).sum(0).tolist()
     return [round(x / count, 5) for x in sums] if count else []
+
+
+def validated_at_once(job: Job, features: Features, one: Tensor) -> int:
+    """How many images of the size of this one are validated at once: no more than fit into memory
+    when one trains."""
+    config, (mean, _) = job.config, features.latents(one)
+    tokens = config.text.clip_l.length + config.text.t5.length
+    return min(VALIDATION_BATCH, latents_at_once(config.mmdit, mean[0, 0].numel(), tokens))
 
 
 def losses_over_time(
@@ -126,28 +139,41 @@ def train_flow(
     """
     path = job.run.folder / "flow.safetensors"
     if "flow" not in job.run.stages:
-        begin = time.perf_counter()
-        model = start(job, init)
-        ema = cast(MMDiT, make_ema(model))
-        network = ParallelModel(model, job.group, job.compute, list(model.joint_blocks))
-        plain = replace(job.compute, checkpointing=False, compiled=False)
-        average = ParallelModel(ema, job.group, plain, list(ema.joint_blocks))
-        fit_flow(job, features, network, average, watch)
-        tensors = {}
-        for key, value in ema.state_dict().items():  # gathered one at a time: only main keeps them
-            value = gather_full(value).cpu()
-            if job.group.is_main:
-                tensors[key] = value
-        if job.group.is_main:
-            save_tensors(tensors, path)
-            finish(job, "flow", {"loss": last_loss(job, "flow")}, begin)
+        train_average(job, features, watch, init, path)
         job.group.barrier()
     if not job.group.is_main:
         return None
-    model = MMDiT(job.config.mmdit).to(job.device)
-    load_weights(model, path)
+    state = open_run_weights(path, job.config, {"mmdit": ""})
+    model = fill(on_meta(job.config, "mmdit"), state, job.device, dtype_after(job))
     print(f"flow: velocity loss {job.run.stages['flow']['loss']:.3f} (2 for a guess of zero)")
-    return model.requires_grad_(False).eval()
+    return cast(MMDiT, model)
+
+
+def dtype_after(job: Job) -> torch.dtype | None:
+    """The type of the trained network, None for its own: a GPU that has trained a shard of it need
+    not have room for all of it in float32."""
+    return torch.bfloat16 if job.group.mode == "fsdp" and job.device.type == "cuda" else None
+
+
+def train_average(
+    job: Job, features: Features, watch: Watch | None, init: State | None, path: Path
+) -> None:
+    """Train the transformer; the main process writes its moving average."""
+    begin = time.perf_counter()
+    model = start(job, init)
+    ema = cast(MMDiT, make_ema(model))
+    network = ParallelModel(model, job.group, job.compute, list(model.joint_blocks))
+    plain = replace(job.compute, checkpointing=False, compiled=False)
+    average = ParallelModel(ema, job.group, plain, list(ema.joint_blocks))
+    fit_flow(job, features, network, average, watch)
+    tensors = {}
+    for key, value in ema.state_dict().items():  # gathered one at a time: only main keeps them
+        value = gather_full(value).cpu()
+        if job.group.is_main:
+            tensors[key] = value
+    if job.group.is_main:
+        save_tensors(tensors, path)
+        finish(job, "flow", {"loss": last_loss(job, "flow")}, begin)
 
 
 def start(job: Job, init: State | None) -> MMDiT:

@@ -15,7 +15,7 @@ from nanosd3.errors import InputError, shown
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.files import write_file, write_json
 from nanosd3.training import plots
-from nanosd3.training.cached_features import get_features
+from nanosd3.training.cached_features import end_job, get_features
 from nanosd3.training.encoders import get_encoders
 from nanosd3.training.geneval import (
     draw_questions,
@@ -77,8 +77,7 @@ def run_stages(job: Job, plan: Plan, source: Scenes) -> None:
         return
     pipeline = features.pipeline(mmdit, job.device)
     scores = report_scenes(job, source, judge, pipeline)
-    features.forget()
-    job.run.finish("samples", {})
+    end_job(job, features)
     print(f"samples that follow their prompts:\n{in_a_table(scores)}")
     command = generate_command(prompts[6], job.run.folder, "scenes.png")
     print(f"done: {job.run.folder / 'samples.png'} and loss.png, metrics.json. More: {command}")

@@ -17,6 +17,7 @@ from nanosd3.data.mnist import plain_captions, to_model
 from nanosd3.data.sources import Digits
 from nanosd3.errors import InputError
 from nanosd3.lazy_modules import LazyModules
+from nanosd3.official.own_runs import read_tokenizers
 from nanosd3.random_streams import rng
 from nanosd3.storage.files import save_weights, write_json
 from nanosd3.t5 import T5Encoder
@@ -224,6 +225,28 @@ def train_t5(job: Job, text: TextEncoders) -> None:
 # --- all three ------------------------------------------------------------------------------------
 
 
+def train_tokenizers(job: Job) -> Tokenizers:
+    """Train the tokenizers in the main process, or read them.
+
+    Raises InputError if the captions do not fit the config's vocabularies.
+    """
+    path, config = job.run.folder / "tokenizers.json", job.config
+    if job.group.is_main and not path.exists():
+        try:
+            tokenizers = Tokenizers.train(job.source.texts, config.text)
+        except ValueError as error:  # too many different characters
+            raise InputError(
+                f"{job.source.name}: the captions do not fit the vocabularies of config "
+                f"{config.name} ({error}); use a larger --config or fewer different characters"
+            ) from None
+        write_json(path, tokenizers.to_json())
+    job.group.barrier()
+    try:
+        return read_tokenizers(path, config)
+    except InputError as error:
+        raise InputError(f"{error}; delete it to train them again") from None
+
+
 def train_text_encoders(job: Job) -> TextEncoders:
     """Train tokenizers and the three encoders, or load them; the encoders come back frozen.
 
@@ -231,13 +254,7 @@ def train_text_encoders(job: Job) -> TextEncoders:
     captions of pictures are truncated, and counted, when they are encoded.)
     """
     config, captions = job.config, job.source.texts
-    try:
-        tokenizers = Tokenizers.train(captions, config.text)
-    except ValueError as error:  # too many different characters
-        raise InputError(
-            f"{job.source.name}: the captions do not fit the vocabularies of config {config.name} "
-            f"({error}); use a larger --config or fewer different characters"
-        ) from None
+    tokenizers = train_tokenizers(job)
     encoders = build(job, "text", lambda: make_encoders(config.text)).to(job.device)
     parts = LazyModules(dict(encoders.items()), job.device)
     widths = (config.mmdit.context_dim, config.mmdit.pooled_dim)
@@ -250,7 +267,6 @@ def train_text_encoders(job: Job) -> TextEncoders:
     train_clip(job, text)
     train_t5(job, text)
     if job.group.is_main:
-        write_json(job.run.folder / "tokenizers.json", tokenizers.to_json())
         save_weights(encoders, job.run.folder / "text.safetensors")
     job.group.barrier()
     encoders.requires_grad_(False).eval()

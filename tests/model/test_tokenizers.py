@@ -5,6 +5,7 @@ import itertools
 import random
 import string
 import unicodedata
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from nanosd3.tokenizers import (
     pad_or_truncate,
     split_words,
 )
+from nanosd3.unigram_training import LONGEST, piece_counts
 
 BPE_FULL, UNIGRAM_FULL = BPE.official(), Unigram.official()
 CAPTIONS = make_captions(DIGITS).texts
@@ -148,6 +150,28 @@ def test_bpe_training_by_hand():
     """'ab' thrice, 'abc' once: first a+b at word ends, then ab+c."""
     bpe = BPE.train(["ab ab ab abc"], 516)
     assert bpe.merges == [("a", "b</w>"), ("a", "b")]
+
+
+def test_piece_counts_by_hand():
+    """As one piece or as two, ab is as probable; the probability of the word is no float."""
+    score = {"a": -300.0, "b": -300.0, "ab": -600.0}
+    counts = piece_counts(Counter({"abab": 3}), score)
+    assert counts == pytest.approx({"a": 3, "b": 3, "ab": 3}) and set(counts) == set(score)
+
+
+def test_words_without_spaces():
+    """A dense Chinese caption, or an address, is one long word."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("一二三四五六七八九十", k=300)) for _ in range(5)]
+    words.append("https://example.com/" + "".join(draw.choices(string.hexdigits, k=700)))
+    unigram = Unigram.train(words, 200)
+    assert max(len(piece) for piece in unigram.score) <= LONGEST
+    for word in words:
+        ids = unigram.encode(word)
+        assert 2 not in ids and unigram.decode(ids) == word.lower()
+    counts = piece_counts(Counter(words[:5]), {p: s for p, (s, _) in unigram.score.items()})
+    covered = sum(len(piece) * count for piece, count in counts.items())
+    assert covered == pytest.approx(5 * 300, rel=1e-9)  # whatever the split
 
 
 def test_unigram_prefers_likely_pieces():

@@ -1,7 +1,9 @@
 """States of unfinished stages: exact round trips, and detection of damage."""
 
+import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from support.tensors import bits, draw
 
 from nanosd3.errors import InputError
 from nanosd3.storage import training_state
+from nanosd3.storage.files import Unreadable
 
 
 def names(folder: Path) -> list[str]:
@@ -226,3 +229,42 @@ def test_state_of_another_network(tmp_path, changes, message):
     path = tmp_path / "state-00000004"
     assert one_line(error) == f"{path}: {message}; delete it to repeat the stage"
     assert bits(tensors) == bits(draw(2)) and path.exists()
+
+
+# --- trouble that is not the state's ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (RuntimeError("[enforce fail] can't allocate memory"), "can't allocate memory"),
+        (OSError(errno.EIO, "Input/output error"), "00000002: cannot be read (Input/output error)"),
+        (ValueError("no such key"), "00000002: not a state written by nanosd3; delete it to"),
+    ],
+)
+def test_an_intact_state_is_not_blamed(tmp_path, monkeypatch, error, message):
+    """Out of memory, or a disk that cannot be read: nobody is told to delete the state."""
+    training_state.save_state(tmp_path, "x", 2, draw(1))
+
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr("torch.distributed.checkpoint.load", load)
+    kind = InputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(kind, match=re.escape(message)) as raised:
+        training_state.load_state(tmp_path, "x", draw(2))
+    assert ("delete" in str(raised.value)) == isinstance(error, ValueError)
+
+
+def test_an_index_that_cannot_be_read_now(tmp_path, monkeypatch):
+    """It is not skipped as damaged: training on from the one before would delete it."""
+    for step in (2, 4):
+        training_state.save_state(tmp_path, "x", step, draw(step))
+
+    def read(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    with pytest.raises(Unreadable, match=r"state.json: cannot be read \(Input"):
+        training_state.load_state(tmp_path, "x", draw())

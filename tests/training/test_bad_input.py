@@ -105,6 +105,10 @@ def test_weights_that_do_not_fit_the_config(capsys, tmp_path, monkeypatch, tiny_
     ):  # fmt: skip
         line = refused(capsys, train_mnist.main, *arguments)
         assert message in line and str(arguments[-1]) in line
+    plain = replace(CONFIGS["tiny"].mmdit, qk_norm=False)
+    monkeypatch.setitem(CONFIGS, "plain", replace(CONFIGS["tiny"], name="plain", mmdit=plain))
+    line = refused(capsys, train_mnist.main, "--config", "plain", "--init", tiny_run)
+    assert "does not fit config plain: mmdit of this size has no joint_blocks.0." in line
     assert not list(tmp_path.iterdir())
     wider = SimpleNamespace(path="wider", config=CONFIGS["mnist"])
     message = "wider: its text features are 128 and 96 wide; config tiny takes at most 48 and 32"
@@ -124,6 +128,19 @@ def test_full_size_needs_memory(capsys, tmp_path, monkeypatch):
         if CONFIGS[name].training is None:
             refused(capsys, train_mnist.main, "--config", name)
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(memory_check, "memory_found", lambda: (39.0, "free"))
+    one = "--config", "sd3-medium", "--accumulate", "64", "--checkpointing"
+    line = refused(capsys, train_mnist.main, *one)
+    assert "training 2.0B parameters needs" in line
+    monkeypatch.setattr(options, "refuse_too_large", lambda *_: None)
+    line = refused(capsys, train_mnist.main, *one)
+    assert "the autoencoder on 1024x1024 pixels needs 40 GB of memory, found 39 GB free" in line
+    assert "--weights PATH" in line and "--accumulate" not in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_sharded_size_needs_memory(monkeypatch):
+    monkeypatch.setattr(memory_check, "memory_found", lambda: (8.0, "free"))
     eight = trainable(CONFIGS["sd3-medium"]), 8, Compute(checkpointing=True, accumulate=8)
     memory_check.refuse_too_large(*eight, sharded=True)  # each process holds an eighth
     with pytest.raises(InputError, match="not enough"):

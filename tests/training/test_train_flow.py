@@ -9,7 +9,14 @@ import torch
 from nanosd3.config import CONFIGS
 from nanosd3.machine.distributed import ProcessGroup
 from nanosd3.training import train_flow
-from nanosd3.training.train_flow import every_so_often, padded, time_shift, validation_loss
+from nanosd3.training.train_flow import (
+    dtype_after,
+    every_so_often,
+    padded,
+    time_shift,
+    validated_at_once,
+    validation_loss,
+)
 
 
 class HeldOut:
@@ -47,7 +54,12 @@ class OneOfThree(ProcessGroup):
 
 
 def job_with(source, group=None) -> SimpleNamespace:
-    return SimpleNamespace(source=source, group=group or ProcessGroup(), device=torch.device("cpu"))
+    return SimpleNamespace(
+        config=CONFIGS["tiny"],
+        source=source,
+        group=group or ProcessGroup(),
+        device=torch.device("cpu"),
+    )
 
 
 def test_validation_loss(monkeypatch):
@@ -96,6 +108,36 @@ def test_validation_loss_of_three_processes():
     sums = torch.cat([rows for group in teams for rows in group.brought]).sum(0)
     assert sums[-1] == 9
     assert (sums[:-1] / 9).tolist() == pytest.approx(alone, abs=1e-5)
+
+
+def test_validation_takes_as_many_images_as_fit(monkeypatch):
+    """One of 1024x1024 in the largest model, 50 small ones; the losses are the same."""
+    source, passes = HeldOut(), []
+    large = SimpleNamespace(config=CONFIGS["sd3.5-large"])
+    of_size = SimpleNamespace(latents=lambda one: (torch.empty(1, 16, 128, 128), None))
+    assert validated_at_once(large, of_size, torch.tensor([0])) == 1
+    assert validated_at_once(job_with(source), source, torch.tensor([0])) == 50
+
+    def network(z, t, context, pooled):
+        passes.append(len(z))
+        return z * t.view(-1, 1, 1, 1)
+
+    whole = validation_loss(job_with(source), source, network)
+    assert max(passes) > 2
+    passes.clear()
+    monkeypatch.setattr(train_flow, "validated_at_once", lambda *_: 2)
+    assert validation_loss(job_with(source), source, network) == pytest.approx(whole, abs=1e-5)
+    assert max(passes) == 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "dtype"),
+    [("fsdp", "cuda", torch.bfloat16), ("fsdp", "cpu", None), ("ddp", "cuda", None)],
+)
+def test_type_after_training(mode, device, dtype):
+    """Half as large as in training where it has been trained in shards on GPUs."""
+    job = SimpleNamespace(group=SimpleNamespace(mode=mode), device=torch.device(device))
+    assert dtype_after(job) is dtype
 
 
 def test_padded():

@@ -22,6 +22,7 @@ from nanosd3.data.image_folder import read_folder
 from nanosd3.data.mnist import load_images
 from nanosd3.flow import shift
 from nanosd3.measure import memory_check
+from nanosd3.official.own_runs import open_run_transformer
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.files import read_tensors
 from nanosd3.storage.run import Run
@@ -254,6 +255,11 @@ def test_unfinished_run_can_be_exported_and_sampled(run_before_flow, tmp_path, m
         command = ["--config", "tiny", "--out", str(out)]
         assert run_main(lambda: train_mnist.main(command)) == 0
     assert "flow" not in Run.read(out).stages
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "__init__", None)  # no network is made to read one
+        state = open_run_transformer(Run.read(out))[1]
+    buffer = read_tensors(run_before_flow / "flow.safetensors")["pos_embed"]
+    assert torch.equal(state["pos_embed"].read(), buffer)
     assert weights.main(["export", str(out), "--layout", "single", "--out", str(file)]) == 0
     assert weights.load(file)(["7"]).shape == (1, 28, 28)
 
@@ -269,7 +275,9 @@ def fails(capsys, main, *arguments: object) -> str:
 def test_bad_requests(tiny_run, folder, tmp_path, capsys):
     out = tmp_path / "none"
     mnist = (capsys, train_mnist.main, "--out", out, "--config")
-    assert "does not fit config mnist: pos_embed" in fails(*mnist, "mnist", "--init", tiny_run)
+    assert "does not fit config mnist: mmdit pos_embed: " in fails(
+        *mnist, "mnist", "--init", tiny_run
+    )
     assert "no such file or folder" in fails(*mnist, "tiny", "--weights", tmp_path / "x")
     assert "no such file or folder" in fails(*mnist, "tiny", "--init", tmp_path / "x")
     assert "latents have 4 channels, config stand-in needs 16" in fails(
