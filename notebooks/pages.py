@@ -21,7 +21,7 @@ from bs4 import BeautifulSoup, Tag
 from latex2mathml.converter import convert as to_mathml
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-from PIL import Image
+from PIL import Image, ImageOps
 from pygments.formatters import HtmlFormatter
 
 HERE = Path(__file__).parent.resolve()
@@ -47,6 +47,8 @@ FRAME = """<!DOCTYPE html>
 </body>
 </html>
 """
+MARGIN = 12  # pixels below a still
+LONG = 40  # characters of a cell that is not to be narrow
 STOP = '<label><input type="checkbox"> stop the film</label>'
 EXTRA = {  # pages made of Markdown: their file, and their name in the menu
     "glossary.html": (HERE / "glossary.md", "Glossary"),
@@ -131,12 +133,15 @@ def image_of(kind: str, data: str, words: str, look: str = "moving") -> str:
 
 
 def still_of(content: bytes) -> bytes | None:
-    """The default image of an animated PNG; None if a PNG does not move."""
+    """The default image of an animated PNG, without the empty rows that make it as high as the
+    frames; None if a PNG does not move."""
     with Image.open(io.BytesIO(content)) as picture:
         if not getattr(picture, "is_animated", False):
             return None
-        buffer = io.BytesIO()
-        picture.save(buffer, "png", optimize=True, save_all=False)
+        drawn = ImageOps.invert(picture.convert("L")).getbbox()
+        height = min(picture.height, drawn[3] + MARGIN) if drawn else picture.height
+        still, buffer = picture.crop((0, 0, picture.width, height)), io.BytesIO()
+        still.save(buffer, "png", optimize=True)
         return buffer.getvalue()
 
 
@@ -190,6 +195,11 @@ class Finisher:
                 self.picture(tag, page, section)
             elif tag.name == "table":
                 tag.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
+                for cell in tag.find_all("td"):
+                    if len(cell.get_text()) > LONG:
+                        cell["class"] = "long"  # not of one word's width on a telephone
+                    elif re.match(r"\d[\d.,]*%? \(", cell.get_text()):
+                        cell["class"] = "number"  # with its range, in one line there
             elif tag.name == "pre":
                 tag["tabindex"] = "0"  # may be wider than the page: scrolled by keyboard
             elif tag.name == "code" and len(tag.get_text()) <= 28:
