@@ -1,6 +1,6 @@
 """Static pages of the notebooks: `python notebooks/build.py --site FOLDER`.
 
-nbconvert turns the committed .ipynb files, outputs included, into HTML; latex2mathml turns their
+nbconvert turns the committed .ipynb files, outputs included, into HTML, and markdown_html.py their
 formulas into MathML, which browsers draw themselves. So the pages need no script, no font and no
 network, and open from a disk as well as from a server. Added here: a frame with contents, previous
 and next; the glossary, the claims and the teachers' page; links that lead to pages, and pictures
@@ -18,9 +18,8 @@ from pathlib import Path
 import build
 import nbformat
 from bs4 import BeautifulSoup, Tag
-from latex2mathml.converter import convert as to_mathml
+from markdown_html import to_html
 from nbconvert import HTMLExporter
-from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image, ImageOps
 from pygments.formatters import HtmlFormatter
 
@@ -69,23 +68,6 @@ class Page:
 
 
 # --- from Markdown ------------------------------------------------------------------------------
-
-
-class Renderer(IPythonRenderer):
-    """Markdown as in Jupyter, with formulas as MathML."""
-
-    def block_math(self, body: str) -> str:
-        return f'<div class="formula" tabindex="0">{to_mathml(body, display="block")}</div>'
-
-    def inline_math(self, body: str) -> str:
-        return to_mathml(body)
-
-    def latex_environment(self, name: str, body: str) -> str:
-        return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
-
-
-def to_html(markdown: str) -> str:
-    return MarkdownWithMath(Renderer(escape=False, exclude_anchor_links=True)).render(markdown)
 
 
 def slug(heading: str) -> str:
