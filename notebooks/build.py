@@ -72,12 +72,14 @@ def convert(source: Path) -> NotebookNode:
 
 def hide_answers(notebook: NotebookNode) -> None:
     """Fold the outputs between a question to be answered first and the text that explains them, or
-    the next text. JupyterLab opens them when the cell is run, the site at a click."""
+    the next text; those of exercises stay. JupyterLab opens them when the cell is run, the site at
+    a click."""
     texts = [cell.source for cell in notebook.cells]
     asked = False
     for i, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":
-            if asked and not cell.source.startswith("guess"):  # the field of the answer
+            field = cell.source.startswith("guess") or "solved" in cell.source
+            if asked and not field:
                 cell.metadata["jupyter"] = {"outputs_hidden": True}
             continue
         ahead = next((t for t in texts[i:] if QUESTION in t or EXPLANATION in t), "")

@@ -50,7 +50,7 @@ def make_lesson(folder: Path, threads: int | None) -> bool:
         with replacing(folder) as temporary:
             temporary.mkdir()
             for path in sorted(run.iterdir()):
-                if path.suffix in (".json", ".safetensors"):
+                if path.suffix in (".json", ".safetensors") or path.name == "log.jsonl":
                     shutil.copyfile(path, temporary / path.name)
             if folder.exists():
                 remove(folder)

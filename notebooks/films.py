@@ -191,7 +191,7 @@ def film(
     titles: Sequence[str],
     caption: str,
     tint: Mapping[str, Tensor] | None = None,
-) -> bytes:
+) -> None:
     """Show pictures that change together, given as name -> (moments, H, W), below a notebook's
     cell. `tint`, given as name -> (moments, patches), colours the patches of each."""
     frames = np.stack([*rows.values()], axis=1)
@@ -199,4 +199,3 @@ def film(
     content = animated_png(film, caption)
     words = f"Moving picture of {', '.join(rows)}: {titles[0]} to {titles[-1]}. {caption}"
     show_bytes("image/png", content, words)
-    return content

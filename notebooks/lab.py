@@ -20,7 +20,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partialmethod
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ import torch
 from figures import clouds, curves, densities, finish, images, lines, maps, panels, to_numpy, ways
 from sliders import turn
 from torch import Tensor
+from tqdm import tqdm
 
 from nanosd3.config import CONFIGS, Config, Training
 from nanosd3.data.mnist import ImageSet, load_images, to_model
@@ -56,6 +57,8 @@ CACHE = Path(os.environ.get("NANOSD3_CACHE") or Path(__file__).parent / "cache")
 LESSON = Path(__file__).parent / "lesson"  # written by `python notebooks/build.py --lesson`
 
 torch.set_num_threads(1 if FAST else default_threads("NANOSD3_THREADS"))
+if "ipykernel" in sys.modules:  # Jupyter shows stderr, where progress bars are drawn, on red
+    tqdm.__init__ = partialmethod(tqdm.__init__, file=sys.stdout)
 
 T = TypeVar("T")
 

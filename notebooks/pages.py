@@ -1,6 +1,6 @@
 """Static pages of the notebooks: `python notebooks/build.py --site FOLDER`.
 
-nbconvert turns the committed .ipynb files, outputs included, into HTML; latex2mathml turns their
+nbconvert turns the committed .ipynb files, outputs included, into HTML, and markdown_html.py their
 formulas into MathML, which browsers draw themselves. So the pages need no script, no font and no
 network, and open from a disk as well as from a server. Added here: a frame with contents, previous
 and next; the glossary, the claims and the teachers' page; links that lead to pages, and pictures
@@ -18,10 +18,9 @@ from pathlib import Path
 import build
 import nbformat
 from bs4 import BeautifulSoup, Tag
-from latex2mathml.converter import convert as to_mathml
+from markdown_html import to_html
 from nbconvert import HTMLExporter
-from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-from PIL import Image
+from PIL import Image, ImageOps
 from pygments.formatters import HtmlFormatter
 
 HERE = Path(__file__).parent.resolve()
@@ -47,6 +46,8 @@ FRAME = """<!DOCTYPE html>
 </body>
 </html>
 """
+MARGIN = 12  # pixels below a still
+LONG = 40  # characters of a cell that is not to be narrow
 STOP = '<label><input type="checkbox"> stop the film</label>'
 EXTRA = {  # pages made of Markdown: their file, and their name in the menu
     "glossary.html": (HERE / "glossary.md", "Glossary"),
@@ -67,23 +68,6 @@ class Page:
 
 
 # --- from Markdown ------------------------------------------------------------------------------
-
-
-class Renderer(IPythonRenderer):
-    """Markdown as in Jupyter, with formulas as MathML."""
-
-    def block_math(self, body: str) -> str:
-        return f'<div class="formula" tabindex="0">{to_mathml(body, display="block")}</div>'
-
-    def inline_math(self, body: str) -> str:
-        return to_mathml(body)
-
-    def latex_environment(self, name: str, body: str) -> str:
-        return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
-
-
-def to_html(markdown: str) -> str:
-    return MarkdownWithMath(Renderer(escape=False, exclude_anchor_links=True)).render(markdown)
 
 
 def slug(heading: str) -> str:
@@ -131,12 +115,15 @@ def image_of(kind: str, data: str, words: str, look: str = "moving") -> str:
 
 
 def still_of(content: bytes) -> bytes | None:
-    """The default image of an animated PNG; None if a PNG does not move."""
+    """The default image of an animated PNG, without the empty rows that make it as high as the
+    frames; None if a PNG does not move."""
     with Image.open(io.BytesIO(content)) as picture:
         if not getattr(picture, "is_animated", False):
             return None
-        buffer = io.BytesIO()
-        picture.save(buffer, "png", optimize=True, save_all=False)
+        drawn = ImageOps.invert(picture.convert("L")).getbbox()
+        height = min(picture.height, drawn[3] + MARGIN) if drawn else picture.height
+        still, buffer = picture.crop((0, 0, picture.width, height)), io.BytesIO()
+        still.save(buffer, "png", optimize=True)
         return buffer.getvalue()
 
 
@@ -190,6 +177,11 @@ class Finisher:
                 self.picture(tag, page, section)
             elif tag.name == "table":
                 tag.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
+                for cell in tag.find_all("td"):
+                    if len(cell.get_text()) > LONG:
+                        cell["class"] = "long"  # not of one word's width on a telephone
+                    elif re.match(r"\d[\d.,]*%? \(", cell.get_text()):
+                        cell["class"] = "number"  # with its range, in one line there
             elif tag.name == "pre":
                 tag["tabindex"] = "0"  # may be wider than the page: scrolled by keyboard
             elif tag.name == "code" and len(tag.get_text()) <= 28:

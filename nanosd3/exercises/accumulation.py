@@ -65,6 +65,20 @@ def rest_dropped(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int
     return gradient_of(weight, x0[:n], noise[:n], t[:n])
 
 
+def last_only_of_all(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
+    rest = len(x0) % size or size
+    return last_only(weight, x0, noise, t, size) * rest / len(x0)
+
+
+def rest_dropped_of_all(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
+    n = len(x0) // size * size
+    return rest_dropped(weight, x0, noise, t, size) * n / len(x0)
+
+
+def noise_to_data(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
+    return -gradient_of(-weight, x0, noise, t)
+
+
 def weighted_by_size(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
     return sum_of_means(weight, x0, noise, t, size) * size / len(x0)
 
@@ -101,6 +115,9 @@ ACCUMULATE = Exercise(
             last_only, "The gradients of earlier microbatches are lost; are they zeroed too soon?"
         ),
         Mutant(rest_dropped, "The smaller microbatch at the end belongs to the batch too."),
+        Mutant(last_only_of_all, "Add up the gradients of all microbatches; yours is the last's."),
+        Mutant(rest_dropped_of_all, "The samples left over at the end are a microbatch, too."),
+        Mutant(noise_to_data, "The velocity points from data to noise: noise - x0."),
         Mutant(weighted_by_size, "The last microbatch may be smaller: it counts by its own size."),
         Mutant(summed_over_batch, "The loss is the mean over the batch, not the sum."),
         Mutant(

@@ -99,6 +99,14 @@ def values_in_another_order(*parts: Tensor) -> tuple[Tensor, Tensor]:
     return joint[:, q.shape[2] :], joint[:, : q.shape[2]]
 
 
+def keys_in_another_order(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v, q_image, k_image, v_image = parts
+    queries = torch.cat([q, q_image], 2)
+    keys, values = torch.cat([k_image, k], 2), torch.cat([v, v_image], 2)
+    joint = layers.attention(queries, keys, values)
+    return joint[:, q.shape[2] :], joint[:, : q.shape[2]]
+
+
 JOINT = Exercise(
     name="joint_attention",
     topic="attention",
@@ -125,6 +133,7 @@ JOINT = Exercise(
         ),
         Mutant(not_split, "Split the result again: two tensors, the image's first."),
         Mutant(values_in_another_order, "Keys and values must be joined in the same order."),
+        Mutant(keys_in_another_order, "Each key must stand where its value stands."),
     ),
     why="This is the whole difference between MMDiT and DiT.",
     where="nanosd3/mmdit.py, JointBlock.attend (paper, figure 2)",

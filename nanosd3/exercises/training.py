@@ -74,6 +74,17 @@ def floor_added(step: int, steps: int, warmup: int, lr: float) -> float:
     return rate if step < warmup else rate + 0.01 * lr
 
 
+def cut_off_below(step: int, steps: int, warmup: int, lr: float) -> float:
+    rate = ends_at_zero(step, steps, warmup, lr)
+    return rate if step < warmup else max(rate, lr / 100)
+
+
+def warmup_a_step_longer(step: int, steps: int, warmup: int, lr: float) -> float:
+    if warmup and step <= warmup:
+        return lr * (step + 1) / warmup
+    return learning_rate(step, steps, warmup, lr)
+
+
 def warmup_forgotten(step: int, steps: int, warmup: int, lr: float) -> float:
     return learning_rate(max(step, warmup), steps, warmup, lr)
 
@@ -102,6 +113,10 @@ RATE = Exercise(
         ),
         Mutant(quarter_cosine, "Half a cosine, flat at both ends; yours is a quarter."),
         Mutant(floor_added, "It starts at lr: the cosine falls by 99 hundredths of lr."),
+        Mutant(cut_off_below, "The cosine itself ends at lr / 100; it is not cut off there."),
+        Mutant(
+            warmup_a_step_longer, "Steps 0 to warmup - 1 rise; at step `warmup` it begins to fall."
+        ),
         Mutant(warmup_forgotten, "The first `warmup` steps rise linearly."),
     ),
     formulas="For step < warmup:  rate = lr (step + 1) / warmup\n"
@@ -154,6 +169,10 @@ def larger_decay(average: Tensor, weights: Tensor, step: int, decay: float) -> T
     return d * average + (1 - d) * weights
 
 
+def counted_from_one(average: Tensor, weights: Tensor, step: int, decay: float) -> Tensor:
+    return ema_update(average, weights, step + 1, decay)
+
+
 def plain_mean(average: Tensor, weights: Tensor, step: int, decay: float) -> Tensor:
     return average + (weights - average) / (step + 1)
 
@@ -186,6 +205,7 @@ EMA = Exercise(
         ),
         Mutant(ema_exchanged, "Most of the result is the old average, not the new weights."),
         Mutant(larger_decay, "The smaller of the two: the average's memory grows up to decay."),
+        Mutant(counted_from_one, "Steps count from 0: at step 0 d is 1 / 10."),
         Mutant(plain_mean, "A moving average forgets; yours remembers every step equally."),
         Mutant(decay_grows_from_zero, "The smaller of the two numbers, not their product."),
         Mutant(not_an_average, "The new weights count by 1 - d: both shares add up to 1."),

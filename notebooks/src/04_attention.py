@@ -447,9 +447,6 @@ else:
 #
 # $$r(q) = \frac{q}{\sqrt{(q_1^2 + \ldots + q_{64}^2) / 64 + 10^{-6}}} g$$
 #
-# Without $g$ the result has length 8, so no logit can exceed 8 times the largest product of the two
-# norms' weights.
-#
 # **PREDICT.** We multiply the weights by 2, 4, 8 and 16. By what factor do the logits grow, with
 # and without the norm?
 
@@ -478,7 +475,8 @@ lines(curves, "factor on weights", "largest logit", "Random tokens.", "xy", tick
 # <details><summary>What happened</summary>
 #
 # Without the norm, doubling the weights quadruples the logits, since queries and keys both double.
-# With it nothing changes.
+# With it nothing changes: before $g$ each query and key has length 8, so no logit can exceed the
+# dotted line, 8 times the largest product of the weights $g$ of the two norms.
 #
 # </details>
 #

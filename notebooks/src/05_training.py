@@ -3,8 +3,8 @@
 #
 # **What does it take to train Stable Diffusion 3?** Images with captions, an autoencoder, three
 # text encoders, and then one loop of thirty lines. This notebook is `train_mnist.py`, taken apart:
-# the same functions on the same data, with fewer steps. You will write the loop yourself and see
-# that it gives the same losses as the package's, bit for bit.
+# the same functions on the same data, with fewer steps. It writes the loop by hand, which gives the
+# same losses as the package's, bit for bit, and leaves some of its parts to you.
 
 # %%
 import copy
@@ -69,7 +69,7 @@ guess("...")
 # so that all batches have about the same number of tokens.
 #
 # **PREDICT.** If a 3:2 photograph is cropped to its central square, how much of it is lost? And if
-# it is cropped to the nearest of the sizes that the next cell prints?
+# it is cropped to the nearest size of about 1024 x 1024 pixels whose sides are multiples of 64?
 
 # %%
 guess("...")
@@ -155,8 +155,8 @@ images(rows, "1024 pixels, 256 latents, and back.")
 # %% [markdown]
 # What is frozen need not be recomputed. All latents (mean and deviation) and the features of all
 # captions are computed **once** and stored on disk; each step only looks them up. With the real
-# model this saves most of the time and nearly all of the memory: the encoders have 5 of its 7
-# billion parameters.
+# model this matters more: of its 7.7 billion parameters 5.7 are those of the encoders, and in
+# training none of them need be in memory.
 
 # %%
 latents = features.latents(first)
@@ -491,7 +491,7 @@ else:
 # %% [markdown]
 # **Open questions.** Train with `encoder_dropout = 0` and sample with guidance: what goes wrong?
 # (Notebook 10 shows it.) Fix one caption per image: does the loss fall further, and are the samples
-# better? `python train_mnist.py` in a terminal is this notebook with three times the steps.
+# better? `python train_mnist.py` in a terminal is this notebook with more steps.
 #
 # ## What was left out
 #

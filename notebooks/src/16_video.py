@@ -335,9 +335,9 @@ def report(name, clips, digit, way):
 
 ways = (some := torch.arange(40)) // 10
 real = clips_of(some, ways)
-report("real clips", real, digits[some], ways)
 coded = decode_frames(pipeline.vae, encode_frames(pipeline.vae, real))
-report("through the autoencoder", coded, digits[some], ways)
+for name, clips in {"real clips": real, "through the autoencoder": coded}.items():
+    report(name, clips, digits[some], ways)
 
 # %% [markdown]
 # ## Training

@@ -93,12 +93,13 @@ def run_all(page: Page) -> None:
 
 def move(page: Page, slider: str, key: str) -> str:
     """Move a slider with a key: the number beside it once the picture has been drawn."""
+    handle = f"{HANDLE}.find(s => s.textContent.includes('{slider}'))"
+    page.wait(f"Boolean({handle}?.querySelector('.noUi-handle'))")  # it may come after the picture
     page.evaluate(f"window.said = []; window.before = {PICTURE}")
     page.evaluate(
         f"new MutationObserver(() => window.said.push({SAID}))"
         f".observe({TURNED}, {{subtree: true, childList: true, characterData: true}})"
     )
-    handle = f"{HANDLE}.find(s => s.textContent.includes('{slider}'))"
     page.evaluate(f"{handle}.querySelector('.noUi-handle').focus()")
     page.press(key)
     page.wait(f"{PICTURE} && {PICTURE} !== window.before && !{SAID}")
@@ -106,10 +107,17 @@ def move(page: Page, slider: str, key: str) -> str:
     return page.evaluate(f"{handle}.querySelector('.widget-readout').textContent")
 
 
-def test_a_slider_changes_the_picture(server, tmp_path):
-    with open_page(server.format("00_tour.ipynb"), tmp_path / "profile") as page:
+MOVES = {  # slider, key, the number beside it afterwards
+    "00_tour": [("t", "ArrowLeft", "0.75"), ("seed", "ArrowRight", "2")],
+    "02_timesteps": [("mean", "ArrowRight", "0.10"), ("shift", "ArrowRight", "1.20")],
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_slider_changes_the_picture(server, tmp_path, name):
+    with open_page(server.format(f"{name}.ipynb"), tmp_path / "profile") as page:
         run_all(page)
-        assert move(page, "t", "ArrowLeft") == "0.75"
-        assert move(page, "seed", "ArrowRight") == "2"
+        for slider, key, number in MOVES[name]:
+            assert move(page, slider, key) == number
         page.evaluate("0")
         assert page.errors == []

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nanosd3.storage.run import Run
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 LESSON = NOTEBOOKS / "lesson"
@@ -82,10 +84,20 @@ def test_it_can_be_used_from_a_folder_that_cannot_be_written(tmp_path, monkeypat
 
 def test_it_is_small_and_complete():
     weights = [f"{stage}.safetensors" for stage in STAGES]
-    assert [p.name for p in files()] == sorted([*weights, "run.json", "tokenizers.json"])
+    others = ["log.jsonl", "run.json", "tokenizers.json"]  # 05 and 09 read the log
+    assert [p.name for p in files()] == sorted([*weights, *others])
     assert sum(p.stat().st_size for p in files()) < 10e6
     stages = json.loads((LESSON / "run.json").read_text())["stages"]
     assert list(stages) == STAGES and stages["judge"]["accuracy"] > 0.98
+
+
+def test_its_log_is_that_of_the_whole_training():
+    """Notebooks 05 and 09 draw it."""
+    log = Run.read(LESSON).read_log()
+    losses = [entry["loss"] for entry in log if entry["stage"] == "flow" and "loss" in entry]
+    held_out = [entry["validation_ema"] for entry in log if "validation_ema" in entry]
+    assert len(losses) == 900 and [len(row) for row in held_out] == [8] * 5
+    assert sum(losses[-50:]) / 50 == pytest.approx(0.7, abs=0.05)
 
 
 def test_a_model_of_other_notebooks_is_named(tmp_path):

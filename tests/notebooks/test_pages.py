@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 
 import build
 import pages
+from markdown_html import to_html
 
 FIRST = r"""# 01 · One & two
 
@@ -155,6 +156,11 @@ def test_formulas_are_mathml(site):
     one = soups(site)["01_one.html"].main
     assert len(one.find_all("math")) == 2 and one.select_one(".formula math")["display"] == "block"
     assert "$" not in one.get_text() and "\\" not in one.get_text()
+
+
+def test_functions_have_room():
+    assert '<mi>ln</mi><mspace width="0.17em"/><mfrac>' in to_html(r"$\ln \frac{a}{b}$")
+    assert "mspace" not in to_html(r"$\ln(x) + \cos^2 x$")
 
 
 def test_wide_things_are_scrolled_by_keyboard_too(site):
