@@ -541,9 +541,8 @@ for name, (right, distance) in scores(lesson, other, digits).items():
 for name in ("x-hd-1", "x-hd-3"):
     record = read_record(RESULTS / f"{name}.json")
     print(f"{record['verdict']:10} {record['claim']}")
-for way, distances in record["results"]["generated"].items():
-    lost = record["results"]["lost"] * len(distances) / sum(distances)
-    print(f"what the autoencoder loses, as a share of what samples {way} lack: {lost:.1%}")
+for way, far in (found := record["results"])["generated"].items():
+    print(f"lost by latents: {found['lost'] * len(far) / sum(far):.0%} of what samples {way} lack")
 
 # %% [markdown]
 # Both are supported, the second by a comparison that has to be chosen with care: guidance makes
