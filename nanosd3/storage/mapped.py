@@ -1,9 +1,8 @@
 """Safetensors files of any size: opened by their header, tensors mapped one by one.
 
 A private writable mapping counts as memory before anything is read: mapping a checkpoint of 28 GB
-in one piece failed on a machine with 24 GB. So opening reads names, shapes and
-offsets only, and a tensor that is read maps the part of the file around it, of which pages are
-loaded as they are used.
+in one piece failed on a machine with 24 GB. So opening reads names, shapes and offsets only, and a
+tensor that is read maps the part of the file around it, of which pages are loaded as they are used.
 """
 
 import math

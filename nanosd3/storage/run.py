@@ -32,7 +32,7 @@ from nanosd3.storage.files import (
 
 WEIGHT_FILES = (
     *("judge", "autoencoder", "clip", "t5", "text", "flow"),
-    *("decoder", "dit", "hdit", "tokens", "muse", "video"),  # of neighbours
+    *("decoder", "dit", "hdit", "tokens", "muse", "video"),  # of related systems
 )
 RUN_FILES = (  # everything a run writes, except run.json and cache/, whose entries name their data
     *(f"{name}.safetensors" for name in WEIGHT_FILES),
