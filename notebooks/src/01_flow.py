@@ -11,6 +11,7 @@ import os
 
 import matplotlib.pyplot as plt
 import torch
+from IPython.display import display
 from torch import nn
 
 FAST = os.environ.get("NANOSD3_FAST", "") not in ("", "0")
@@ -38,7 +39,8 @@ COLOURS = {"data": "#0072B2", "noise": "#808080", "samples": "#A3004F"}
 
 def finish(figure, caption):
     figure.supxlabel(caption, fontsize=9, style="italic")
-    plt.show()
+    display(figure, metadata={"image/png": {"alt": caption}})  # for who cannot see it
+    plt.close(figure)
 
 
 def clouds(parts, caption):

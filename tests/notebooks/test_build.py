@@ -285,6 +285,11 @@ def test_committed_outputs_are_small_and_name_no_folder_of_a_machine():
         for cell in build.code_cells(notebook):
             for output in cell.outputs:
                 assert output.get("name") != "stderr" and output.output_type != "error", path.name
+                described = [about.get("alt") for about in output.get("metadata", {}).values()]
+                kinds = [kind for kind in output.get("data", {}) if kind.startswith("image/")]
+                assert len(described) == len(kinds) and all(described), path.name
+                # The value of a cell's last line: nobody asked for it.
+                assert output.output_type != "execute_result", f"{path.name}: {cell.source[-80:]}"
                 text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
                 assert not any(part in text for part in ("/home/", "/tmp/", "/root/", " at 0x"))
 
