@@ -1,5 +1,7 @@
 """Memory by the formulas of training_memory.py, against measurements."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,16 +11,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from nanosd3.config import CONFIGS, MMDiTConfig
+from nanosd3.config import CONFIGS, MMDiTConfig, trainable
 from nanosd3.errors import InputError
 from nanosd3.machine import matmul
 from nanosd3.machine.accelerate import accelerate
 from nanosd3.machine.distributed import Compute, ParallelModel
-from nanosd3.measure import activation_memory, costs, meters, training_memory
+from nanosd3.measure import activation_memory, costs, memory_check, meters, training_memory
 from nanosd3.mmdit import JointBlock, MMDiT
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
+ROOT = Path(__file__).parents[2]
 
 
 def randomise(module):
@@ -221,3 +224,27 @@ def test_what_is_sharded():
     assert lower.activations < alone.activations
     with pytest.raises(InputError, match="expected precision float32 or bfloat16, got float16"):
         training_memory.memory(config, *sizes, precision="float16", sharded=True)
+
+
+def test_memory_that_the_training_page_states():
+    page = (ROOT / "nanosd3/training/README.md").read_text(encoding="utf-8")
+    section = " ".join(page.split("## Any size")[1].split("###")[0].split())
+
+    def stated(config, batch, **options):
+        side, text = config.image_size // 16, config.text
+        tokens = text.clip_l.length + text.t5.length
+        sizes = (config.mmdit, batch, side, side, tokens)
+        total = training_memory.memory(*sizes, precision="bfloat16", **options).total
+        return f"{total / 1e9:.0f} GB" in section
+
+    medium, large = (trainable(CONFIGS[name]) for name in ("sd3-medium", "sd3.5-large"))
+    batch = medium.training.flow.batch
+    assert stated(medium, batch // 8, checkpointing=True) and stated(medium, batch)
+    assert stated(medium, batch, checkpointing=True)
+    eight = {"processes": 8, "sharded": True, "checkpointing": True}
+    assert stated(large, batch // 8, **eight) and stated(
+        CONFIGS["sd3.5-medium"], batch // 8, **eight
+    )
+    weights, image = memory_check.autoencoder_memory(medium.vae, 1024)
+    assert f"one of 1024x1024, in {(weights + image) / 1e9:.0f} GB" in section
+    assert memory_check.autoencoder_rows(medium) == 1

@@ -25,6 +25,7 @@ from mutation.faults_related_formulations import FAULTS_FORMULATIONS
 from mutation.faults_related_hdit import FAULTS_HDIT
 from mutation.faults_related_muse import FAULTS_MUSE
 from mutation.faults_related_video import FAULTS_VIDEO
+from mutation.faults_training import FAULTS_TRAINING
 
 
 class Fault(NamedTuple):
@@ -249,4 +250,8 @@ FAULTS = [
         ("machine/channels_last.py", CHANNELS_LAST),
     )
     for entry in entries
-] + [Fault(*entry) for family in (*RELATED, *CLAIMS, FAULTS_GIVEN) for entry in family]
+] + [
+    Fault(*entry)
+    for family in (*RELATED, *CLAIMS, FAULTS_GIVEN, FAULTS_TRAINING)
+    for entry in family
+]

@@ -72,7 +72,16 @@ LEFT_OUT = (  # minutes in all, and what they look at is not the core
     "test_structure.py",
     "training/",
 )
-OWN = ("data/", "measure/", "official/", "storage/")  # tested in the folder of the same name
+NEAR = {  # where a file or folder is tested besides, if not among the neighbours
+    "data": ("data/",),
+    "few_steps.py": ("related/",),
+    "lazy_modules.py": ("official/test_weights.py", "training/test_cached_features.py"),
+    "measure": ("measure/", "training/"),
+    "official": ("official/", "training/"),
+    "storage": ("storage/", "training/"),
+    "training": ("training/", "related/"),
+    "unigram_training.py": ("model/test_tokenizers.py",),
+}
 NEEDED = 0.98
 HANGS = "hangs"
 Stages = Callable[[str], list[list[str]]]
@@ -115,16 +124,13 @@ def stages_of(copy: Path) -> Stages:
             nearest = [n for n in claims if f"_{family}_" in n]
             others_there = [n for n in claims if n not in nearest]
             return [[f"tests/{name}" for name in row] for row in (nearest, others_there) if row]
-        if file.startswith(("related/", "training/")) or file == "few_steps.py":
+        folder = file.split("/")[0]
+        if folder in ("related", "training", *NEAR) or file in NEAR:
             stem = Path(file).stem
             nearest = [n for n in there if Path(n).stem == f"test_{stem}"]
-            related = [n for n in there if n.startswith("related/") and n not in nearest]
-            rest = [n for n in there if n.startswith(("training/", "storage/"))]
-            rest = [n for n in rest if n not in nearest and file.startswith("training/")]
-            return [[f"tests/{name}" for name in row] for row in (nearest, related, rest) if row]
-        folder = f"{file.partition('/')[0]}/"
-        if folder in OWN:
-            return [[f"tests/{name}" for name in there if name.startswith(folder)]]
+            near = [n for n in there if n.startswith(NEAR.get(folder, ("related/",)))]
+            near = [n for n in near if n not in nearest]
+            return [[f"tests/{name}" for name in row] for row in (nearest, near) if row]
         near = QUICK[:1] if file in ("flow.py", "samplers.py") else QUICK[1:2]
         rows = [dict.fromkeys(near + QUICK), (*SECOND, *others)]
         chosen = [[f"tests/{name}" for name in row if name in there] for row in rows]
