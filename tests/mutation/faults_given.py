@@ -6,6 +6,7 @@ MNIST, CLASSES = "data/mnist.py", "data/class_names.py"
 PICTURES = "data/pictures.py"
 RATES = "training/throughput.py"
 TENSORS = "official/tensors.py"
+DEVICE = "machine/device.py"
 LOOP, NOT_FINITE = "training/loop.py", "training/not_finite.py"
 
 FAULTS_GIVEN = [
@@ -44,4 +45,13 @@ FAULTS_GIVEN = [
     (TENSORS, "not like.startswith(SAMPLED)", "like.startswith(SAMPLED)", "versions exchanged"),
     (TENSORS, "like is not None and not", "not like or not", "new runs without matrices"),
     (TENSORS, "max(1, len(values) // MATRIX_VALUES)", "len(values)", "one value of a matrix"),
+    (DEVICE, "group_memory()) / processes", "group_memory())", "each process has all of the RAM"),
+    (DEVICE, "    torch.cuda.set_device(device)\n", "", "all processes ask for the first GPU"),
+    (DEVICE, "return torch.zeros(1, device=device).item() == 0",
+     "return torch.zeros(1, device=device).ndim == 1", "meta is a device to compute on"),
+    # refused early
+    (MNIST, "if len(images) < 2:", "if len(images) < 1:", "a single image"),
+    ("bench.py", "    if args.against:\n        require_diffusers()\n", "",
+     "a missing library is noticed late"),
+    ("training/train_scenes.py", "if args.no_turbo:", "if False:", "scenes without turbo"),
 ]  # fmt: skip

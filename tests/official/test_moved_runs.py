@@ -156,6 +156,8 @@ def test_a_merged_lora_makes_other_encoders():
 
     assert of(matrix, vector) == of(matrix.clone(), vector)
     assert of(matrix, vector) != of(matrix + change, vector)
+    row = torch.zeros(96, 64).index_fill(0, torch.tensor(50), 1)
+    assert of(matrix, vector) != of(matrix + row, vector)
     assert of(matrix[:4, :4], vector) != of(matrix[:4, :4] + change[:4, :4], vector)
     assert of(matrix, vector) == of(matrix.T.clone().T, vector)  # whatever its place in memory
     earlier = "e1eb07c5"
