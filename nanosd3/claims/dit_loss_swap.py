@@ -107,7 +107,7 @@ def plot_loss_swap(results: dict, path: Path) -> None:
     plain_logarithm(axes[0])
     axes[0].set(title="Frechet distance / that of real images")
     axes[1].set(title="Read as asked")
-    axes[0].legend()
+    axes[1].legend(loc="lower left")
     save_plot(figure, path)
 
 
@@ -126,4 +126,7 @@ LOSS_SWAP = Experiment(
     run=loss_swap,
     decide=decide_loss_swap,
     plot=plot_loss_swap,
+    remark="With a tenth of the evaluations the flow is nearer in every seed and at both densities "
+    "(5.2 against 15.6, 4.0 against 7.9), but not always three times. DDPM's samples lose by more "
+    "evaluations: after 1,000 steps of training, errors add up along the way.",
 )
