@@ -6,6 +6,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from nanosd3.data.image_folder import read_folder
 from nanosd3.data.mnist import load_images
 from nanosd3.flow import shift
 from nanosd3.measure import memory_check
+from nanosd3.mmdit import MMDiT
+from nanosd3.official import own_runs
 from nanosd3.official.own_runs import open_run_transformer
 from nanosd3.pipeline import Pipeline
 from nanosd3.storage.files import read_tensors
@@ -262,6 +265,15 @@ def test_unfinished_run_can_be_exported_and_sampled(run_before_flow, tmp_path, m
     assert torch.equal(state["pos_embed"].read(), buffer)
     assert weights.main(["export", str(out), "--layout", "single", "--out", str(file)]) == 0
     assert weights.load(file)(["7"]).shape == (1, 28, 28)
+
+
+def test_positions_of_an_unfinished_run(tmp_path, monkeypatch):
+    """No state holds them; they are those of the network, whatever its grid."""
+    mmdit = replace(CONFIGS["tiny"].mmdit, grid=6, grid_sample=4, grid_span=8)
+    monkeypatch.setattr(own_runs, "finished_config", lambda *_, **__: SimpleNamespace(mmdit=mmdit))
+    monkeypatch.setattr(own_runs.training_state, "averages", lambda *_: {})
+    state = open_run_transformer(SimpleNamespace(folder=tmp_path, stages={}))[1]
+    assert torch.equal(state["pos_embed"].read(), MMDiT(mmdit).pos_embed)
 
 
 def fails(capsys, main, *arguments: object) -> str:
