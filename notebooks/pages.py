@@ -46,6 +46,7 @@ FRAME = """<!DOCTYPE html>
 </body>
 </html>
 """
+WIDE = 1000  # pixels of a picture with small letters
 MARGIN = 12  # pixels below a still
 LONG = 40  # characters of a cell that is not to be narrow
 STOP = '<label><input type="checkbox"> stop the film</label>'
@@ -211,6 +212,9 @@ class Finisher:
         if not str(tag.get("alt", "")).strip() or str(tag["alt"]).startswith("No description"):
             tag["alt"] = f"Picture in the section: {section}"
         if source.startswith("data:"):
+            with Image.open(io.BytesIO(base64.b64decode(source.split(",")[-1]))) as picture:
+                if picture.width > WIDE:
+                    tag["class"] = [*tag.get("class", []), "wide"]
             return
         path = self.file(source, page)
         if not path.is_relative_to(ROOT) or not path.is_file():

@@ -158,6 +158,17 @@ def test_formulas_are_mathml(site):
     assert "$" not in one.get_text() and "\\" not in one.get_text()
 
 
+def test_wide_pictures_stay_legible(tmp_path):
+    """On a telephone they are scrolled further."""
+    cell = new_code_cell("1")
+    cell.outputs = [output(600), output(1100)]
+    path = tmp_path / "01_one.ipynb"
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# 01 · One"), cell]), path)
+    pages.make(tmp_path, tmp_path / "site")
+    pictures = soups(tmp_path / "site")["01_one.html"].select(".output_subarea img")
+    assert ["wide" in picture.get("class", []) for picture in pictures] == [False, True]
+
+
 def test_functions_have_room():
     assert '<mi>ln</mi><mspace width="0.17em"/><mfrac>' in to_html(r"$\ln \frac{a}{b}$")
     assert "mspace" not in to_html(r"$\ln(x) + \cos^2 x$")
