@@ -42,6 +42,9 @@ def job_in(folder, texts: list[str]) -> Job:
 def test_tokenizers_are_trained_once(tmp_path, monkeypatch):
     """By the main process; a resumed run and the other processes read them."""
     job = job_in(tmp_path, ["a 3", "a bold 7"])
+    before = replace(job, group=SimpleNamespace(is_main=False, barrier=lambda: None))
+    with pytest.raises(InputError, match="no such file"):  # it does not train any
+        train_tokenizers(before)
     trained = train_tokenizers(job)
     content = (tmp_path / "tokenizers.json").read_bytes()
     monkeypatch.setattr(Tokenizers, "train", None)
