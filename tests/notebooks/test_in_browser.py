@@ -53,7 +53,8 @@ def server(tmp_path_factory) -> Iterator[str]:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             wait_for(f"{address}/api?token={token}", server)
-            yield f"{address}/lab/tree/notebooks/{{}}?token={token}"
+            # Without what was open before: JupyterLab would open it again.
+            yield f"{address}/lab/tree/notebooks/{{}}?token={token}&reset"
         finally:
             server.terminate()
             server.wait(30)
@@ -94,7 +95,6 @@ def run_all(page: Page) -> None:
 def move(page: Page, slider: str, key: str) -> str:
     """Move a slider with a key: the number beside it once the picture has been drawn."""
     handle = f"{HANDLE}.find(s => s.textContent.includes('{slider}'))"
-    page.wait(f"Boolean({handle}?.querySelector('.noUi-handle'))")  # it may come after the picture
     page.evaluate(f"window.said = []; window.before = {PICTURE}")
     page.evaluate(
         f"new MutationObserver(() => window.said.push({SAID}))"
