@@ -20,7 +20,7 @@ from nanosd3.claims.records import EMPHASIS, carry_out, finished, paths_of, read
 from nanosd3.cli import Parser, positive, run_main
 from nanosd3.errors import InputError, shown
 from nanosd3.machine.device import set_up
-from nanosd3.machine.signals import obeying
+from nanosd3.machine.signals import sigterm_interrupts
 
 OUT, RUN, SEEDS = Path("runs/claims"), Path("runs/mnist"), 3
 
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     conditions = conditions_of(args)
     names = list(EXPERIMENTS) if args.name == "all" else [args.name]
     set_up(args.threads)
-    with obeying():
+    with sigterm_interrupts():
         for name in names:
             run_one(name, conditions)
     return 0

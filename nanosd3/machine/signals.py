@@ -46,7 +46,7 @@ def interruptible() -> Iterator[Callable[[], int]]:
 
 
 @contextmanager
-def obeying() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """While open, SIGTERM stops the program as Ctrl-C does, but with exit status 0.
 
     For the code around the training loops, where there is no step to finish first: everything

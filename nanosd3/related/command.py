@@ -18,7 +18,7 @@ from nanosd3.cli import Parser, positive
 from nanosd3.config_types import Config, Recipe
 from nanosd3.errors import InputError
 from nanosd3.machine.device import peak_memory, set_up
-from nanosd3.machine.signals import obeying
+from nanosd3.machine.signals import sigterm_interrupts
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.related.yardsticks import in_words, pipeline_scores
 from nanosd3.storage.files import discard, write_json
@@ -131,7 +131,7 @@ def run_system(system: System, arguments: list[str] | None) -> int:
     device = set_up(args.threads)
     finished = open_finished_run(args.run, args.data, device)
     folder = args.out or Path("runs") / system.name
-    with obeying(), study_in(folder, system, args, finished) as study:
+    with sigterm_interrupts(), study_in(folder, system, args, finished) as study:
         if study is None:
             pictures = folder / "samples.png"
             print(f"{folder} is finished: see {pictures}, or start over with --fresh")

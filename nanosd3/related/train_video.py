@@ -24,13 +24,7 @@ from nanosd3.errors import InputError
 from nanosd3.machine.accelerate import accelerate
 from nanosd3.official.limits import limited_config
 from nanosd3.random_streams import rng
-from nanosd3.related.command import (
-    RECIPE_SIZES,
-    Study,
-    check_guidance,
-    size_of,
-    with_flow_recipe,
-)
+from nanosd3.related.command import RECIPE_SIZES, Study, check_guidance, size_of, with_flow_recipe
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.motion import asked_clips, scores_of_pairs, scores_of_size
 from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits

@@ -21,7 +21,7 @@ from nanosd3.data.sources import Source
 from nanosd3.errors import InputError, shortened
 from nanosd3.machine.device import set_up
 from nanosd3.machine.distributed import MODES, Compute, launched_processes, process_group
-from nanosd3.machine.signals import obeying
+from nanosd3.machine.signals import sigterm_interrupts
 from nanosd3.measure.memory_check import refuse_large_autoencoder, refuse_too_large
 from nanosd3.official.checkpoint import Checkpoint, open_checkpoint, open_transformer
 from nanosd3.official.missing_keys import check, problems_of_part
@@ -206,7 +206,7 @@ def job_of(args: argparse.Namespace, plan: Plan, source: Source) -> Iterator[Job
         refuse_large_autoencoder(plan.config)
     with (
         process_group(args.parallel, device) as group,
-        obeying(),
+        sigterm_interrupts(),
         contextlib.ExitStack() as stack,
     ):
         # Refuses a batch that cannot be divided, before the folder is touched.
