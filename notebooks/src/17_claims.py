@@ -69,8 +69,8 @@ for part in ("claim", "measured", "rule"):
 # The second claim compares eight formulations, that is, what the network is asked and at which
 # times (section 3.1). A rank says how good each is over eight settings; 1 is best.
 #
-# **PREDICT.** With seed 0, EDM's formulation, edm(0, 0.6), comes second of eight, clearly ahead of
-# the third. On which rank will it be with seed 1? And how many of the others change places?
+# **PREDICT.** With seed 0, EDM's formulation, edm(0, 0.6), comes second of eight. On which rank
+# will it be with seed 1? And how many of the others change places?
 
 # %%
 guess("...")
@@ -179,8 +179,9 @@ print({rule: f"{shares[1]:.0%} with three seeds" for rule, shares in wrong.items
 # seeds until the third is wrong in fewer than one of twenty.
 #
 # So a single verdict of this folder is weak evidence. Most rules there ask for more: the same sign
-# against every competitor, at every number of steps, on both fields. And none was chosen after
-# looking at the results, which no number of seeds could mend.
+# against every competitor, at every number of steps, on both fields. A rule that is chosen after
+# looking at the results is worth little, however many seeds there are: LOG.md says which rules were
+# mended after a first run, and why.
 #
 # </details>
 #
