@@ -171,7 +171,7 @@ BEST_OF_PIXELS = replace(
     "formulations.",
     measured=PIXELS_COMPARED,
     run=partial(formulation_study, "pixels"),
-    remark="Again v-prediction with the cosine schedule is in the first front everywhere. Of "
+    remark="Again v-prediction with the cosine schedule is ahead in every seed. Of "
     "rectified flow's times logit-normal(0, 1) and mode come first here.",
 )
 
