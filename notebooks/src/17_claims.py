@@ -282,9 +282,9 @@ two_scores(scores, names, "Formulations of pixels, 50 steps.")
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Two are in the first front: v/cos, which is read best, and rf/lognorm(0, 1), whose features are
-# nearest to those of real digits. Three make up the second, and each of the other three has a front
-# of its own. On the digits' latents v/cos is alone in front almost everywhere.
+# Two are in the first front: v/cos, which is read best, and rf/mode(1.29), whose features are
+# nearest to those of real digits. There are six fronts; two share the third, and each of the others
+# has one member. On the digits' latents v/cos is alone in front everywhere.
 #
 # </details>
 #
@@ -310,7 +310,7 @@ else:
 # %% [markdown]
 # ## What differs in the winner
 #
-# On these digits v-prediction with the cosine schedule (v/cos) is best, and not rectified flow. Yet
+# On these digits v-prediction with the cosine schedule (v/cos) is ahead of rectified flow. Yet
 # the two are close relatives. Seen on rectified flow's line $z = (1 - t) x_0 + t \epsilon$, v/cos
 # asks its network for
 #
