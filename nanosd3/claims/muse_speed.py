@@ -16,6 +16,7 @@ from nanosd3.training.plot_style import label_counts, new_figure, plain_logarith
 
 MUSE_COUNTS = (1, 2, 4, 8, 16, 49)
 FLOW_COUNTS = (1, 2, 4, 8, 16, 50)
+FAST_MUSE_COUNTS, FAST_FLOW_COUNTS = (1, 8, 49), (1, 8)
 ONE_BY_ONE = (49,)  # tokens
 SPEED_WAYS = {
     "muse": "Muse, by steps",
@@ -30,6 +31,8 @@ def muse_speed(conditions: Conditions) -> dict:
     """Accuracy, Frechet ratio and milliseconds an image of both, by steps and seed."""
     count, seconds = 20 if conditions.fast else 1000, 0.0
     counts = {"muse": MUSE_COUNTS, "flow": FLOW_COUNTS, "causal": ONE_BY_ONE}
+    if conditions.fast:
+        counts |= {"muse": FAST_MUSE_COUNTS, "flow": FAST_FLOW_COUNTS}
     found: dict[str, dict[str, list[list[float]]]] = {
         way: {str(n): [] for n in counts[way]} for way in SPEED_WAYS
     }

@@ -43,7 +43,7 @@ def new_figure(width: float, columns: int, rows: int = 1) -> tuple["Figure", lis
     return figure, axes
 
 
-def label_counts(axis: "Axes", counts: Sequence[int]) -> None:
+def label_counts(axis: "Axes", counts: Sequence[float]) -> None:
     """Counts, such as network evaluations, along a logarithmic axis, and no ticks between them."""
     axis.set_xscale("log")
     axis.set_xticks(counts, [str(n) for n in counts])

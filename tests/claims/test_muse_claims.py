@@ -13,7 +13,7 @@ from nanosd3.claims.muse_decoders import DECODERS
 from nanosd3.claims.muse_edits import REPAINT_GUIDANCES, ROUNDS_MADE, TRUE_LABEL
 from nanosd3.claims.muse_encoders import TOLD, TOLD_SCORES
 from nanosd3.claims.muse_masks import SHARES_HIDDEN
-from nanosd3.claims.muse_speed import FLOW_COUNTS, MUSE_COUNTS
+from nanosd3.claims.muse_speed import FAST_FLOW_COUNTS, FAST_MUSE_COUNTS
 from nanosd3.cli import run_main
 
 FAMILY = [name for name in EXPERIMENTS if name.startswith("x-muse-")]
@@ -42,8 +42,8 @@ def test_all_run_fast(records):
 
 def test_what_they_measure(records):
     speed = records["x-muse-2"]["results"]["scores"]
-    assert list(speed["muse"]) == [str(n) for n in MUSE_COUNTS]
-    assert list(speed["flow"]) == [str(n) for n in FLOW_COUNTS]
+    assert list(speed["muse"]) == [str(n) for n in FAST_MUSE_COUNTS]
+    assert list(speed["flow"]) == [str(n) for n in FAST_FLOW_COUNTS]
     for by_steps in speed.values():
         assert all(len(scores) == 2 and scores[0] != scores[1] for scores in by_steps.values())
     for way in ("muse", "flow"):
