@@ -103,7 +103,7 @@ def plot_framing(results: dict, path: Path) -> None:
         axis.plot([i - 0.08] * len(shares), shares, "o", color=MEANINGS["prediction"],
                   label="drawn, each seed's" if i == 0 else None)  # fmt: skip
         axis.plot([i + 0.08], [100 * one["real"]], "s", color=MEANINGS["data"],
-                  label="real clips of these frames" if i == 0 else None)  # fmt: skip
+                  label="real clips, decoded" if i == 0 else None)  # fmt: skip
     labels = [f"{way}\n{one['size']}" for way, one in results["ways"].items()]
     axis.set_xticks(range(len(labels)), labels)
     axis.set(

@@ -91,20 +91,23 @@ def not_split(*parts: Tensor) -> Tensor:
     return torch.cat([text, image], dim=1)
 
 
-def values_in_another_order(*parts: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v, q_image, k_image, v_image = parts
-    queries = torch.cat([q, q_image], 2)
-    keys, values = torch.cat([k, k_image], 2), torch.cat([v_image, v], 2)
-    joint = layers.attention(queries, keys, values)
+def in_other_orders(
+    parts: tuple[Tensor, ...], keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention of text queries, then image queries, over keys and values joined otherwise."""
+    q, _, _, q_image, _, _ = parts
+    joint = layers.attention(torch.cat([q, q_image], 2), keys, values)
     return joint[:, q.shape[2] :], joint[:, : q.shape[2]]
+
+
+def values_in_another_order(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    _, k, v, _, k_image, v_image = parts
+    return in_other_orders(parts, torch.cat([k, k_image], 2), torch.cat([v_image, v], 2))
 
 
 def keys_in_another_order(*parts: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v, q_image, k_image, v_image = parts
-    queries = torch.cat([q, q_image], 2)
-    keys, values = torch.cat([k_image, k], 2), torch.cat([v, v_image], 2)
-    joint = layers.attention(queries, keys, values)
-    return joint[:, q.shape[2] :], joint[:, : q.shape[2]]
+    _, k, v, _, k_image, v_image = parts
+    return in_other_orders(parts, torch.cat([k_image, k], 2), torch.cat([v, v_image], 2))
 
 
 JOINT = Exercise(
