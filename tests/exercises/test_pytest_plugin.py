@@ -16,23 +16,17 @@ ANSWERS = (
 )
 
 
+PLUGINS = ("-p", "nanosd3.pytest_plugin", "-p", "no:cacheprovider")
+
+
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run pytest with this plugin alone, whether or not the package is installed."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "nanosd3.pytest_plugin",
-        "-p",
-        "no:cacheprovider",
-    ]
+    command = [sys.executable, "-m", "pytest", *PLUGINS, *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                   "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # fmt: skip
     return subprocess.run(
-        [*command, *arguments], cwd=folder, capture_output=True, text=True, check=False,
-        env={
-            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        },
-    )  # fmt: skip
+        command, cwd=folder, capture_output=True, text=True, check=False, env=environment
+    )
 
 
 @pytest.mark.parametrize("here", [True, False], ids=["in the repository", "elsewhere"])
@@ -47,12 +41,15 @@ def test_the_option(tmp_path, here):
     assert "shift: values: " in done.stdout and "t = 1 should stay at 1" in done.stdout
 
 
-def test_bad_files(tmp_path):
-    missing = run(tmp_path, "--student", "no.py")
-    assert missing.returncode == 4 and "no.py: no such file" in missing.stderr
+def test_bad_files(tmp_path, monkeypatch, capsys):
+    """In this process, without starting another."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    assert pytest.main([*PLUGINS, "--student", "no.py"]) == 4
+    assert "no.py: no such file" in capsys.readouterr().err
     (tmp_path / "hw.py").write_text("def (:\n")
-    broken = run(tmp_path, "--student", "hw.py")
-    assert broken.returncode == 2 and "hw.py: line 1: " in broken.stdout + broken.stderr
+    assert pytest.main([*PLUGINS, "--student", "hw.py"]) == 2
+    assert "hw.py: line 1: " in capsys.readouterr().out
 
 
 def test_the_package_brings_the_plugin():

@@ -100,6 +100,7 @@ def train(
 def main(folder: Path, scenarios: list[dict]) -> None:
     torch.set_num_threads(1)
     loop.SAVE_EVERY = 2
+    train_flow.VALIDATION_TIMES = 2  # as in the tests' own process
     with process_group("ddp", torch.device("cpu")) as group:
         for scenario in scenarios:
             mode = scenario.pop("mode")
