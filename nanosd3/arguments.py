@@ -43,6 +43,13 @@ def real_number(name: str, value: object) -> float:
     raise InputError(f"{name} must be a number, got {shown(value)}")
 
 
+def truth_value(name: str, value: object) -> bool:
+    """The value as a bool. Raises InputError if it is neither True nor False."""
+    if isinstance(flag := scalar(value), bool):
+        return flag
+    raise InputError(f"{name} must be True or False, got {shown(value)}")
+
+
 def path_of(name: str, value: object) -> Path:
     """The value as a path. Raises InputError if it is not one."""
     if isinstance(value, str | os.PathLike):

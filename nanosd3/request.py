@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanosd3.arguments import real_number, several, whole_number
+from nanosd3.arguments import real_number, several, truth_value, whole_number
 from nanosd3.config_types import Config, Sampling
 from nanosd3.data.pictures import to_latent_mask, to_pixels, to_tensor
 from nanosd3.errors import InputError, shown
@@ -107,7 +107,7 @@ def make_request(
         skip,
         output,
         callback,
-        bool(progress),
+        truth_value("progress", progress),
     )
 
 

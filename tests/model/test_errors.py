@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanosd3.arguments import real_number, several, whole_number
+from nanosd3.arguments import real_number, several, truth_value, whole_number
 from nanosd3.errors import InputError, listed, shortened, shown
 from nanosd3.random_streams import rng
 
@@ -52,6 +52,12 @@ def test_what_is_no_whole_number_is_refused(value):
     if not isinstance(value, str):
         with pytest.raises(InputError, match="must be a whole number"):
             rng(value, "noise", 0)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, np.array(True), torch.tensor(True)])
+def test_a_truth_value_of_any_kind_is_its_value(value):
+    assert truth_value("progress", value) is True
+    assert truth_value("progress", ~torch.as_tensor(value)) is False
 
 
 @pytest.mark.parametrize("value", [5, 5.0, np.float32(5), np.int16(5), torch.tensor(5.0),

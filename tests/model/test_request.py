@@ -91,6 +91,8 @@ def test_a_number_is_its_value(pipeline):
         ({"image": PHOTO.astype(">u2")}, "image: expected uint8 pixels, got torch.uint16"),
         ({"image": PHOTO, "mask": PHOTO[..., 0].astype(object)}, "mask: expected numbers, got an"),
         ({"callback": 3}, "callback must be a function, got 3"),
+        ({"progress": "no"}, "progress must be True or False, got 'no'"),
+        ({"progress": np.zeros(2)}, "progress must be True or False, got array([0., 0.])"),
         ({"negative": None}, "a prompt must be text, got None"),
         ({"negative": ["dull"]}, "a prompt must be text, got ['dull']"),
         ({"image": "x" * 999}, "got a str"),
