@@ -7,7 +7,7 @@ from nanosd3.claims.consistency_ways import TOP, TrainingWay, samples_scored, tr
 from nanosd3.claims.dit_loss_swap import middle_levels
 from nanosd3.claims.dit_networks import Classroom
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.related.dit_lessons import Lesson
+from nanosd3.related.train_dit import Lesson
 from nanosd3.training.plot_style import INK, MEANINGS, new_figure, save_plot
 
 CHANGES = {

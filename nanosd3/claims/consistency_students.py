@@ -14,8 +14,8 @@ from nanosd3.pipeline import Pipeline
 from nanosd3.related.command import parse, study_in
 from nanosd3.related.consistency import clean_image, inconsistency
 from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.scoring import score_samples
 from nanosd3.related.train_consistency import Consistency, distilled
-from nanosd3.related.yardsticks import score_samples
 from nanosd3.samplers import Velocity, euler, guided
 from nanosd3.text import rows_of
 from nanosd3.training.cached_features import Features

@@ -29,7 +29,7 @@ from nanosd3.related.consistency import (
     time_of,
 )
 from nanosd3.related.dit import DiT
-from nanosd3.related.yardsticks import drawn
+from nanosd3.related.scoring import drawn
 from nanosd3.samplers import euler
 from nanosd3.training.ema import make_ema
 from nanosd3.training.evaluation import to_digits

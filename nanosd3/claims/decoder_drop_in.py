@@ -10,12 +10,12 @@ from nanosd3.claims.decoder_networks import DECODER_SHORT, decoder_job
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.scoring import drawn
 from nanosd3.related.train_consistency_decoder import (
     decoding,
     replaced_decoder,
     trained_decoder,
 )
-from nanosd3.related.yardsticks import drawn
 from nanosd3.training.evaluation import to_digits
 from nanosd3.training.plot_style import new_figure, save_plot
 

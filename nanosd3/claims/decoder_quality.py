@@ -12,8 +12,8 @@ from nanosd3.claims.decoder_networks import (
 )
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.related.finished_run import open_finished_run
+from nanosd3.related.scoring import Decode, reconstruction_scores
 from nanosd3.related.train_consistency_decoder import decoding
-from nanosd3.related.yardsticks import Decode, reconstruction_scores
 from nanosd3.training.plot_style import new_figure, save_plot
 from nanosd3.vae import AutoencoderKL
 

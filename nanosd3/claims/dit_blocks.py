@@ -6,7 +6,7 @@ from pathlib import Path
 from nanosd3.claims.dit_networks import Classroom
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.related.dit import BLOCKS, DIT_CONFIGS, multiply_adds
-from nanosd3.related.dit_lessons import Lesson, steps_evenly
+from nanosd3.related.train_dit import Lesson, steps_evenly
 from nanosd3.training.plot_style import INK, new_figure, save_plot
 
 BLOCK_LABELS = {

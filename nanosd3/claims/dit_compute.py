@@ -14,7 +14,7 @@ from nanosd3.claims.experiment import (
     verdict,
 )
 from nanosd3.related.dit import multiply_adds
-from nanosd3.related.dit_lessons import Lesson, steps_evenly
+from nanosd3.related.train_dit import Lesson, steps_evenly
 from nanosd3.training.plot_style import label_counts, new_figure, save_plot
 
 DEPTHS = {32: 3, 64: 4, 96: 6}  # by width

@@ -9,7 +9,7 @@ from nanosd3.claims.dit_networks import Classroom
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.flow import logit_normal
 from nanosd3.related.dit import DiT
-from nanosd3.related.dit_lessons import Lesson, sample_dit, steps_evenly
+from nanosd3.related.train_dit import Lesson, sample_dit, steps_evenly
 from nanosd3.training.evaluation import draw_prompts, to_digits
 from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
 

@@ -8,7 +8,7 @@ from nanosd3.claims.experiment import Conditions
 from nanosd3.claims.material import network_job, open_encoded
 from nanosd3.config_types import Recipe
 from nanosd3.related.dit import DIT_CONFIGS, DiT, DiTConfig
-from nanosd3.related.dit_lessons import Lesson, train_dit
+from nanosd3.related.train_dit import Lesson, train_dit
 from nanosd3.training.stages import training_of
 
 DIT_BATCH = 64

@@ -19,7 +19,9 @@ from nanosd3.flow import interpolate, stratified
 from nanosd3.random_streams import rng
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.related.hdit import HDiT, HDiTConfig, HDiTLevel, hdit_loss, hdit_multiply_adds
-from nanosd3.related.hdit_lessons import (
+from nanosd3.related.hdit_system import HDIT_EMA_DECAY, HDIT_SAMPLING, HEAD_DIM, MAPPING, SIDES
+from nanosd3.related.scoring import evaluations, score_samples
+from nanosd3.related.train_hdit import (
     STRONGEST,
     Pixels,
     drawn_images,
@@ -28,8 +30,6 @@ from nanosd3.related.hdit_lessons import (
     pooled_text,
     trained_hdit,
 )
-from nanosd3.related.train_hdit import HDIT_EMA_DECAY, HDIT_SAMPLING, HEAD_DIM, MAPPING, SIDES
-from nanosd3.related.yardsticks import evaluations, score_samples
 from nanosd3.training.evaluation import Draw
 from nanosd3.training.stages import Job, training_of
 

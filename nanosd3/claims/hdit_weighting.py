@@ -15,7 +15,7 @@ from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, tab
 from nanosd3.claims.hdit_networks import Easel
 from nanosd3.claims.hdit_quality import HOURGLASS
 from nanosd3.related.hdit import soft_min_snr
-from nanosd3.related.hdit_lessons import STRONGEST
+from nanosd3.related.train_hdit import STRONGEST
 from nanosd3.training.plot_style import GREY, INK, MEANINGS, new_figure, save_plot
 
 WEIGHTED = "soft-min-SNR"

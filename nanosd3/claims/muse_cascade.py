@@ -17,10 +17,11 @@ from nanosd3.claims.muse_networks import (
     trained_muse,
     with_recipes,
 )
-from nanosd3.related.cascade_lessons import (
-    SUPER_RESOLUTION,
-    CascadePainter,
-    train_super_resolution,
+from nanosd3.related.cascade_system import (
+    FINE_RECIPES,
+    FINE_SIZES,
+    fine_config,
+    fine_vq_config,
 )
 from nanosd3.related.command import size_of
 from nanosd3.related.muse import cosine_share
@@ -30,13 +31,12 @@ from nanosd3.related.muse_editing import (
     MUSE_TEMPERATURE,
     TokenPainter,
 )
-from nanosd3.related.muse_lessons import train_muse, train_tokens
 from nanosd3.related.train_cascade import (
-    FINE_RECIPES,
-    FINE_SIZES,
-    fine_config,
-    fine_vq_config,
+    SUPER_RESOLUTION,
+    CascadePainter,
+    train_super_resolution,
 )
+from nanosd3.related.train_muse import train_muse, train_tokens
 from nanosd3.training.evaluation import draw_prompts, to_digits
 from nanosd3.training.plot_style import new_figure, save_plot
 

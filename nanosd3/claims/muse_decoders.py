@@ -13,11 +13,11 @@ from nanosd3.claims.muse_networks import (
     trained_muse,
     with_recipes,
 )
-from nanosd3.related.cascade_lessons import train_decoder
+from nanosd3.related.cascade_system import larger_channels
 from nanosd3.related.command import Study, size_of
 from nanosd3.related.muse_editing import Tokeniser, unpadded
-from nanosd3.related.train_cascade import larger_channels
-from nanosd3.related.yardsticks import drawn
+from nanosd3.related.scoring import drawn
+from nanosd3.related.train_cascade import train_decoder
 from nanosd3.training.evaluation import to_digits
 
 DECODERS = ("as wide", "twice as wide")

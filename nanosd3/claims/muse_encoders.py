@@ -26,8 +26,8 @@ from nanosd3.related.command import Study, size_of
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.muse import Conditioning, Muse, cosine_share, hide, masked_loss
 from nanosd3.related.muse_editing import TOKENS_AT_ONCE, TokenPainter, unpadded
-from nanosd3.related.muse_lessons import guessing_loss, train_tokens
-from nanosd3.related.train_muse import MUSE_RECIPES, muse_config, vq_config
+from nanosd3.related.muse_system import MUSE_RECIPES, muse_config, vq_config
+from nanosd3.related.train_muse import guessing_loss, train_tokens
 from nanosd3.text import TextEncoders, make_encoders
 from nanosd3.training.evaluation import draw_prompts, to_digits
 from nanosd3.training.loop import StepLoss

@@ -17,8 +17,8 @@ from nanosd3.related.command import Study, parse, study_in
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.related.muse import Conditioning, cosine_share
 from nanosd3.related.muse_editing import TokenPainter
-from nanosd3.related.muse_lessons import train_causal
-from nanosd3.related.train_muse import MUSE_STAGE, MuseSystem, trained_painter
+from nanosd3.related.muse_system import MUSE_STAGE, MuseSystem, trained_painter
+from nanosd3.related.train_muse import train_causal
 from nanosd3.training.stages import Job
 
 CAUSAL = "causal"  # stage

@@ -21,7 +21,7 @@ from nanosd3.claims.sd3_preferences import (
 )
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.yardsticks import drawn
+from nanosd3.related.scoring import drawn
 from nanosd3.training.metrics import frechet_distance
 from nanosd3.training.plot_style import GREY, INK, new_figure, save_plot
 

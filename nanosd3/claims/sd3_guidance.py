@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.claims.material import open_encoded
-from nanosd3.related.yardsticks import drawn
+from nanosd3.related.scoring import drawn
 from nanosd3.training.evaluation import to_digits
 from nanosd3.training.plot_style import INK, new_figure, save_plot
 

@@ -20,7 +20,7 @@ from nanosd3.lazy_modules import LazyModules
 from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.yardsticks import reconstruction_scores
+from nanosd3.related.scoring import reconstruction_scores
 from nanosd3.storage.files import sha256
 from nanosd3.training.cached_features import Encoders, Features, get_features
 from nanosd3.training.loop import StepRNG

@@ -18,7 +18,7 @@ from nanosd3.claims.sd3_one_way import OneWayMMDiT
 from nanosd3.config_types import MMDiTConfig, Recipe, Sampling
 from nanosd3.mmdit import MMDiT
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.yardsticks import pipeline_scores
+from nanosd3.related.scoring import pipeline_scores
 from nanosd3.training.cached_features import Features
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of

@@ -18,7 +18,7 @@ from nanosd3.claims.sd3_variants import TrainedVariant, Variant, trained_variant
 from nanosd3.data.mnist import bins, measure_strokes
 from nanosd3.data.sources import Described
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.yardsticks import drawn
+from nanosd3.related.scoring import drawn
 from nanosd3.training.evaluation import Draw, to_digits
 from nanosd3.training.plot_style import SERIES, new_figure, save_plot
 from nanosd3.training.report import SLANT_WORDS, WEIGHT_WORDS, attribute_accuracy

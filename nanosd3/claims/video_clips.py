@@ -12,8 +12,8 @@ from nanosd3.related.command import parse, study_in
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.related.motion import asked_clips, scores_of_size
 from nanosd3.related.moving_digits import Clips, ClipSize
-from nanosd3.related.train_video import TrainedVideo, VideoSystem, trained_video
-from nanosd3.related.video_lessons import CLIP_SIZES, FRAMES_IN_PATCH, in_name
+from nanosd3.related.train_video import CLIP_SIZES, FRAMES_IN_PATCH, in_name
+from nanosd3.related.video_system import TrainedVideo, VideoSystem, trained_video
 from nanosd3.training.plot_style import PALE, new_figure, save_plot
 
 TRAINED_SIZES: tuple[ClipSize, ...] = tuple(

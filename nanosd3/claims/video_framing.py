@@ -14,7 +14,7 @@ from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of,
 from nanosd3.claims.video_networks import SQUARE, WIDE, ClipSchool, TrainedClips
 from nanosd3.related.motion import EDGE, asked_clips, ink_at_border, scores_of_size
 from nanosd3.related.moving_digits import ClipSize, MovingDigits
-from nanosd3.related.video_lessons import decode_frames, encode_frames, in_name
+from nanosd3.related.train_video import decode_frames, encode_frames, in_name
 from nanosd3.training.plot_style import MEANINGS, new_figure, save_plot
 from nanosd3.vae import AutoencoderKL
 

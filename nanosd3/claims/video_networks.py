@@ -18,14 +18,14 @@ from nanosd3.claims.material import measured_once, network_job
 from nanosd3.config_types import Config, Recipe
 from nanosd3.related.finished_run import open_finished_run
 from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits
-from nanosd3.related.train_video import VIDEO_EMA, VIDEO_SAMPLING, TrainedVideo
-from nanosd3.related.video_lessons import (
+from nanosd3.related.train_video import (
     encode_captions,
     encoded_clips,
     in_name,
     train_encoders,
     train_video,
 )
+from nanosd3.related.video_system import VIDEO_EMA, VIDEO_SAMPLING, TrainedVideo
 from nanosd3.storage.run import Run
 from nanosd3.training.stages import Job, training_of
 

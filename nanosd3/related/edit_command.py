@@ -28,6 +28,7 @@ from nanosd3.related.muse_editing import (
     edit_freely,
     repaint,
 )
+from nanosd3.related.muse_system import muse_sampling, open_painter
 from nanosd3.related.sample_command import (
     SamplingSystem,
     add_drawing_options,
@@ -36,7 +37,6 @@ from nanosd3.related.sample_command import (
     warn_of,
     write_images,
 )
-from nanosd3.related.train_muse import muse_sampling, open_painter
 from nanosd3.text import check_prompts
 
 

@@ -30,7 +30,7 @@ class FinishedRun:
     scorer: Scorer
     pipeline: Pipeline
     device: torch.device
-    measured: dict = field(default_factory=dict)  # what yardsticks.py has measured of it
+    measured: dict = field(default_factory=dict)  # what scoring.py has measured of it
 
     @property
     def fingerprint(self) -> str:

@@ -45,7 +45,7 @@ from torch import Tensor
 from nanosd3.embeddings import TIMESTEP_SCALE
 from nanosd3.flow import cosmap, logit_normal, mode, uniform
 from nanosd3.related.ddpm import NoiseSchedule, spaced_steps
-from nanosd3.related.dit_lessons import flow_times
+from nanosd3.related.train_dit import flow_times
 
 # --- what is predicted: a and b of a x0 + b noise, at t -----------------------------------------
 

@@ -25,8 +25,8 @@ from nanosd3.mmdit import MMDiT
 from nanosd3.related.command import Study, System, size_of, with_flow_recipe
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.paths import PATHS, ProbabilityPath, path_loss
+from nanosd3.related.scoring import SHOWN_OF_EACH, score_samples
 from nanosd3.related.solvers import dopri5, midpoint, rk4
-from nanosd3.related.yardsticks import SHOWN_OF_EACH, score_samples
 from nanosd3.samplers import Velocity, euler
 from nanosd3.storage.files import load_weights, save_weights, write_file
 from nanosd3.training.cached_features import Features

@@ -23,7 +23,7 @@ from nanosd3.random_streams import rng
 from nanosd3.related import muse as package
 from nanosd3.related.autoregressive import CausalMuse, write_tokens
 from nanosd3.related.muse_editing import Tokeniser, TokenPainter, repaint
-from nanosd3.related.muse_lessons import train_muse, train_tokens
+from nanosd3.related.train_muse import train_muse, train_tokens
 from nanosd3.related.vq import Quantiser, VQConfig, perplexity, straight_through
 from nanosd3.samplers import euler, guided
 

@@ -20,7 +20,7 @@ from nanosd3.cli import run_main
 from nanosd3.flow import flow_loss, interpolate
 from nanosd3.random_streams import rng
 from nanosd3.related.hdit import hdit_loss
-from nanosd3.related.hdit_lessons import MIDDLE_NOISE, STRONGEST, hdit_step, noisy_times
+from nanosd3.related.train_hdit import MIDDLE_NOISE, STRONGEST, hdit_step, noisy_times
 from nanosd3.storage.run import Run
 from nanosd3.training.evaluation import draw_prompts
 from nanosd3.training.loop import StepRNG

@@ -19,7 +19,7 @@ from nanosd3.claims.muse_encoders import (
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.related.muse import MASK, Muse
 from nanosd3.related.muse_editing import TokenPainter
-from nanosd3.related.train_muse import muse_config, vq_config
+from nanosd3.related.muse_system import muse_config, vq_config
 from nanosd3.related.vq import VQAutoencoder
 from nanosd3.training.evaluation import draw_prompts
 from nanosd3.training.loop import StepRNG

@@ -22,7 +22,7 @@ from nanosd3.claims.video_framing import (
 from nanosd3.claims.video_networks import SQUARE, WIDE, ClipSchool, TrainedClips
 from nanosd3.cli import run_main
 from nanosd3.related.motion import asked_clips, clip_features, ink_at_border
-from nanosd3.related.train_video import TrainedVideo
+from nanosd3.related.video_system import TrainedVideo
 from nanosd3.storage.run import Run
 
 # --- rules on made-up numbers -------------------------------------------------------------------

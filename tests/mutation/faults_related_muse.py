@@ -5,10 +5,10 @@ written, and what is wrong with it.
 """
 
 VQ_FILE, MUSE_FILE = "related/vq.py", "related/muse.py"
-MUSE_EDITING_FILE, MUSE_LESSONS_FILE = "related/muse_editing.py", "related/muse_lessons.py"
-TRAIN_MUSE_FILE, USE_MUSE_FILE = "related/train_muse.py", "related/edit_command.py"
+MUSE_EDITING_FILE, TRAIN_MUSE_FILE = "related/muse_editing.py", "related/train_muse.py"
+MUSE_SYSTEM_FILE, USE_MUSE_FILE = "related/muse_system.py", "related/edit_command.py"
 CAUSAL_FILE, SUPER_FILE = "related/autoregressive.py", "related/super_resolution.py"
-CASCADE_LESSONS_FILE, CASCADE_FILE = "related/cascade_lessons.py", "related/train_cascade.py"
+TRAIN_CASCADE, CASCADE_SYSTEM = "related/train_cascade.py", "related/cascade_system.py"
 ENCODERS_FILE, TOLD_FILE = "claims/muse_encoders.py", "claims/muse_text.py"
 
 FAULTS_MUSE = [
@@ -121,21 +121,21 @@ FAULTS_MUSE = [
     (MUSE_EDITING_FILE, "return steps if guidance == 1 else 2 * steps - 1",
      "return steps if guidance == 1 else 2 * steps", "the first step counted twice"),
     (MUSE_EDITING_FILE, "padding : x.shape[3] - padding]", "padding:]", "a frame at the right"),
-    # muse_lessons.py, train_muse.py, edit_command.py
-    (MUSE_LESSONS_FILE, "straight_through(z, e)) - x", "e) - x", "the encoder learns no images"),
-    (MUSE_LESSONS_FILE, "step % RESTART_EVERY == 0 and step", "step", "codes restart every step"),
-    (MUSE_LESSONS_FILE, "generator=generator) >= TEXTLESS", "generator=generator) < TEXTLESS",
+    # train_muse.py, muse_system.py, edit_command.py
+    (TRAIN_MUSE_FILE, "straight_through(z, e)) - x", "e) - x", "the encoder learns no images"),
+    (TRAIN_MUSE_FILE, "step % RESTART_EVERY == 0 and step", "step", "codes restart every step"),
+    (TRAIN_MUSE_FILE, "generator=generator) >= TEXTLESS", "generator=generator) < TEXTLESS",
      "nine tenths without text"),
-    (MUSE_LESSONS_FILE, "context * keep[:, None, None], pooled * keep[:, None]",
+    (TRAIN_MUSE_FILE, "context * keep[:, None, None], pooled * keep[:, None]",
      "context, pooled * keep[:, None]", "text tokens are never dropped"),
-    (MUSE_LESSONS_FILE, "guess(seen, tokens, x, context, pooled)",
+    (TRAIN_MUSE_FILE, "guess(seen, tokens, x, context, pooled)",
      "guess(tokens, tokens, x, context, pooled)", "the answer is shown"),
-    (TRAIN_MUSE_FILE, 'own["guidance"] if guidance is None else guidance',
+    (MUSE_SYSTEM_FILE, 'own["guidance"] if guidance is None else guidance',
      'own["guidance"]',
      "--guidance is not heard"),
-    (TRAIN_MUSE_FILE, 'stages["tokens"]["seconds"] + stages[MUSE_STAGE]["seconds"]',
+    (MUSE_SYSTEM_FILE, 'stages["tokens"]["seconds"] + stages[MUSE_STAGE]["seconds"]',
      'stages[MUSE_STAGE]["seconds"]', "the tokens' training is not counted"),
-    (TRAIN_MUSE_FILE, "if not 0 <= temperature < float(\"inf\"):", "if temperature < 0:",
+    (MUSE_SYSTEM_FILE, "if not 0 <= temperature < float(\"inf\"):", "if temperature < 0:",
      "a temperature of NaN passes"),
     (USE_MUSE_FILE, "guidance = FREE_GUIDANCE if args.guidance is None else args.guidance",
      "guidance = FREE_GUIDANCE", "--guidance is not heard without a mask"),
@@ -171,20 +171,20 @@ FAULTS_MUSE = [
      "another encoder"),
     (SUPER_FILE, "larger.encoder.requires_grad_(False)", "pass", "the encoder is trained on"),
     (SUPER_FILE, "larger.quantiser.requires_grad_(False)", "pass", "the codes are trained on"),
-    # cascade_lessons.py, train_cascade.py
-    (CASCADE_LESSONS_FILE, "given = base.vq.tokenise(x)",
+    # train_cascade.py, cascade_system.py
+    (TRAIN_CASCADE, "given = base.vq.tokenise(x)",
      "given = torch.zeros_like(base.vq.tokenise(x))", "nothing is learned from base tokens"),
-    (CASCADE_LESSONS_FILE, "(decoding.decode(tokens) - x)", "(vq.decode(tokens) - x)",
+    (TRAIN_CASCADE, "(decoding.decode(tokens) - x)", "(vq.decode(tokens) - x)",
      "the old decoder's error"),
-    (CASCADE_LESSONS_FILE, "given = base[rows]", "given = base[: len(rows)]",
+    (TRAIN_CASCADE, "given = base[rows]", "given = base[: len(rows)]",
      "the first base tokens for all"),
     (MUSE_EDITING_FILE, "self.texts([prompts[i] for i in rows], negative)",
      "self.texts(prompts[: len(rows)], negative)", "the first prompts for all"),
-    (CASCADE_LESSONS_FILE, "(given, *prompt), (given, *without)",
+    (TRAIN_CASCADE, "(given, *prompt), (given, *without)",
      "(given, *prompt), (given, *prompt)", "no guidance"),
-    (CASCADE_FILE, "channels, (codes, width) = config.vae.channels[:-1]",
+    (CASCADE_SYSTEM, "channels, (codes, width) = config.vae.channels[:-1]",
      "channels, (codes, width) = config.vae.channels", "fine tokens as coarse as the others"),
-    (CASCADE_FILE, "CascadePainter(base, network, larger)", "CascadePainter(base, network, vq)",
+    (CASCADE_SYSTEM, "CascadePainter(base, network, larger)", "CascadePainter(base, network, vq)",
      "the larger decoder is not used"),
     # claims/muse_encoders.py, claims/muse_text.py
     (ENCODERS_FILE, "parts = LazyModules(dict(encoders.items()), job.device)",

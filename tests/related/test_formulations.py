@@ -10,7 +10,6 @@ import torch
 from nanosd3.flow import cosmap, interpolate, logit_normal, velocity_target
 from nanosd3.related import formulations
 from nanosd3.related.ddpm import ddim, spaced_steps
-from nanosd3.related.dit_lessons import flow_times
 from nanosd3.related.formulations import (
     FORMULATIONS,
     Formulation,
@@ -22,6 +21,7 @@ from nanosd3.related.formulations import (
     latent_diffusion_schedule,
 )
 from nanosd3.related.paths import PATHS
+from nanosd3.related.train_dit import flow_times
 from nanosd3.samplers import euler
 
 NAMES = list(FORMULATIONS)

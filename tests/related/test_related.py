@@ -20,7 +20,7 @@ from nanosd3.pipeline import Pipeline
 from nanosd3.related import __main__ as related
 from nanosd3.related import command as related_command
 from nanosd3.related import train_consistency
-from nanosd3.related.yardsticks import evaluations, in_words
+from nanosd3.related.scoring import evaluations, in_words
 from nanosd3.storage.files import read_tensors
 from nanosd3.training import stages
 

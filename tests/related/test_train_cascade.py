@@ -12,10 +12,10 @@ from support.interruptions import interrupted_after
 
 from nanosd3.cli import run_main
 from nanosd3.related import __main__ as related
-from nanosd3.related import cascade_lessons as lessons
+from nanosd3.related import cascade_system as module
 from nanosd3.related import command as related_command
-from nanosd3.related import muse_editing, muse_lessons
-from nanosd3.related import train_cascade as module
+from nanosd3.related import muse_editing, train_muse
+from nanosd3.related import train_cascade as training
 from nanosd3.related.muse import MASK
 from nanosd3.related.muse_editing import Tokeniser
 from nanosd3.storage.files import read_tensors, save_tensors
@@ -141,15 +141,15 @@ def test_what_it_learns_from(tiny_run, muse, tmp_path, monkeypatch, unmeasured):
     """The base tokens of the images whose fine tokens are hidden."""
     seen, images = [], []
 
-    class Watched(lessons.SuperResolution):
+    class Watched(training.SuperResolution):
         def forward(self, *inputs):
             seen.append(inputs)
             return super().forward(*inputs)
 
-    original = muse_lessons.unpadded
-    monkeypatch.setattr(lessons, "SuperResolution", Watched)
+    original = train_muse.unpadded
+    monkeypatch.setattr(training, "SuperResolution", Watched)
     monkeypatch.setattr(
-        muse_lessons, "unpadded", lambda x, p: images.append(original(x, p)) or images[-1]
+        train_muse, "unpadded", lambda x, p: images.append(original(x, p)) or images[-1]
     )
     out = tmp_path / "x"
     assert command("--run", tiny_run, "--muse", muse, "--out", out, "--steps", 1) == 0
