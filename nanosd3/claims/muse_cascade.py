@@ -29,11 +29,11 @@ from nanosd3.related.muse_editing import (
     MUSE_GUIDANCE,
     MUSE_STEPS,
     MUSE_TEMPERATURE,
-    TokenPainter,
+    MusePipeline,
 )
 from nanosd3.related.train_cascade import (
     SUPER_RESOLUTION,
-    CascadePainter,
+    CascadePipeline,
     train_super_resolution,
 )
 from nanosd3.related.train_muse import train_muse, train_tokens
@@ -48,7 +48,7 @@ WAYS_TO_FINE = ("base tokens alone", "base, then fine tokens", "fine tokens alon
 
 def both_ways(
     conditions: Conditions, seed: int, muse: TrainedMuse
-) -> tuple[CascadePainter, TokenPainter, dict[str, float]]:
+) -> tuple[CascadePipeline, MusePipeline, dict[str, float]]:
     """A cascade on the Muse of a seed, a Muse of fine tokens alone, and seconds of training."""
     texts = encoded_captions(conditions.run)
     with muse_study(conditions, seed, SHORT_STEPS) as study:
@@ -57,20 +57,20 @@ def both_ways(
             job, autoencoder=in_steps(job.training.autoencoder, FINE_TOKEN_STEPS, size)
         )
         vq = train_tokens(few, fine_vq_config(job.config, size), "fine_tokens")
-        config = fine_config(muse.painter.muse.config, size)
+        config = fine_config(muse.pipeline.muse.config, size)
         some, many = (
             with_recipes(job, flow=in_steps(FINE_RECIPES[size], n, size))
             for n in (CASCADE_STEPS, DIRECT_STEPS)
         )
         network = train_super_resolution(
-            some, source, muse.painter, vq, texts, config, FINE_SIZES[size][2]
+            some, source, muse.pipeline, vq, texts, config, FINE_SIZES[size][2]
         )
-        deep = replace(config, depth=muse.painter.muse.config.depth)
+        deep = replace(config, depth=muse.pipeline.muse.config.depth)
         direct = train_muse(many, source, vq, texts, deep, cosine_share, "direct")
         stages = ("fine_tokens", SUPER_RESOLUTION, "direct")
         seconds = {name: job.run.stages[name]["thread_seconds"] for name in stages}
-    cascade = CascadePainter(muse.painter, network, vq)
-    return cascade, TokenPainter(vq, direct, muse.painter.pipeline), seconds
+    cascade = CascadePipeline(muse.pipeline, network, vq)
+    return cascade, MusePipeline(vq, direct, muse.finished.pipeline), seconds
 
 
 def muse_cascade(conditions: Conditions) -> dict:
@@ -83,9 +83,9 @@ def muse_cascade(conditions: Conditions) -> dict:
         cascade, direct, took = both_ways(conditions, seed, muse)
         draw = draw_prompts(muse.finished.source, count, 100 + seed)
         asked = (draw.prompts, 100 + seed, MUSE_STEPS, *way)
-        base = muse.painter.draw(*asked)
+        base = muse.pipeline.draw(*asked)
         images = (
-            muse.painter.images(base),
+            muse.pipeline.images(base),
             cascade.images(cascade.refine(base, *asked)),
             direct.images(direct.draw(*asked)),
         )

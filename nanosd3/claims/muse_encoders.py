@@ -25,7 +25,7 @@ from nanosd3.random_streams import rng
 from nanosd3.related.command import Study, size_of
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.muse import Conditioning, Muse, cosine_share, hide, masked_loss
-from nanosd3.related.muse_editing import TOKENS_AT_ONCE, TokenPainter, unpadded
+from nanosd3.related.muse_editing import TOKENS_AT_ONCE, MusePipeline, unpadded
 from nanosd3.related.muse_system import MUSE_RECIPES, muse_config, vq_config
 from nanosd3.related.train_muse import guessing_loss, train_tokens
 from nanosd3.text import TextEncoders, make_encoders
@@ -82,7 +82,7 @@ def with_names(source: Digits, numerals: bool) -> Digits:
     return half
 
 
-def told_muse(study: Study, name: str) -> TokenPainter:
+def told_muse(study: Study, name: str) -> MusePipeline:
     """The Muse that is told captions by an encoder, trained now or before. All see the same
     images, captions and hidden tokens, and start from the same weights."""
     job, finished, size = study.job, study.finished, size_of(study.args, study.finished)
@@ -90,21 +90,21 @@ def told_muse(study: Study, name: str) -> TokenPainter:
     vq = train_tokens(job, vq_config(job.config, size))
     muse = build(job, "muse", lambda: Muse(muse_config(job.config, size))).to(job.device)
     text, captions = finished.pipeline.text, finished.source.texts
-    painter = TokenPainter(vq, muse, finished.pipeline)
+    pipeline = MusePipeline(vq, muse, finished.pipeline)
     makers: tuple[Callable[[], Encode], ...] = (
         lambda: text.encode,
         lambda: untrained(text, job),
         lambda: one_hot(text, captions),
     )
-    painter.encode = makers[TOLD.index(name)]()
+    pipeline.encode = makers[TOLD.index(name)]()
     told = guessing_loss(
-        job, with_names(finished.source, False), vq, painter.encode(captions), cosine_share,
+        job, with_names(finished.source, False), vq, pipeline.encode(captions), cosine_share,
         lambda seen, tokens, x, *text: muse(seen, *text),
     )  # fmt: skip
     stage, decay = f"told-{TOLD.index(name)}", TEXT_AVERAGE
     train = partial(fit_average, job, stage, muse, same_draws(job, told), decay)
     finish_or_load(job, stage, muse, train)
-    return painter
+    return pipeline
 
 
 def same_draws(job: Job, loss_of: StepLoss) -> StepLoss:
@@ -113,29 +113,31 @@ def same_draws(job: Job, loss_of: StepLoss) -> StepLoss:
 
 
 @torch.no_grad()
-def held_out_loss(painter: TokenPainter, source: Digits) -> float:
+def held_out_loss(pipeline: MusePipeline, source: Digits) -> float:
     """The cross-entropy of hidden tokens of images held out: the same of them for every Muse."""
     generator = rng(0, "x-muse-6")
     index = torch.arange(source.trained, source.count).repeat(HELD_OUT_LOOKS)
     captions = source.captions(index, torch.rand(len(index), generator=generator))
     share = cosine_share(stratified(len(index), generator))
-    tokens = painter.tokens(unpadded(source.pixels(index), source.config.padding))
+    tokens = pipeline.tokens(unpadded(source.pixels(index), source.config.padding))
     places = torch.rand(len(index), tokens[0].numel(), generator=generator)
     seen, losses = hide(tokens, share, places), []
     for rows in torch.arange(len(index)).split(TOKENS_AT_ONCE):
-        text = painter.encode([source.texts[i] for i in captions[rows].tolist()])
-        losses.append(masked_loss(painter.muse(seen[rows], *text), tokens[rows], seen[rows]))
+        text = pipeline.encode([source.texts[i] for i in captions[rows].tolist()])
+        losses.append(masked_loss(pipeline.muse(seen[rows], *text), tokens[rows], seen[rows]))
     return float(torch.cat(losses).mean())
 
 
-def told_scores(finished: FinishedRun, painter: TokenPainter, count: int, seed: int) -> list[float]:
+def told_scores(
+    finished: FinishedRun, pipeline: MusePipeline, count: int, seed: int
+) -> list[float]:
     """As TOLD_SCORES has them: the loss, and shares of samples."""
     heard, unheard = (with_names(finished.source, numerals) for numerals in (False, True))
     shares = []
     for source in (heard, unheard):
         draw = draw_prompts(source, count, 100 + seed)
-        images = painter.images(painter.draw(draw.prompts, 100 + seed))
+        images = pipeline.images(pipeline.draw(draw.prompts, 100 + seed))
         digits = to_digits(torch.from_numpy(images))
         right = finished.scorer.score(digits, draw)[0]
         shares.append((right, attributes_right(finished.source.described, draw, digits)))
-    return [held_out_loss(painter, heard), *shares[0], shares[1][0]]
+    return [held_out_loss(pipeline, heard), *shares[0], shares[1][0]]

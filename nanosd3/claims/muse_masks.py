@@ -37,7 +37,7 @@ def muse_masks(conditions: Conditions) -> dict:
             muse = trained_muse(conditions, seed, MASK_STEPS, share_of, f"muse-{i}")
             seconds += muse.seconds + (i == 0) * muse.token_seconds  # the same tokens for all
             draw = draw_prompts(muse.finished.source, count, 100 + seed)
-            images = muse.painter.images(muse.painter.draw(draw.prompts, 100 + seed))
+            images = muse.pipeline.images(muse.pipeline.draw(draw.prompts, 100 + seed))
             scorer = muse.finished.scorer
             accuracy, distance = scorer.score(to_digits(torch.from_numpy(images)), draw)
             found[name].append([accuracy, distance / scorer.floor(draw)])

@@ -42,9 +42,9 @@ def muse_speed(conditions: Conditions) -> dict:
         finished = trained.finished
         seconds += trained.token_seconds + trained.seconds + took
         ways = {
-            "muse": partial(by_muse, trained.painter),
+            "muse": partial(by_muse, trained.pipeline),
             "flow": partial(by_flow, finished.pipeline),
-            "causal": partial(token_by_token, trained.painter, causal),
+            "causal": partial(token_by_token, trained.pipeline, causal),
         }
         for way, by_steps in found.items():
             for n in counts[way]:

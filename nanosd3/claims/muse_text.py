@@ -30,10 +30,10 @@ def text_study(conditions: Conditions) -> dict:
         for seed in conditions.seeds:
             print(f"{name}, seed {seed}", flush=True)
             with muse_study(conditions, seed, SHORT_STEPS) as study:
-                painter, stages = told_muse(study, name), study.job.run.stages
+                pipeline, stages = told_muse(study, name), study.job.run.stages
             seconds += stages[f"told-{TOLD.index(name)}"]["thread_seconds"]
             seconds += stages["tokens"]["thread_seconds"] * (name == TOLD[0])  # the same for all
-            scores = told_scores(study.finished, painter, count, seed)
+            scores = told_scores(study.finished, pipeline, count, seed)
             for key, value in zip(TOLD_SCORES, scores, strict=True):
                 found[name][key].append(value)
     columns = ["told by", "cross-entropy", "right digit", "right attributes", "by numeral: digit"]

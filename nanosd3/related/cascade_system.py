@@ -21,14 +21,14 @@ from nanosd3.machine.accelerate import accelerate
 from nanosd3.related.command import Study, size_of, with_flow_recipe
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.muse import MuseConfig
-from nanosd3.related.muse_editing import MUSE_STEPS, Tokeniser, passes
+from nanosd3.related.muse_editing import MUSE_STEPS, VQPipeline, passes
 from nanosd3.related.muse_system import (
     CODES,
     MUSE_STAGE,
     TOKEN_RECIPES,
     MuseSystem,
     muse_sampling,
-    open_painter,
+    open_muse_pipeline,
     reconstruction,
 )
 from nanosd3.related.sample_command import SamplingSystem, open_trained, prompts_asked, warn_of
@@ -37,7 +37,7 @@ from nanosd3.related.super_resolution import SuperResolution
 from nanosd3.related.train_cascade import (
     LARGER_DECODER,
     SUPER_RESOLUTION,
-    CascadePainter,
+    CascadePipeline,
     train_decoder,
     train_super_resolution,
 )
@@ -78,9 +78,9 @@ def larger_channels(config: VQConfig) -> tuple[int, ...]:
     return tuple(LARGER * width for width in config.decoder_channels)
 
 
-def open_cascade(run: Run, finished: FinishedRun) -> CascadePainter:
+def open_cascade(run: Run, finished: FinishedRun) -> CascadePipeline:
     """The networks of a finished run, with its copy of the Muse."""
-    base = open_painter(run, finished, COPIES)
+    base = open_muse_pipeline(run, finished, COPIES)
     size, config = run.identity["size"], finished.config
     fine = fine_vq_config(config, size)
     vq = VQAutoencoder(replace(fine, decoder_channels=larger_channels(fine)))
@@ -89,7 +89,7 @@ def open_cascade(run: Run, finished: FinishedRun) -> CascadePainter:
     for name, module in ((LARGER_DECODER, vq), (SUPER_RESOLUTION, network)):
         load_weights(module, run.folder / f"{name}.safetensors")
         accelerate(module.requires_grad_(False).eval().to(finished.device))
-    return CascadePainter(base, network, vq)
+    return CascadePipeline(base, network, vq)
 
 
 class CascadeSystem(SamplingSystem):
@@ -130,13 +130,13 @@ class CascadeSystem(SamplingSystem):
         for name, copy in COPIES.items():
             content = (study.args.muse / f"{name}.safetensors").read_bytes()
             write_file(job.run.folder / f"{copy}.safetensors", content)
-        base = open_painter(job.run, finished, COPIES)
+        base = open_muse_pipeline(job.run, finished, COPIES)
         vq = train_tokens(job, fine_vq_config(job.config, size))
         texts = finished.pipeline.text.encode(finished.source.texts)
         config, base_depth = fine_config(base.muse.config, size), FINE_SIZES[size][2]
         network = train_super_resolution(job, finished.source, base, vq, texts, config, base_depth)
         larger = train_decoder(job, vq, larger_channels(vq.config))
-        cascade = CascadePainter(base, network, larger)
+        cascade = CascadePipeline(base, network, larger)
         way, count = muse_sampling(None, None, job.run.identity), job.training.evaluate
         made, whole = passes(MUSE_STEPS, way[0]), 2 * passes(MUSE_STEPS, way[0])
 
@@ -156,7 +156,7 @@ class CascadeSystem(SamplingSystem):
         picture = png(side_by_side(grids))
         write_file(job.run.folder / "samples.png", picture)
         stages = job.run.stages
-        decoders = {"smaller": Tokeniser(vq, finished.pipeline), "larger": cascade, "base": base}
+        decoders = {"smaller": VQPipeline(vq, finished.pipeline), "larger": cascade, "base": base}
         return scores | {
             "main_model": alone,
             "reconstructions": {

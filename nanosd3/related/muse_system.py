@@ -28,8 +28,8 @@ from nanosd3.related.muse_editing import (
     MUSE_GUIDANCE,
     MUSE_STEPS,
     MUSE_TEMPERATURE,
-    Tokeniser,
-    TokenPainter,
+    MusePipeline,
+    VQPipeline,
     passes,
     unpadded,
 )
@@ -80,11 +80,11 @@ def muse_config(config: Config, size: str) -> MuseConfig:
     return MuseConfig(depth, width, CODES[size][0], side // factor, *widths)
 
 
-def trained_painter(
+def trained_muse_pipeline(
     study: Study,
     share_of: Callable[[Tensor], Tensor] = cosine_share,
     stage: str = MUSE_STAGE,
-) -> TokenPainter:
+) -> MusePipeline:
     """The results of both stages, trained or loaded, with the text encoders. Experiments hide
     another share, in a stage of another name."""
     job, finished, size = study.job, study.finished, size_of(study.args, study.finished)
@@ -92,17 +92,17 @@ def trained_painter(
     texts = finished.pipeline.text.encode(finished.source.texts)
     config = muse_config(job.config, size)
     muse = train_muse(job, finished.source, vq, texts, config, share_of, stage)
-    return TokenPainter(vq, muse, finished.pipeline)
+    return MusePipeline(vq, muse, finished.pipeline)
 
 
-def reconstruction(finished: FinishedRun, painter: Tokeniser, count: int) -> dict:
+def reconstruction(finished: FinishedRun, pipeline: VQPipeline, count: int) -> dict:
     """Accuracy and distance of training images that are encoded as tokens and decoded."""
     draw, floor = drawn(finished, count, SCORED_DRAWS[0])
     x = unpadded(finished.source.pixels(draw.chosen), finished.config.padding)
-    tokens = painter.tokens(x)
-    rebuilt = to_digits(torch.from_numpy(painter.images(tokens)))
+    tokens = pipeline.tokens(x)
+    rebuilt = to_digits(torch.from_numpy(pipeline.images(tokens)))
     accuracy, distance = finished.scorer.score(rebuilt, draw)
-    used_codes = perplexity(tokens.cpu(), painter.vq.config.codes)
+    used_codes = perplexity(tokens.cpu(), pipeline.vq.config.codes)
     ratio = distance / floor
     return {"accuracy": accuracy, "frechet_ratio_to_real": ratio, "perplexity": used_codes}
 
@@ -121,9 +121,9 @@ def muse_sampling(
     return guidance, temperature
 
 
-def open_painter(
+def open_muse_pipeline(
     run: Run, finished: FinishedRun, files: Mapping[str, str] = MUSE_FILES
-) -> TokenPainter:
+) -> MusePipeline:
     """What a finished run has trained, or a copy of it in files of other names. Raises InputError
     if its run.json is damaged."""
     index = run.folder / "run.json"
@@ -134,7 +134,7 @@ def open_painter(
     for name, module in (("tokens", vq), (MUSE_STAGE, muse)):
         load_weights(module, run.folder / f"{files[name]}.safetensors")
         accelerate(module.requires_grad_(False).eval().to(finished.device))
-    return TokenPainter(vq, muse, finished.pipeline)
+    return MusePipeline(vq, muse, finished.pipeline)
 
 
 class MuseSystem(SamplingSystem):
@@ -172,11 +172,11 @@ class MuseSystem(SamplingSystem):
 
     def train(self, study: Study) -> dict:
         job, finished = study.job, study.finished
-        painter = trained_painter(study)
+        pipeline = trained_muse_pipeline(study)
         guidance, temperature = muse_sampling(study.args.guidance, study.args.temperature)
 
         def draw(prompts: list[str], seed: int) -> np.ndarray:
-            return painter.images(painter.draw(prompts, seed, MUSE_STEPS, guidance, temperature))
+            return pipeline.images(pipeline.draw(prompts, seed, MUSE_STEPS, guidance, temperature))
 
         count, made = job.training.evaluate, passes(MUSE_STEPS, guidance)
         scores = score_samples(finished, lambda d, seed: draw(d.prompts, seed), count, made)
@@ -185,7 +185,7 @@ class MuseSystem(SamplingSystem):
         save_beside_main(finished, title, ours, job.run.folder / "samples.png")
         stages = job.run.stages
         return scores | {
-            "reconstructions": reconstruction(finished, painter, count),
+            "reconstructions": reconstruction(finished, pipeline, count),
             "training_seconds": stages["tokens"]["seconds"] + stages[MUSE_STAGE]["seconds"],
         }
 
@@ -201,6 +201,6 @@ class MuseSystem(SamplingSystem):
         way = muse_sampling(args.guidance, args.temperature, run.identity)
         check_prompts(args.sample, args.negative)
         warn_of(finished.pipeline, [*args.sample, args.negative])
-        painter = open_painter(run, finished)
+        pipeline = open_muse_pipeline(run, finished)
         prompts, steps = prompts_asked(args), args.steps or MUSE_STEPS
-        return painter.images(painter.draw(prompts, args.seed, steps, *way, args.negative))
+        return pipeline.images(pipeline.draw(prompts, args.seed, steps, *way, args.negative))

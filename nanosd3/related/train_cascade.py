@@ -9,7 +9,7 @@ from torch import Tensor
 from nanosd3.data.sources import Digits
 from nanosd3.random_streams import rng
 from nanosd3.related.muse import Conditioning, Logits, MuseConfig, cosine_share, guided_logits
-from nanosd3.related.muse_editing import Tokeniser, TokenPainter, unpadded
+from nanosd3.related.muse_editing import MusePipeline, VQPipeline, unpadded
 from nanosd3.related.super_resolution import SuperResolution, with_decoder
 from nanosd3.related.train_muse import guessing_loss
 from nanosd3.related.vq import VQAutoencoder
@@ -22,7 +22,7 @@ SUPER_RESOLUTION, LARGER_DECODER = "super_resolution", "larger_decoder"  # stage
 def train_super_resolution(
     job: Job,
     source: Digits,
-    base: TokenPainter,
+    base: MusePipeline,
     vq: VQAutoencoder,
     texts: Conditioning,
     config: MuseConfig,
@@ -71,11 +71,11 @@ def train_decoder(
     return decoding
 
 
-class CascadePainter(Tokeniser):
-    """A Muse, a transformer that refines its tokens, and the autoencoder of the fine ones."""
+class CascadePipeline(VQPipeline):
+    """Muse's tokens to fine tokens, by a second transformer, to images by their VQ autoencoder."""
 
-    def __init__(self, base: TokenPainter, network: SuperResolution, vq: VQAutoencoder):
-        super().__init__(vq, base.pipeline)
+    def __init__(self, base: MusePipeline, network: SuperResolution, vq: VQAutoencoder):
+        super().__init__(vq, base.main)
         self.base, self.network = base, network
 
     def refine(

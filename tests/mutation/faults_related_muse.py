@@ -184,7 +184,7 @@ FAULTS_MUSE = [
      "(given, *prompt), (given, *prompt)", "no guidance"),
     (CASCADE_SYSTEM, "channels, (codes, width) = config.vae.channels[:-1]",
      "channels, (codes, width) = config.vae.channels", "fine tokens as coarse as the others"),
-    (CASCADE_SYSTEM, "CascadePainter(base, network, larger)", "CascadePainter(base, network, vq)",
+    (CASCADE_SYSTEM, "CascadePipeline(base, network, larger)", "CascadePipeline(base, network, vq)",
      "the larger decoder is not used"),
     # claims/muse_encoders.py, claims/muse_text.py
     (ENCODERS_FILE, "parts = LazyModules(dict(encoders.items()), job.device)",

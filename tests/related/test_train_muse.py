@@ -218,10 +218,10 @@ def test_what_is_kept_is_the_average(tiny_run, tmp_path, monkeypatch, unmeasured
 # --- drawing and editing --------------------------------------------------------------------------
 
 
-def painter_of(lively, tiny_run):
+def pipeline_of(lively, tiny_run):
     finished = related_command.open_finished_run(tiny_run, None, torch.device("cpu"))
     run = Run.read(lively)
-    return module.open_painter(run, finished), *module.muse_sampling(None, None, run.identity)
+    return module.open_muse_pipeline(run, finished), *module.muse_sampling(None, None, run.identity)
 
 
 def digit(tmp_path, name="digit.png"):
@@ -232,18 +232,18 @@ def digit(tmp_path, name="digit.png"):
 
 
 def test_a_finished_muse_is_what_was_trained(lively, tiny_run):
-    painter, guidance, temperature = painter_of(lively, tiny_run)
+    pipeline, guidance, temperature = pipeline_of(lively, tiny_run)
     assert (guidance, temperature) == (module.MUSE_GUIDANCE, module.MUSE_TEMPERATURE)
-    again = Muse(painter.muse.config)
+    again = Muse(pipeline.muse.config)
     load_weights(again, lively / "muse.safetensors")
-    tokens = painter.draw(["3", "a bold seven"], 5)
+    tokens = pipeline.draw(["3", "a bold seven"], 5)
     assert tokens.shape == (2, 7, 7) and tokens.min() >= 0
-    assert painter.draw(["3", "a bold seven"], 5).equal(tokens)
-    context, pooled = painter.pipeline.text.encode(["3", "a bold seven"])
+    assert pipeline.draw(["3", "a bold seven"], 5).equal(tokens)
+    context, pooled = pipeline.main.text.encode(["3", "a bold seven"])
     hidden = torch.full((2, 7, 7), MASK)
     with torch.no_grad():
         expected = again(hidden, context, pooled)
-    found = painter.logits(["3", "a bold seven"])(hidden, 1.0)
+    found = pipeline.logits(["3", "a bold seven"])(hidden, 1.0)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -269,11 +269,11 @@ def test_samples(lively, tiny_run, tmp_path):
 
 def test_repainting_keeps_the_rest(lively, tiny_run, tmp_path, capsys):
     """Tokens outside of the mask are the same, bit by bit."""
-    painter, _, _ = painter_of(lively, tiny_run)
-    tokens = painter.tokens(image_of(digit(tmp_path), painter)).expand(8, -1, -1)
+    pipeline, _, _ = pipeline_of(lively, tiny_run)
+    tokens = pipeline.tokens(image_of(digit(tmp_path), pipeline)).expand(8, -1, -1)
     marked = torch.zeros(7, 7, dtype=torch.bool)
     marked[4:] = True
-    logits = painter.logits(["8"] * 8)
+    logits = pipeline.logits(["8"] * 8)
     new = repaint(logits, tokens, marked, 8, 1.5, 8.0, torch.Generator().manual_seed(0))
     assert new[:, :4].equal(tokens[:, :4]) and not new[:, 4:].equal(tokens[:, 4:])
     mask = np.zeros((28, 28), np.uint8)
@@ -297,8 +297,8 @@ def test_repainting_keeps_the_rest(lively, tiny_run, tmp_path, capsys):
 
 def test_free_editing(lively, tiny_run, tmp_path):
     """A share of the tokens each round, 4 of 49; of the likeliest only."""
-    painter, _, _ = painter_of(lively, tiny_run)
-    tokens = painter.tokens(from_uint8(torch.zeros(6, 1, 28, 28, dtype=torch.uint8)))
+    pipeline, _, _ = pipeline_of(lively, tiny_run)
+    tokens = pipeline.tokens(from_uint8(torch.zeros(6, 1, 28, 28, dtype=torch.uint8)))
     seen = []
 
     def logits(hidden, scale):
