@@ -7,7 +7,7 @@ from nanosd3.claims.consistency_ways import TOP, TrainingWay, samples_scored, tr
 from nanosd3.claims.dit_loss_swap import middle_levels
 from nanosd3.claims.dit_networks import Classroom
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.related.train_dit import Lesson
+from nanosd3.related.train_dit import DiTLoss
 from nanosd3.training.plot_style import INK, MEANINGS, new_figure, save_plot
 
 CHANGES = {
@@ -52,14 +52,14 @@ def alone_study(conditions: Conditions) -> dict:
     """Scores of one step of a consistency model and of one and two of a flow, by seed."""
     classroom = Classroom(conditions)
     config = classroom.config(learned_variance=False)
-    lesson = Lesson("flow", middle_levels)
+    loss = DiTLoss("flow", middle_levels)
     found: dict[str, list[tuple[float, float]]] = {
         name: [] for name in (TAUGHT_BY_NONE, FLOW_ONE, FLOW_TWO)
     }
     times: tuple[list[float], list[float]] = ([], [])
     for seed in conditions.seeds:
         alone = trained_way(classroom, ALONE, seed, ALONE_STEPS, WAY_RATE)
-        flow = classroom.trained("flow-alone", seed, config, lesson, FLOW_STEPS, WAY_RATE)
+        flow = classroom.trained("flow-alone", seed, config, loss, FLOW_STEPS, WAY_RATE)
         times[0].append(alone.seconds)
         times[1].append(flow.seconds)
         network = alone.network

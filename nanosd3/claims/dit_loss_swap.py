@@ -9,7 +9,7 @@ from nanosd3.claims.dit_networks import Classroom
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.flow import logit_normal
 from nanosd3.related.dit import DiT
-from nanosd3.related.train_dit import Lesson, sample_dit, steps_evenly
+from nanosd3.related.train_dit import DiTLoss, sample_dit, steps_evenly
 from nanosd3.training.evaluation import draw_prompts, to_digits
 from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
 
@@ -41,10 +41,10 @@ def loss_swap(conditions: Conditions) -> dict:
         ratios[arm] = [[] for _ in EVALUATIONS_MADE]
         accuracies[arm] = [[] for _ in EVALUATIONS_MADE]
         for seed in conditions.seeds:
-            lesson = Lesson(objective, DENSITIES[density])
+            loss = DiTLoss(objective, DENSITIES[density])
             config = classroom.config(learned_variance=False)
             name = f"loss-{objective}-{density.replace(' ', '-')}"
-            trained = classroom.trained(name, seed, config, lesson, 1000, 8e-3, 0.995)
+            trained = classroom.trained(name, seed, config, loss, 1000, 8e-3, 0.995)
             seconds += trained.seconds
             for k, steps in enumerate(EVALUATIONS_MADE):
                 found = scores(classroom, trained.network, objective, seed, steps, samples)

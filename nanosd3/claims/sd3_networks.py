@@ -99,7 +99,7 @@ def formulation_step(
     x0, noise = ground.x0_and_noise(images, step_rng)
     _, pooled = ground.features.text(captions)
     z = interpolate(x0, noise, t)
-    answer = by_pooled_text(model, formulation.shown(z, t), t, pooled * keep[:, None])
+    answer = by_pooled_text(model, formulation.network_input(z, t), t, pooled * keep[:, None])
     return (answer - formulation.target(x0, noise, t)).square().flatten(1).mean(1)
 
 

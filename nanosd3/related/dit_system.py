@@ -30,7 +30,7 @@ from nanosd3.related.scoring import (
 )
 from nanosd3.related.train_dit import (
     OBJECTIVES,
-    Lesson,
+    DiTLoss,
     density_of,
     sample_dit,
     steps_evenly,
@@ -48,17 +48,21 @@ EMA_DECAY_OF_DIT = 0.995
 DIT_GUIDANCE = 1.6
 
 
-class Sampled(NamedTuple):
-    """A way to draw samples."""
+class DiTSampler(NamedTuple):
+    """A sampler, and how many steps it takes."""
 
     name: str
     steps: int
     fresh_noise: bool = False
 
 
-WAYS = {  # the last one gives the scores of the run
-    "ddpm": (Sampled("DDIM", 10), Sampled("DDIM", 50), Sampled("ancestral", 50, fresh_noise=True)),
-    "flow": (Sampled("Euler", 5), Sampled("Euler", 10), Sampled("Euler", 25)),
+DIT_SAMPLERS = {  # the last one gives the scores of the run
+    "ddpm": (
+        DiTSampler("DDIM", 10),
+        DiTSampler("DDIM", 50),
+        DiTSampler("ancestral", 50, fresh_noise=True),
+    ),
+    "flow": (DiTSampler("Euler", 5), DiTSampler("Euler", 10), DiTSampler("Euler", 25)),
 }
 
 
@@ -75,47 +79,49 @@ def dit_config(args: argparse.Namespace, finished: FinishedRun) -> DiTConfig:
     )
 
 
-def lesson_of(study: Study) -> Lesson:
+def dit_loss_of(study: Study) -> DiTLoss:
     density = steps_evenly if study.args.loss == "ddpm" else density_of(study.job)
-    return Lesson(study.args.loss, density)
+    return DiTLoss(study.args.loss, density)
 
 
-def drawing(study: Study, network: DiT, way: Sampled) -> Callable[[Tensor, int], np.ndarray]:
+def labels_to_images(
+    study: Study, network: DiT, sampler: DiTSampler
+) -> Callable[[Tensor, int], np.ndarray]:
     """A function from labels (B,) and a seed to images uint8."""
     pipeline, guidance = study.finished.pipeline, study.job.config.sampling.guidance
     size = (network.config.latent_size,) * 2
 
     def draw(labels: Tensor, seed: int) -> np.ndarray:
         noise = pipeline.noise(len(labels), seed, size).to(study.job.device)
-        fresh = rng(seed, "ancestral") if way.fresh_noise else None
+        fresh = rng(seed, "ancestral") if sampler.fresh_noise else None
         y = labels.to(noise.device)
-        latents = sample_dit(network, study.args.loss, noise, y, way.steps, guidance, fresh)
+        latents = sample_dit(network, study.args.loss, noise, y, sampler.steps, guidance, fresh)
         return pipeline.decode(latents)
 
     return draw
 
 
-def scores_of(study: Study, network: DiT, way: Sampled) -> dict:
+def scores_of(study: Study, network: DiT, sampler: DiTSampler) -> dict:
     """Scores of about as many samples as the main model's, on the same draws."""
-    images = drawing(study, network, way)
+    images = labels_to_images(study, network, sampler)
 
     def generate(draw: Draw, seed: int) -> np.ndarray:
         return images(draw.labels, seed)
 
     count, sampling = study.job.training.evaluate, study.job.config.sampling
-    made = evaluations(replace(sampling, steps=way.steps))
+    made = evaluations(replace(sampling, steps=sampler.steps))
     return score_samples(study.finished, generate, count, made)
 
 
-def draw_beside(study: Study, network: DiT, way: Sampled) -> None:
+def draw_beside(study: Study, network: DiT, sampler: DiTSampler) -> None:
     """Write samples.png: every class, and to its right the main model's for a prompt."""
     finished = study.finished
     names = finished.source.images.names
     labels = torch.arange(len(names)).repeat_interleave(SHOWN_OF_EACH)
-    images = drawing(study, network, way)(labels, 0)
+    images = labels_to_images(study, network, sampler)(labels, 0)
     ours = grid_of([name for name, *_ in names], images)
-    made = evaluations(replace(study.job.config.sampling, steps=way.steps))
-    title = f"{way.name}, {evaluations_in_words(made)}"
+    made = evaluations(replace(study.job.config.sampling, steps=sampler.steps))
+    title = f"{sampler.name}, {evaluations_in_words(made)}"
     save_beside_main(finished, title, ours, study.job.run.folder / "samples.png")
 
 
@@ -137,7 +143,7 @@ class DiTSystem(System):
         check_guidance(args.guidance)
         config = with_flow_recipe(finished.config, RECIPES_OF_DIT[size_of(args, finished)], args)
         training = replace(training_of(config), ema_decay=EMA_DECAY_OF_DIT)
-        steps = WAYS[args.loss][-1].steps
+        steps = DIT_SAMPLERS[args.loss][-1].steps
         sampling = Sampling(steps, args.guidance, shift=1.0, sampler="euler")
         return replace(config, training=training, sampling=sampling)
 
@@ -147,12 +153,12 @@ class DiTSystem(System):
     def train(self, study: Study) -> dict:
         dit = dit_config(study.args, study.finished)
         labels = study.finished.source.labels
-        network = train_dit(study.job, study.features, labels, dit, lesson_of(study))
+        network = train_dit(study.job, study.features, labels, dit, dit_loss_of(study))
         found = {}
-        for way in WAYS[study.args.loss]:
-            found[f"{way.name} {way.steps}"] = scores_of(study, network, way)
-        scores = found[f"{way.name} {way.steps}"]
-        draw_beside(study, network, way)
+        for sampler in DIT_SAMPLERS[study.args.loss]:
+            found[f"{sampler.name} {sampler.steps}"] = scores_of(study, network, sampler)
+        scores = found[f"{sampler.name} {sampler.steps}"]
+        draw_beside(study, network, sampler)
         results = study.job.run.stages["dit"]
         return scores | {
             "by_sampler": found,

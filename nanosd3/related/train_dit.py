@@ -40,13 +40,13 @@ LabelledNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]  # z, t, labels
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a network learns, and at which levels of noise."""
+class DiTLoss:
+    """The loss that a DiT is trained by: what it predicts, and at which levels of noise."""
 
     objective: str  # one of OBJECTIVES
     density: Callable[[Tensor], Tensor]  # from u, uniform in [0, 1], to t
 
-    def errors(
+    def losses(
         self, network: LabelledNetwork, x0: Tensor, noise: Tensor, u: Tensor, y: Tensor
     ) -> Tensor:
         """The loss of each sample, (B,), at the levels of noise u (B,)."""
@@ -89,7 +89,7 @@ def density_of(job: Job) -> Callable[[Tensor], Tensor]:
 
 
 def dit_step(
-    job: Job, features: Features, labels: Tensor, network: DiT, lesson: Lesson, step_rng: StepRNG
+    job: Job, features: Features, labels: Tensor, network: DiT, loss: DiTLoss, step_rng: StepRNG
 ) -> Tensor:
     """The loss of a training step for each row of a batch, (B,), of images with their labels, a
     tenth of which are dropped."""
@@ -100,7 +100,7 @@ def dit_step(
     x0, noise = features.latents_and_noise(images, step_rng)  # (B, C, h, w) each
     y = drop_labels(labels[images], keep, network.config.null)
     x0, noise, u, y = (x.to(job.device) for x in (x0, noise, u, y))
-    return lesson.errors(network, x0, noise, u, y)
+    return loss.losses(network, x0, noise, u, y)
 
 
 def drop_labels(y: Tensor, keep: Tensor, null: int) -> Tensor:
@@ -110,7 +110,7 @@ def drop_labels(y: Tensor, keep: Tensor, null: int) -> Tensor:
 
 @torch.no_grad()
 def validation_error(
-    job: Job, features: Features, labels: Tensor, network: LabelledNetwork, lesson: Lesson
+    job: Job, features: Features, labels: Tensor, network: LabelledNetwork, loss: DiTLoss
 ) -> float:
     """Mean square error of the prediction, noise or velocity, on images held out: each with fixed
     noise at a fixed level, the levels spread as in training."""
@@ -124,22 +124,22 @@ def validation_error(
     def prediction(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return network(z, t, y)[:, : z.shape[1]]  # without the variance, whose bound is no error
 
-    return lesson.errors(prediction, x0, noise, u, y).mean().item()
+    return loss.losses(prediction, x0, noise, u, y).mean().item()
 
 
 def train_dit(
-    job: Job, features: Features, labels: Tensor, config: DiTConfig, lesson: Lesson
+    job: Job, features: Features, labels: Tensor, config: DiTConfig, loss: DiTLoss
 ) -> DiT:
     """A DiT trained on the job's images, or loaded: the moving average of its weights. `labels` are
     those of all images of the source, by index."""
     model = build(job, "dit", lambda: DiT(config)).to(job.device)
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
-        return dit_step(job, features, labels, model, lesson, step_rng), {}
+        return dit_step(job, features, labels, model, loss, step_rng), {}
 
     def train() -> dict:
         results = fit_average(job, "dit", model, loss_of, job.training.ema_decay)
-        error = validation_error(job, features, labels, model, lesson)
+        error = validation_error(job, features, labels, model, loss)
         return results | {"validation": error}
 
     finish_or_load(job, "dit", model, train)

@@ -198,11 +198,11 @@ def batch(step, B=pick(64, 8)):  # noqa: B008
 def train(config, steps, objective="ddpm", lr=6e-3):
     torch.manual_seed(0)
     model, recipe, log = DiT(config), Recipe(steps, 64, lr, min(50, steps // 4), 0), []
-    ema, task = make_ema(model), train_dit.Lesson(objective, train_dit.steps_evenly)
+    ema, task = make_ema(model), train_dit.DiTLoss(objective, train_dit.steps_evenly)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, recipe)
-        loss = task.errors(model, *batch(step)).mean()
+        loss = task.losses(model, *batch(step)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

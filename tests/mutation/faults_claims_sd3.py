@@ -53,7 +53,12 @@ FAULTS_CLAIMS_SD3 = [
         "a distance for a ratio",
     ),
     (NETWORKS_FILE, "t, pooled * keep[:, None])", "t, pooled)", "never without text"),
-    (NETWORKS_FILE, "formulation.shown(z, t), t, pooled", "z, t, pooled", "trained on z as it is"),
+    (
+        NETWORKS_FILE,
+        "formulation.network_input(z, t), t, pooled",
+        "z, t, pooled",
+        "trained on z as it is",
+    ),
     (
         NETWORKS_FILE,
         "save_weights(model, last_file",

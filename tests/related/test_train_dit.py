@@ -14,7 +14,7 @@ from nanosd3.related.ddpm import ancestral, ddim, guided_noise, linear_schedule,
 from nanosd3.related.dit import DIT_CONFIGS, DiT
 from nanosd3.related.train_dit import (
     OBJECTIVES,
-    Lesson,
+    DiTLoss,
     dit_step,
     flow_times,
     nearest_step,
@@ -75,22 +75,22 @@ def remembering(calls: list, channels: int):
     return network
 
 
-def test_the_flows_lesson():
+def test_the_loss_of_the_flow():
     x0, noise, y = batch()
     calls: list = []
-    errors = Lesson("flow", logit_normal).errors(remembering(calls, 4), x0, noise, U, y)
+    losses = DiTLoss("flow", logit_normal).losses(remembering(calls, 4), x0, noise, U, y)
     ((z, t, labels),) = calls
     torch.testing.assert_close(t, logit_normal(U))
     torch.testing.assert_close(z, interpolate(x0, noise, t))
     assert torch.equal(labels, y)
-    torch.testing.assert_close(errors, (0.5 * z - (noise - x0)).square().mean((1, 2, 3)))
+    torch.testing.assert_close(losses, (0.5 * z - (noise - x0)).square().mean((1, 2, 3)))
 
 
 @pytest.mark.parametrize("channels", [4, 8])
-def test_the_lesson_of_ddpm(channels):
+def test_the_loss_of_ddpm(channels):
     x0, noise, y = batch()
     calls: list = []
-    errors = Lesson("ddpm", steps_evenly).errors(remembering(calls, channels), x0, noise, U, y)
+    losses = DiTLoss("ddpm", steps_evenly).losses(remembering(calls, channels), x0, noise, U, y)
     ((z, t, labels),) = calls
     torch.testing.assert_close(t, torch.tensor([0.0, 0.2, 0.5, 0.999]))
     schedule, n = linear_schedule(), torch.tensor([0, 200, 500, 999])
@@ -98,9 +98,9 @@ def test_the_lesson_of_ddpm(channels):
     assert torch.equal(labels, y)
     error = (0.5 * z - noise).square().mean((1, 2, 3))
     if channels == 4:
-        torch.testing.assert_close(errors, error)
+        torch.testing.assert_close(losses, error)
     else:
-        assert (errors > error).all()  # the bound is added
+        assert (losses > error).all()  # the bound is added
 
 
 # --- training: a source of 40 images, of which 30 are trained on ---------------------------------
@@ -141,7 +141,7 @@ def job_in(folder: Path, steps: int = 2, batch: int = 400) -> Job:
 def test_one_step(tmp_path):
     """Samples of the posterior, the label of each image, and one in ten dropped."""
     job, rows, seen = job_in(tmp_path), range(400), []
-    lesson = Lesson("flow", lambda u: torch.full_like(u, 1e-6))  # z is x0
+    loss = DiTLoss("flow", lambda u: torch.full_like(u, 1e-6))  # z is x0
 
     class Watched(torch.nn.Module):
         config = TINY
@@ -150,7 +150,7 @@ def test_one_step(tmp_path):
             seen.append((z * 100, y))
             return torch.zeros_like(z)
 
-    losses = dit_step(job, Latents(), LABELS, Watched(), lesson, StepRNG((0, "dit", 0), rows))
+    losses = dit_step(job, Latents(), LABELS, Watched(), loss, StepRNG((0, "dit", 0), rows))
     ((z, y),) = seen
     assert losses.shape == (400,)
     images = z.mean((1, 2, 3)).round().long()
@@ -160,16 +160,16 @@ def test_one_step(tmp_path):
     assert 0.85 < kept.float().mean() < 0.95
     assert (z - images.view(-1, 1, 1, 1)).std().item() == pytest.approx(0.5, rel=0.05)
     half = StepRNG((0, "dit", 0), range(200, 400))
-    dit_step(job, Latents(), LABELS, Watched(), lesson, half)
+    dit_step(job, Latents(), LABELS, Watched(), loss, half)
     torch.testing.assert_close(seen[1][0], z[200:])
     assert torch.equal(seen[1][1], y[200:])
 
 
 def test_levels_of_a_step_cover_all_of_time(tmp_path):
     job, seen = job_in(tmp_path), []
-    lesson = Lesson("flow", lambda u: seen.append(u) or u)
+    loss = DiTLoss("flow", lambda u: seen.append(u) or u)
     network = DiT(replace(TINY, learned_variance=False))
-    dit_step(job, Latents(), LABELS, network, lesson, StepRNG((0, "dit", 0), range(400)))
+    dit_step(job, Latents(), LABELS, network, loss, StepRNG((0, "dit", 0), range(400)))
     u = seen[0].sort().values
     assert torch.equal((u * 400).long(), torch.arange(400))
 
@@ -184,8 +184,8 @@ def test_validation(tmp_path, objective):
         seen.append((z, t, y))
         return torch.cat([torch.zeros_like(z), 50 * torch.ones_like(z)], dim=1)
 
-    lesson = Lesson(objective, steps_evenly)
-    first, second = (validation_error(job, Latents(), LABELS, network, lesson) for _ in range(2))
+    loss = DiTLoss(objective, steps_evenly)
+    first, second = (validation_error(job, Latents(), LABELS, network, loss) for _ in range(2))
     (z, t, y), (again, _, _) = seen
     assert first == second and torch.equal(z, again)
     assert torch.equal(y, LABELS[30:]) and len(z) == 10 and len(set(t.tolist())) == 10
@@ -202,14 +202,14 @@ def test_what_is_kept_is_the_average(tmp_path, monkeypatch):
             parameter.data.fill_(0.25)
 
     monkeypatch.setattr(stages, "fit", fit)
-    lesson = Lesson("ddpm", steps_evenly)
+    loss = DiTLoss("ddpm", steps_evenly)
     job = job_in(tmp_path)
-    model = train_dit(job, Latents(), LABELS, TINY, lesson)
+    model = train_dit(job, Latents(), LABELS, TINY, loss)
     assert all((p == 0.25).all() and not p.requires_grad for p in model.parameters())
     assert job.run.stages["dit"]["loss"] == 1.5 and job.run.stages["dit"]["validation"] > 0
     monkeypatch.delattr(stages, "fit")
     job = replace(job, run=Run.read(tmp_path))
-    again = train_dit(job, Latents(), LABELS, TINY, lesson)
+    again = train_dit(job, Latents(), LABELS, TINY, loss)
     assert all((p == 0.25).all() for p in again.parameters())
 
 
@@ -224,7 +224,7 @@ def test_it_learns(tmp_path):
 
     config = replace(TINY, learned_variance=False)
     job = job_in(tmp_path, steps=60, batch=32)
-    model = train_dit(job, Classes(), LABELS, config, Lesson("flow", uniform))
+    model = train_dit(job, Classes(), LABELS, config, DiTLoss("flow", uniform))
     noise = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     x = sample_dit(model, "flow", noise, torch.tensor([2, 7] * 10), 10, 1.0)
     assert x[::2].mean() < -0.5 and x[1::2].mean() > 0.5
