@@ -29,7 +29,7 @@ from nanosd3.related.consistency import (
     time_of,
 )
 from nanosd3.related.dit import DiT
-from nanosd3.related.scoring import drawn
+from nanosd3.related.scoring import draw_and_floor
 from nanosd3.samplers import euler
 from nanosd3.training.ema import make_ema
 from nanosd3.training.evaluation import to_digits
@@ -124,7 +124,7 @@ def samples_scored(
     distance over that of real images. One step from a time to 0 is a consistency model's."""
     finished = classroom.finished
     count = 20 if classroom.conditions.fast else 1000
-    draw, floor = drawn(finished, count, 100 + seed)
+    draw, floor = draw_and_floor(finished, count, 100 + seed)
     size = classroom.latent_size
     noise = times[0] * finished.pipeline.noise(len(draw.labels), seed, (size, size))
     rows = torch.arange(len(noise))

@@ -10,7 +10,7 @@ from nanosd3.claims.decoder_networks import DECODER_SHORT, decoder_job
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
-from nanosd3.related.scoring import drawn
+from nanosd3.related.scoring import draw_and_floor
 from nanosd3.related.train_consistency_decoder import (
     decoding,
     replaced_decoder,
@@ -46,7 +46,7 @@ def drop_in_study(conditions: Conditions) -> dict:
     for seed in conditions.seeds:
         other, taken = consistent_pipeline(conditions, finished, seed)
         seconds += taken
-        draw, floor = drawn(finished, 20 if conditions.fast else GENERATED, 100 + seed)
+        draw, floor = draw_and_floor(finished, 20 if conditions.fast else GENERATED, 100 + seed)
         latents = finished.pipeline(draw.prompts, seed=seed, output="latent")
         assert isinstance(latents, Tensor)
         for name, pipeline in ((BY_ITS_OWN, finished.pipeline), (BY_ANOTHER, other)):

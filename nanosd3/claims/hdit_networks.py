@@ -22,7 +22,7 @@ from nanosd3.related.hdit import HDiT, HDiTConfig, HDiTLevel, hdit_loss, hdit_mu
 from nanosd3.related.hdit_system import HDIT_EMA_DECAY, HDIT_SAMPLING, HEAD_DIM, MAPPING, SIDES
 from nanosd3.related.scoring import evaluations, score_samples
 from nanosd3.related.train_hdit import (
-    STRONGEST,
+    SIGMA_DATA,
     Pixels,
     drawn_images,
     noisy_times,
@@ -46,7 +46,7 @@ class PixelPlan:
     patch: int
     levels: tuple[HDiTLevel, ...]  # outermost first; a single one without a window is flat
     lr: float
-    strongest: float | None = STRONGEST  # where the loss's weight falls; None: it has no weight
+    sigma_data: float | None = SIGMA_DATA  # where the loss's weight falls; None: it has no weight
 
 
 class Easel:
@@ -81,7 +81,7 @@ class Easel:
             recipe = replace(recipe, steps=4, batch=8, warmup=1)
         config = replace(self.config, training=replace(training_of(self.config), flow=recipe))
         sizes, finished = self.sizes(net), self.finished
-        what = {"sizes": asdict(sizes), "strongest": net.strongest}
+        what = {"sizes": asdict(sizes), "strongest": net.sigma_data}
         job = network_job(self.conditions, finished, net.name, config, seed, network=what)
         looks = [max(1, round(share * recipe.steps)) for share in LOOKS_AT_LOSS]
 
@@ -92,7 +92,7 @@ class Easel:
         with job.run.alone():
             if "hdit" not in job.run.stages:
                 print(f"{net.name}, seed {seed}", flush=True)
-            model = trained_hdit(job, sizes, self.pixels, self.pooled, net.strongest, watch)
+            model = trained_hdit(job, sizes, self.pixels, self.pooled, net.sigma_data, watch)
         return TrainedPixels(model, job, self.pixels)
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class Easel:
         for rows in torch.arange(len(images)).split(PIXEL_BATCH):
             x, n, s = x0[rows], noise[rows], t[rows]
             velocity = model(interpolate(x, n, s), s, text[rows])
-            losses.append(hdit_loss(velocity, x, n, s, STRONGEST))
+            losses.append(hdit_loss(velocity, x, n, s, SIGMA_DATA))
         return torch.cat(losses).mean().item()
 
 

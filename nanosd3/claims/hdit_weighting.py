@@ -15,14 +15,14 @@ from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, tab
 from nanosd3.claims.hdit_networks import Easel
 from nanosd3.claims.hdit_quality import HOURGLASS
 from nanosd3.related.hdit import soft_min_snr
-from nanosd3.related.train_hdit import STRONGEST
+from nanosd3.related.train_hdit import SIGMA_DATA
 from nanosd3.training.plot_style import GREY, INK, MEANINGS, new_figure, save_plot
 
 WEIGHTED = "soft-min-SNR"
 UNWEIGHTED = "no weight"
 WEIGHTINGS = {
     WEIGHTED: HOURGLASS,
-    UNWEIGHTED: replace(HOURGLASS, name="hourglass-no-weight", strongest=None),
+    UNWEIGHTED: replace(HOURGLASS, name="hourglass-no-weight", sigma_data=None),
 }
 
 
@@ -40,7 +40,7 @@ def weighting_study(conditions: Conditions) -> dict:
             "seconds": [network.seconds for network in networks],
         }
     noise = torch.logspace(-1, 3, 41, dtype=torch.float64)
-    weight = STRONGEST**2 * soft_min_snr(noise / (1 + noise), STRONGEST)
+    weight = SIGMA_DATA**2 * soft_min_snr(noise / (1 + noise), SIGMA_DATA)
     columns = ["", "Frechet ratio", "read as asked", "soft-min-SNR loss, held out", "seconds"]
     keys = ("ratio", "accuracy", "loss", "seconds")
     return {

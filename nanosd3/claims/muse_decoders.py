@@ -16,7 +16,7 @@ from nanosd3.claims.muse_networks import (
 from nanosd3.related.cascade_system import larger_channels
 from nanosd3.related.command import Study, size_of
 from nanosd3.related.muse_editing import VQPipeline, unpadded
-from nanosd3.related.scoring import drawn
+from nanosd3.related.scoring import draw_and_floor
 from nanosd3.related.train_cascade import train_decoder
 from nanosd3.training.evaluation import to_digits
 
@@ -49,7 +49,7 @@ def muse_decoders(conditions: Conditions) -> dict:
         with muse_study(conditions, seed, SHORT_STEPS) as study:
             decoders = decoders_of(study, muse)
             seconds += sum(study.job.run.stages[f"decoder-{i}"]["thread_seconds"] for i in (0, 1))
-        draw, floor = drawn(finished, count, 100 + seed)
+        draw, floor = draw_and_floor(finished, count, 100 + seed)
         x = unpadded(finished.source.pixels(draw.chosen), finished.config.padding)
         tokens = muse.pipeline.tokens(x)
         for name, decoder in decoders.items():

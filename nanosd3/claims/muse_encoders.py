@@ -27,7 +27,7 @@ from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.muse import Conditioning, Muse, cosine_share, hide, masked_loss
 from nanosd3.related.muse_editing import TOKENS_AT_ONCE, MusePipeline, unpadded
 from nanosd3.related.muse_system import MUSE_RECIPES, muse_config, vq_config
-from nanosd3.related.train_muse import guessing_loss, train_tokens
+from nanosd3.related.train_muse import token_prediction_loss, train_tokens
 from nanosd3.text import TextEncoders, make_encoders
 from nanosd3.training.evaluation import draw_prompts, to_digits
 from nanosd3.training.loop import StepLoss
@@ -97,7 +97,7 @@ def told_muse(study: Study, name: str) -> MusePipeline:
         lambda: one_hot(text, captions),
     )
     pipeline.encode = makers[TOLD.index(name)]()
-    told = guessing_loss(
+    told = token_prediction_loss(
         job, with_names(finished.source, False), vq, pipeline.encode(captions), cosine_share,
         lambda seen, tokens, x, *text: muse(seen, *text),
     )  # fmt: skip

@@ -21,7 +21,7 @@ from nanosd3.claims.sd3_preferences import (
 )
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.scoring import drawn
+from nanosd3.related.scoring import draw_and_floor
 from nanosd3.training.metrics import frechet_distance
 from nanosd3.training.plot_style import GREY, INK, new_figure, save_plot
 
@@ -35,7 +35,7 @@ def judged_samples(
 ) -> dict[str, list[bool] | float]:
     """Of samples of a fresh draw of prompts: which are as asked, and their Frechet distance over
     that of real images."""
-    draw, floor = drawn(finished, count, 100 + seed)
+    draw, floor = draw_and_floor(finished, count, 100 + seed)
     samples = sampled_and_judged(finished, pipeline, draw, 100 + seed)
     distance = frechet_distance(samples.features, finished.scorer.test)
     return {"right": samples.right.tolist(), "ratio": distance / floor}

@@ -17,7 +17,7 @@ from nanosd3.claims.sd3_grounds import AskedImages, Latents
 from nanosd3.config_types import Recipe
 from nanosd3.flow import interpolate, stratified
 from nanosd3.mmdit import MMDiT
-from nanosd3.related.finished_run import TEXTLESS
+from nanosd3.related.finished_run import TEXT_DROPOUT
 from nanosd3.related.formulations import FORMULATIONS, Formulation
 from nanosd3.related.train_paths import by_pooled_text
 from nanosd3.samplers import Velocity, euler, guided
@@ -94,7 +94,7 @@ def formulation_step(
     size, generator = job.training.flow.batch, step_rng.generator()
     images = step_rng.take(job.source.draw(size, generator))
     captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
-    keep = step_rng.take(torch.rand(size, generator=generator) >= TEXTLESS)
+    keep = step_rng.take(torch.rand(size, generator=generator) >= TEXT_DROPOUT)
     t = formulation.density(step_rng.take(stratified(size, generator)))
     x0, noise = ground.x0_and_noise(images, step_rng)
     _, pooled = ground.features.text(captions)

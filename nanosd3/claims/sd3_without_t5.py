@@ -18,7 +18,7 @@ from nanosd3.claims.sd3_variants import TrainedVariant, Variant, trained_variant
 from nanosd3.data.mnist import bins, measure_strokes
 from nanosd3.data.sources import Described
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.scoring import drawn
+from nanosd3.related.scoring import draw_and_floor
 from nanosd3.training.evaluation import Draw, to_digits
 from nanosd3.training.plot_style import SERIES, new_figure, save_plot
 from nanosd3.training.report import SLANT_WORDS, WEIGHT_WORDS, attribute_accuracy
@@ -34,7 +34,7 @@ def scores_when_heard(
     """Of samples: the share of right digits, the share of right attributes (thin or bold, leaning
     or upright) where the caption has one, the Frechet distance over that of real images."""
     pipeline = network.features.pipeline(network.model, finished.device)
-    draw, floor = drawn(finished, count, 100 + seed)
+    draw, floor = draw_and_floor(finished, count, 100 + seed)
     images = pipeline(draw.prompts, seed=100 + seed, steps=8, drop=drop)
     digits = to_digits(torch.as_tensor(images))
     accuracy, distance = finished.scorer.score(digits, draw)

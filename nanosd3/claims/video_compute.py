@@ -21,7 +21,7 @@ from nanosd3.claims.experiment import (
 )
 from nanosd3.claims.video_networks import SQUARE, ClipSchool, TrainedClips
 from nanosd3.random_streams import rng
-from nanosd3.related.motion import asked_clips, clip_features, look_at, motion_scores
+from nanosd3.related.motion import clip_features, measure_clips, motion_scores, scored_clips
 from nanosd3.related.moving_digits import velocities
 from nanosd3.training.metrics import frechet_distance
 from nanosd3.training.plot_style import MEANINGS, SERIES, label_counts, new_figure, save_plot
@@ -42,7 +42,7 @@ class ClipJudge:
     def real(self, draw: int) -> Tensor:
         """Real clips, others for every draw."""
         moving = self.school.moving
-        return moving.videos(asked_clips(moving, SQUARE, self.count, draw), SQUARE)
+        return moving.videos(scored_clips(moving, SQUARE, self.count, draw), SQUARE)
 
     def features(self, videos: Tensor) -> Tensor:
         return clip_features(self.school.finished.scorer, videos)
@@ -67,10 +67,10 @@ class ClipJudge:
 
         def measure() -> dict:
             moving, scorer = self.school.moving, self.school.finished.scorer
-            clips = asked_clips(moving, SQUARE, self.count)
+            clips = scored_clips(moving, SQUARE, self.count)
             videos = network.video.draw(clips, SQUARE, network.run.identity["seed"])
-            seen, labels = look_at(scorer, videos), moving.digits.labels[clips.digits]
-            found = motion_scores(seen, labels, velocities(clips.motion), seen.features)
+            measured, labels = measure_clips(scorer, videos), moving.digits.labels[clips.digits]
+            found = motion_scores(measured, labels, velocities(clips.motion), measured.features)
             return {"distance": self.distance(videos)} | {key: found[key] for key in MOTION_KEYS}
 
         return network.once("clips judged", measure)

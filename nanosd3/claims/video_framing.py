@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.claims.video_networks import SQUARE, WIDE, ClipSchool, TrainedClips
-from nanosd3.related.motion import EDGE, asked_clips, ink_at_border, scores_of_size
+from nanosd3.related.motion import EDGE, ink_at_border, scored_clips, scores_of_size
 from nanosd3.related.moving_digits import ClipSize, MovingDigits
-from nanosd3.related.train_video import decode_frames, encode_frames, in_name
+from nanosd3.related.train_video import decode_frames, encode_frames, size_name
 from nanosd3.training.plot_style import MEANINGS, new_figure, save_plot
 from nanosd3.vae import AutoencoderKL
 
@@ -35,19 +35,19 @@ def framing_of(school: ClipSchool, network: TrainedClips, size: ClipSize, count:
 
     def measure() -> dict:
         moving = network.video.moving
-        clips = asked_clips(moving, size, count)
+        clips = scored_clips(moving, size, count)
         videos = network.video.draw(clips, size, network.run.identity["seed"])
         found = scores_of_size(school.finished, moving, videos, clips, size)
         keys = ("prompt_accuracy", "direction")
         return {"border": share_at_border(videos)} | {key: found[key] for key in keys}
 
-    return network.once(f"border of {EDGE} in {in_name(size)}", measure)
+    return network.once(f"border of {EDGE} in {size_name(size)}", measure)
 
 
 @torch.no_grad()
 def real_border(vae: AutoencoderKL, moving: MovingDigits, size: ClipSize, count: int) -> float:
     """The share of clips to train on, as the autoencoder shows them."""
-    videos = moving.videos(asked_clips(moving, size, count, 1), size)
+    videos = moving.videos(scored_clips(moving, size, count, 1), size)
     return share_at_border(decode_frames(vae, encode_frames(vae, videos)))
 
 
@@ -61,7 +61,7 @@ def framing_study(conditions: Conditions) -> dict:
         other = SQUARE if own == WIDE else WIDE
         one: dict[str, list] = {key: [] for key in ("border", "digits", "direction", "elsewhere")}
         for seed in conditions.seeds:
-            name = f"framing-{in_name(own)}"
+            name = f"framing-{size_name(own)}"
             network = school.trained(name, moving, own, FRAMING_STEPS, seed)
             seconds += network.seconds
             scores = framing_of(school, network, own, count)
@@ -70,7 +70,7 @@ def framing_study(conditions: Conditions) -> dict:
             one["direction"].append(scores["direction"])
             one["elsewhere"].append(framing_of(school, network, other, count // 2)["border"])
         real = real_border(school.finished.pipeline.vae, moving, own, 2 * count)
-        found[way] = one | {"size": in_name(own), "real": real}
+        found[way] = one | {"size": size_name(own), "real": real}
     rows = [
         [way, one["size"], one["border"], one["real"], one["digits"], one["direction"],
          one["elsewhere"]] for way, one in found.items()

@@ -21,7 +21,7 @@ from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits
 from nanosd3.related.train_video import (
     encode_captions,
     encoded_clips,
-    in_name,
+    size_name,
     train_encoders,
     train_video,
 )
@@ -108,7 +108,7 @@ class ClipSchool:
         job = self.job_of(name, config, seed)
         with job.run.alone():
             if "video" not in job.run.stages:
-                print(f"{name}, clips of {in_name(size)}, seed {seed}", flush=True)
+                print(f"{name}, clips of {size_name(size)}, seed {seed}", flush=True)
             images, captions = self.finished.pipeline.mmdit, self.captions
             network = train_video(job, images, moving, encoded, captions, (size,))
         return TrainedClips(TrainedVideo(network, vae, captions, moving, config), job.run)

@@ -9,7 +9,7 @@ Modules, each of which imports only from those above it:
     scoring             scores of samples, beside the main model's
     command             the command line common to all
     sample_command      --sample, for what generate cannot open
-    dit                 DiT: a transformer for diffusion, and four ways to tell it time and class
+    dit                 DiT: a transformer for diffusion, conditioned on time and class in four ways
     backbones           DiT on text, CrossDiT, UViT and MMDiT with three sets of weights
     ddpm                diffusion in a thousand steps: noise, losses, samplers
     published_dit       DiT's checkpoints, and diffusers' folders of them

@@ -31,7 +31,7 @@ from nanosd3.related.muse_system import (
     open_muse_pipeline,
     reconstruction,
 )
-from nanosd3.related.sample_command import SamplingSystem, open_trained, prompts_asked, warn_of
+from nanosd3.related.sample_command import SamplingSystem, open_trained, repeated_prompts, warn_of
 from nanosd3.related.scoring import grid_of_prompts, score_samples
 from nanosd3.related.super_resolution import SuperResolution
 from nanosd3.related.train_cascade import (
@@ -176,6 +176,6 @@ class CascadeSystem(SamplingSystem):
         check_prompts(args.sample, args.negative)
         warn_of(finished.pipeline, [*args.sample, args.negative])
         cascade = open_cascade(run, finished)
-        prompts, steps = prompts_asked(args), args.steps or MUSE_STEPS
+        prompts, steps = repeated_prompts(args), args.steps or MUSE_STEPS
         tokens = cascade.base.draw(prompts, args.seed, steps, *way)
         return cascade.images(cascade.refine(tokens, prompts, args.seed, steps, *way))

@@ -30,7 +30,7 @@ from nanosd3.related.sample_command import (
     SAMPLES,
     SamplingSystem,
     add_guidance,
-    prompts_asked,
+    repeated_prompts,
     warn_of,
     with_sampling,
 )
@@ -137,7 +137,9 @@ class HDiTSystem(SamplingSystem):
         load_weights(model, run.folder / "hdit.safetensors")
         accelerate(model.requires_grad_(False).eval())
         pixels = normalised_pixels(finished.source, config)
-        return drawn_images(model, pixels, finished.pipeline, prompts_asked(args), args.seed, way)
+        return drawn_images(
+            model, pixels, finished.pipeline, repeated_prompts(args), args.seed, way
+        )
 
 
 def network_of(run: Run, finished: FinishedRun) -> HDiTConfig:

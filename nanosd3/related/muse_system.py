@@ -33,10 +33,10 @@ from nanosd3.related.muse_editing import (
     passes,
     unpadded,
 )
-from nanosd3.related.sample_command import SamplingSystem, prompts_asked, warn_of
+from nanosd3.related.sample_command import SamplingSystem, repeated_prompts, warn_of
 from nanosd3.related.scoring import (
     SCORED_DRAWS,
-    drawn,
+    draw_and_floor,
     evaluations_in_words,
     grid_of_prompts,
     save_beside_main,
@@ -97,7 +97,7 @@ def trained_muse_pipeline(
 
 def reconstruction(finished: FinishedRun, pipeline: VQPipeline, count: int) -> dict:
     """Accuracy and distance of training images that are encoded as tokens and decoded."""
-    draw, floor = drawn(finished, count, SCORED_DRAWS[0])
+    draw, floor = draw_and_floor(finished, count, SCORED_DRAWS[0])
     x = unpadded(finished.source.pixels(draw.chosen), finished.config.padding)
     tokens = pipeline.tokens(x)
     rebuilt = to_digits(torch.from_numpy(pipeline.images(tokens)))
@@ -202,5 +202,5 @@ class MuseSystem(SamplingSystem):
         check_prompts(args.sample, args.negative)
         warn_of(finished.pipeline, [*args.sample, args.negative])
         pipeline = open_muse_pipeline(run, finished)
-        prompts, steps = prompts_asked(args), args.steps or MUSE_STEPS
+        prompts, steps = repeated_prompts(args), args.steps or MUSE_STEPS
         return pipeline.images(pipeline.draw(prompts, args.seed, steps, *way, args.negative))

@@ -11,7 +11,7 @@ from nanosd3.random_streams import rng
 from nanosd3.related.muse import Conditioning, Logits, MuseConfig, cosine_share, guided_logits
 from nanosd3.related.muse_editing import MusePipeline, VQPipeline, unpadded
 from nanosd3.related.super_resolution import SuperResolution, with_decoder
-from nanosd3.related.train_muse import guessing_loss
+from nanosd3.related.train_muse import token_prediction_loss
 from nanosd3.related.vq import VQAutoencoder
 from nanosd3.training.loop import StepRNG, fit
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, last_loss
@@ -35,12 +35,12 @@ def train_super_resolution(
 
     network = build(job, SUPER_RESOLUTION, make).to(job.device)
 
-    def guess(seen: Tensor, tokens: Tensor, x: Tensor, *text: Tensor) -> Tensor:
+    def predict(seen: Tensor, tokens: Tensor, x: Tensor, *text: Tensor) -> Tensor:
         with torch.no_grad():
             given = base.vq.tokenise(x)
         return network(seen, given, *text)
 
-    loss_of = guessing_loss(job, source, vq, texts, cosine_share, guess)
+    loss_of = token_prediction_loss(job, source, vq, texts, cosine_share, predict)
     decay = job.training.ema_decay
     train = partial(fit_average, job, SUPER_RESOLUTION, network, loss_of, decay)
     finish_or_load(job, SUPER_RESOLUTION, network, train)

@@ -34,7 +34,7 @@ from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import CHUNK, Job, build, finish_or_load, fit_average
 
 OBJECTIVES = ("ddpm", "flow")
-DROPPED_LABELS = 0.1
+LABEL_DROPOUT = 0.1
 
 LabelledNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]  # z, t, labels
 
@@ -95,7 +95,7 @@ def dit_step(
     tenth of which are dropped."""
     size, generator = job.training.flow.batch, step_rng.generator()
     images = step_rng.take(job.source.draw(size, generator))
-    keep = step_rng.take(torch.rand(size, generator=generator) >= DROPPED_LABELS)
+    keep = step_rng.take(torch.rand(size, generator=generator) >= LABEL_DROPOUT)
     u = step_rng.take(stratified(size, generator))
     x0, noise = features.latents_and_noise(images, step_rng)  # (B, C, h, w) each
     y = drop_labels(labels[images], keep, network.config.null)

@@ -26,7 +26,7 @@ from nanosd3.data.sources import Digits, enlarged
 from nanosd3.flow import flow_loss, interpolate, logit_normal, shift, stratified
 from nanosd3.machine.device import at_once
 from nanosd3.pipeline import Pipeline
-from nanosd3.related.finished_run import TEXTLESS
+from nanosd3.related.finished_run import TEXT_DROPOUT
 from nanosd3.related.hdit import HDiT, HDiTConfig, hdit_loss
 from nanosd3.request import seeded_noise
 from nanosd3.samplers import euler, guided
@@ -36,7 +36,7 @@ from nanosd3.training.stages import Job, build, finish_or_load, fit_average
 
 MIDDLE_NOISE = 8.0  # the median of the noise, relative to the pixels' deviation
 NOISE_SPREAD = 1.0  # the deviation of its logarithm
-STRONGEST = 16.0  # the deviation that the loss's weight takes for that of the data
+SIGMA_DATA = 16.0  # the deviation that the loss's weight takes for that of the data
 MEASURED_DIGITS = 2000  # for the mean and deviation of pixels
 
 
@@ -89,22 +89,22 @@ def hdit_step(
     pooled: Tensor,
     model: HDiT,
     step_rng: StepRNG,
-    strongest: float | None = STRONGEST,
+    sigma_data: float | None = SIGMA_DATA,
 ) -> Tensor:
     """The loss of a training step for each row of a batch, (B,). `pooled` are those of the source's
-    texts. Without `strongest` the loss has no weight."""
+    texts. Without `sigma_data` the loss has no weight."""
     size, generator = job.training.flow.batch, step_rng.generator()
     images = step_rng.take(job.source.draw(size, generator))
     captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
-    keep = step_rng.take(torch.rand(size, generator=generator) >= TEXTLESS)
+    keep = step_rng.take(torch.rand(size, generator=generator) >= TEXT_DROPOUT)
     t = noisy_times(step_rng.take(stratified(size, generator)))
     x0, text = pixels[images], pooled[captions] * keep[:, None]
     noise = step_rng.noise(x0.shape[1:])
     x0, noise, t, text = (x.to(job.device) for x in (x0, noise, t, text))
     velocity = model(interpolate(x0, noise, t), t, text)
-    if strongest is None:
+    if sigma_data is None:
         return flow_loss(velocity, x0, noise)
-    return hdit_loss(velocity, x0, noise, t, strongest)
+    return hdit_loss(velocity, x0, noise, t, sigma_data)
 
 
 def trained_hdit(
@@ -112,7 +112,7 @@ def trained_hdit(
     config: HDiTConfig,
     pixels: Pixels,
     pooled: Tensor,
-    strongest: float | None = STRONGEST,
+    sigma_data: float | None = SIGMA_DATA,
     watch: Callable[[int, nn.Module], None] | None = None,
 ) -> HDiT:
     """The network, trained or loaded: the moving average of its weights. `watch(step, average)` is
@@ -120,7 +120,7 @@ def trained_hdit(
     model = build(job, "hdit", lambda: HDiT(config)).to(job.device)
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
-        return hdit_step(job, pixels, pooled, model, step_rng, strongest), {}
+        return hdit_step(job, pixels, pooled, model, step_rng, sigma_data), {}
 
     train = partial(fit_average, job, "hdit", model, loss_of, job.training.ema_decay, watch)
     finish_or_load(job, "hdit", model, train)

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanosd3.data.sources import Digits
 from nanosd3.flow import stratified
 from nanosd3.related.autoregressive import CausalMuse
-from nanosd3.related.finished_run import TEXTLESS
+from nanosd3.related.finished_run import TEXT_DROPOUT
 from nanosd3.related.muse import Conditioning, Muse, MuseConfig, hide, masked_loss
 from nanosd3.related.muse_editing import unpadded
 from nanosd3.related.vq import (
@@ -75,24 +75,24 @@ def train_muse(
     """
     muse = build(job, "muse", lambda: Muse(config)).to(job.device)
 
-    def guess(seen: Tensor, tokens: Tensor, x: Tensor, *text: Tensor) -> Tensor:
+    def predict(seen: Tensor, tokens: Tensor, x: Tensor, *text: Tensor) -> Tensor:
         return muse(seen, *text)
 
-    loss_of = guessing_loss(job, source, vq, texts, share_of, guess)
+    loss_of = token_prediction_loss(job, source, vq, texts, share_of, predict)
     train = partial(fit_average, job, stage, muse, loss_of, job.training.ema_decay)
     finish_or_load(job, stage, muse, train)
     return muse
 
 
-def guessing_loss(
+def token_prediction_loss(
     job: Job,
     source: Digits,
     vq: VQAutoencoder,
     texts: Conditioning,
     share_of: Callable[[Tensor], Tensor],
-    guess: Callable[..., Tensor],
+    predict: Callable[..., Tensor],
 ) -> StepLoss:
-    """The loss of a step of training a network by its logits, `guess(seen, tokens, x, context,
+    """The loss of a step of training a network by its logits, `predict(seen, tokens, x, context,
     pooled)`: given the tokens of images x with some hidden, all tokens, the images and their
     texts."""
     recipe = job.training.flow
@@ -101,7 +101,7 @@ def guessing_loss(
         size, generator = recipe.batch, step_rng.generator()
         images = step_rng.take(source.draw(size, generator))
         captions = source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
-        keep = step_rng.take(torch.rand(size, generator=generator) >= TEXTLESS).to(job.device)
+        keep = step_rng.take(torch.rand(size, generator=generator) >= TEXT_DROPOUT).to(job.device)
         share = step_rng.take(share_of(stratified(size, generator)))
         x = unpadded(source.pixels(images), job.config.padding).to(job.device)
         with torch.no_grad():
@@ -110,7 +110,7 @@ def guessing_loss(
         seen = hide(tokens, share, places)
         context, pooled = (text[captions.to(job.device)] for text in texts)
         context, pooled = context * keep[:, None, None], pooled * keep[:, None]
-        return masked_loss(guess(seen, tokens, x, context, pooled), tokens, seen), {}
+        return masked_loss(predict(seen, tokens, x, context, pooled), tokens, seen), {}
 
     return loss_of
 
@@ -126,10 +126,10 @@ def train_causal(
     """Train a transformer on the same tokens one after another, or load the one there."""
     network = build(job, stage, lambda: CausalMuse(config)).to(job.device)
 
-    def guess(seen: Tensor, tokens: Tensor, x: Tensor, *text: Tensor) -> Tensor:
+    def predict(seen: Tensor, tokens: Tensor, x: Tensor, *text: Tensor) -> Tensor:
         return network(tokens, *text)
 
-    loss_of = guessing_loss(job, source, vq, texts, torch.ones_like, guess)  # all count
+    loss_of = token_prediction_loss(job, source, vq, texts, torch.ones_like, predict)  # all count
     train = partial(fit_average, job, stage, network, loss_of, job.training.ema_decay)
     finish_or_load(job, stage, network, train)
     return network

@@ -19,7 +19,7 @@ from nanosd3.official.checkpoint import Checkpoint
 from nanosd3.official.own_runs import open_run_encoders, read_tokenizers
 from nanosd3.pipeline import Pipeline, open_pipeline
 from nanosd3.random_streams import rng
-from nanosd3.related.finished_run import TEXTLESS
+from nanosd3.related.finished_run import TEXT_DROPOUT
 from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits
 from nanosd3.related.video import VideoMMDiT, fold_time, inflated, unfold_time
 from nanosd3.samplers import euler, guided
@@ -81,7 +81,7 @@ def clip_shift(config: Config, size: ClipSize) -> float:
     return time_shift(config, (frames, height // factor, width // factor))
 
 
-def in_name(size: ClipSize) -> str:
+def size_name(size: ClipSize) -> str:
     """'8x32x32'."""
     return "x".join(map(str, size))
 
@@ -128,10 +128,10 @@ def encoded_clips(
     `drawn_for`; their latents are computed once, and kept on disk until the run is finished."""
     generator = rng(job.seed, "clips", *(drawn_for or size))
     clips = moving.draw_clips(count, generator, moving=size[0] > 1)
-    path = job.run.folder / "cache" / f"clips-{in_name(size)}.safetensors"
+    path = job.run.folder / "cache" / f"clips-{size_name(size)}.safetensors"
     if not path.exists():
         latents, batches = [], range(-(-count // CLIPS_AT_ONCE))
-        for i in progress(batches, f"clips {in_name(size)}", len(batches)):
+        for i in progress(batches, f"clips {size_name(size)}", len(batches)):
             some = clips.at(slice(i * CLIPS_AT_ONCE, (i + 1) * CLIPS_AT_ONCE))
             latents.append(encode_frames(vae, moving.videos(some, size).to(job.device)).half())
         save_tensors({"latents": torch.cat(latents).cpu()}, path)
@@ -163,7 +163,7 @@ def video_step(
     t = logit_normal(stratified(count, generator), training.time_mean, training.time_std)
     t = shift(t, clip_shift(job.config, size))
     index = moving.captions_of(clips.at(chosen), u[:, 0])
-    text = captions.of(index.masked_fill(u[:, 1] < TEXTLESS, -1))
+    text = captions.of(index.masked_fill(u[:, 1] < TEXT_DROPOUT, -1))
     x0 = filled(latents[chosen].float())  # (B, C, T, h, w)
     noise = step_rng.noise(x0.shape[1:])
     x0, noise, t = (x.to(job.device) for x in (x0, noise, step_rng.take(t)))

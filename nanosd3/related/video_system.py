@@ -26,13 +26,13 @@ from nanosd3.official.limits import limited_config
 from nanosd3.random_streams import rng
 from nanosd3.related.command import RECIPE_SIZES, Study, check_guidance, size_of, with_flow_recipe
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.motion import asked_clips, scores_of_pairs, scores_of_size
+from nanosd3.related.motion import scored_clips, scores_of_pairs, scores_of_size
 from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits
 from nanosd3.related.sample_command import (
     SAMPLES,
     SamplingSystem,
     add_guidance,
-    prompts_asked,
+    repeated_prompts,
     warn_of,
     with_sampling,
 )
@@ -44,8 +44,8 @@ from nanosd3.related.train_video import (
     encode_captions,
     encoded_clips,
     encoders_of,
-    in_name,
     sample_video,
+    size_name,
     train_encoders,
     train_video,
 )
@@ -164,15 +164,15 @@ class VideoSystem(SamplingSystem):
         score = scores_of_pairs if pairs else scores_of_size
         by_size, seconds = {}, 0.0
         for size in (first,) if pairs else (first, *UNSEEN):
-            clips = asked_clips(model.moving, size, job.training.evaluate // 5)
+            clips = scored_clips(model.moving, size, job.training.evaluate // 5)
             begin = time.perf_counter()
             videos = model.draw(clips, size)
             seconds = seconds or time.perf_counter() - begin
-            by_size[in_name(size)] = score(study.finished, model.moving, videos, clips, size)
+            by_size[size_name(size)] = score(study.finished, model.moving, videos, clips, size)
         shown = {"trained on": first} | ({} if pairs else {"not trained on": UNSEEN[0]})
         draw_strips(model, shown, job.run.folder)
         stages = job.run.stages
-        return by_size[in_name(first)] | {
+        return by_size[size_name(first)] | {
             "evaluations": evaluations(job.config.sampling),
             "clips": len(clips.digits),
             "clips_per_second": len(clips.digits) / seconds,
@@ -213,7 +213,7 @@ class VideoSystem(SamplingSystem):
         load_weights(network, run.folder / "video.safetensors")
         accelerate(network.requires_grad_(False).eval())
         warn_of(pipeline, args.sample)
-        prompts = prompts_asked(args)
+        prompts = repeated_prompts(args)
         text, no_text = (pipeline.text.encode(x) for x in (prompts, [""] * len(prompts)))
         videos = sample_video(network, pipeline.vae, text, no_text, size, config, args.seed)
         return pixels_of(videos)
@@ -241,5 +241,5 @@ def draw_strips(model: TrainedVideo, sizes: dict[str, ClipSize], folder: Path) -
     captions, columns = [moving.texts[i] for i in index], []
     for known, size in sizes.items():
         frames = pixels_of(model.draw(clips, size)).reshape(-1, *size[1:])
-        columns.append((f"{in_name(size)}, {known}", grid_of(captions, frames)))
+        columns.append((f"{size_name(size)}, {known}", grid_of(captions, frames)))
     write_file(folder / "samples.png", png(side_by_side(columns)))

@@ -20,7 +20,7 @@ from nanosd3.cli import run_main
 from nanosd3.flow import flow_loss, interpolate
 from nanosd3.random_streams import rng
 from nanosd3.related.hdit import hdit_loss
-from nanosd3.related.train_hdit import MIDDLE_NOISE, STRONGEST, hdit_step, noisy_times
+from nanosd3.related.train_hdit import MIDDLE_NOISE, SIGMA_DATA, hdit_step, noisy_times
 from nanosd3.storage.run import Run
 from nanosd3.training.evaluation import draw_prompts
 from nanosd3.training.loop import StepRNG
@@ -117,15 +117,15 @@ def test_the_loss_with_and_without_its_weight(easel, tmp_path):
     job = replace(job, config=replace(job.config, training=replace(
         job.training, flow=replace(job.training.flow, batch=8))))  # fmt: skip
     rows, found = StepRNG((0, "hdit", 3), range(8)), []
-    for strongest in (STRONGEST, None, 2.0):
+    for sigma_data in (SIGMA_DATA, None, 2.0):
         model = Answers()
-        losses = hdit_step(job, easel.pixels, easel.pooled, model, rows, strongest)
+        losses = hdit_step(job, easel.pixels, easel.pooled, model, rows, sigma_data)
         ((z, t, _),) = model.asked
         noise, s = rows.noise(z.shape[1:]), t.view(-1, 1, 1, 1)
         x0 = (z - s * noise) / (1 - s)
         plain = flow_loss(torch.ones_like(z), x0, noise)
-        expected = plain if strongest is None else hdit_loss(
-            torch.ones_like(z), x0, noise, t, strongest)  # fmt: skip
+        expected = plain if sigma_data is None else hdit_loss(
+            torch.ones_like(z), x0, noise, t, sigma_data)  # fmt: skip
         torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
         found.append(losses)
     assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[0], found[2])
@@ -146,7 +146,7 @@ def test_images_held_out(easel):
     noise = torch.randn(x0.shape, generator=rng("pixels held out"))
     torch.testing.assert_close(z, interpolate(x0, noise, t))
     assert loss == pytest.approx(
-        hdit_loss(torch.ones_like(z), x0, noise, t, STRONGEST).mean().item(), rel=1e-4
+        hdit_loss(torch.ones_like(z), x0, noise, t, SIGMA_DATA).mean().item(), rel=1e-4
     )
     assert (t / (1 - t)).median().item() == pytest.approx(MIDDLE_NOISE, rel=0.05)
     for i, label in zip(text[:, 0].int().tolist(), source.labels[images].tolist(), strict=True):
@@ -210,12 +210,12 @@ def test_shapes_run(results):
 
 def test_weightings_run(results):
     found = results["x-hd-4"]["weightings"]
-    assert WEIGHTINGS[WEIGHTED] is HOURGLASS and WEIGHTINGS[UNWEIGHTED].strongest is None
+    assert WEIGHTINGS[WEIGHTED] is HOURGLASS and WEIGHTINGS[UNWEIGHTED].sigma_data is None
     same = results["x-hd-2"]["shapes"]["hourglass"]
     assert found[WEIGHTED]["ratio"] == same["ratio"]
     assert found[WEIGHTED]["loss"] == [same["losses"][0][-1]]
     assert found[UNWEIGHTED]["loss"] != found[WEIGHTED]["loss"]
     noise, weight = (torch.tensor(results["x-hd-4"][key]) for key in ("noise", "weight"))
     t = noise / (1 + noise)
-    expected = t**2 * STRONGEST**2 / (noise**2 + STRONGEST**2)
+    expected = t**2 * SIGMA_DATA**2 / (noise**2 + SIGMA_DATA**2)
     torch.testing.assert_close(weight, expected)

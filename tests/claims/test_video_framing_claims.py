@@ -21,7 +21,7 @@ from nanosd3.claims.video_framing import (
 )
 from nanosd3.claims.video_networks import SQUARE, WIDE, ClipSchool, TrainedClips
 from nanosd3.cli import run_main
-from nanosd3.related.motion import asked_clips, clip_features, ink_at_border
+from nanosd3.related.motion import clip_features, ink_at_border, scored_clips
 from nanosd3.related.video_system import TrainedVideo
 from nanosd3.storage.run import Run
 
@@ -108,7 +108,7 @@ def test_ink_at_the_border():
 def test_what_clips_look_like_and_how_they_change(school):
     """The mean sees no order and no motion; the change is zero in a still picture."""
     moving, scorer = school.moving, school.finished.scorer
-    videos = moving.videos(asked_clips(moving, SQUARE, 6), SQUARE)
+    videos = moving.videos(scored_clips(moving, SQUARE, 6), SQUARE)
     found = clip_features(scorer, videos)
     frames = torch.stack([scorer.classifier.features(videos[:, :, t]) for t in range(4)], dim=1)
     mean, change = found.chunk(2, dim=1)
@@ -119,7 +119,7 @@ def test_what_clips_look_like_and_how_they_change(school):
     torch.testing.assert_close(backwards, found, rtol=1e-4, atol=1e-5)
     still = clip_features(scorer, videos[:, :, :1].expand_as(videos))
     assert not still.chunk(2, dim=1)[1].any()
-    wide = clip_features(scorer, moving.videos(asked_clips(moving, WIDE, 2), WIDE))
+    wide = clip_features(scorer, moving.videos(scored_clips(moving, WIDE, 2), WIDE))
     assert wide.shape == (2, found.shape[1])
 
 
@@ -132,13 +132,13 @@ def test_known_clips_have_their_places(school):
 
 
 def test_crops_are_the_middle(school):
-    clips = asked_clips(school.moving, SQUARE, 20)
+    clips = scored_clips(school.moving, SQUARE, 20)
     wide = school.moving.videos(clips, WIDE)
     assert torch.equal(school.cropped.videos(clips, SQUARE), wide[..., 8:40])
     assert torch.equal(school.cropped.videos(clips, WIDE), wide)
     assert school.cropped.texts == school.moving.texts
     cut, whole = (
-        ink_at_border(moving.videos(asked_clips(moving, size, 1000, 1), size)).float().mean()
+        ink_at_border(moving.videos(scored_clips(moving, size, 1000, 1), size)).float().mean()
         for moving, size in ((school.cropped, SQUARE), (school.moving, WIDE))
     )
     assert cut > 2 * whole > 0
@@ -149,7 +149,7 @@ def test_real_clips_are_seen_through_the_autoencoder(school, monkeypatch):
     moving, vae = school.cropped, school.finished.pipeline.vae
     monkeypatch.setattr(video_framing, "encode_frames", lambda _, videos: videos)
     monkeypatch.setattr(video_framing, "decode_frames", lambda _, latents: latents)
-    real = share_at_border(moving.videos(asked_clips(moving, SQUARE, 50, 1), SQUARE))
+    real = share_at_border(moving.videos(scored_clips(moving, SQUARE, 50, 1), SQUARE))
     assert real_border(vae, moving, SQUARE, 50) == real > 0.2
     monkeypatch.setattr(video_framing, "decode_frames", lambda _, x: -torch.ones_like(x))
     assert real_border(vae, moving, SQUARE, 50) == 0
@@ -187,7 +187,9 @@ def test_real_clips_in_place_of_samples(school, tmp_path, monkeypatch):
         assert framing_of(school, network, size, 200) == found[size]
     assert asked == [5, 5] and found[WIDE]["direction"] > 0.9
     for moving, size in ((school.moving, WIDE), (school.cropped, SQUARE)):
-        real = ink_at_border(moving.videos(asked_clips(moving, size, 1000, 1), size)).float().mean()
+        real = (
+            ink_at_border(moving.videos(scored_clips(moving, size, 1000, 1), size)).float().mean()
+        )
         assert found[size]["border"] == pytest.approx(real.item(), abs=0.1)
     judge = ClipJudge(school, 60)
     network = TrainedClips(

@@ -100,7 +100,7 @@ FAULTS_DIT = [
     (TRAIN_DIT, "times[(u * len(times)).long()]", "times[((1 - u) * len(times)).long()]",
      "steps backwards"),
     (TRAIN_DIT, "schedule.times.to(t)[n], y)", "t, y)", "DDPM is told the flow's time"),
-    (TRAIN_DIT, "generator=generator) >= DROPPED_LABELS", "generator=generator) < DROPPED_LABELS",
+    (TRAIN_DIT, "generator=generator) >= LABEL_DROPOUT", "generator=generator) < LABEL_DROPOUT",
      "nine labels in ten are dropped"),
     (TRAIN_DIT, "torch.where(keep, y, null)", "y", "no label is dropped"),
     (TRAIN_DIT, "x0, noise = features.latents_and_noise(",

@@ -85,7 +85,7 @@ FAULTS_HDIT = [
     # train_hdit.py
     (TRAIN_FILE, "(images - self.mean) / self.std", "images / self.std", "the mean stays"),
     (TRAIN_FILE, "to_uint8(x * self.std + self.mean)", "to_uint8(x)", "pixels as they are"),
-    (TRAIN_FILE, ">= TEXTLESS)", ">= 0)", "text is never dropped"),
+    (TRAIN_FILE, ">= TEXT_DROPOUT)", ">= 0)", "text is never dropped"),
     (TRAIN_FILE, "pooled[captions] * keep[:, None]", "pooled[captions]", "nothing is dropped"),
     (TRAIN_FILE, "pooled[captions] * keep", "pooled[images % len(pooled)] * keep",
      "text of other images"),

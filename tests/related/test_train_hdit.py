@@ -26,7 +26,7 @@ from nanosd3.related.hdit import HDiT, HDiTConfig, HDiTLevel, hdit_loss
 from nanosd3.related.hdit_system import HDIT_RECIPES, HDiTSystem, hdit_config
 from nanosd3.related.train_hdit import (
     MIDDLE_NOISE,
-    STRONGEST,
+    SIGMA_DATA,
     Pixels,
     drawn_images,
     hdit_step,
@@ -123,7 +123,7 @@ def test_a_step(job, pixels, finished):
     (z,), (t,), (text,) = model.z, model.t, model.text
     noise = rows.noise(z.shape[1:])
     x0 = (z - t.view(-1, 1, 1, 1) * noise) / (1 - t.view(-1, 1, 1, 1))
-    expected = hdit_loss(torch.ones_like(z), x0, noise, t, STRONGEST)
+    expected = hdit_loss(torch.ones_like(z), x0, noise, t, SIGMA_DATA)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
     assert found.shape == (8,)
     images = job.source.draw(8, rows.generator())
