@@ -4,19 +4,19 @@ Each experiment says before it runs what is claimed, what is measured and which 
 
 Modules, each of which imports only from those above it:
     experiment          what an experiment is, and the words of a verdict
-    material            a finished main job, encoded once
+    runs                the finished main job, and the runs that networks train in
     dit_networks        small DiTs, trained for experiments
     dit_blocks          x-dit-1: the four kinds of block, and gates that do not start at zero
     dit_compute         x-dit-2: error by multiply-adds
     dit_loss_swap       x-dit-5: DDPM's loss and rectified flow's
     fm_identity         x-fm-0: the loss of Flow Matching
     fm_straightness     x-fm-3: how straight paths are
+    data_sets           two data sets of digits for the same small transformer
     fm_networks         networks trained along paths, shared by several experiments
     fm_sampling         x-fm-1, x-fm-2: sampling in few steps, and training speed
     fm_solvers          x-fm-5: off-the-shelf solvers
     fm_likelihood       x-fm-4: likelihoods of points and of pixels
     sd3_middle          x-sd3-middle: where on the path there is most to learn
-    sd3_grounds         two data sets of digits for the same small transformer
     sd3_networks        transformers trained by each formulation
     sd3_ranks           sorting by two scores in many settings
     sd3_formulations    x-sd3-formulations, x-sd3-pixels: which is best, and at how many steps

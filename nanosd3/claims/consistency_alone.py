@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nanosd3.claims.consistency_ways import TOP, TrainingWay, samples_scored, trained_way
 from nanosd3.claims.dit_loss_swap import middle_levels
-from nanosd3.claims.dit_networks import Classroom
+from nanosd3.claims.dit_networks import DiTTrainer
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.related.train_dit import DiTLoss
 from nanosd3.training.plot_style import INK, MEANINGS, new_figure, save_plot
@@ -36,36 +36,36 @@ def table_of_scores(found: dict[str, list[tuple[float, float]]]) -> dict:
 @cache
 def ways_study(conditions: Conditions) -> dict:
     """Scores of one step of each way, by seed."""
-    classroom, seconds = Classroom(conditions), 0.0
+    trainer, seconds = DiTTrainer(conditions), 0.0
     found: dict[str, list[tuple[float, float]]] = {}
     for name, way in TRAINING_WAYS.items():
         found[name] = []
         for seed in conditions.seeds:
-            trained = trained_way(classroom, way, seed, SHORT_WAY, WAY_RATE)
+            trained = trained_way(trainer, way, seed, SHORT_WAY, WAY_RATE)
             seconds += trained.seconds
-            found[name].append(samples_scored(classroom, trained.network, seed, [TOP, 0.0]))
+            found[name].append(samples_scored(trainer, trained.network, seed, [TOP, 0.0]))
     return {"scores": found, "training_seconds": seconds, "table": table_of_scores(found)}
 
 
 @cache
 def alone_study(conditions: Conditions) -> dict:
     """Scores of one step of a consistency model and of one and two of a flow, by seed."""
-    classroom = Classroom(conditions)
-    config = classroom.config(learned_variance=False)
+    trainer = DiTTrainer(conditions)
+    config = trainer.config(learned_variance=False)
     loss = DiTLoss("flow", middle_levels)
     found: dict[str, list[tuple[float, float]]] = {
         name: [] for name in (TAUGHT_BY_NONE, FLOW_ONE, FLOW_TWO)
     }
     times: tuple[list[float], list[float]] = ([], [])
     for seed in conditions.seeds:
-        alone = trained_way(classroom, ALONE, seed, ALONE_STEPS, WAY_RATE)
-        flow = classroom.trained("flow-alone", seed, config, loss, FLOW_STEPS, WAY_RATE)
+        alone = trained_way(trainer, ALONE, seed, ALONE_STEPS, WAY_RATE)
+        flow = trainer.trained("flow-alone", seed, config, loss, FLOW_STEPS, WAY_RATE)
         times[0].append(alone.seconds)
         times[1].append(flow.seconds)
         network = alone.network
-        found[TAUGHT_BY_NONE].append(samples_scored(classroom, network, seed, [TOP, 0.0]))
+        found[TAUGHT_BY_NONE].append(samples_scored(trainer, network, seed, [TOP, 0.0]))
         for name, ts in ((FLOW_ONE, [1.0, 0.0]), (FLOW_TWO, [1.0, 0.5, 0.0])):
-            found[name].append(samples_scored(classroom, flow.network, seed, ts))
+            found[name].append(samples_scored(trainer, flow.network, seed, ts))
     table = table_of_scores(found)
     table["columns"].append("seconds of training")
     for row, taken in zip(table["rows"], (times[0], times[1], times[1]), strict=True):

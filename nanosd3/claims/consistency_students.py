@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, table_of
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.few_steps import FRESH, consistency, even_schedule
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.command import parse, study_in

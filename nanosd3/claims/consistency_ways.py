@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from nanosd3.claims.dit_networks import Classroom
-from nanosd3.claims.material import network_job
+from nanosd3.claims.dit_networks import DiTTrainer
+from nanosd3.claims.runs import network_job
 from nanosd3.config_types import Recipe
 from nanosd3.flow import interpolate
 from nanosd3.related.consistency import (
@@ -66,7 +66,7 @@ class TrainedWay:
 
 
 def way_loss(
-    job: Job, classroom: Classroom, network: DiT, average: nn.Module, way: TrainingWay
+    job: Job, trainer: DiTTrainer, network: DiT, average: nn.Module, way: TrainingWay
 ) -> StepLoss:
     """Losses of pairs that are the same image with the same noise, at two levels."""
     recipe, (first, last) = job.training.flow, WAY_LEVELS
@@ -81,9 +81,9 @@ def way_loss(
         often = lognormal_weights(times) if way.lognormal else None
         levels = draw_levels(times, recipe.batch, generator, often)
         t, s = (step_rng.take(x) for x in levels)
-        x0, noise = classroom.features.latents_and_noise(images, step_rng)
+        x0, noise = trainer.features.latents_and_noise(images, step_rng)
         z_t, z_s = interpolate(x0, noise, t), interpolate(x0, noise, s)
-        y = classroom.labels[images]
+        y = trainer.labels[images]
         options = {"target_network": target, "distance": distance}
         losses = consistency_loss(network, z_t, t, z_s, s, y, **options)
         return losses * gap_weight(t, s) if way.weighted else losses, {"levels": count}
@@ -92,21 +92,21 @@ def way_loss(
 
 
 def trained_way(
-    classroom: Classroom, way: TrainingWay, seed: int, steps: int, lr: float
+    trainer: DiTTrainer, way: TrainingWay, seed: int, steps: int, lr: float
 ) -> TrainedWay:
     """The network of a way and a seed, trained now or before."""
-    conditions, finished = classroom.conditions, classroom.finished
+    conditions, finished = trainer.conditions, trainer.finished
     steps = min(steps, 4) if conditions.fast else steps
     recipe = Recipe(steps, batch=64, lr=lr, warmup=min(50, steps // 2), weight_decay=0.0)
     training = replace(training_of(finished.config), flow=recipe)
-    config, dit = replace(finished.config, training=training), classroom.config()
+    config, dit = replace(finished.config, training=training), trainer.config()
     dit = replace(dit, learned_variance=False)
     name = f"way-{way.name}-{steps}"
     job = network_job(conditions, finished, name, config, seed, dit=asdict(dit), way=way.name)
     run = job.run
     network = build(job, WAY_STAGE, lambda: DiT(dit))
     average = make_ema(network)
-    loss_of = way_loss(job, classroom, network, average, way)
+    loss_of = way_loss(job, trainer, network, average, way)
     decay = target_decay(WAY_LEVELS[1])
     train = partial(fit_average, job, WAY_STAGE, network, loss_of, decay, average=average)
     with run.alone(), torch.enable_grad():
@@ -118,14 +118,14 @@ def trained_way(
 
 @torch.no_grad()
 def samples_scored(
-    classroom: Classroom, network: DiT, seed: int, times: list[float]
+    trainer: DiTTrainer, network: DiT, seed: int, times: list[float]
 ) -> tuple[float, float]:
     """Share of samples by Euler's steps at these times that are read as asked, and their Frechet
     distance over that of real images. One step from a time to 0 is a consistency model's."""
-    finished = classroom.finished
-    count = 20 if classroom.conditions.fast else 1000
+    finished = trainer.finished
+    count = 20 if trainer.conditions.fast else 1000
     draw, floor = draw_and_floor(finished, count, 100 + seed)
-    size = classroom.latent_size
+    size = trainer.latent_size
     noise = times[0] * finished.pipeline.noise(len(draw.labels), seed, (size, size))
     rows = torch.arange(len(noise))
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import network_job
 from nanosd3.claims.repeated_digits import Planted, altered
+from nanosd3.claims.runs import network_job
 from nanosd3.config_types import Recipe
 from nanosd3.data.mnist import to_model
 from nanosd3.related.finished_run import FinishedRun

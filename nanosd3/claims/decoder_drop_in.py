@@ -8,8 +8,9 @@ from torch import Tensor
 
 from nanosd3.claims.decoder_networks import DECODER_SHORT, decoder_job
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.runs import open_main_run
 from nanosd3.pipeline import Pipeline
-from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.scoring import draw_and_floor
 from nanosd3.related.train_consistency_decoder import (
     decoding,
@@ -40,7 +41,7 @@ def consistent_pipeline(
 @cache
 def drop_in_study(conditions: Conditions) -> dict:
     """Shares read as asked and distances of the same latents decoded both ways, by seed."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    finished = open_main_run(conditions)
     found: dict[str, list[list[float]]] = {BY_ITS_OWN: [], BY_ANOTHER: []}
     seconds = 0.0
     for seed in conditions.seeds:

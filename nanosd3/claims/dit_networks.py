@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import network_job, open_encoded
+from nanosd3.claims.runs import network_job, open_encoded
 from nanosd3.config_types import Recipe
 from nanosd3.related.dit import DIT_CONFIGS, DiT, DiTConfig
 from nanosd3.related.train_dit import DiTLoss, train_dit
@@ -23,8 +23,8 @@ class TrainedDiT:
     seconds: float  # of a core
 
 
-class Classroom:
-    """A finished main job, its latents and labels."""
+class DiTTrainer:
+    """Trains DiTs on the latents and labels of a finished main job."""
 
     def __init__(self, conditions: Conditions):
         self.conditions = conditions

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanosd3.claims.data_sets import HalvedPixels, halved
 from nanosd3.claims.hdit_detail import decibels
-from nanosd3.claims.sd3_grounds import HalvedPixels, halved
 from nanosd3.few_steps import even_schedule
 from nanosd3.random_streams import rng
 from nanosd3.related.editing import Basis, block_basis, block_means_known, edit
@@ -50,25 +50,25 @@ def towards(image: Tensor) -> Velocity:
 class Edited:
     """Test digits to edit, and how edits of them are judged."""
 
-    ground: HalvedPixels
+    data: HalvedPixels
     chosen: Tensor
 
     @property
     def y(self) -> Tensor:
         """The digits as the model sees them, (B, 1, 12, 12)."""
-        return self.ground.normalised(halved(self.digits))
+        return self.data.normalised(halved(self.digits))
 
     @property
     def digits(self) -> Tensor:
-        return self.ground.finished.source.images.test_images[self.chosen]
+        return self.data.finished.source.images.test_images[self.chosen]
 
     def scores(self, x: Tensor) -> list[float]:
         """Share read as the digit that it was, Frechet distance over that of the digits themselves,
         and error in decibels."""
-        images = self.ground.finished.source.images
+        images = self.data.finished.source.images
         draw = Draw(self.chosen, images.test_labels[self.chosen], [])
-        original, shown = self.ground.to_digits(self.y), self.ground.to_digits(x)
-        scorer = self.ground.scorer
+        original, shown = self.data.to_digits(self.y), self.data.to_digits(x)
+        scorer = self.data.scorer
         accuracy, distance = scorer.score(shown, draw)
         ratio = distance / scorer.distance(original)
         return [accuracy, ratio, float(decibels(shown, original).mean())]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.hdit_networks import Easel
+from nanosd3.claims.hdit_networks import HDiTTrainer
 from nanosd3.claims.hdit_quality import HOURGLASS
 from nanosd3.related.hdit import soft_min_snr
 from nanosd3.related.train_hdit import SIGMA_DATA
@@ -28,11 +28,11 @@ WEIGHTINGS = {
 
 def weighting_study(conditions: Conditions) -> dict:
     """By weighting: scores, and the weighted loss, lists over seeds; and the weight by noise."""
-    easel, count = Easel(conditions), 20 if conditions.fast else 500
+    trainer, count = HDiTTrainer(conditions), 20 if conditions.fast else 500
     found: dict[str, dict[str, list[float]]] = {}
     for name, net in WEIGHTINGS.items():
-        networks = [easel.trained(net, seed) for seed in conditions.seeds]
-        scores = [network.scores(easel.finished, count) for network in networks]
+        networks = [trainer.trained(net, seed) for seed in conditions.seeds]
+        scores = [network.scores(trainer.finished, count) for network in networks]
         found[name] = {
             "accuracy": [accuracy for accuracy, _ in scores],
             "ratio": [ratio for _, ratio in scores],

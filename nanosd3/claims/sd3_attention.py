@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import network_job
+from nanosd3.claims.runs import network_job
 from nanosd3.config_types import Recipe
 from nanosd3.flow import interpolate
 from nanosd3.machine.distributed import Compute, ParallelModel

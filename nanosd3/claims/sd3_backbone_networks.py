@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import Tensor, nn
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import network_job
+from nanosd3.claims.runs import network_job
 from nanosd3.claims.sd3_variants import VARIANT_AVERAGE, TrainedVariant, train_variant
 from nanosd3.config_types import MMDiTConfig, Recipe
 from nanosd3.mmdit import MMDiT

@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_backbone_networks import BackboneArm, trained_backbone
 from nanosd3.training.plot_style import INK, SERIES, new_figure, save_plot
 

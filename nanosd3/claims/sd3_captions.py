@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_variants import TrainedVariant, Variant, trained_variant
 from nanosd3.claims.sd3_without_t5 import attributes_right
 from nanosd3.data.mnist import plain_captions

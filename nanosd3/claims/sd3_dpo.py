@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_preferences import (
     PAIRS_DRAWN,
     RANK,

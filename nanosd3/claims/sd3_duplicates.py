@@ -28,10 +28,11 @@ from nanosd3.claims.repeated_digits import (
     shown_picture,
     usual_nearness,
 )
+from nanosd3.claims.runs import open_main_run
 from nanosd3.claims.sd3_variants import TrainedVariant, Variant, trained_variant
 from nanosd3.data.mnist import SIDE
 from nanosd3.machine.distributed import SINGLE_PROCESS
-from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.finished_run import FinishedRun
 from nanosd3.training.cached_features import encoded
 from nanosd3.training.evaluation import to_digits
 from nanosd3.training.plot_style import SERIES, new_figure, save_plot
@@ -70,7 +71,7 @@ def copies_drawn(
 
 def duplicates_study(conditions: Conditions) -> dict:
     """By seed: how well repeats are found, and, trained with and without them, the copies drawn."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    finished = open_main_run(conditions)
     cache, encoders = conditions.out / "cache", finished.encoders(finished.config)
     count, copies = (100, 3) if conditions.fast else (PLAIN_IMAGES, COPIES)
     each = 2 if conditions.fast else SAMPLES_OF_EACH

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.related.scoring import draw_and_floor
 from nanosd3.training.evaluation import to_digits
 from nanosd3.training.plot_style import INK, new_figure, save_plot

@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import measured_once, network_job
+from nanosd3.claims.runs import measured_once, network_job
 from nanosd3.claims.sd3_variants import VARIANT_AVERAGE, TrainedVariant
 from nanosd3.config_types import Config, Recipe, VAEConfig
 from nanosd3.data.sources import Digits

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
-from nanosd3.claims.material import network_job, open_encoded
+from nanosd3.claims.runs import network_job, open_encoded
 from nanosd3.config_types import Recipe
 from nanosd3.mmdit import MMDiT
 from nanosd3.related.finished_run import FinishedRun

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import network_job
+from nanosd3.claims.runs import network_job
 from nanosd3.claims.sd3_variants import TrainedVariant
 from nanosd3.config_types import Recipe
 from nanosd3.data.mnist import bins, measure_strokes

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_attention import trained_with
 from nanosd3.training.plot_style import new_figure, plain_logarithm, save_plot
 

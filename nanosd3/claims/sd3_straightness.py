@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanosd3.claims.data_sets import open_data_sets, sample_inputs
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.claims.fm_straightness import images_and_noise, length_over_chord
-from nanosd3.claims.sd3_grounds import asked_of, open_grounds
 from nanosd3.claims.sd3_networks import flow_of, trained_by
 from nanosd3.related.formulations import FORMULATIONS, deviation
 from nanosd3.related.paths import PATHS, exact_velocity
@@ -55,7 +55,7 @@ def followed(name: str, velocity: Velocity, noise: Tensor, fine: int) -> tuple[f
 
 def following_study(conditions: Conditions) -> dict:
     """Both, on both fields, by formulation and seed."""
-    fine, (ground, _) = 20 if conditions.fast else 125, open_grounds(conditions)
+    fine, (data, _) = 20 if conditions.fast else 125, open_data_sets(conditions)
     lengths: dict[str, dict[str, list[float]]] = {
         f: {n: [] for n in FOLLOWED} for f in EXACT_AND_TRAINED
     }
@@ -67,13 +67,13 @@ def following_study(conditions: Conditions) -> dict:
         points, noise = images_and_noise(conditions, seed)
         points = (points - points.mean()) / points.std()
         exact = exact_velocity(PATHS["ot"], points)
-        what = asked_of(ground, seed, 20 if conditions.fast else 64)
+        inputs = sample_inputs(data, seed, 20 if conditions.fast else 64)
         for name in FOLLOWED:
-            trained = trained_by(ground, name, seed)
+            trained = trained_by(data, name, seed)
             seconds += trained.seconds
-            velocity = flow_of(FORMULATIONS[name], trained.average, what.pooled)
+            velocity = flow_of(FORMULATIONS[name], trained.average, inputs.pooled)
             for field, (v, start) in zip(
-                EXACT_AND_TRAINED, ((exact, noise), (velocity, what.noise)), strict=True
+                EXACT_AND_TRAINED, ((exact, noise), (velocity, inputs.noise)), strict=True
             ):
                 ratio, found = followed(name, v, start, fine)
                 lengths[field][name].append(ratio)

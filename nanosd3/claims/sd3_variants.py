@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import measured_once, network_job
+from nanosd3.claims.runs import measured_once, network_job
 from nanosd3.claims.sd3_one_way import OneWayMMDiT
 from nanosd3.config_types import MMDiTConfig, Recipe, Sampling
 from nanosd3.mmdit import MMDiT

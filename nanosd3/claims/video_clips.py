@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.runs import open_main_run
 from nanosd3.related.command import parse, study_in
-from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.motion import scored_clips, scores_of_size
 from nanosd3.related.moving_digits import Clips, ClipSize
 from nanosd3.related.train_video import CLIP_SIZES, FRAMES_IN_PATCH, size_name
@@ -58,7 +59,7 @@ def frame_by_frame(model: TrainedVideo, clips: Clips, size: ClipSize) -> Tensor:
 @torch.no_grad()
 def video_study(conditions: Conditions) -> dict:
     """Scores of every size and length, and of frames drawn by themselves; a list over seeds."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    finished = open_main_run(conditions)
     count = 10 if conditions.fast else 100
     ways = {size_name(size): size for size in (*TRAINED_SIZES, *OTHER_SIZES, *OTHER_LENGTHS)}
     ways[BY_THEMSELVES] = first = TRAINED_SIZES[0]

@@ -19,7 +19,7 @@ from nanosd3.claims.experiment import (
     table_of,
     verdict,
 )
-from nanosd3.claims.video_networks import SQUARE, ClipSchool, TrainedClips
+from nanosd3.claims.video_networks import SQUARE, ClipTrainer, TrainedClips
 from nanosd3.random_streams import rng
 from nanosd3.related.motion import clip_features, measure_clips, motion_scores, scored_clips
 from nanosd3.related.moving_digits import velocities
@@ -32,20 +32,20 @@ MARKED, HARDLY = 0.5, 0.8  # of the distance at the least compute
 MOTION_KEYS = ("prompt_accuracy", "direction", "line_r2")
 
 
-class ClipJudge:
+class ClipScorer:
     """Distances of clips to real ones."""
 
-    def __init__(self, school: ClipSchool, count: int):
-        self.school, self.count = school, count
+    def __init__(self, trainer: ClipTrainer, count: int):
+        self.trainer, self.count = trainer, count
         self.reference = self.features(self.real(1))
 
     def real(self, draw: int) -> Tensor:
         """Real clips, others for every draw."""
-        moving = self.school.moving
+        moving = self.trainer.moving
         return moving.videos(scored_clips(moving, SQUARE, self.count, draw), SQUARE)
 
     def features(self, videos: Tensor) -> Tensor:
-        return clip_features(self.school.finished.scorer, videos)
+        return clip_features(self.trainer.finished.scorer, videos)
 
     def distance(self, videos: Tensor) -> float:
         return frechet_distance(self.features(videos), self.reference)
@@ -66,7 +66,7 @@ class ClipJudge:
         """The distance of the network's clips, and beside it what moves in them."""
 
         def measure() -> dict:
-            moving, scorer = self.school.moving, self.school.finished.scorer
+            moving, scorer = self.trainer.moving, self.trainer.finished.scorer
             clips = scored_clips(moving, SQUARE, self.count)
             videos = network.video.draw(clips, SQUARE, network.run.identity["seed"])
             measured, labels = measure_clips(scorer, videos), moving.digits.labels[clips.digits]
@@ -78,14 +78,14 @@ class ClipJudge:
 
 def compute_study(conditions: Conditions) -> dict:
     """By compute: distances and motion, lists over seeds; and distances of known clips."""
-    school = ClipSchool(conditions)
-    judge = ClipJudge(school, 20 if conditions.fast else 500)
+    trainer = ClipTrainer(conditions)
+    judge = ClipScorer(trainer, 20 if conditions.fast else 500)
     found: dict[str, dict[str, list[float]]] = {}
     for times in TIMES_COMPUTE:
         one: dict[str, list[float]] = {key: [] for key in ("distance", *MOTION_KEYS, "seconds")}
         for seed in conditions.seeds:
             steps = UNIT * times
-            network = school.trained(f"compute-{steps}", school.moving, SQUARE, steps, seed)
+            network = trainer.trained(f"compute-{steps}", trainer.moving, SQUARE, steps, seed)
             for key, value in judge.judged(network).items():
                 one[key].append(value)
             one["seconds"].append(network.seconds)
@@ -100,7 +100,7 @@ def compute_study(conditions: Conditions) -> dict:
     return {
         "compute": found,
         "landmarks": landmarks,
-        "training_seconds": school.seconds + sum(sum(one["seconds"]) for one in found.values()),
+        "training_seconds": trainer.seconds + sum(sum(one["seconds"]) for one in found.values()),
         "table": table_of(columns, rows),
     }
 

@@ -23,7 +23,7 @@ from nanosd3.claims.consistency_alone import (
     samples_scored,
 )
 from nanosd3.claims.consistency_ways import TOP, TrainingWay, trained_way, way_loss
-from nanosd3.claims.dit_networks import Classroom
+from nanosd3.claims.dit_networks import DiTTrainer
 from nanosd3.claims.experiment import Conditions
 from nanosd3.cli import run_main
 from nanosd3.related.consistency import huber_constant, pseudo_huber
@@ -39,8 +39,8 @@ def out(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def classroom(tiny_run, out) -> Classroom:
-    return Classroom(Conditions((0,), True, tiny_run, out))
+def trainer(tiny_run, out) -> DiTTrainer:
+    return DiTTrainer(Conditions((0,), True, tiny_run, out))
 
 
 # --- the switches ---------------------------------------------------------------------------------
@@ -56,14 +56,14 @@ def test_each_change_is_made_alone():
 
 
 @pytest.fixture
-def lesson(classroom, tmp_path, monkeypatch):
+def lesson(trainer, tmp_path, monkeypatch):
     """A function of a way and a step: what consistency_loss was asked, and the losses of 64 pairs
     whose loss is 1."""
-    config = classroom.finished.config
+    config = trainer.finished.config
     recipe = replace(training_of(config).flow, steps=30, batch=64)
     config = replace(config, training=replace(training_of(config), flow=recipe))
-    job = Job(Run(tmp_path, {}, {}), config, classroom.finished.source, torch.device("cpu"), 0)
-    network, average = (DiT(classroom.config(learned_variance=False)) for _ in range(2))
+    job = Job(Run(tmp_path, {}, {}), config, trainer.finished.source, torch.device("cpu"), 0)
+    network, average = (DiT(trainer.config(learned_variance=False)) for _ in range(2))
     asked = {}
 
     def watched(network, z_t, t, z_s, s, *given, **options):
@@ -73,14 +73,14 @@ def lesson(classroom, tmp_path, monkeypatch):
     monkeypatch.setattr(consistency_ways, "consistency_loss", watched)
 
     def ask(way: TrainingWay, step: int) -> tuple[dict, torch.Tensor]:
-        loss_of = way_loss(job, classroom, network, average, way)
+        loss_of = way_loss(job, trainer, network, average, way)
         losses, _ = loss_of(StepRNG((0, "consistency", step), range(64)))
         return asked | {"is_network": asked["network"] is network, "average": average}, losses
 
     return ask
 
 
-def test_pairs_are_of_one_path(lesson, classroom):
+def test_pairs_are_of_one_path(lesson, trainer):
     """The same latents and noise, at neighbouring levels, the last of which is nearly noise; the
     label is told."""
     asked, losses = lesson(TrainingWay(), 0)
@@ -134,20 +134,20 @@ def test_the_weight(lesson):
     torch.testing.assert_close(losses, 1 / (t / (1 - t) - s / (1 - s)))
 
 
-def test_a_way_is_trained_once(classroom, monkeypatch):
+def test_a_way_is_trained_once(trainer, monkeypatch):
     way = TrainingWay(huber=True)
-    first = trained_way(classroom, way, 5, 4, 8e-3)
+    first = trained_way(trainer, way, 5, 4, 8e-3)
     monkeypatch.setattr(consistency_ways, "fit_average", lambda *_, **__: pytest.fail("again"))
-    second = trained_way(classroom, way, 5, 4, 8e-3)
+    second = trained_way(trainer, way, 5, 4, 8e-3)
     for a, b in zip(first.network.parameters(), second.network.parameters(), strict=True):
         assert a.equal(b) and not a.requires_grad
     assert first.seconds == second.seconds
 
 
-def test_all_switches_count(classroom):
+def test_all_switches_count(trainer):
     """Each way ends with other weights."""
     ends = {
-        name: trained_way(classroom, way, 0, 4, 8e-3).network.final_layer.linear.weight
+        name: trained_way(trainer, way, 0, 4, 8e-3).network.final_layer.linear.weight
         for name, way in TRAINING_WAYS.items()
     }
     assert len({tuple(weight.flatten().tolist()) for weight in ends.values()}) == 7
@@ -156,16 +156,16 @@ def test_all_switches_count(classroom):
 # --- samples --------------------------------------------------------------------------------------
 
 
-def test_samples_start_at_the_first_time(classroom):
+def test_samples_start_at_the_first_time(trainer):
     """Noise as strong as its time; one step to 0 is z - t F."""
-    network, seen = DiT(classroom.config(learned_variance=False)), []
+    network, seen = DiT(trainer.config(learned_variance=False)), []
 
     def watched(z, t, y):
         seen.append((z, float(t), y))
         return network(z, t, y)
 
     for times in ([0.5, 0.0], [1.0, 0.5, 0.0]):
-        accuracy, ratio = samples_scored(classroom, watched, 0, times)
+        accuracy, ratio = samples_scored(trainer, watched, 0, times)
         assert 0 <= accuracy <= 1 and ratio > 0
     (half, t, y), (whole, _, same), (_, last, _) = seen
     assert (t, last) == (0.5, 0.5) and y.equal(same) and half.std() < 0.6 < whole.std()

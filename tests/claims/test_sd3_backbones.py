@@ -11,7 +11,7 @@ from nanosd3.claims import sd3_backbone_networks as networks
 from nanosd3.claims import sd3_backbones
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.cli import run_main
 from nanosd3.config import CONFIGS
 from nanosd3.related.backbones import UViT

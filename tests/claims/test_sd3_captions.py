@@ -145,7 +145,7 @@ def last_loss(folder) -> float:
 def test_scores_are_of_what_was_asked(tiny_run, out, monkeypatch):
     """Real digits in place of samples: all right, for prompts of both kinds."""
     from nanosd3.claims.experiment import Conditions
-    from nanosd3.claims.material import open_encoded
+    from nanosd3.claims.runs import open_encoded
     from nanosd3.claims.sd3_variants import Variant, trained_variant
     from nanosd3.pipeline import Pipeline
     from nanosd3.training.evaluation import draw_prompts

@@ -13,7 +13,7 @@ from nanosd3.claims import __main__ as command
 from nanosd3.claims import sd3_dpo, sd3_preferences
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_dpo import ALL_ARMS, add_scores, deciding, rise
 from nanosd3.claims.sd3_preferences import (
     Judged,

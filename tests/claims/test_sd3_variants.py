@@ -231,7 +231,7 @@ def test_without_t5_runs(results):
 def test_scores_are_of_what_was_asked(tiny_run, tmp_path, monkeypatch):
     """Real digits in place of samples: all right, and nearly at the floor."""
     from nanosd3.claims.experiment import Conditions
-    from nanosd3.claims.material import open_encoded
+    from nanosd3.claims.runs import open_encoded
     from nanosd3.pipeline import Pipeline
 
     conditions = Conditions((0,), True, Path(tiny_run), tmp_path)

@@ -166,8 +166,8 @@ FAULTS_CLAIMS_CONSISTENCY = [
     ),
     (
         SWITCHES,
-        "y = classroom.labels[images]",
-        "y = 0 * classroom.labels[images]",
+        "y = trainer.labels[images]",
+        "y = 0 * trainer.labels[images]",
         "the label is not told",
     ),
     # consistency_alone.py

@@ -139,17 +139,17 @@ def test_path_latents(material, name):
     velocity = velocity_for(model, pooled)
     for solver, steps in (("euler", 8), ("midpoint", 4), ("rk4", 2)):
         follow = {"euler": euler, "midpoint": midpoint, "rk4": rk4}[solver]
-        out, asked = path_latents(path, model, z, pooled, solver, 8)
-        assert asked == 8 and FIXED_SOLVERS[solver][0] is follow
+        out, evaluations = path_latents(path, model, z, pooled, solver, 8)
+        assert evaluations == 8 and FIXED_SOLVERS[solver][0] is follow
         ts = torch.linspace(1, path.first, steps + 1)
         assert torch.equal(out, follow(velocity, path.prior_std * z, ts))
     counts = []
     for tolerance in (1e-2, 1e-4):
-        out, asked = path_latents(path, model, z, pooled, "dopri5", tolerance)
+        out, evaluations = path_latents(path, model, z, pooled, "dopri5", tolerance)
         ts = torch.tensor([1.0, path.first])
         expected = dopri5(velocity, path.prior_std * z, ts, rtol=tolerance, atol=tolerance)
         assert torch.equal(out, expected)
-        counts.append(asked)
+        counts.append(evaluations)
     assert counts[0] < counts[1]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import first_draws, network_job
+from nanosd3.claims.runs import first_draws, network_job
 from nanosd3.claims.sd3_captions import told
 from nanosd3.errors import InputError
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
