@@ -29,10 +29,9 @@ from nanosd3.related.consistency import (
     time_of,
 )
 from nanosd3.related.dit import DiT
-from nanosd3.related.scoring import draw_and_floor
+from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor
 from nanosd3.samplers import euler
 from nanosd3.training.ema import make_ema
-from nanosd3.training.evaluation import to_digits
 from nanosd3.training.loop import StepLoss, StepRNG
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, in_chunks, training_of
 
@@ -134,6 +133,4 @@ def samples_scored(
         return euler(velocity, noise[row], torch.tensor(times))
 
     latents = in_chunks(sampled, rows)
-    digits = to_digits(torch.from_numpy(finished.pipeline.decode(latents)))
-    accuracy, distance = finished.scorer.score(digits, draw)
-    return accuracy, distance / floor
+    return accuracy_and_ratio(finished, finished.pipeline.decode(latents), draw, floor)

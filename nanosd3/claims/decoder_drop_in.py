@@ -11,13 +11,12 @@ from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of,
 from nanosd3.claims.runs import open_main_run
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.scoring import draw_and_floor
+from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor
 from nanosd3.related.train_consistency_decoder import (
     decoding,
     replaced_decoder,
     trained_decoder,
 )
-from nanosd3.training.evaluation import to_digits
 from nanosd3.training.plot_style import new_figure, save_plot
 
 BY_ITS_OWN, BY_ANOTHER = "the autoencoder's decoder", "the consistency decoder, 2 steps"
@@ -51,9 +50,8 @@ def drop_in_study(conditions: Conditions) -> dict:
         latents = finished.pipeline(draw.prompts, seed=seed, output="latent")
         assert isinstance(latents, Tensor)
         for name, pipeline in ((BY_ITS_OWN, finished.pipeline), (BY_ANOTHER, other)):
-            digits = to_digits(torch.from_numpy(pipeline.decode(latents)))
-            accuracy, distance = finished.scorer.score(digits, draw)
-            found[name].append([accuracy, distance / floor])
+            scores = accuracy_and_ratio(finished, pipeline.decode(latents), draw, floor)
+            found[name].append(list(scores))
     rows = [[name, *map(list, zip(*each, strict=True))] for name, each in found.items()]
     table = table_of(["decoded by", "read as asked", "Frechet ratio"], rows)
     return {"decoded": found, "training_seconds": seconds, "table": table}

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from nanosd3.claims.dit_networks import DiTTrainer
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.flow import logit_normal
 from nanosd3.related.dit import DiT
+from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor
 from nanosd3.related.train_dit import DiTLoss, sample_dit, steps_evenly
-from nanosd3.training.evaluation import draw_prompts, to_digits
 from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
 
 
@@ -69,13 +68,11 @@ def scores(
 ) -> tuple[float, float]:
     """Share of samples read as asked, and their Frechet distance over that of real images."""
     finished = trainer.finished
-    draw = draw_prompts(finished.source, samples, seed)
+    draw, floor = draw_and_floor(finished, samples, seed)
     size = trainer.latent_size
     noise = finished.pipeline.noise(len(draw.labels), seed, (size, size))
     latents = sample_dit(network, objective, noise, draw.labels, steps, guidance=1.0)
-    digits = to_digits(torch.from_numpy(finished.pipeline.decode(latents)))
-    accuracy, distance = finished.scorer.score(digits, draw)
-    return accuracy, distance / finished.scorer.floor(draw)
+    return accuracy_and_ratio(finished, finished.pipeline.decode(latents), draw, floor)
 
 
 def decide_loss_swap(results: dict) -> Verdict:

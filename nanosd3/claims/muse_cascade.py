@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.claims.muse_networks import (
@@ -31,13 +30,13 @@ from nanosd3.related.muse_editing import (
     MUSE_TEMPERATURE,
     MusePipeline,
 )
+from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor
 from nanosd3.related.train_cascade import (
     SUPER_RESOLUTION,
     CascadePipeline,
     train_super_resolution,
 )
 from nanosd3.related.train_muse import train_muse, train_tokens
-from nanosd3.training.evaluation import draw_prompts, to_digits
 from nanosd3.training.plot_style import new_figure, save_plot
 
 CASCADE_STEPS, DIRECT_STEPS = 150, 500  # of the fine tokens; alone they get the base's seconds too
@@ -81,7 +80,7 @@ def muse_cascade(conditions: Conditions) -> dict:
     for seed in conditions.seeds:
         muse = trained_muse(conditions, seed, SHORT_STEPS)
         cascade, direct, took = both_ways(conditions, seed, muse)
-        draw = draw_prompts(muse.finished.source, count, 100 + seed)
+        draw, floor = draw_and_floor(muse.finished, count, 100 + seed)
         asked = (draw.prompts, 100 + seed, MUSE_STEPS, *way)
         base = muse.pipeline.draw(*asked)
         images = (
@@ -91,8 +90,8 @@ def muse_cascade(conditions: Conditions) -> dict:
         )
         shared = muse.seconds, muse.seconds + took[SUPER_RESOLUTION], took["direct"]
         for name, made, alone in zip(WAYS_TO_FINE, images, shared, strict=True):
-            accuracy, distance = muse.finished.scorer.score(to_digits(torch.from_numpy(made)), draw)
-            found[name].append([accuracy, distance / muse.finished.scorer.floor(draw), alone])
+            scores = accuracy_and_ratio(muse.finished, made, draw, floor)
+            found[name].append([*scores, alone])
         seconds += muse.token_seconds + took["fine_tokens"] + shared[1] + shared[2]
     rows = [[name, *(list(x) for x in zip(*scores, strict=True))] for name, scores in found.items()]
     columns = ["", "read as asked", "Frechet ratio", "seconds of a core to train its transformers"]

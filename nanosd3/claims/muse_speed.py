@@ -5,13 +5,12 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.claims.muse_networks import MUSE_TRAINED, SHORT_STEPS, trained_causal, trained_muse
 from nanosd3.claims.muse_ways import by_flow, by_muse, token_by_token
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.training.evaluation import draw_prompts, to_digits
+from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor
 from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
 
 MUSE_COUNTS = (1, 2, 4, 8, 16, 49)
@@ -62,12 +61,11 @@ def muse_speed(conditions: Conditions) -> dict:
 def scored(finished: FinishedRun, make: partial, count: int, seed: int) -> list[float]:
     """Accuracy, Frechet distance over that of real images, and milliseconds of a core an image,
     text and decoding included."""
-    draw = draw_prompts(finished.source, count, seed)
+    draw, floor = draw_and_floor(finished, count, seed)
     begin = time.process_time()
     images = make(draw)
     took = time.process_time() - begin
-    accuracy, distance = finished.scorer.score(to_digits(torch.from_numpy(images)), draw)
-    return [accuracy, distance / finished.scorer.floor(draw), 1000 * took / len(images)]
+    return [*accuracy_and_ratio(finished, images, draw, floor), 1000 * took / len(images)]
 
 
 def column(results: dict, way: str, steps: int, i: int) -> list[float]:

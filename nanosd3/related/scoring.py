@@ -43,6 +43,15 @@ def draw_and_floor(finished: FinishedRun, count: int, seed: int) -> tuple[Draw, 
     return finished.measured[key]
 
 
+def accuracy_and_ratio(
+    finished: FinishedRun, images: np.ndarray, draw: Draw, floor: float
+) -> tuple[float, float]:
+    """The share of samples uint8 (B, H, W[, C]) of a draw that the classifier reads as prompted,
+    and their Frechet distance over that of real images."""
+    accuracy, distance = finished.scorer.score(to_digits(torch.from_numpy(images)), draw)
+    return accuracy, distance / floor
+
+
 def distance_of_reconstructions(finished: FinishedRun, count: int, seed: int) -> float:
     """The distance of the same real images, encoded and decoded."""
     key = ("reconstructions", count, seed)

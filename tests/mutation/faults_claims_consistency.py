@@ -173,7 +173,7 @@ FAULTS_CLAIMS_CONSISTENCY = [
     # consistency_alone.py
     (SWITCHES, "noise = times[0] * finished", "noise = finished", "noise too strong"),
     (
-        SWITCHES,
+        "related/scoring.py",
         "return accuracy, distance / floor",
         "return accuracy, distance",
         "not over that of real images",
