@@ -21,7 +21,7 @@ Modules, each of which imports only from those above it:
     sd3_ranks           sorting by two scores in many settings
     sd3_formulations    x-sd3-formulations, x-sd3-pixels: which is best, and at how many steps
     sd3_straightness    x-sd3-straight: whose paths are straightest, and need fewest steps
-    sd3_attention       attention's logits, seen while a network trains
+    sd3_attention       attention's logits, measured during training
     sd3_qk_norm         x-sd3-qk-norm: what it bounds, and what it is good for
     sd3_one_way         MMDiTs whose streams do not both read each other
     sd3_variants        the main job's transformer, trained shortly in variants
@@ -36,17 +36,17 @@ Modules, each of which imports only from those above it:
     sd3_duplicates      x-sd3-duplicates, -found: what is in the data many times
     sd3_shift           x-sd3-shift: times for larger images
     sd3_guidance        x-sd3-guidance: following the prompt against diversity
-    sd3_preferences     pairs of which one is as asked, and transformers tuned on them
+    sd3_preferences     pairs of samples, one right and one wrong, and transformers tuned on them
     sd3_dpo             x-sd3-dpo, -distance: tuning on preferences
     sd3_latents         autoencoders of several channels, and transformers in their latents
     sd3_channels        x-sd3-channels, -size: how many channels latents should have
     consistency_students   students of several seeds, and their samples
     consistency_steps   x-cm-0, x-cm-1: distillation, and whether more steps help
     hdit_detail         x-hd-3: what latents lose of an image
-    consistency_pixels  consistency models of pixels, told nothing
-    edit_tasks          what is asked of an edit, and how it is judged
+    consistency_pixels  unconditional consistency models of pixels
+    edit_tasks          tasks of editing, and their scores
     consistency_edits   x-cm-4: repainting, enlarging and cleaning without training for it
-    consistency_ways    consistency training with some of its improvements
+    consistency_variants   consistency training with some of its improvements
     consistency_alone   x-cm-2, x-cm-3: without a teacher, and each improvement alone
     hdit_costs          x-hd-1: what a pass costs as images grow
     decoder_networks    two decoders for the latents of one autoencoder
@@ -62,12 +62,12 @@ Modules, each of which imports only from those above it:
     video_compute       x-sora-3: clips by training compute
     muse_networks       Muses of several seeds, shared by several experiments
     muse_masks          x-muse-1: how much to hide in training
-    muse_ways           three ways to draw the same digits
+    muse_samplers       three ways to draw the same digits
     muse_speed          x-muse-2: how many steps it needs, against two other ways
     muse_cascade        x-muse-3: coarse tokens before fine ones
     muse_decoders       x-muse-7: a larger decoder for the same tokens
     muse_edits          x-muse-4, x-muse-5: repainting, and editing without a mask
-    muse_encoders       Muses told their captions by three encoders
+    muse_encoders       Muses with three text encoders
     muse_text           x-muse-6: a text encoder that was trained before
     sd3_card            x-sd3-24gb: the 8B model on one consumer card
     catalogue           all experiments by name

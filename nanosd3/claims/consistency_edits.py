@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanosd3.claims.consistency_pixels import PixelModel, pixel_model
 from nanosd3.claims.data_sets import HalvedPixels, open_pixel_data
-from nanosd3.claims.edit_tasks import Edited, tasks, towards
+from nanosd3.claims.edit_tasks import Edited, constant_model, tasks
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.random_streams import rng
 from nanosd3.related.editing import denoise
@@ -39,11 +39,11 @@ def edit_study(conditions: Conditions) -> dict:
         y = edited.y
         for name, task in tasks(y.shape[-1]).items():
             one = found.setdefault(name, {MEAN_IMAGE: [], **{str(n): [] for n in EDIT_STEPS}})
-            filled = task.by(towards(mean), y, 1, seed)
+            filled = task.edit(constant_model(mean), y, 1, seed)
             one[MEAN_IMAGE].append(edited.scores(filled))
             for steps in EDIT_STEPS:
-                x = task.by(model.velocity, y, steps, seed)
-                off = max(off, task.off(x, y))
+                x = task.edit(model.velocity, y, steps, seed)
+                off = max(off, task.largest_error(x, y))
                 one[str(steps)].append(edited.scores(x))
         noisy, cleaned = cleaned_of_noise(model, data, y, seed)
         found["cleaning"][NOISY].append(edited.scores(noisy))

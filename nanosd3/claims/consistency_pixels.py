@@ -1,9 +1,9 @@
-"""Small consistency models of pixels that are told nothing, for edits.
+"""Small unconditional consistency models of pixels, for edits.
 
 Edits need a model of what is edited: a latent has no pixels to keep and no blocks to average. And
-whether an edit finds the digit that was there can only be asked of a model that is not told. So
-these are trained on halved digits (data_sets.py) without a label, by consistency training, with
-no teacher. The network is the Consistency Decoder's, whose latents are always zero.
+whether an edit finds the digit that was there only an unconditional model can show. So these are
+trained on halved digits (data_sets.py) without a label, by consistency training, with no teacher.
+The network is the Consistency Decoder's, whose latents are always zero.
 """
 
 from dataclasses import dataclass, replace
@@ -43,11 +43,11 @@ class PixelModel:
 
     def velocity(self, z: Tensor, t: Tensor) -> Tensor:
         """Of images z (B, 1, 12, 12) at t (), as a sampler calls it."""
-        return self.network(z, t, told_nothing(z))
+        return self.network(z, t, zero_latents(z))
 
 
-def told_nothing(z: Tensor) -> Tensor:
-    """Latents that say nothing of an image."""
+def zero_latents(z: Tensor) -> Tensor:
+    """In place of latents: the model is unconditional."""
     return z.new_zeros(len(z), 1, 1, 1)
 
 
@@ -63,7 +63,7 @@ def pixel_loss(job: Job, data: HalvedPixels, network: ConsistencyDecoder) -> Ste
         t, s = (step_rng.take(x) for x in levels)
         x0, noise = data.x0_and_noise(images, step_rng)  # (B, 1, 12, 12) each
         z_t, z_s = interpolate(x0, noise, t), interpolate(x0, noise, s)
-        return consistency_loss(network, z_t, t, z_s, s, told_nothing(x0)), {"levels": count}
+        return consistency_loss(network, z_t, t, z_s, s, zero_latents(x0)), {"levels": count}
 
     return loss_of
 

@@ -31,7 +31,7 @@ STUDENT_WAYS = {
 }
 
 
-def sampled(
+def sample_in_steps(
     pipeline: Pipeline, features: Features, draw: Draw, seed: int, way: str, steps: int
 ) -> np.ndarray:
     """Images uint8 of a draw's prompts, by one of STUDENT_WAYS."""
@@ -78,7 +78,7 @@ def consistency_study(conditions: Conditions) -> dict:
         for way, by_steps in scores.items():
             pipeline = finished.pipeline if way == "teacher" else student
             for steps, found in by_steps.items():
-                generate = partial(sampled, pipeline, features, way=way, steps=steps)
+                generate = partial(sample_in_steps, pipeline, features, way=way, steps=steps)
                 score = score_samples(finished, generate, count, steps, draws=(100 + seed,))
                 found.append((score["prompt_accuracy"], score["frechet_ratio_to_real"]))
         for name, value in spreads_of(finished, student, features, seed, steps_walked).items():

@@ -4,6 +4,7 @@ Latents are the finished main job's. Pixels are the digits without their border,
 with mean 0 and deviation 1. Both are 16 patches an image, and are read by the same classifier.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,6 +16,7 @@ from nanosd3.claims.experiment import Conditions
 from nanosd3.claims.runs import open_encoded, open_main_run
 from nanosd3.config_types import MMDiTConfig
 from nanosd3.data.mnist import SIDE
+from nanosd3.data.sources import Digits
 from nanosd3.random_streams import rng
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.training.cached_features import Features
@@ -112,6 +114,16 @@ class HalvedPixels(Latents):
     def to_digits(self, samples: Tensor) -> Tensor:
         mean, std = self.mean_and_std
         return doubled(samples * std + mean)
+
+
+def with_captions(source: Digits, kept: list[bool]) -> Digits:
+    """The same images, with those of their captions whose texts are `kept`: as many of each."""
+    captions = source.described.captions
+    chosen = captions.choices[torch.tensor(kept)[captions.choices]]
+    choices = chosen.view(*captions.choices.shape[:3], -1)
+    other = copy(source)
+    other.described = replace(source.described, captions=replace(captions, choices=choices))
+    return other
 
 
 def open_latents(conditions: Conditions) -> Latents:

@@ -1,4 +1,4 @@
-"""DiT's blocks: how a transformer is best told the time and the class (arXiv 2212.09748)."""
+"""DiT's blocks: how a transformer is best conditioned on time and class (arXiv 2212.09748)."""
 
 from dataclasses import replace
 from pathlib import Path

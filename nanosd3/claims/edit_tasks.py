@@ -1,4 +1,4 @@
-"""What is asked of an edit: which coordinates are known, and how the result is judged."""
+"""Tasks of editing: which coordinates are known, and how the result is scored."""
 
 from dataclasses import dataclass
 
@@ -22,12 +22,12 @@ class Task:
     to: Basis = lambda x: x
     back: Basis = lambda x: x
 
-    def by(self, velocity: Velocity, y: Tensor, steps: int, seed: int) -> Tensor:
+    def edit(self, velocity: Velocity, y: Tensor, steps: int, seed: int) -> Tensor:
         generator = rng(seed, "edit noise")
         times = even_schedule(steps)
         return edit(velocity, y, self.known, times, generator, self.to, self.back)
 
-    def off(self, x: Tensor, y: Tensor) -> float:
+    def largest_error(self, x: Tensor, y: Tensor) -> float:
         """How far known coordinates are from those of y, at most."""
         return float(((self.to(x) - self.to(y)) * self.known).abs().max())
 
@@ -41,14 +41,14 @@ def tasks(side: int) -> dict[str, Task]:
     }
 
 
-def towards(image: Tensor) -> Velocity:
-    """A model that takes everything for the same image (1, C, H, W)."""
+def constant_model(image: Tensor) -> Velocity:
+    """A model that predicts the same image (1, C, H, W) from everything."""
     return lambda z, t: (z - image) / t
 
 
 @dataclass(frozen=True, eq=False)
 class Edited:
-    """Test digits to edit, and how edits of them are judged."""
+    """Test digits to edit, and scores of their edits."""
 
     data: HalvedPixels
     chosen: Tensor

@@ -66,8 +66,9 @@ class HDiTTrainer:
 
     def sizes(self, net: HDiTVariant) -> HDiTConfig:
         main = self.finished.config
-        told = main.vae.image_channels, main.mmdit.pooled_dim
-        return HDiTConfig(told[0], net.patch, net.levels, HEAD_DIM, *MAPPING["mnist"], told[1])
+        channels, pooled_dim = main.vae.image_channels, main.mmdit.pooled_dim
+        sizes = (net.patch, net.levels, HEAD_DIM, *MAPPING["mnist"])
+        return HDiTConfig(channels, *sizes, pooled_dim)
 
     def multiply_adds(self, net: HDiTVariant) -> float:
         """Of a pass on one image, in millions."""
@@ -83,10 +84,10 @@ class HDiTTrainer:
         sizes, finished = self.sizes(net), self.finished
         what = {"sizes": asdict(sizes), "strongest": net.sigma_data}
         job = network_job(self.conditions, finished, net.name, config, seed, network=what)
-        looks = [max(1, round(share * recipe.steps)) for share in LOSS_CHECKPOINTS]
+        measured_after = [max(1, round(share * recipe.steps)) for share in LOSS_CHECKPOINTS]
 
         def watch(step: int, average: nn.Module) -> None:
-            if step + 1 in looks:
+            if step + 1 in measured_after:
                 job.run.log(stage="hdit", step=step, held_out=self.held_out_loss(average))
 
         with job.run.alone():

@@ -2,7 +2,7 @@
 
 A network learns what its loss asks for. Without a weight every noise counts alike by the error of
 the velocity; soft-min-SNR takes from both ends, from little noise, where only grain is left to
-learn, and from much, where nothing can be told yet. Losses with different weights do not compare,
+learn, and from much, where nothing can be known yet. Losses with different weights do not compare,
 so samples decide.
 """
 

@@ -42,10 +42,10 @@ from nanosd3.training.plot_style import new_figure, save_plot
 CASCADE_STEPS, DIRECT_STEPS = 150, 500  # of the fine tokens; alone they get the base's seconds too
 FINE_TOKEN_STEPS = 120  # of their tokeniser
 CASCADED = 500  # samples
-WAYS_TO_FINE = ("base tokens alone", "base, then fine tokens", "fine tokens alone")
+CASCADE_VARIANTS = ("base tokens alone", "base, then fine tokens", "fine tokens alone")
 
 
-def both_ways(
+def cascade_and_direct(
     conditions: Conditions, seed: int, muse: TrainedMuse
 ) -> tuple[CascadePipeline, MusePipeline, dict[str, float]]:
     """A cascade on the Muse of a seed, a Muse of fine tokens alone, and seconds of training."""
@@ -75,11 +75,11 @@ def both_ways(
 def muse_cascade(conditions: Conditions) -> dict:
     """Accuracy and Frechet ratio of the three ways, and seconds of training, by seed."""
     count, way = 20 if conditions.fast else CASCADED, (MUSE_GUIDANCE, MUSE_TEMPERATURE)
-    found: dict[str, list[list[float]]] = {name: [] for name in WAYS_TO_FINE}
+    found: dict[str, list[list[float]]] = {name: [] for name in CASCADE_VARIANTS}
     seconds = 0.0
     for seed in conditions.seeds:
         muse = trained_muse(conditions, seed, SHORT_STEPS)
-        cascade, direct, took = both_ways(conditions, seed, muse)
+        cascade, direct, took = cascade_and_direct(conditions, seed, muse)
         draw, floor = draw_and_floor(muse.finished, count, 100 + seed)
         asked = (draw.prompts, 100 + seed, MUSE_STEPS, *way)
         base = muse.pipeline.draw(*asked)
@@ -89,7 +89,7 @@ def muse_cascade(conditions: Conditions) -> dict:
             direct.images(direct.draw(*asked)),
         )
         shared = muse.seconds, muse.seconds + took[SUPER_RESOLUTION], took["direct"]
-        for name, made, alone in zip(WAYS_TO_FINE, images, shared, strict=True):
+        for name, made, alone in zip(CASCADE_VARIANTS, images, shared, strict=True):
             scores = accuracy_and_ratio(muse.finished, made, draw, floor)
             found[name].append([*scores, alone])
         seconds += muse.token_seconds + took["fine_tokens"] + shared[1] + shared[2]
@@ -99,7 +99,7 @@ def muse_cascade(conditions: Conditions) -> dict:
 
 
 def decide_cascade(results: dict) -> Verdict:
-    cascade, direct = (results["scores"][name] for name in WAYS_TO_FINE[1:])
+    cascade, direct = (results["scores"][name] for name in CASCADE_VARIANTS[1:])
     better = [a[0] >= b[0] and a[1] < b[1] for a, b in zip(cascade, direct, strict=True)]
     nearer = [a[1] < b[1] for a, b in zip(cascade, direct, strict=True)]
     return verdict(all(better), not any(nearer))

@@ -1,4 +1,4 @@
-"""Three ways to tell a Muse what a caption says, and Muses that hear half of the captions.
+"""Muses with three text encoders, trained on half of the captions.
 
 The main job's text encoders learned before any generator did: the CLIPs to match captions with
 images, T5 to fill in removed words. Beside them stand the same encoders as they were before that,
@@ -9,13 +9,13 @@ Each digit has two names, a word and a numeral, and each image as many captions 
 """
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from nanosd3.claims.data_sets import with_captions
 from nanosd3.claims.muse_networks import in_steps, with_recipes
 from nanosd3.claims.sd3_without_t5 import attributes_right
 from nanosd3.data.sources import Digits
@@ -35,9 +35,9 @@ from nanosd3.training.stages import Job, build, finish_or_load, fit_average
 
 TEXT_STEPS = 300  # of the transformer
 TEXT_AVERAGE = 0.98  # decay of the average of its weights
-TOLD = ("trained encoders", "the same, untrained", "a table of words")
-TOLD_SCORES = ("loss", "digit", "attributes", "unheard")
-HELD_OUT_LOOKS = 4  # at each image held out, with other tokens hidden
+TEXT_ENCODERS = ("trained encoders", "the same, untrained", "a table of words")
+ENCODER_SCORES = ("loss", "digit", "attributes", "unheard")
+MASKS_PER_IMAGE = 4  # of images held out, in the validation loss
 Encode = Callable[[list[str]], Conditioning]
 
 
@@ -73,18 +73,13 @@ def one_hot(text: TextEncoders, captions: list[str]) -> Encode:
 def with_names(source: Digits, numerals: bool) -> Digits:
     """The same images, with those of their captions that name the digit by a numeral, or by a
     word."""
-    captions = source.described.captions
-    has_numeral = [any(letter.isdecimal() for letter in text) for text in captions.texts]
-    fits = torch.tensor(has_numeral)[captions.choices] == numerals
-    choices = captions.choices[fits].view(*fits.shape[:3], -1)
-    half = copy(source)
-    half.described = replace(source.described, captions=replace(captions, choices=choices))
-    return half
+    texts = source.described.captions.texts
+    return with_captions(source, [any(map(str.isdecimal, text)) == numerals for text in texts])
 
 
-def told_muse(study: Study, name: str) -> MusePipeline:
-    """The Muse that is told captions by an encoder, trained now or before. All see the same
-    images, captions and hidden tokens, and start from the same weights."""
+def muse_by_encoder(study: Study, name: str) -> MusePipeline:
+    """The Muse with one of TEXT_ENCODERS, trained now or before. All see the same images, captions
+    and hidden tokens, and start from the same weights."""
     job, finished, size = study.job, study.finished, size_of(study.args, study.finished)
     job = with_recipes(job, flow=in_steps(MUSE_RECIPES[size], TEXT_STEPS, size))
     vq = train_tokens(job, vq_config(job.config, size))
@@ -96,13 +91,13 @@ def told_muse(study: Study, name: str) -> MusePipeline:
         lambda: untrained(text, job),
         lambda: one_hot(text, captions),
     )
-    pipeline.encode = makers[TOLD.index(name)]()
-    told = token_prediction_loss(
+    pipeline.encode = makers[TEXT_ENCODERS.index(name)]()
+    loss_of = token_prediction_loss(
         job, with_names(finished.source, False), vq, pipeline.encode(captions), cosine_share,
         lambda seen, tokens, x, *text: muse(seen, *text),
     )  # fmt: skip
-    stage, decay = f"told-{TOLD.index(name)}", TEXT_AVERAGE
-    train = partial(fit_average, job, stage, muse, same_draws(job, told), decay)
+    stage, decay = f"told-{TEXT_ENCODERS.index(name)}", TEXT_AVERAGE
+    train = partial(fit_average, job, stage, muse, same_draws(job, loss_of), decay)
     finish_or_load(job, stage, muse, train)
     return pipeline
 
@@ -116,7 +111,7 @@ def same_draws(job: Job, loss_of: StepLoss) -> StepLoss:
 def held_out_loss(pipeline: MusePipeline, source: Digits) -> float:
     """The cross-entropy of hidden tokens of images held out: the same of them for every Muse."""
     generator = rng(0, "x-muse-6")
-    index = torch.arange(source.trained, source.count).repeat(HELD_OUT_LOOKS)
+    index = torch.arange(source.trained, source.count).repeat(MASKS_PER_IMAGE)
     captions = source.captions(index, torch.rand(len(index), generator=generator))
     share = cosine_share(stratified(len(index), generator))
     tokens = pipeline.tokens(unpadded(source.pixels(index), source.config.padding))
@@ -128,16 +123,16 @@ def held_out_loss(pipeline: MusePipeline, source: Digits) -> float:
     return float(torch.cat(losses).mean())
 
 
-def told_scores(
+def encoder_scores(
     finished: FinishedRun, pipeline: MusePipeline, count: int, seed: int
 ) -> list[float]:
-    """As TOLD_SCORES has them: the loss, and shares of samples."""
-    heard, unheard = (with_names(finished.source, numerals) for numerals in (False, True))
+    """Values of ENCODER_SCORES: the loss, and shares of samples."""
+    words, numerals = (with_names(finished.source, has_numeral) for has_numeral in (False, True))
     shares = []
-    for source in (heard, unheard):
+    for source in (words, numerals):
         draw = draw_prompts(source, count, 100 + seed)
         images = pipeline.images(pipeline.draw(draw.prompts, 100 + seed))
         digits = to_digits(torch.from_numpy(images))
         right = finished.scorer.score(digits, draw)[0]
         shares.append((right, attributes_right(finished.source.described, draw, digits)))
-    return [held_out_loss(pipeline, heard), *shares[0], shares[1][0]]
+    return [held_out_loss(pipeline, words), *shares[0], shares[1][0]]

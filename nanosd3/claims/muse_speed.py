@@ -8,7 +8,7 @@ import numpy as np
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.claims.muse_networks import MUSE_TRAINED, SHORT_STEPS, trained_causal, trained_muse
-from nanosd3.claims.muse_ways import by_flow, by_muse, token_by_token
+from nanosd3.claims.muse_samplers import sample_causal, sample_flow, sample_muse
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor
 from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
@@ -41,14 +41,14 @@ def muse_speed(conditions: Conditions) -> dict:
         finished = trained.finished
         seconds += trained.token_seconds + trained.seconds + took
         ways = {
-            "muse": partial(by_muse, trained.pipeline),
-            "flow": partial(by_flow, finished.pipeline),
-            "causal": partial(token_by_token, trained.pipeline, causal),
+            "muse": partial(sample_muse, trained.pipeline),
+            "flow": partial(sample_flow, finished.pipeline),
+            "causal": partial(sample_causal, trained.pipeline, causal),
         }
         for way, by_steps in found.items():
             for n in counts[way]:
                 make = partial(ways[way], seed=100 + seed, steps=n)
-                by_steps[str(n)].append(scored(finished, make, count, 100 + seed))
+                by_steps[str(n)].append(scores_and_time(finished, make, count, 100 + seed))
     rows = [
         [SPEED_WAYS[way], n, *(list(each) for each in zip(*scores, strict=True))]
         for way, by_steps in found.items()
@@ -58,7 +58,7 @@ def muse_speed(conditions: Conditions) -> dict:
     return {"scores": found, "training_seconds": seconds, "table": table_of(columns, rows)}
 
 
-def scored(finished: FinishedRun, make: partial, count: int, seed: int) -> list[float]:
+def scores_and_time(finished: FinishedRun, make: partial, count: int, seed: int) -> list[float]:
     """Accuracy, Frechet distance over that of real images, and milliseconds of a core an image,
     text and decoding included."""
     draw, floor = draw_and_floor(finished, count, seed)

@@ -2,7 +2,7 @@
 
 Captions say a digit, often its stroke and its slant. The pooled text says all of that in one
 vector that modulates every block, however the tokens are read, so backbones are compared where it
-is not heard: each has to find the words among the tokens. One head of width 64, and the same
+is left out: each has to find the words among the tokens. One head of width 64, and the same
 images, captions, noise and recipe for all, but for the learning rate: each has the better of two.
 """
 
@@ -48,8 +48,8 @@ class BackboneArm:
         return BackboneConfig(**sizes, heads=1, clip_tokens=clip_tokens)
 
 
-class Unheard(nn.Module):
-    """In place of an embedder: whatever it is given, it says nothing."""
+class ZeroEmbedder(nn.Module):
+    """In place of an embedder: zeros, whatever the input."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -60,10 +60,10 @@ class Unheard(nn.Module):
 
 
 def make_backbone(arm: BackboneArm, config: BackboneConfig, pooled: bool) -> MMDiT:
-    """A fresh network; without `pooled` it does not hear the pooled text."""
+    """A fresh network; without `pooled` the pooled text has no effect."""
     model = BACKBONES[arm.kind](config)
     if not pooled:
-        model.register_module("y_embedder", Unheard(config.width))
+        model.register_module("y_embedder", ZeroEmbedder(config.width))
     return model
 
 

@@ -16,7 +16,7 @@ from nanosd3.claims.sd3_preferences import (
     TUNED_ON,
     TUNING,
     preferred_pairs,
-    sampled_and_judged,
+    sample_and_score,
     tuned_transformer,
 )
 from nanosd3.pipeline import Pipeline
@@ -30,13 +30,13 @@ ALL_ARMS = (BEFORE, *TUNED_ON)
 TOLERATED = 0.1  # of the Frechet ratio, as in x-sd3-t5
 
 
-def judged_samples(
+def right_and_ratio(
     finished: FinishedRun, pipeline: Pipeline, seed: int, count: int
 ) -> dict[str, list[bool] | float]:
     """Of samples of a fresh draw of prompts: which are as asked, and their Frechet distance over
     that of real images."""
     draw, floor = draw_and_floor(finished, count, 100 + seed)
-    samples = sampled_and_judged(finished, pipeline, draw, 100 + seed)
+    samples = sample_and_score(finished, pipeline, draw, 100 + seed)
     distance = frechet_distance(samples.features, finished.scorer.test)
     return {"right": samples.right.tolist(), "ratio": distance / floor}
 
@@ -50,15 +50,15 @@ def dpo_study(conditions: Conditions) -> dict:
     pairs_found, seconds = [], 0.0
     for seed in conditions.seeds:
         base = features.pipeline(finished.pipeline.mmdit, finished.device)
-        first = judged_samples(finished, base, seed, count)
+        first = right_and_ratio(finished, base, seed, count)
         add_scores(found[BEFORE], first, first)
         pairs = cache(partial(preferred_pairs, finished, features, seed, prompts))
         for what in TUNED_ON:
             network = tuned_transformer(conditions, finished, features, pairs, what, seed)
             seconds += network.seconds
             pipeline = network.features.pipeline(network.model, finished.device)
-            judge = partial(judged_samples, finished, pipeline, seed, count)
-            add_scores(found[what], network.once("judged", judge), first)
+            measure = partial(right_and_ratio, finished, pipeline, seed, count)
+            add_scores(found[what], network.once("judged", measure), first)
         pairs_found.append(network.job.run.stages["flow"]["pairs"])
     rows: list[list[object]] = []
     for name, one in found.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanosd3.claims.data_sets import Latents, open_data_sets, sample_inputs, scores_of_samples
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.sd3_networks import sample_by, trained_by
+from nanosd3.claims.sd3_networks import sample_formulation, trained_formulation
 from nanosd3.claims.sd3_ranks import BySetting, Score, average_ranks
 from nanosd3.related.formulations import FORMULATIONS
 from nanosd3.training.plot_style import INK, PALE, SERIES, new_figure, save_plot
@@ -30,12 +30,12 @@ def network_scores(
 ) -> tuple[list[Score], float]:
     """Scores of a network in the settings of its data set, in their order, measured now or before;
     and the seconds of a core that it took to train."""
-    trained, scores = trained_by(data, name, seed), "scores"
+    trained, scores = trained_formulation(data, name, seed), "scores"
     if scores not in trained.run.stages:
         found, inputs = [], sample_inputs(data, seed, samples)
         for count, guidance, weights in SETTINGS[data.name]:
             model, steps = getattr(trained, weights), steps_made[count]
-            made = sample_by(FORMULATIONS[name], model, inputs, steps, guidance)
+            made = sample_formulation(FORMULATIONS[name], model, inputs, steps, guidance)
             found.append(scores_of_samples(data, made, inputs))
         with trained.run.alone():
             trained.run.finish(scores, {"found": found})

@@ -1,8 +1,8 @@
 """Small transformers trained by each formulation, for several experiments.
 
 The same network, images, captions, noise and recipe for each; only the formulation differs. The
-network is one block deep and told what to draw by the pooled text alone, which a tenth of the
-images go without. Its weights are kept as they are after the last step, and as their average.
+network is one block deep and conditioned on the pooled text alone, which a tenth of the images go
+without. Its weights are kept as they are after the last step, and as their average.
 """
 
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ SAMPLED_AT_A_TIME = 200
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedFormulation:
     """A network twice: with its weights after the last step, and with their average."""
 
     last: MMDiT
@@ -46,7 +46,7 @@ class Trained:
         return self.run.stages["flow"]["thread_seconds"]
 
 
-def trained_by(data: Latents, name: str, seed: int) -> Trained:
+def trained_formulation(data: Latents, name: str, seed: int) -> TrainedFormulation:
     """The network of a formulation and a seed, trained now or before."""
     conditions, finished = data.conditions, data.finished
     recipe = FAST_SHORT if conditions.fast else SHORT
@@ -60,18 +60,18 @@ def trained_by(data: Latents, name: str, seed: int) -> Trained:
     run = job.run
     with run.alone():
         print(f"{data.name}, {name}, seed {seed}", flush=True)
-        average = train_by(FORMULATIONS[name], data, job)
+        average = train_formulation(FORMULATIONS[name], data, job)
     last = build(job, "flow", lambda: MMDiT(config.mmdit))
     load_weights(last, last_file(run.folder))
     last.requires_grad_(False).eval()
-    return Trained(last, average, run)
+    return TrainedFormulation(last, average, run)
 
 
 def last_file(folder: Path) -> Path:
     return folder / "last.safetensors"
 
 
-def train_by(formulation: Formulation, data: Latents, job: Job) -> MMDiT:
+def train_formulation(formulation: Formulation, data: Latents, job: Job) -> MMDiT:
     """Train a network, or load it: the average of its weights. The last ones are written too."""
     model, recipe = build(job, "flow", lambda: MMDiT(job.config.mmdit)), job.training.flow
 
@@ -103,7 +103,7 @@ def formulation_step(
     return (answer - formulation.target(x0, noise, t)).square().flatten(1).mean(1)
 
 
-def flow_of(
+def formulation_velocity(
     formulation: Formulation, model: MMDiT, pooled: Tensor, guidance: float = 1.0
 ) -> Velocity:
     """The velocity field for some pooled text, with classifier-free guidance."""
@@ -112,12 +112,12 @@ def flow_of(
 
 
 @torch.no_grad()
-def sample_by(
+def sample_formulation(
     formulation: Formulation, model: MMDiT, inputs: SampleInputs, steps: int, guidance: float
 ) -> Tensor:
     """Samples (B, C, h, w) by Euler's method."""
     times, samples = formulation.steps(steps), []
     for rows in torch.arange(len(inputs.noise)).split(SAMPLED_AT_A_TIME):
-        velocity = flow_of(formulation, model, inputs.pooled[rows], guidance)
+        velocity = formulation_velocity(formulation, model, inputs.pooled[rows], guidance)
         samples.append(euler(velocity, times[0] * inputs.noise[rows], times))
     return torch.cat(samples)

@@ -34,7 +34,7 @@ TUNED_ON = ("preferences", "winners alone")
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredSamples:
     """Samples of a draw of prompts."""
 
     latents: Tensor  # (B, C, h, w), normalised
@@ -43,7 +43,9 @@ class Judged:
 
 
 @torch.no_grad()
-def sampled_and_judged(finished: FinishedRun, pipeline: Pipeline, draw: Draw, seed: int) -> Judged:
+def sample_and_score(
+    finished: FinishedRun, pipeline: Pipeline, draw: Draw, seed: int
+) -> ScoredSamples:
     """Samples without guidance, and which of them are as asked."""
     latents = pipeline(
         draw.prompts, seed=seed, steps=UNGUIDED_STEPS, guidance=1.0, sampler="heun", output="latent"
@@ -52,7 +54,7 @@ def sampled_and_judged(finished: FinishedRun, pipeline: Pipeline, draw: Draw, se
     digits = to_digits(torch.from_numpy(pipeline.decode(latents)))
     features = finished.scorer.features(digits)
     right = finished.scorer.read(features) == draw.labels
-    return Judged(latents, features, right & attributes_shown(finished, draw, digits))
+    return ScoredSamples(latents, features, right & attributes_shown(finished, draw, digits))
 
 
 def attributes_shown(finished: FinishedRun, draw: Draw, digits: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ def preferred_pairs(finished: FinishedRun, features: Features, seed: int, count:
     """Of `count` prompts and two samples each of the finished model, the pairs that differ."""
     draw = draw_prompts(finished.source, count, 200 + seed)
     pipeline = features.pipeline(finished.pipeline.mmdit, finished.device)
-    a, b = (sampled_and_judged(finished, pipeline, draw, start + seed) for start in (200, 300))
+    a, b = (sample_and_score(finished, pipeline, draw, start + seed) for start in (200, 300))
     differ, first = a.right != b.right, a.right[:, None, None, None]
     prompts = [prompt for prompt, kept in zip(draw.prompts, differ.tolist(), strict=True) if kept]
     text = rows_of({prompt: features[prompt] for prompt in {*prompts}}, prompts)

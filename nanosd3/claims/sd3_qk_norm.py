@@ -32,10 +32,10 @@ def norm_study(conditions: Conditions) -> dict:
     for arm, seed in product(ARMS_OF_NORM, conditions.seeds):
         run = trained_with(conditions, finished, features, arm, seed)
         seconds += run.stages["flow"]["thread_seconds"]
-        looks = [entry for entry in run.read_log() if "largest" in entry]
-        one = found.setdefault(", ".join(arm), {"steps": [e["step"] + 1 for e in looks]})
+        measured = [entry for entry in run.read_log() if "largest" in entry]
+        one = found.setdefault(", ".join(arm), {"steps": [e["step"] + 1 for e in measured]})
         for key in ("largest", "entropy"):
-            one.setdefault(key, []).append([entry[key] for entry in looks])
+            one.setdefault(key, []).append([entry[key] for entry in measured])
         one.setdefault("loss", []).append(run.stages["flow"]["loss"])
     rows = [
         [arm, *([series[-1] for series in one[key]] for key in ("largest", "entropy")), one["loss"]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from nanosd3.claims.data_sets import open_data_sets, sample_inputs
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.claims.fm_straightness import images_and_noise, length_over_chord
-from nanosd3.claims.sd3_networks import flow_of, trained_by
+from nanosd3.claims.sd3_networks import formulation_velocity, trained_formulation
 from nanosd3.related.formulations import FORMULATIONS, deviation
 from nanosd3.related.paths import PATHS, exact_velocity
 from nanosd3.samplers import Velocity, euler
@@ -69,9 +69,9 @@ def following_study(conditions: Conditions) -> dict:
         exact = exact_velocity(PATHS["ot"], points)
         inputs = sample_inputs(data, seed, 20 if conditions.fast else 64)
         for name in FOLLOWED:
-            trained = trained_by(data, name, seed)
+            trained = trained_formulation(data, name, seed)
             seconds += trained.seconds
-            velocity = flow_of(FORMULATIONS[name], trained.average, inputs.pooled)
+            velocity = formulation_velocity(FORMULATIONS[name], trained.average, inputs.pooled)
             for field, (v, start) in zip(
                 EXACT_AND_TRAINED, ((exact, noise), (velocity, inputs.noise)), strict=True
             ):

@@ -23,12 +23,12 @@ from nanosd3.training.evaluation import Draw, to_digits
 from nanosd3.training.plot_style import SERIES, new_figure, save_plot
 from nanosd3.training.report import SLANT_WORDS, WEIGHT_WORDS, attribute_accuracy
 
-HEARD = {"all three": (), "without T5": ("t5",)}
-IN_TRAINING = {"some left out": Variant(), "all heard": Variant(dropped=False)}
+ENCODERS_USED = {"all three": (), "without T5": ("t5",)}
+DROPOUT_VARIANTS = {"some left out": Variant(), "all heard": Variant(encoder_dropout=False)}
 T5_SCORES = ("digit", "attributes", "ratio")
 
 
-def scores_when_heard(
+def scores_without_encoders(
     finished: FinishedRun, network: TrainedVariant, seed: int, count: int, drop: tuple[str, ...]
 ) -> dict[str, float]:
     """Of samples: the share of right digits, the share of right attributes (thin or bold, leaning
@@ -55,22 +55,24 @@ def attributes_right(described: Described, draw: Draw, digits: Tensor) -> float:
 
 
 def t5_study(conditions: Conditions) -> dict:
-    """By way of training, encoders heard and seed: the three scores."""
+    """By way of training, encoders used and seed: the three scores."""
     finished, features = open_encoded(conditions)
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     rows, seconds, count = [], 0.0, 20 if conditions.fast else 1000
-    for training, variant in IN_TRAINING.items():
-        found[training] = {heard: {key: [] for key in T5_SCORES} for heard in HEARD}
+    for training, variant in DROPOUT_VARIANTS.items():
+        found[training] = {encoders: {key: [] for key in T5_SCORES} for encoders in ENCODERS_USED}
         for seed in conditions.seeds:
             network = trained_variant(conditions, finished, features, variant, seed)
             seconds += network.seconds
-            for heard, drop in HEARD.items():
+            for encoders, drop in ENCODERS_USED.items():
                 asked = (finished, network, seed, count, drop)
-                scores = network.once(f"scores, {heard}", partial(scores_when_heard, *asked))
+                scores = network.once(
+                    f"scores, {encoders}", partial(scores_without_encoders, *asked)
+                )
                 for key, value in scores.items():
-                    found[training][heard][key].append(value)
-        for heard, one in found[training].items():
-            rows.append([training, heard, *one.values()])
+                    found[training][encoders][key].append(value)
+        for encoders, one in found[training].items():
+            rows.append([training, encoders, *one.values()])
     columns = ["encoders, in training", "sampled with", "right digit"]
     columns += ["right attributes", "Frechet ratio"]
     return {"scores": found, "training_seconds": seconds, "table": table_of(columns, rows)}
@@ -78,7 +80,7 @@ def t5_study(conditions: Conditions) -> dict:
 
 def losses_without(results: dict, training: str, key: str) -> list[float]:
     """By how much a score is lower without T5, seed by seed."""
-    whole, without = (results["scores"][training][heard][key] for heard in HEARD)
+    whole, without = (results["scores"][training][encoders][key] for encoders in ENCODERS_USED)
     return [a - b for a, b in zip(whole, without, strict=True)]
 
 
@@ -95,8 +97,10 @@ def decide_without(results: dict) -> Verdict:
 
 
 def decide_dropout(results: dict) -> Verdict:
-    dropped, heard = (losses_without(results, training, "digit") for training in IN_TRAINING)
-    mean, spread = lead(dropped, heard)  # a smaller loss is better
+    dropped, encoders = (
+        losses_without(results, training, "digit") for training in DROPOUT_VARIANTS
+    )
+    mean, spread = lead(dropped, encoders)  # a smaller loss is better
     return verdict(mean > max(spread, 0.02), mean < -spread)
 
 
@@ -104,13 +108,13 @@ def plot_t5(results: dict, path: Path) -> None:
     figure, axes = new_figure(10, 3)
     titles = ("Right digit", "Right attributes", "Frechet ratio")
     for axis, key, title in zip(axes, T5_SCORES, titles, strict=True):
-        for i, (training, mark) in enumerate(zip(IN_TRAINING, "os", strict=True)):
-            for j, heard in enumerate(HEARD):
-                values = results["scores"][training][heard][key]
+        for i, (training, mark) in enumerate(zip(DROPOUT_VARIANTS, "os", strict=True)):
+            for j, encoders in enumerate(ENCODERS_USED):
+                values = results["scores"][training][encoders][key]
                 places = [j + 0.16 * (2 * i - 1)] * len(values)
                 label = "" if j else f"in training {training}"
                 axis.plot(places, values, mark, color=SERIES[i], markersize=5, label=label)
-        axis.set_xticks(range(len(HEARD)), list(HEARD))
+        axis.set_xticks(range(len(ENCODERS_USED)), list(ENCODERS_USED))
         axis.margins(0.25)
         axis.set(title=title)
     axes[0].legend(loc="best")

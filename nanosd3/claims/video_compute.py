@@ -1,8 +1,8 @@
 """Do clips get better with compute? (Sora, OpenAI, 2024)
 
 The report shows the same clip after one, 4 and 32 units of training. Here a network trains 1, 4 and
-16 times as long. How near its clips are to real ones is told by features of whole frames and of how
-they change: of a still picture of the right digit the first are right and the second are not.
+16 times as long. How near its clips are to real ones is measured by features of whole frames and of
+how they change: of a still picture of the right digit the first are right and the second are not.
 """
 
 from itertools import pairwise
@@ -50,7 +50,7 @@ class ClipScorer:
     def distance(self, videos: Tensor) -> float:
         return frechet_distance(self.features(videos), self.reference)
 
-    def landmarks(self) -> dict[str, float]:
+    def reference_distances(self) -> dict[str, float]:
         """Distances of clips that are known to be right, or wrong in one way."""
         real = self.real(2)
         u = torch.rand(self.count, SQUARE[0], generator=rng("any order"))
@@ -62,7 +62,7 @@ class ClipScorer:
             "real ones, frames in any order": self.distance(shuffled),
         }
 
-    def judged(self, network: TrainedClips) -> dict:
+    def scores(self, network: TrainedClips) -> dict:
         """The distance of the network's clips, and beside it what moves in them."""
 
         def measure() -> dict:
@@ -79,27 +79,27 @@ class ClipScorer:
 def compute_study(conditions: Conditions) -> dict:
     """By compute: distances and motion, lists over seeds; and distances of known clips."""
     trainer = ClipTrainer(conditions)
-    judge = ClipScorer(trainer, 20 if conditions.fast else 500)
+    clip_scorer = ClipScorer(trainer, 20 if conditions.fast else 500)
     found: dict[str, dict[str, list[float]]] = {}
     for times in TIMES_COMPUTE:
         one: dict[str, list[float]] = {key: [] for key in ("distance", *MOTION_KEYS, "seconds")}
         for seed in conditions.seeds:
             steps = UNIT * times
             network = trainer.trained(f"compute-{steps}", trainer.moving, SQUARE, steps, seed)
-            for key, value in judge.judged(network).items():
+            for key, value in clip_scorer.scores(network).items():
                 one[key].append(value)
             one["seconds"].append(network.seconds)
         found[str(times)] = one
-    landmarks = judge.landmarks()
+    references = clip_scorer.reference_distances()
     rows: list[list[object]] = [
         [f"{times}x", *(one[key] for key in one)] for times, one in found.items()
     ]
-    rows += [[name, distance, *[""] * 4] for name, distance in landmarks.items()]
+    rows += [[name, distance, *[""] * 4] for name, distance in references.items()]
     columns = ["compute", "distance of clips", "digit read in", "direction right in",
                "motion explained", "seconds"]  # fmt: skip
     return {
         "compute": found,
-        "landmarks": landmarks,
+        "landmarks": references,
         "training_seconds": trainer.seconds + sum(sum(one["seconds"]) for one in found.values()),
         "table": table_of(columns, rows),
     }
@@ -118,13 +118,13 @@ def decide_clip_compute(results: dict) -> Verdict:
 
 def plot_clip_compute(results: dict, path: Path) -> None:
     figure, (left, right) = new_figure(10, 2)
-    found, landmarks = results["compute"], results["landmarks"]
+    found, references = results["compute"], results["landmarks"]
     times = [int(x) for x in found]
     seeds = zip(*(one["distance"] for one in found.values()), strict=True)
     for i, distances in enumerate(seeds):
         left.semilogx(times, distances, "-o", color=MEANINGS["prediction"], markersize=5,
                     label="drawn, each seed's" if i == 0 else None)  # fmt: skip
-    known = zip(landmarks.items(), ("-", "--", ":"), (MEANINGS["data"], *SERIES[:2]), strict=True)
+    known = zip(references.items(), ("-", "--", ":"), (MEANINGS["data"], *SERIES[:2]), strict=True)
     for (name, distance), line, colour in known:
         left.axhline(distance, color=colour, linestyle=line, label=name)
     left.set_ylim(bottom=0)

@@ -9,20 +9,25 @@ import pytest
 import torch
 
 from nanosd3.claims import __main__ as command
-from nanosd3.claims import consistency_ways
+from nanosd3.claims import consistency_variants
 from nanosd3.claims.consistency_alone import (
     ALL_CHANGES,
     ALONE_AT_ALL,
     CHANGES,
+    CONSISTENCY_ONE,
+    CONSISTENCY_VARIANTS,
     EACH_CHANGE,
     FLOW_ONE,
     IMPROVED,
     ORIGINAL,
-    TAUGHT_BY_NONE,
-    TRAINING_WAYS,
-    samples_scored,
+    scores_of_times,
 )
-from nanosd3.claims.consistency_ways import TOP, TrainingWay, trained_way, way_loss
+from nanosd3.claims.consistency_variants import (
+    TOP,
+    ConsistencyVariant,
+    trained_consistency,
+    variant_loss,
+)
 from nanosd3.claims.dit_networks import DiTTrainer
 from nanosd3.claims.experiment import Conditions
 from nanosd3.cli import run_main
@@ -47,12 +52,17 @@ def trainer(tiny_run, out) -> DiTTrainer:
 
 
 def test_each_change_is_made_alone():
-    names = [field.name for field in fields(TrainingWay)]
+    names = [field.name for field in fields(ConsistencyVariant)]
     alone = [[n for n in names if getattr(way, n)] for way in CHANGES.values()]
     assert sorted(alone) == sorted([name] for name in names)
-    assert TRAINING_WAYS[ORIGINAL] == TrainingWay() and TRAINING_WAYS[ORIGINAL].name == "original"
-    assert all(getattr(TRAINING_WAYS[ALL_CHANGES], name) for name in names)
-    assert len({way.name for way in TRAINING_WAYS.values()}) == len(TRAINING_WAYS) == 7
+    assert (
+        CONSISTENCY_VARIANTS[ORIGINAL] == ConsistencyVariant()
+        and CONSISTENCY_VARIANTS[ORIGINAL].name == "original"
+    )
+    assert all(getattr(CONSISTENCY_VARIANTS[ALL_CHANGES], name) for name in names)
+    assert (
+        len({way.name for way in CONSISTENCY_VARIANTS.values()}) == len(CONSISTENCY_VARIANTS) == 7
+    )
 
 
 @pytest.fixture
@@ -70,10 +80,10 @@ def lesson(trainer, tmp_path, monkeypatch):
         asked.update(network=network, z_t=z_t, t=t, z_s=z_s, s=s, given=given, **options)
         return torch.ones(len(t))
 
-    monkeypatch.setattr(consistency_ways, "consistency_loss", watched)
+    monkeypatch.setattr(consistency_variants, "consistency_loss", watched)
 
-    def ask(way: TrainingWay, step: int) -> tuple[dict, torch.Tensor]:
-        loss_of = way_loss(job, trainer, network, average, way)
+    def ask(way: ConsistencyVariant, step: int) -> tuple[dict, torch.Tensor]:
+        loss_of = variant_loss(job, trainer, network, average, way)
         losses, _ = loss_of(StepRNG((0, "consistency", step), range(64)))
         return asked | {"is_network": asked["network"] is network, "average": average}, losses
 
@@ -83,7 +93,7 @@ def lesson(trainer, tmp_path, monkeypatch):
 def test_pairs_are_of_one_path(lesson, trainer):
     """The same latents and noise, at neighbouring levels, the last of which is nearly noise; the
     label is told."""
-    asked, losses = lesson(TrainingWay(), 0)
+    asked, losses = lesson(ConsistencyVariant(), 0)
     t, s = (asked[key].view(-1, 1, 1, 1) for key in ("t", "s"))
     noise = (asked["z_t"] * (1 - s) - asked["z_s"] * (1 - t)) / (t - s)
     assert 0.9 < noise.std() < 1.1
@@ -95,25 +105,25 @@ def test_pairs_are_of_one_path(lesson, trainer):
 
 
 def test_the_target(lesson):
-    asked, _ = lesson(TrainingWay(), 0)
+    asked, _ = lesson(ConsistencyVariant(), 0)
     assert asked["target_network"] is asked["average"]
-    assert lesson(TrainingWay(itself=True), 0)[0]["target_network"] is None
+    assert lesson(ConsistencyVariant(itself=True), 0)[0]["target_network"] is None
 
 
 def test_the_distance(lesson):
     a, b = torch.randn(2, 5, 4, 8, 8).unbind()
-    asked, _ = lesson(TrainingWay(), 0)
+    asked, _ = lesson(ConsistencyVariant(), 0)
     torch.testing.assert_close(asked["distance"](a, b), (a - b).square().sum((1, 2, 3)))
-    assert lesson(TrainingWay(huber=True), 0)[0]["distance"] is None
+    assert lesson(ConsistencyVariant(huber=True), 0)[0]["distance"] is None
     assert pseudo_huber(a, b, huber_constant(256)).max() < 100
 
 
 def test_the_number_of_levels(lesson):
     """2, 4 and 8 in three stages, or 8 throughout."""
     for step, count in ((0, 2), (9, 2), (10, 4), (20, 8), (29, 8)):
-        asked, _ = lesson(TrainingWay(doubled=True), step)
+        asked, _ = lesson(ConsistencyVariant(doubled=True), step)
         torch.testing.assert_close(asked["t"] - asked["s"], torch.full((64,), TOP / count))
-        asked, _ = lesson(TrainingWay(), step)
+        asked, _ = lesson(ConsistencyVariant(), step)
         torch.testing.assert_close(asked["t"] - asked["s"], torch.full((64,), TOP / 8))
 
 
@@ -124,21 +134,21 @@ def test_how_often_levels_are_drawn(lesson):
         levels = torch.cat([lesson(way, step)[0]["t"] for step in range(20)])
         return float((levels < 0.55).float().mean())
 
-    assert low(TrainingWay()) == pytest.approx(0.5, abs=0.05)
-    assert low(TrainingWay(lognormal=True)) == pytest.approx(0.71, abs=0.05)
+    assert low(ConsistencyVariant()) == pytest.approx(0.5, abs=0.05)
+    assert low(ConsistencyVariant(lognormal=True)) == pytest.approx(0.71, abs=0.05)
 
 
 def test_the_weight(lesson):
-    asked, losses = lesson(TrainingWay(weighted=True), 0)
+    asked, losses = lesson(ConsistencyVariant(weighted=True), 0)
     t, s = asked["t"], asked["s"]
     torch.testing.assert_close(losses, 1 / (t / (1 - t) - s / (1 - s)))
 
 
 def test_a_way_is_trained_once(trainer, monkeypatch):
-    way = TrainingWay(huber=True)
-    first = trained_way(trainer, way, 5, 4, 8e-3)
-    monkeypatch.setattr(consistency_ways, "fit_average", lambda *_, **__: pytest.fail("again"))
-    second = trained_way(trainer, way, 5, 4, 8e-3)
+    way = ConsistencyVariant(huber=True)
+    first = trained_consistency(trainer, way, 5, 4, 8e-3)
+    monkeypatch.setattr(consistency_variants, "fit_average", lambda *_, **__: pytest.fail("again"))
+    second = trained_consistency(trainer, way, 5, 4, 8e-3)
     for a, b in zip(first.network.parameters(), second.network.parameters(), strict=True):
         assert a.equal(b) and not a.requires_grad
     assert first.seconds == second.seconds
@@ -147,8 +157,8 @@ def test_a_way_is_trained_once(trainer, monkeypatch):
 def test_all_switches_count(trainer):
     """Each way ends with other weights."""
     ends = {
-        name: trained_way(trainer, way, 0, 4, 8e-3).network.final_layer.linear.weight
-        for name, way in TRAINING_WAYS.items()
+        name: trained_consistency(trainer, way, 0, 4, 8e-3).network.final_layer.linear.weight
+        for name, way in CONSISTENCY_VARIANTS.items()
     }
     assert len({tuple(weight.flatten().tolist()) for weight in ends.values()}) == 7
 
@@ -165,7 +175,7 @@ def test_samples_start_at_the_first_time(trainer):
         return network(z, t, y)
 
     for times in ([0.5, 0.0], [1.0, 0.5, 0.0]):
-        accuracy, ratio = samples_scored(trainer, watched, 0, times)
+        accuracy, ratio = scores_of_times(trainer, watched, 0, times)
         assert 0 <= accuracy <= 1 and ratio > 0
     (half, t, y), (whole, _, same), (_, last, _) = seen
     assert (t, last) == (0.5, 0.5) and y.equal(same) and half.std() < 0.6 < whole.std()
@@ -177,7 +187,7 @@ def test_samples_start_at_the_first_time(trainer):
 
 def scored(**ratios: list[float]) -> dict:
     """Results of two seeds; every way is at 9 but for changes."""
-    found = {name: [9.0, 9.0] for name in (*TRAINING_WAYS, FLOW_ONE, TAUGHT_BY_NONE)}
+    found = {name: [9.0, 9.0] for name in (*CONSISTENCY_VARIANTS, FLOW_ONE, CONSISTENCY_ONE)}
     return {"scores": {name: [(0.9, r) for r in ratios.get(name.split()[0], each)]
                        for name, each in found.items()}}  # fmt: skip
 
@@ -193,7 +203,7 @@ def scored(**ratios: list[float]) -> dict:
     ],
 )
 def test_rule_of_training_alone(ours, read, word):
-    scores = {TAUGHT_BY_NONE: [(read, r) for r in ours], FLOW_ONE: [(1.0, 12.0) for _ in ours]}
+    scores = {CONSISTENCY_ONE: [(read, r) for r in ours], FLOW_ONE: [(1.0, 12.0) for _ in ours]}
     assert ALONE_AT_ALL.decide({"scores": scores}) == word
 
 

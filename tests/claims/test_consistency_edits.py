@@ -19,7 +19,7 @@ from nanosd3.claims.consistency_edits import (
 )
 from nanosd3.claims.consistency_pixels import pixel_model
 from nanosd3.claims.data_sets import HalvedPixels, open_pixel_data
-from nanosd3.claims.edit_tasks import Edited, tasks, towards
+from nanosd3.claims.edit_tasks import Edited, constant_model, tasks
 from nanosd3.claims.experiment import Conditions
 from nanosd3.cli import run_main
 
@@ -44,17 +44,17 @@ def data(tiny_run, out) -> HalvedPixels:
 def test_the_upper_half_stays(steps):
     """And the lower half is the model's, after any number of steps."""
     task = tasks(12)["repainted"]
-    x = task.by(towards(POINT), Y, steps, 0)
+    x = task.edit(constant_model(POINT), Y, steps, 0)
     assert x[:, :, :6].equal(Y[:, :, :6])
     torch.testing.assert_close(x[:, :, 6:], POINT[:, :, 6:].expand(3, -1, -1, -1))
-    assert task.off(x, Y) == 0 and task.off(Y - 0.5, Y) == pytest.approx(0.5)
+    assert task.largest_error(x, Y) == 0 and task.largest_error(Y - 0.5, Y) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("steps", EDIT_STEPS)
 def test_means_of_blocks_stay(steps):
     """And what differs within a block is the model's."""
     task = tasks(12)["enlarged"]
-    x = task.by(towards(POINT), Y, steps, 0)
+    x = task.edit(constant_model(POINT), Y, steps, 0)
 
     def blocks(image):
         return image.unfold(2, 2, 2).unfold(3, 2, 2)
@@ -64,7 +64,7 @@ def test_means_of_blocks_stay(steps):
     point = blocks(POINT)
     within = (point - point.mean((4, 5), keepdim=True)).expand(3, -1, -1, -1, -1, -1)
     torch.testing.assert_close(blocks(x) - means, within, atol=1e-5, rtol=1e-5)
-    assert task.off(x, Y) < 1e-5 < 0.9 < task.off(Y - 0.5, Y)
+    assert task.largest_error(x, Y) < 1e-5 < 0.9 < task.largest_error(Y - 0.5, Y)
 
 
 def test_noise_of_edits_is_the_seeds():
@@ -76,7 +76,7 @@ def test_noise_of_edits_is_the_seeds():
         return torch.cos(z)
 
     task = tasks(12)["repainted"]
-    first, same, other = (task.by(watched, Y, 2, seed) for seed in (0, 0, 1))
+    first, same, other = (task.edit(watched, Y, 2, seed) for seed in (0, 0, 1))
     assert first.equal(same) and not first.equal(other)
     assert seen == [1.0, 0.5] * 3
 

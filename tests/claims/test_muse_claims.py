@@ -8,10 +8,10 @@ import torch
 
 from nanosd3.claims import __main__ as command
 from nanosd3.claims.catalogue import EXPERIMENTS
-from nanosd3.claims.muse_cascade import WAYS_TO_FINE
+from nanosd3.claims.muse_cascade import CASCADE_VARIANTS
 from nanosd3.claims.muse_decoders import DECODERS
 from nanosd3.claims.muse_edits import REPAINT_GUIDANCES, ROUNDS_MADE, TRUE_LABEL
-from nanosd3.claims.muse_encoders import TOLD, TOLD_SCORES
+from nanosd3.claims.muse_encoders import ENCODER_SCORES, TEXT_ENCODERS
 from nanosd3.claims.muse_masks import SHARES_HIDDEN
 from nanosd3.claims.muse_speed import FAST_FLOW_COUNTS, FAST_MUSE_COUNTS
 from nanosd3.cli import run_main
@@ -54,7 +54,7 @@ def test_what_they_measure(records):
     masks = records["x-muse-1"]["results"]["scores"]
     assert list(masks) == list(SHARES_HIDDEN)
     ways = records["x-muse-3"]["results"]["scores"]
-    assert list(ways) == list(WAYS_TO_FINE)
+    assert list(ways) == list(CASCADE_VARIANTS)
     for base, cascade, direct in zip(*ways.values(), strict=True):  # of a seed
         assert 0 < base[2] < cascade[2] and direct[2] > 0  # seconds
         assert len({base[1], cascade[1], direct[1]}) == 3
@@ -68,9 +68,9 @@ def test_what_they_measure(records):
     assert kept == sorted(kept, reverse=True) and 1 > kept[0] > kept[-1]
     told = records["x-muse-6"]["results"]
     assert records["x-muse-6-words"]["results"] == told
-    assert list(told["scores"]) == list(TOLD)
+    assert list(told["scores"]) == list(TEXT_ENCODERS)
     for scores in told["scores"].values():
-        assert list(scores) == list(TOLD_SCORES)
+        assert list(scores) == list(ENCODER_SCORES)
         assert scores["loss"][0] < math.log(64) and all(
             0 <= scores[k][0] <= 1 for k in scores if k != "loss"
         )
@@ -164,7 +164,7 @@ def test_masks(cosine, uniform, few, expected):
     ],
 )
 def test_cascade(cascade, direct, expected):
-    results = {"scores": dict(zip(WAYS_TO_FINE, ([], cascade, direct), strict=True))}
+    results = {"scores": dict(zip(CASCADE_VARIANTS, ([], cascade, direct), strict=True))}
     assert EXPERIMENTS["x-muse-3"].decide(results) == expected
 
 
@@ -228,7 +228,7 @@ def told(loss=1.1, digit=0.1, attributes=0.0, unheard=(0.6, 0.1), seeds=3, wobbl
         "digit": [0.8 - digit - shaky * m for m in moves],
         "attributes": [0.8 - attributes - m for m in moves],
     }
-    both = zip(TOLD, (trained, other), unheard, strict=False)
+    both = zip(TEXT_ENCODERS, (trained, other), unheard, strict=False)
     return {"scores": {n: s | {"unheard": [u + m for m in moves]} for n, s, u in both}}
 
 

@@ -9,10 +9,10 @@ import torch
 
 from nanosd3.claims import muse_encoders
 from nanosd3.claims.muse_encoders import (
+    encoder_scores,
     held_out_loss,
     one_hot,
     same_draws,
-    told_scores,
     untrained,
     with_names,
 )
@@ -113,7 +113,7 @@ def test_held_out_loss(finished, monkeypatch):
     muse.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     loss = held_out_loss(pipeline, with_names(source, False))
     assert loss == pytest.approx(math.log(muse.config.codes), rel=1e-5)
-    held = source.labels[source.trained :].repeat(muse_encoders.HELD_OUT_LOOKS).tolist()
+    held = source.labels[source.trained :].repeat(muse_encoders.MASKS_PER_IMAGE).tolist()
     assert len(said) == len(held)
     for text, label in zip(said, held, strict=True):
         assert source.images.names[label][0] in text.split()
@@ -166,6 +166,6 @@ def test_told_scores(finished, monkeypatch):
 
     pipeline = SimpleNamespace(draw=lambda prompts, seed: prompts, images=images)
     monkeypatch.setattr(muse_encoders, "held_out_loss", lambda pipeline, source: 0.5)
-    loss, digit, attributes, unheard = told_scores(finished, pipeline, 40, 3)
+    loss, digit, attributes, unheard = encoder_scores(finished, pipeline, 40, 3)
     assert (loss, attributes) == (0.5, 1.0) and asked == [0, 1]
     assert digit > unheard + 0.2

@@ -183,7 +183,7 @@ def test_a_network_is_what_its_arm_says(tiny_run, tmp_path, monkeypatch):
     )
     assert isinstance(first.model, UViT) and len(first.model.joint_blocks) == 1
     assert first.job.training.flow.lr == 3e-3 and first.job.training.ema_decay == 0.98
-    assert isinstance(first.model.y_embedder, networks.Unheard)
+    assert isinstance(first.model.y_embedder, networks.ZeroEmbedder)
     for key, value in first.model.state_dict().items():
         assert value.equal(again.model.state_dict()[key]), key
     assert first.losses == again.losses and list(first.losses) == [1, 2]

@@ -296,7 +296,7 @@ def test_scorer_of_halved_digits(tiny_run, out):
 def test_both_weights_of_a_network(tiny_run, out):
     """The average is none of the last, and a second call trains nothing."""
     data = both_data_sets(tiny_run, out)[1]
-    first, second = (sd3_networks.trained_by(data, "v/cos", 0) for _ in range(2))
+    first, second = (sd3_networks.trained_formulation(data, "v/cos", 0) for _ in range(2))
     for name in ("last", "average"):
         a, b = (getattr(each, name).final_layer.linear.weight for each in (first, second))
         assert torch.equal(a, b) and a.abs().sum() > 0 and not a.requires_grad
@@ -308,16 +308,18 @@ def test_both_weights_of_a_network(tiny_run, out):
 def test_guidance_and_text_reach_the_samples(tiny_run, out):
     data = both_data_sets(tiny_run, out)[1]
     model, what = (
-        sd3_networks.trained_by(data, "v/cos", 0).last,
+        sd3_networks.trained_formulation(data, "v/cos", 0).last,
         data_sets.sample_inputs(data, 0, 20),
     )
     torch.nn.init.normal_(model.final_layer.adaLN_modulation[1].weight)
     torch.nn.init.normal_(model.final_layer.linear.weight)
     formulation = FORMULATIONS["v/cos"]
-    made = [sd3_networks.sample_by(formulation, model, what, 2, g) for g in (1.0, 2.0)]
+    made = [sd3_networks.sample_formulation(formulation, model, what, 2, g) for g in (1.0, 2.0)]
     assert made[0].shape == what.noise.shape and not torch.allclose(*made)
     other = data_sets.SampleInputs(what.draw, what.pooled.flip(0), what.noise, what.floor)
-    assert not torch.allclose(made[0], sd3_networks.sample_by(formulation, model, other, 2, 1.0))
+    assert not torch.allclose(
+        made[0], sd3_networks.sample_formulation(formulation, model, other, 2, 1.0)
+    )
 
 
 class Recorder:
@@ -354,7 +356,7 @@ def test_samples_start_where_the_steps_do(tiny_run, out):
     data = both_data_sets(tiny_run, out)[1]
     what, model = data_sets.sample_inputs(data, 0, 20), Recorder(data.mmdit)
     late = replace(FORMULATIONS["rf"], steps=lambda n: torch.linspace(0.5, 0, n + 1))
-    made = sd3_networks.sample_by(late, model, what, 3, 1.0)
+    made = sd3_networks.sample_formulation(late, model, what, 3, 1.0)
     assert len(model.given) == 3
     torch.testing.assert_close(made, what.noise / 2)
 
@@ -377,7 +379,10 @@ def test_logits_are_those_of_attention():
             given.append((q, k))
             return real(q, k, v)
 
-        with pytest.MonkeyPatch.context() as patch, sd3_attention.seeing_heads(model) as seen:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            sd3_attention.record_queries_and_keys(model) as seen,
+        ):
             patch.setattr(mmdit, "attention", attention)
             model(z, torch.rand(2), context, torch.randn(2, 32))
         found = sd3_attention.attention_logits(model, seen)

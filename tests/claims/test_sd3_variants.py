@@ -248,6 +248,6 @@ def test_scores_are_of_what_was_asked(tiny_run, tmp_path, monkeypatch):
         return finished.source.images.train_images[draw.chosen].numpy()
 
     monkeypatch.setattr(Pipeline, "__call__", real)
-    scores = sd3_without_t5.scores_when_heard(finished, network, 3, 40, ("t5",))
+    scores = sd3_without_t5.scores_without_encoders(finished, network, 3, 40, ("t5",))
     assert asked == [(103, ("t5",))]
     assert scores["attributes"] == 1.0 and scores["ratio"] == pytest.approx(1.0)

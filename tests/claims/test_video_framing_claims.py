@@ -125,10 +125,10 @@ def test_what_clips_look_like_and_how_they_change(trainer):
 
 def test_known_clips_have_their_places(trainer):
     """Real clips are nearer to real ones than those that stand still or jump."""
-    landmarks = ClipScorer(trainer, 60).landmarks()
-    real, still, shuffled = landmarks.values()
+    references = ClipScorer(trainer, 60).reference_distances()
+    real, still, shuffled = references.values()
     assert real < still and real < shuffled
-    assert ClipScorer(trainer, 60).landmarks() == landmarks
+    assert ClipScorer(trainer, 60).reference_distances() == references
 
 
 def test_crops_are_the_middle(trainer):
@@ -171,7 +171,7 @@ def test_crops_are_trained_on_as_cut_from_the_same_clips(trainer, monkeypatch):
 
 
 def test_real_clips_in_place_of_samples(trainer, tmp_path, monkeypatch):
-    """They reach the border as often as real ones; and are judged once."""
+    """They reach the border as often as real ones; and are scores once."""
     asked = []
 
     def draw(self, clips, size, seed):
@@ -191,14 +191,14 @@ def test_real_clips_in_place_of_samples(trainer, tmp_path, monkeypatch):
             ink_at_border(moving.videos(scored_clips(moving, size, 1000, 1), size)).float().mean()
         )
         assert found[size]["border"] == pytest.approx(real.item(), abs=0.1)
-    judge = ClipScorer(trainer, 60)
+    clip_scorer = ClipScorer(trainer, 60)
     network = TrainedClips(
         TrainedVideo(None, None, trainer.captions, trainer.moving, trainer.config),
         Run.open(tmp_path / "judged", {"seed": 6}),
     )
-    judged = judge.judged(network)
-    assert judged["direction"] > 0.9 and judged["line_r2"] > 0.9 and asked[-1] == 6
-    assert judged["distance"] < judge.landmarks()["real ones, standing still"]
+    scores = clip_scorer.scores(network)
+    assert scores["direction"] > 0.9 and scores["line_r2"] > 0.9 and asked[-1] == 6
+    assert scores["distance"] < clip_scorer.reference_distances()["real ones, standing still"]
 
 
 # --- the experiments run ------------------------------------------------------------------------

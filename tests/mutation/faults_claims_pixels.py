@@ -20,7 +20,7 @@ FAULTS_CLAIMS_PIXELS = [
     (PIXEL_NETS, "100 + self.job.seed", "100", "the same draw for all seeds"),
     (PIXEL_NETS, "self.pooled, net.sigma_data, watch", "self.pooled, SIGMA_DATA, watch",
      "always weighted"),
-    (PIXEL_NETS, "if step + 1 in looks", "if step in looks", "a step late"),
+    (PIXEL_NETS, "if step + 1 in measured_after", "if step in measured_after", "a step late"),
     (SHAPE_RULES, "all(mean > spread for mean, spread in by_loss + by_digits)",
      "all(mean > spread for mean, spread in by_loss)", "digits do not count"),
     (SHAPE_RULES, "all(mean > spread for mean, spread in by_loss + by_digits)",

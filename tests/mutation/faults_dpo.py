@@ -34,6 +34,6 @@ FAULTS_DPO = [
     (STUDY, "lead([0.5] * len(rates), rates)", "lead(rates, [0.5] * len(rates))", "below one half"),
     (STUDY, "mean + spread <= TOLERATED", "mean <= TOLERATED", "without the spread"),
     (STUDY, "mean - spread > TOLERATED", "mean - spread > 0", "any rise refutes"),
-    (STUDY, "add_scores(found[what], network.once(\"judged\", judge), first)",
+    (STUDY, "add_scores(found[what], network.once(\"judged\", measure), first)",
      "add_scores(found[what], first, first)", "the model before in place of the tuned one"),
 ]  # fmt: skip

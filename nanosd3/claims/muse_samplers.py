@@ -15,7 +15,7 @@ IMAGES_AT_ONCE = 250  # images
 
 
 @torch.no_grad()
-def by_flow(pipeline: Pipeline, draw: Draw, seed: int, steps: int) -> np.ndarray:
+def sample_flow(pipeline: Pipeline, draw: Draw, seed: int, steps: int) -> np.ndarray:
     """Images of the main model in Euler's even steps, with its own guidance."""
     config, found = pipeline.config, []
     side = (config.image_size // config.vae.factor,) * 2
@@ -29,12 +29,12 @@ def by_flow(pipeline: Pipeline, draw: Draw, seed: int, steps: int) -> np.ndarray
     return pipeline.decode(torch.cat(found))
 
 
-def by_muse(pipeline: MusePipeline, draw: Draw, seed: int, steps: int) -> np.ndarray:
+def sample_muse(pipeline: MusePipeline, draw: Draw, seed: int, steps: int) -> np.ndarray:
     """Images of Muse, with the sampling that its command has."""
     return pipeline.images(pipeline.draw(draw.prompts, seed, steps))
 
 
-def token_by_token(
+def sample_causal(
     pipeline: MusePipeline, causal: CausalMuse, draw: Draw, seed: int, steps: int
 ) -> np.ndarray:
     """Images whose tokens are written one after the other, with Muse's guidance."""
