@@ -42,7 +42,7 @@ def samples_drawn(conditions: Conditions) -> int:
     return 20 if conditions.fast else 1000
 
 
-def job_for(data: Latents, name: str, seed: int) -> Job:
+def path_job(data: Latents, name: str, seed: int) -> Job:
     """The training run of a path."""
     conditions, finished = data.conditions, data.finished
     recipe = FAST_RECIPE if conditions.fast else RECIPE
@@ -51,9 +51,9 @@ def job_for(data: Latents, name: str, seed: int) -> Job:
     return network_job(conditions, finished, name, config, seed, path=name)
 
 
-def trained(data: Latents, name: str, seed: int) -> tuple[Job, MMDiT]:
+def trained_path(data: Latents, name: str, seed: int) -> tuple[Job, MMDiT]:
     """The network of a path and a seed, trained now or before."""
-    job = job_for(data, name, seed)
+    job = path_job(data, name, seed)
     with job.run.alone():
         print(f"{name}, seed {seed}", flush=True)
         return job, train_path(PATHS[name], job, data.features, kept_steps(data.conditions))
@@ -61,7 +61,7 @@ def trained(data: Latents, name: str, seed: int) -> tuple[Job, MMDiT]:
 
 def kept_networks(data: Latents, name: str, seed: int) -> dict[int, MMDiT]:
     """The networks of a path after each of the steps that are kept."""
-    job, final = trained(data, name, seed)
+    job, final = trained_path(data, name, seed)
     *early, last = kept_steps(data.conditions)
     assert all(kept_file(job, step).exists() for step in early)
     return {step: load_kept(job, step) for step in early} | {last: final}
@@ -69,7 +69,7 @@ def kept_networks(data: Latents, name: str, seed: int) -> dict[int, MMDiT]:
 
 def training_seconds(data: Latents, names: tuple[str, ...]) -> float:
     """Of a core, for all networks of these paths."""
-    jobs = [job_for(data, n, seed) for n in names for seed in data.conditions.seeds]
+    jobs = [path_job(data, n, seed) for n in names for seed in data.conditions.seeds]
     return sum(job.run.stages["flow"]["thread_seconds"] for job in jobs)
 
 
@@ -88,7 +88,7 @@ def fields(model: MMDiT, inputs: SampleInputs) -> list[tuple[Velocity, Tensor]]:
 
 
 @torch.no_grad()
-def score(
+def path_scores(
     data: Latents, path: ProbabilityPath, model: MMDiT, inputs: SampleInputs, evaluations: int
 ) -> tuple[float, float]:
     """Accuracy, and Frechet distance relative to real images, of Euler's samples in even steps."""

@@ -8,9 +8,9 @@ from nanosd3.claims.fm_networks import (
     kept_networks,
     kept_steps,
     path_inputs,
+    path_scores,
     samples_drawn,
-    score,
-    trained,
+    trained_path,
     training_seconds,
 )
 from nanosd3.claims.fm_straightness import LABELS, STYLES
@@ -20,7 +20,7 @@ from nanosd3.training.plot_style import label_counts, new_figure, plain_logarith
 
 FEW = (1, 2, 4, 8, 16, 32)  # network evaluations an image
 COMPARED = ("ot", "vp")  # while they learn
-AT = 16  # evaluations while training is watched
+EVALUATIONS_IN_TRAINING = 16  # of samples on the way
 Scores = dict[str, list[list[float]]]  # of a path: a row for each number, a value for each seed
 
 # --- x-fm-1: sampling ----------------------------------------------------------------------------
@@ -35,9 +35,9 @@ def sampling_study(conditions: Conditions) -> dict:
     for seed in conditions.seeds:
         inputs = path_inputs(data, seed, samples_drawn(conditions))
         for name in LEARNED:
-            _, model = trained(data, name, seed)
+            _, model = trained_path(data, name, seed)
             for k, count in enumerate(counts):
-                accuracy, ratio = score(data, PATHS[name], model, inputs, count)
+                accuracy, ratio = path_scores(data, PATHS[name], model, inputs, count)
                 accuracies[name][k].append(accuracy)
                 ratios[name][k].append(ratio)
     rows = [
@@ -114,7 +114,7 @@ def training_study(conditions: Conditions) -> dict:
         for name in COMPARED:
             networks = kept_networks(data, name, seed)
             for k, model in enumerate(networks.values()):
-                _, ratio = score(data, PATHS[name], model, inputs, AT)
+                _, ratio = path_scores(data, PATHS[name], model, inputs, EVALUATIONS_IN_TRAINING)
                 ratios[name][k].append(ratio)
     rows = [[LABELS[name], *ratios[name]] for name in COMPARED]
     return {
@@ -149,7 +149,7 @@ def plot_training(results: dict, path: Path) -> None:
     axis.set(
         xlabel="training steps",
         ylabel="Frechet distance / that of real images",
-        title=f"While training, {AT} evaluations",
+        title=f"While training, {EVALUATIONS_IN_TRAINING} evaluations",
     )
     axis.legend()
     save_plot(figure, path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from nanosd3.claims.data_sets import open_latents
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.fm_networks import path_inputs, trained, training_seconds
+from nanosd3.claims.fm_networks import path_inputs, trained_path, training_seconds
 from nanosd3.claims.fm_straightness import LABELS
 from nanosd3.related.paths import PATHS
 from nanosd3.related.train_paths import LEARNED, path_latents
@@ -29,7 +29,7 @@ def adaptive_study(conditions: Conditions) -> dict:
     for seed in conditions.seeds:
         inputs = path_inputs(data, seed, count)
         for name in LEARNED:
-            _, model = trained(data, name, seed)
+            _, model = trained_path(data, name, seed)
             for k, tolerance in enumerate(tolerances(conditions)):
                 way = ("dopri5", tolerance)
                 _, evaluations = path_latents(PATHS[name], model, inputs.noise, inputs.pooled, *way)
@@ -51,7 +51,7 @@ def order_study(conditions: Conditions) -> dict:
     path = PATHS["ot"]
     for seed in conditions.seeds:
         inputs = path_inputs(data, seed, count)
-        _, model = trained(data, "ot", seed)
+        _, model = trained_path(data, "ot", seed)
         finest = tolerances(conditions)[-1]
         exact, _ = path_latents(path, model, inputs.noise, inputs.pooled, "dopri5", finest)
         for solver, name in SOLVER_LABELS.items():

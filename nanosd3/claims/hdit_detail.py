@@ -15,8 +15,8 @@ from nanosd3.training.evaluation import draw_prompts
 from nanosd3.training.metrics import frechet_distance
 from nanosd3.training.plot_style import INK, MEANINGS, SERIES, new_figure, save_plot
 
-PLAINLY = "without guidance"
-GUIDANCE = {PLAINLY: 1.0, "with the main job's": None}
+UNGUIDED = "without guidance"
+GUIDANCE = {UNGUIDED: 1.0, "with the main job's": None}
 SHARE = 0.1  # of the generator's distance: what the autoencoder loses counts from here on
 SIZES_OF_STROKES = [weight or "medium" for weight in STROKE_WEIGHTS]
 
@@ -77,7 +77,7 @@ def detail_study(conditions: Conditions) -> dict:
 
 
 def decide_detail(results: dict) -> Verdict:
-    shares = [results["lost"] / distance for distance in results["generated"][PLAINLY]]
+    shares = [results["lost"] / distance for distance in results["generated"][UNGUIDED]]
     thin, _, bold = results["signal_to_noise"]
     enough = len(shares) > 1
     return verdict(enough and min(shares) >= SHARE and thin < bold, enough and max(shares) < SHARE)

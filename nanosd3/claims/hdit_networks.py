@@ -134,15 +134,15 @@ class TrainedHDiT:
 
     def scores(self, finished: FinishedRun, count: int) -> tuple[float, float]:
         """Share of samples read as asked, and their Frechet distance over that of real images."""
-        way, seed = self.job.config.sampling, 100 + self.job.seed
+        sampling, seed = self.job.config.sampling, 100 + self.job.seed
 
         def generate(draw: Draw, noise_seed: int) -> np.ndarray:
             return drawn_images(
-                self.model, self.pixels, finished.pipeline, draw.prompts, noise_seed, way
+                self.model, self.pixels, finished.pipeline, draw.prompts, noise_seed, sampling
             )
 
         def measure() -> dict:
-            return score_samples(finished, generate, count, evaluations(way), (seed,))
+            return score_samples(finished, generate, count, evaluations(sampling), (seed,))
 
         found = measured_once(self.job.run, "scores", measure)
         return found["prompt_accuracy"], found["frechet_ratio_to_real"]

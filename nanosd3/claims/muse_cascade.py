@@ -74,19 +74,19 @@ def cascade_and_direct(
 
 def muse_cascade(conditions: Conditions) -> dict:
     """Accuracy and Frechet ratio of the three ways, and seconds of training, by seed."""
-    count, way = 20 if conditions.fast else CASCADED, (MUSE_GUIDANCE, MUSE_TEMPERATURE)
+    count, sampling = 20 if conditions.fast else CASCADED, (MUSE_GUIDANCE, MUSE_TEMPERATURE)
     found: dict[str, list[list[float]]] = {name: [] for name in CASCADE_VARIANTS}
     seconds = 0.0
     for seed in conditions.seeds:
         muse = trained_muse(conditions, seed, SHORT_STEPS)
         cascade, direct, took = cascade_and_direct(conditions, seed, muse)
         draw, floor = draw_and_floor(muse.finished, count, 100 + seed)
-        asked = (draw.prompts, 100 + seed, MUSE_STEPS, *way)
-        base = muse.pipeline.draw(*asked)
+        inputs = (draw.prompts, 100 + seed, MUSE_STEPS, *sampling)
+        base = muse.pipeline.draw(*inputs)
         images = (
             muse.pipeline.images(base),
-            cascade.images(cascade.refine(base, *asked)),
-            direct.images(direct.draw(*asked)),
+            cascade.images(cascade.refine(base, *inputs)),
+            direct.images(direct.draw(*inputs)),
         )
         shared = muse.seconds, muse.seconds + took[SUPER_RESOLUTION], took["direct"]
         for name, made, alone in zip(CASCADE_VARIANTS, images, shared, strict=True):
@@ -106,7 +106,7 @@ def decide_cascade(results: dict) -> Verdict:
 
 
 def plot_measures(results: dict, path: Path) -> None:
-    """The two measures of each way, a point a seed."""
+    """The two measures of each variant, a point a seed."""
     figure, axes = new_figure(9, 2)
     titles = results["table"]["columns"][1:3]
     for i, (axis, title) in enumerate(zip(axes, titles, strict=True)):

@@ -41,7 +41,7 @@ PLAIN_IMAGES, COPIES = 2000, 40  # in all, and near-copies of one image of each 
 DUPLICATES_STEPS = 600
 SAMPLES_OF_EACH = 50  # samples of a caption
 WITH, WITHOUT = "with repeats", "repeats left out"  # what is trained on
-ASKED_FOR = {"own": "for their caption", "other": "for another caption"}
+PROMPTED_WITH = {"own": "for their caption", "other": "for another caption"}
 SHOWN_DIGITS = (2, 3, 4, 5, 7)
 
 
@@ -75,7 +75,7 @@ def duplicates_study(conditions: Conditions) -> dict:
     cache, encoders = conditions.out / "cache", finished.encoders(finished.config)
     count, copies = (100, 3) if conditions.fast else (PLAIN_IMAGES, COPIES)
     each = 2 if conditions.fast else SAMPLES_OF_EACH
-    drawn: dict = {arm: {key: [] for key in ASKED_FOR} for arm in (WITH, WITHOUT)}
+    drawn: dict = {arm: {key: [] for key in PROMPTED_WITH} for arm in (WITH, WITHOUT)}
     detection: dict[str, dict[str, list[float]]] = {}
     pictures: dict[str, list[str]] = {}
     seconds = 0.0
@@ -98,7 +98,7 @@ def duplicates_study(conditions: Conditions) -> dict:
             seconds += network.seconds
             measure = partial(copies_drawn, finished, network, planted, seed, each)
             found = network.once("copies", measure)
-            for key in ASKED_FOR:
+            for key in PROMPTED_WITH:
                 drawn[arm][key].append(found[key])
             pictures.setdefault(arm, found["pictures"])
     found = {"copies": drawn, "detection": detection, "pictures": pictures}
@@ -135,7 +135,7 @@ def plot_duplicates(results: dict, path: Path) -> None:
         groups = results[key]
         for j, one in enumerate(groups.values()):
             for i, (what, values) in enumerate(one.items()):
-                places, label = [j + 0.2 * i - 0.1] * len(values), ASKED_FOR.get(what, what)
+                places, label = [j + 0.2 * i - 0.1] * len(values), PROMPTED_WITH.get(what, what)
                 mark, label = "os"[i], "" if j else label
                 axis.plot(places, values, mark, color=SERIES[i], markersize=5, label=label)
         axis.set_xticks(range(len(groups)), [name.replace(" ", "\n", 1) for name in groups])

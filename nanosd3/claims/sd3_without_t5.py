@@ -78,14 +78,14 @@ def t5_study(conditions: Conditions) -> dict:
     return {"scores": found, "training_seconds": seconds, "table": table_of(columns, rows)}
 
 
-def losses_without(results: dict, training: str, key: str) -> list[float]:
+def drops_without(results: dict, training: str, key: str) -> list[float]:
     """By how much a score is lower without T5, seed by seed."""
     whole, without = (results["scores"][training][encoders][key] for encoders in ENCODERS_USED)
     return [a - b for a, b in zip(whole, without, strict=True)]
 
 
 def decide_without(results: dict) -> Verdict:
-    digit, attributes, ratio = (losses_without(results, "some left out", k) for k in T5_SCORES)
+    digit, attributes, ratio = (drops_without(results, "some left out", k) for k in T5_SCORES)
     whole = results["scores"]["some left out"]["all three"]["ratio"]
     enough, seeds = len(digit) > 1, range(len(digit))
     digits_hold = all(cost <= 0.02 for cost in digit)
@@ -97,9 +97,7 @@ def decide_without(results: dict) -> Verdict:
 
 
 def decide_dropout(results: dict) -> Verdict:
-    dropped, encoders = (
-        losses_without(results, training, "digit") for training in DROPOUT_VARIANTS
-    )
+    dropped, encoders = (drops_without(results, training, "digit") for training in DROPOUT_VARIANTS)
     mean, spread = lead(dropped, encoders)  # a smaller loss is better
     return verdict(mean > max(spread, 0.02), mean < -spread)
 

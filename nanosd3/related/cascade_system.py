@@ -137,15 +137,15 @@ class CascadeSystem(SamplingSystem):
         network = train_super_resolution(job, finished.source, base, vq, texts, config, base_depth)
         larger = train_decoder(job, vq, larger_channels(vq.config))
         cascade = CascadePipeline(base, network, larger)
-        way, count = muse_sampling(None, None, job.run.identity), job.training.evaluate
-        made, whole = passes(MUSE_STEPS, way[0]), 2 * passes(MUSE_STEPS, way[0])
+        sampling, count = muse_sampling(None, None, job.run.identity), job.training.evaluate
+        made, whole = passes(MUSE_STEPS, sampling[0]), 2 * passes(MUSE_STEPS, sampling[0])
 
         def draw(prompts: list[str], seed: int) -> np.ndarray:
-            tokens = base.draw(prompts, seed, MUSE_STEPS, *way)
-            return cascade.images(cascade.refine(tokens, prompts, seed, MUSE_STEPS, *way))
+            tokens = base.draw(prompts, seed, MUSE_STEPS, *sampling)
+            return cascade.images(cascade.refine(tokens, prompts, seed, MUSE_STEPS, *sampling))
 
         def draw_base(prompts: list[str], seed: int) -> np.ndarray:
-            return base.images(base.draw(prompts, seed, MUSE_STEPS, *way))
+            return base.images(base.draw(prompts, seed, MUSE_STEPS, *sampling))
 
         scores = score_samples(finished, lambda d, seed: draw(d.prompts, seed), count, whole)
         alone = score_samples(finished, lambda d, seed: draw_base(d.prompts, seed), count, made)
@@ -172,10 +172,10 @@ class CascadeSystem(SamplingSystem):
         MuseSystem().add_sampling_options(parser)
 
     def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
-        way = (*muse_sampling(args.guidance, args.temperature, run.identity), args.negative)
+        sampling = (*muse_sampling(args.guidance, args.temperature, run.identity), args.negative)
         check_prompts(args.sample, args.negative)
         warn_of(finished.pipeline, [*args.sample, args.negative])
         cascade = open_cascade(run, finished)
         prompts, steps = repeated_prompts(args), args.steps or MUSE_STEPS
-        tokens = cascade.base.draw(prompts, args.seed, steps, *way)
-        return cascade.images(cascade.refine(tokens, prompts, args.seed, steps, *way))
+        tokens = cascade.base.draw(prompts, args.seed, steps, *sampling)
+        return cascade.images(cascade.refine(tokens, prompts, args.seed, steps, *sampling))

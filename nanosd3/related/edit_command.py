@@ -84,14 +84,14 @@ def edited(
         guidance = FREE_GUIDANCE if args.guidance is None else args.guidance
         check_guidance(guidance)
         return edit_freely(logits, tokens, args.steps or FREE_ROUNDS, guidance, generator)
-    way = muse_sampling(args.guidance, args.temperature, identity)
+    sampling = muse_sampling(args.guidance, args.temperature, identity)
     pixels, notes = read_mask(args.mask)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     factor = pipeline.vq.config.factor
     height, width = (factor * n for n in tokens.shape[1:])
     marked = to_latent_mask(pixels, height, width, factor, 0)[0, 0].to(tokens.device) > 0
-    return repaint(logits, tokens, marked, args.steps or MUSE_STEPS, *way, generator)
+    return repaint(logits, tokens, marked, args.steps or MUSE_STEPS, *sampling, generator)
 
 
 def image_of(path: Path, pipeline: MusePipeline) -> Tensor:

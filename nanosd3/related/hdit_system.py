@@ -107,15 +107,15 @@ class HDiTSystem(SamplingSystem):
         config = network_of(job.run, finished)
         pixels = normalised_pixels(finished.source, job.config)
         pooled = pooled_text(finished.pipeline, finished.source.texts)
-        model, way = trained_hdit(job, config, pixels, pooled), job.config.sampling
+        model, sampling = trained_hdit(job, config, pixels, pooled), job.config.sampling
 
         def draw(prompts: list[str], seed: int) -> np.ndarray:
-            return drawn_images(model, pixels, finished.pipeline, prompts, seed, way)
+            return drawn_images(model, pixels, finished.pipeline, prompts, seed, sampling)
 
         def generate(d: Draw, seed: int) -> np.ndarray:
             return draw(d.prompts, seed)
 
-        scores = score_samples(finished, generate, job.training.evaluate, evaluations(way))
+        scores = score_samples(finished, generate, job.training.evaluate, evaluations(sampling))
         ours = grid_of_prompts(finished, lambda prompts: draw(prompts, 0))
         title = f"pixels, {evaluations_in_words(scores['evaluations'])}"
         save_beside_main(finished, title, ours, job.run.folder / "samples.png")
@@ -131,14 +131,14 @@ class HDiTSystem(SamplingSystem):
 
     def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
         config = limited_config(run.identity["config"], run.folder / "run.json")
-        way = with_sampling(config, args).sampling
+        sampling = with_sampling(config, args).sampling
         warn_of(finished.pipeline, args.sample)
         model = HDiT(network_of(run, finished)).to(finished.device)
         load_weights(model, run.folder / "hdit.safetensors")
         accelerate(model.requires_grad_(False).eval())
         pixels = normalised_pixels(finished.source, config)
         return drawn_images(
-            model, pixels, finished.pipeline, repeated_prompts(args), args.seed, way
+            model, pixels, finished.pipeline, repeated_prompts(args), args.seed, sampling
         )
 
 

@@ -198,9 +198,9 @@ class MuseSystem(SamplingSystem):
         add("--negative", type=unicode_text, default="", help=text)
 
     def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
-        way = muse_sampling(args.guidance, args.temperature, run.identity)
+        sampling = muse_sampling(args.guidance, args.temperature, run.identity)
         check_prompts(args.sample, args.negative)
         warn_of(finished.pipeline, [*args.sample, args.negative])
         pipeline = open_muse_pipeline(run, finished)
         prompts, steps = repeated_prompts(args), args.steps or MUSE_STEPS
-        return pipeline.images(pipeline.draw(prompts, args.seed, steps, *way, args.negative))
+        return pipeline.images(pipeline.draw(prompts, args.seed, steps, *sampling, args.negative))

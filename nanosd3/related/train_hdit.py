@@ -143,7 +143,12 @@ def sample_pixels(model: HDiT, noise: Tensor, pooled: Tensor, sampling: Sampling
 
 
 def drawn_images(
-    model: HDiT, pixels: Pixels, pipeline: Pipeline, prompts: list[str], seed: int, way: Sampling
+    model: HDiT,
+    pixels: Pixels,
+    pipeline: Pipeline,
+    prompts: list[str],
+    seed: int,
+    sampling: Sampling,
 ) -> np.ndarray:
     """An image uint8 (side, side) for each prompt."""
     texts = list(dict.fromkeys(prompts))
@@ -151,5 +156,5 @@ def drawn_images(
     pooled = rows[torch.tensor([texts.index(prompt) for prompt in prompts])]
     side, device = pixels.config.image_size, next(model.parameters()).device
     noise = seeded_noise((len(prompts), model.config.channels, side, side), seed)
-    x = sample_pixels(model, noise.to(device), pooled.to(device), way)
+    x = sample_pixels(model, noise.to(device), pooled.to(device), sampling)
     return pixels.to_uint8(x.cpu()).numpy()

@@ -190,9 +190,9 @@ def test_networks_are_trained_once_and_differ_by_path(tiny_run, out, capsys):
     data = data_sets.open_latents(conditions)
     weights = {}
     for name in ("ot", "vp"):
-        _, model = fm_networks.trained(data, name, 0)
+        _, model = fm_networks.trained_path(data, name, 0)
         weights[name] = model.final_layer.linear.weight
-        job, again = fm_networks.trained(data, name, 0)
+        job, again = fm_networks.trained_path(data, name, 0)
         assert torch.equal(again.final_layer.linear.weight, weights[name])
         kept = fm_networks.kept_networks(data, name, 0)
         assert list(kept) == list(fm_networks.FAST_KEPT_STEPS)

@@ -73,7 +73,7 @@ def attention(f32: list[float], f32_without: list[float], bf16: list[float],
 def following(rf: list[float], others: list[float], one: list[float] | None = None) -> dict:
     """Lengths, or errors at each number of steps, alike on both fields; but `one` is v/cos's on
     that of trained networks, after 10 steps. EDM's lengths do not count."""
-    names = dict.fromkeys(sd3_straightness.FOLLOWED, others)
+    names = dict.fromkeys(sd3_straightness.FORMULATIONS_COMPARED, others)
     names |= dict.fromkeys(sd3_straightness.RECTIFIED, rf)
     errors = {name: [each] * 4 for name, each in names.items()}
     last = {"v/cos": one or others, "edm(0, 0.6)": [0.0] * len(rf)}
@@ -434,8 +434,8 @@ def test_lines_are_followed_exactly():
         return (z - point) / t
 
     point, noise = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
-    for name in sd3_straightness.FOLLOWED:
-        ratio, errors = sd3_straightness.followed(name, velocity, noise, 100)
+    for name in sd3_straightness.FORMULATIONS_COMPARED:
+        ratio, errors = sd3_straightness.straightness_and_errors(name, velocity, noise, 100)
         assert max(errors) < 1e-3
         if name in ("rf", "edm(0, 0.6)"):
             assert ratio == pytest.approx(1, abs=1e-3)
@@ -451,7 +451,7 @@ def test_trajectories_start_where_the_steps_do():
         return torch.ones_like(z)
 
     noise = torch.ones(2, 3)
-    sd3_straightness.followed("eps/linear", velocity, noise, 4)
+    sd3_straightness.straightness_and_errors("eps/linear", velocity, noise, 4)
     first = FORMULATIONS["eps/linear"].steps(4)[0]
     torch.testing.assert_close(given[0][0], first * noise)
     assert given[0][1] == first < 0.95
@@ -462,7 +462,7 @@ def test_following_runs_once_for_both(tiny_run, out):
     assert quickly("x-sd3-straight-steps", out, tiny_run) == results
     for field in ("exact", "trained"):
         lengths, errors = results["lengths"][field], results["errors"][field]
-        assert list(lengths) == list(errors) == list(sd3_straightness.FOLLOWED)
+        assert list(lengths) == list(errors) == list(sd3_straightness.FORMULATIONS_COMPARED)
         assert all(len(each) == 2 and min(each) > 0.999 for each in lengths.values())
         assert all([len(row) for row in rows] == [2] * 4 for rows in errors.values())
     for one, other in (("rf", "v/cos"), ("eps/linear", "edm(0, 0.6)")):  # steps of their own

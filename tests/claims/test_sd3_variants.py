@@ -39,7 +39,7 @@ def sizes(losses=(1.0, 0.8, 0.7, 0.6), accuracy=(0.7, 0.8, 0.9, 0.95), ratio=(9.
 
 
 def reading(both, text_blind, image_blind=(2.0, 2.0, 2.0)) -> dict:
-    arms = zip(sd3_two_way.READING, (both, text_blind, image_blind), strict=True)
+    arms = zip(sd3_two_way.READING_VARIANTS, (both, text_blind, image_blind), strict=True)
     return {"arms": {name: {"trained": list(x), "cut": list(x)} for name, x in arms}}
 
 
@@ -213,7 +213,7 @@ def test_scaling_runs(results):
 
 def test_cutting_changes_the_loss(results):
     arms = results["x-sd3-two-way"]["arms"]
-    whole, text_blind, image_blind = (arms[name] for name in sd3_two_way.READING)
+    whole, text_blind, image_blind = (arms[name] for name in sd3_two_way.READING_VARIANTS)
     assert whole["cut"] == pytest.approx(whole["trained"], rel=1e-4)  # nothing is cut
     assert text_blind["cut"] != whole["cut"] and image_blind["cut"] != whole["cut"]
     assert text_blind["trained"] != text_blind["cut"]

@@ -120,7 +120,12 @@ FAULTS_CLAIMS_SD3 = [
         "[b - a for a, b in zip(losses",
         "losses for gains",
     ),
-    (STRAIGHT_FILE, "for name in OF_UNIT_VARIANCE", "for name in FOLLOWED", "EDM's scale decides"),
+    (
+        STRAIGHT_FILE,
+        "for name in OF_UNIT_VARIANCE",
+        "for name in FORMULATIONS_COMPARED",
+        "EDM's scale decides",
+    ),
     (STRAIGHT_FILE, "lambda t: 1 / (1 - t)", "lambda t: 1 / t", "EDM's scale from the wrong end"),
     (STRAIGHT_FILE, "z = steps(1)[0] * noise", "z = noise", "starts with all noise"),
     (

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from support.commands import refused
 
-from nanosd3.claims.experiment import Conditions
 from nanosd3.claims.data_sets import open_latents
-from nanosd3.claims.fm_networks import job_for
+from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.fm_networks import path_job
 from nanosd3.cli import run_main
 from nanosd3.flow import flow_loss
 from nanosd3.machine.signals import Interrupted
@@ -41,7 +41,7 @@ def data(tiny_run, tmp_path_factory):
 
 
 def at(data, folder: Path, name: str = "ot"):
-    return job_for(replace(data, conditions=replace(data.conditions, out=folder)), name, 0)
+    return path_job(replace(data, conditions=replace(data.conditions, out=folder)), name, 0)
 
 
 def test_ot_has_the_losses_of_rectified_flow(data, tmp_path):
