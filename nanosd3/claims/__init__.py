@@ -1,6 +1,6 @@
 """Claims of papers put to the test.
 
-Each experiment says before it runs what is claimed, what is measured and which rule decides.
+Each experiment declares, before it runs, the claim, what is measured and the rule that decides.
 
 Modules, each of which imports only from those above it:
     experiment          what an experiment is, and the words of a verdict
@@ -50,7 +50,7 @@ Modules, each of which imports only from those above it:
     consistency_alone   x-cm-2, x-cm-3: without a teacher, and each improvement alone
     hdit_costs          x-hd-1: what a pass costs as images grow
     decoder_networks    two decoders for the latents of one autoencoder
-    decoder_quality     x-cdec-1: what they make of latents that say little
+    decoder_quality     x-cdec-1: for strongly compressed latents
     decoder_drop_in     x-cdec-3: on latents that a generator has made
     decoder_price       x-cdec-2: what a generative decoder costs
     hdit_networks       hourglass and flat transformers in pixels, of equal cost
@@ -71,7 +71,7 @@ Modules, each of which imports only from those above it:
     muse_text           x-muse-6: a text encoder that was trained before
     sd3_card            x-sd3-24gb: the 8B model on one consumer card
     catalogue           all experiments by name
-    records             run one, and keep what it said and found
+    records             run an experiment, and write its record
     page                README.md, built from the records
     __main__            the command line
 """

@@ -1,9 +1,9 @@
 """Finding near-copies of images among many, by features that were trained for it.
 
-A classifier's features tell digits apart, not images, and a shift by one pixel moves them, as it
-moves pixels, further than the next image is away. SSCD (Pizzi et al., arXiv 2202.10261) learns
-what tells copies: of a batch of images, each altered twice, every one has to find its other version
-(the contrastive loss of CLIP, between images). Labels are not used. Two images are then copies if
+A classifier's features separate digits, not images: a shift by one pixel moves them, as it moves
+pixels, further than the next image is away. SSCD (Pizzi et al., arXiv 2202.10261) is trained on
+copies: of a batch of images, each altered twice, every one has to find its other version (the
+contrastive loss of CLIP, between images). Labels are not used. Two images are then copies if
 they are as near as only one in a hundred is to the nearest of many others that it is known to
 differ from.
 """

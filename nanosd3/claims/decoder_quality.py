@@ -1,4 +1,4 @@
-"""x-cdec-1: what a generative decoder makes of latents that say little (OpenAI, 2023)."""
+"""x-cdec-1: a generative decoder for strongly compressed latents (OpenAI, 2023)."""
 
 from functools import cache
 from pathlib import Path

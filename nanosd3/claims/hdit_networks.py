@@ -1,9 +1,9 @@
 """Hourglass and flat transformers in pixels of 64 x 64, of equal multiply-adds a pass, trained for
 experiments.
 
-All see the same images, captions, noise and times in the same order, for as many steps. What one is
-worth is measured alike for all: by the weighted loss of images held out, whatever loss it was
-trained with, and by samples.
+All see the same images, captions, noise and times in the same order, for as many steps. All are
+scored by the weighted loss of images held out, whatever loss they were trained with, and by
+samples.
 """
 
 from dataclasses import asdict, dataclass, replace

@@ -1,9 +1,8 @@
 """What the weight of HDiT's loss does: soft-min-SNR, or none (arXiv 2401.11605).
 
-A network learns what its loss asks for. Without a weight every noise counts alike by the error of
-the velocity; soft-min-SNR takes from both ends, from little noise, where only grain is left to
-learn, and from much, where nothing can be known yet. Losses with different weights do not compare,
-so samples decide.
+Without a weight the velocity's error counts alike at every noise. Soft-min-SNR lowers it at both
+ends: at little noise, where only grain is left to predict, and at much, where hardly anything can
+be predicted. Losses with different weights do not compare, so samples decide.
 """
 
 from dataclasses import replace

@@ -1,9 +1,9 @@
 """Muses with three text encoders, trained on half of the captions.
 
-The main job's text encoders learned before any generator did: the CLIPs to match captions with
-images, T5 to fill in removed words. Beside them stand the same encoders as they were before that,
-whose states differ from word to word but mean nothing, and a table of words that a Muse learns
-itself: a vector that is zero but for a word's own entry, and the linear layer that reads it.
+The main job's text encoders were trained before any generator: the CLIPs to match captions with
+images, T5 to fill in removed words. They are compared with the same encoders at random weights,
+whose states differ from word to word but have no meaning, and with one-hot words, whose embedding
+is Muse's own first linear layer.
 
 Each digit has two names, a word and a numeral, and each image as many captions with either.
 """
@@ -62,8 +62,8 @@ def one_hot(text: TextEncoders, captions: list[str]) -> Encode:
         for i, prompt in enumerate(prompts):
             for j, word in enumerate(prompt.split()):
                 context[i, j, place[word]] = 1.0
-        said = context.sum(1)[:, : text.pooled_dim]
-        pooled = F.normalize(said, dim=1) * text.pooled_dim**0.5
+        counts = context.sum(1)[:, : text.pooled_dim]
+        pooled = F.normalize(counts, dim=1) * text.pooled_dim**0.5
         return context * text.context_dim**0.5, pooled
 
     assert len(words) <= min(text.context_dim, text.pooled_dim)

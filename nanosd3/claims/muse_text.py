@@ -1,7 +1,7 @@
 """x-muse-6: does it matter that the text encoder was trained on language?
 
-Muse's generator sees frozen states of T5-XXL, which has read far more text than there are captions,
-and the paper gives this as the reason for its pictures following their prompts. Here the same Muse
+Muse's generator gets frozen states of T5-XXL, trained on far more text than there are captions, and
+the paper gives this as the reason for its pictures following their prompts. Here the same Muse
 is trained on the same captions by three encoders (muse_encoders.py). They name each digit by its
 word, "a bold seven", and none by its numeral, so of "a bold 7" it can know only what the encoder
 has made of it.

@@ -59,7 +59,7 @@ def attention_logits(model: MMDiT, recorded: QueriesAndKeys) -> list[Tensor]:
 
 def largest_and_entropy(logits: list[Tensor]) -> tuple[float, float]:
     """The largest logit of all in size, and the mean entropy of the softmax over that of an even
-    one: 1 looks at everything alike, 0 at a single token."""
+    one: 1 attends to all tokens alike, 0 to a single one."""
     largest = max(x.abs().max().item() for x in logits)
     entropies = [
         -(x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean().item() / math.log(x.shape[-1])

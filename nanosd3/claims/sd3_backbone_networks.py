@@ -1,9 +1,9 @@
 """Backbones, trained shortly in the main job's latents, with the pooled text and without it.
 
-Captions say a digit, often its stroke and its slant. The pooled text says all of that in one
-vector that modulates every block, however the tokens are read, so backbones are compared where it
-is left out: each has to find the words among the tokens. One head of width 64, and the same
-images, captions, noise and recipe for all, but for the learning rate: each has the better of two.
+Captions name a digit, often its stroke and its slant. The pooled text has all of that in one vector
+that modulates every block, so backbones are compared without it: they depend on the tokens. One
+head of width 64, and the same images, captions, noise and recipe for all, but for the learning
+rate: each has the better of two.
 """
 
 from dataclasses import asdict, dataclass, replace

@@ -4,8 +4,8 @@ Captions found beside images on the web say little of what is in them. The paper
 vision-language model describe every image at length, and trains on both kinds: rich captions alone
 could make the model forget what that other model has no words for. Here an original caption is a
 word for the class ("seven", "a handwritten 7"), and a rich one says too how the digit is written,
-as measured ("a bold seven leaning right"). Prompts are of both kinds as well: no kind of training
-may be judged by its own prompts alone.
+as measured ("a bold seven leaning right"). Prompts are of both kinds as well, so that no training
+is scored on its own kind alone.
 """
 
 from functools import partial

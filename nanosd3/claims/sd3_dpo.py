@@ -1,8 +1,8 @@
 """DPO on the finished model (arXiv 2403.03206, appendix C; Wallace et al., arXiv 2311.12908).
 
-The papers' preferences are people's; here a classifier and two measurements say whether a sample is
-the digit, and of the stroke and the slant, that its prompt asks for. They judge the tuned model,
-too, so what is measured is what was asked for, and no more: people were, too, in the papers.
+The papers' preferences are people's. Here a classifier and two measurements decide whether a sample
+has the digit, the stroke and the slant of its prompt. The tuned model is scored by the same three,
+so what is measured is what it was tuned for, as with the people of the papers.
 """
 
 from functools import cache, partial

@@ -1,14 +1,14 @@
-"""Images that are in the data many times, and what a model makes of their captions.
+"""Images that are in the data many times, and samples for their captions.
 
-A model learns by heart what it sees often, and draws it when it reads the caption (Carlini et al.,
-arXiv 2301.13188). SD3's makers leave out all but one of near-copies, found by features that were
-trained for it, and extract memorised images from models trained with and without them: far fewer
-are left (arXiv 2403.03206, appendix E.2).
+A model memorises images that are often in its data, and draws them for their captions (Carlini et
+al., arXiv 2301.13188). SD3's makers leave out all but one of near-copies, found by features that
+were trained for it, and extract memorised images from models trained with and without them: far
+fewer are left (arXiv 2403.03206, appendix E.2).
 
-Here one image of each digit is repeated, moved by a pixel and made brighter or darker. It is bold
-and leans left, says its caption, and no other image of its digit is both. A sample for that caption
-is a copy if, compared with the nearest image that no network saw, the nearest of the repeats is
-nearer to it than to 99% of real images that were not seen either.
+Here one image of each digit is repeated, moved by a pixel and made brighter or darker. Its caption
+says that it is bold and leans left, and no other image of its digit is both. A sample for that
+caption is a copy if, compared with the nearest image that no network saw, the nearest of the
+repeats is nearer to it than to 99% of real images that were not seen either.
 """
 
 from functools import partial

@@ -1,9 +1,9 @@
 """Does it help that text and image read each other? (arXiv 2403.03206, section 4 and figure 2)
 
-Image tokens have to read the text, or so one would think: here the pooled vector, which modulates
-every block, names the digit too. That the text reads the image is what MMDiT adds to a transformer
-with cross-attention; its words can then mean what the picture has become. In the last block the
-text reads nothing, so with two blocks the text has read the image once when it is last read.
+Image tokens attend to the text, but here the pooled vector, which modulates every block, has the
+digit too. That text tokens attend to the image is what MMDiT adds to a transformer with
+cross-attention. The last block does not update the text, so in two blocks it attends to the image
+once.
 """
 
 from pathlib import Path
@@ -66,8 +66,8 @@ def two_way_study(conditions: Conditions) -> dict:
 
 
 def decide_two_way(results: dict) -> Verdict:
-    both, blind = (results["arms"][name]["trained"] for name in (TWO_WAYS, TEXT_CUT))
-    mean, spread = lead(both, blind)
+    both, cut = (results["arms"][name]["trained"] for name in (TWO_WAYS, TEXT_CUT))
+    mean, spread = lead(both, cut)
     return verdict(mean > spread, mean < -spread)
 
 

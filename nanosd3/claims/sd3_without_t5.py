@@ -65,9 +65,9 @@ def t5_study(conditions: Conditions) -> dict:
             network = trained_variant(conditions, finished, features, variant, seed)
             seconds += network.seconds
             for encoders, drop in ENCODERS_USED.items():
-                asked = (finished, network, seed, count, drop)
+                arguments = (finished, network, seed, count, drop)
                 scores = network.once(
-                    f"scores, {encoders}", partial(scores_without_encoders, *asked)
+                    f"scores, {encoders}", partial(scores_without_encoders, *arguments)
                 )
                 for key, value in scores.items():
                     found[training][encoders][key].append(value)

@@ -193,7 +193,7 @@ FAULTS_MUSE = [
      "a vector for each place, not for each word"),
     (ENCODERS_FILE, "return context * text.context_dim**0.5, pooled", "return context, pooled",
      "words eleven times as short as states"),
-    (ENCODERS_FILE, "F.normalize(said, dim=1) * text.pooled_dim**0.5", "said",
+    (ENCODERS_FILE, "F.normalize(counts, dim=1) * text.pooled_dim**0.5", "counts",
      "longer captions are longer vectors"),
     (ENCODERS_FILE, "text)) == numerals", "text)) != numerals",
      "numerals for words"),
