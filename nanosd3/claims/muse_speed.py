@@ -40,14 +40,14 @@ def muse_speed(conditions: Conditions) -> dict:
         causal, took = trained_causal(conditions, seed, SHORT_STEPS, trained)
         finished = trained.finished
         seconds += trained.token_seconds + trained.seconds + took
-        ways = {
+        samplers = {
             "muse": partial(sample_muse, trained.pipeline),
             "flow": partial(sample_flow, finished.pipeline),
             "causal": partial(sample_causal, trained.pipeline, causal),
         }
         for sampler, by_steps in found.items():
             for n in counts[sampler]:
-                make = partial(ways[sampler], seed=100 + seed, steps=n)
+                make = partial(samplers[sampler], seed=100 + seed, steps=n)
                 by_steps[str(n)].append(scores_and_time(finished, make, count, 100 + seed))
     rows = [
         [SPEED_SAMPLERS[sampler], n, *(list(each) for each in zip(*scores, strict=True))]

@@ -1,5 +1,7 @@
 """Train a class-conditional DiT in the latents of a finished run, as in the paper.
 
+    python -m nanosd3.related dit --block adaln_zero
+
 It uses the main model's latents and, in place of captions, their labels; a tenth of the labels are
 dropped, so that guidance works. DDPM's objective is the paper's; with `--loss flow` the same
 network learns the velocity, as the main model does. Samples are drawn from the prompts' classes and

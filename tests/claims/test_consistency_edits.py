@@ -128,7 +128,7 @@ def test_a_model_is_trained_once(data, monkeypatch):
     assert first.seconds == second.seconds and not answers[0].requires_grad
 
 
-def test_lessons_are_pairs_of_one_path(data, monkeypatch):
+def test_training_pairs_are_of_one_path(data, monkeypatch):
     """The same image with the same noise at two neighbouring levels, and nothing else; the levels
     double."""
     pairs = []

@@ -1,4 +1,4 @@
-"""HDiT's experiments that train: rules on made-up numbers, how networks are taught and measured,
+"""HDiT's experiments that train: rules on made-up numbers, how networks are trained and measured,
 and that each experiment runs."""
 
 import json
@@ -74,7 +74,7 @@ def test_rules_of_trained_networks(name):
     assert {word for _, word in CASES[name]} == {"supported", "refuted", "undecided"}
 
 
-# --- how networks are taught and measured -------------------------------------------------------
+# --- how networks are trained and measured ------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

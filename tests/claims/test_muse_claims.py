@@ -66,15 +66,15 @@ def test_what_they_measure(records):
     assert all(len(shares) == 1 for shares in edits["read"].values())
     kept = [edits["free"][str(n)][0][1] for n in ROUNDS_MADE]
     assert kept == sorted(kept, reverse=True) and 1 > kept[0] > kept[-1]
-    told = records["x-muse-6"]["results"]
-    assert records["x-muse-6-words"]["results"] == told
-    assert list(told["scores"]) == list(TEXT_ENCODERS)
-    for scores in told["scores"].values():
+    results = records["x-muse-6"]["results"]
+    assert records["x-muse-6-words"]["results"] == results
+    assert list(results["scores"]) == list(TEXT_ENCODERS)
+    for scores in results["scores"].values():
         assert list(scores) == list(ENCODER_SCORES)
         assert scores["loss"][0] < math.log(64) and all(
             0 <= scores[k][0] <= 1 for k in scores if k != "loss"
         )
-    assert len({scores["loss"][0] for scores in told["scores"].values()}) == 3
+    assert len({scores["loss"][0] for scores in results["scores"].values()}) == 3
 
 
 def test_shares():
@@ -218,7 +218,9 @@ def test_free_editing(edits, chance, expected):
     assert EXPERIMENTS["x-muse-5"].decide(results) == expected
 
 
-def told(loss=1.1, digit=0.1, attributes=0.0, unheard=(0.6, 0.1), seeds=3, wobble=0.001, shaky=1):
+def encoder_results(
+    loss=1.1, digit=0.1, attributes=0.0, unheard=(0.6, 0.1), seeds=3, wobble=0.001, shaky=1
+):
     """With trained encoders a loss of 1, and 0.8 of digits and attributes right; with untrained
     ones `loss`, and less right by so much. Seeds differ, in digits `shaky` times."""
     moves = [wobble * k for k in range(seeds)]
@@ -235,18 +237,18 @@ def told(loss=1.1, digit=0.1, attributes=0.0, unheard=(0.6, 0.1), seeds=3, wobbl
 @pytest.mark.parametrize(
     ("results", "expected"),
     [
-        (told(), "supported"),
-        (told(digit=0.0, attributes=0.1), "supported"),
-        (told(digit=0.01), "undecided"),  # fewer than two points
-        (told(loss=1.008), "undecided"),  # less than 1%
-        (told(wobble=-0.08), "undecided"),  # within the spread
-        (told(digit=-0.05, shaky=100), "undecided"),  # of digits
-        (told(loss=1.0, digit=0.0), "refuted"),
-        (told(loss=0.9, digit=-0.2, attributes=-0.1), "refuted"),
-        (told(loss=1.009, digit=0.0), "undecided"),  # not in every seed
-        (told(loss=1.0, digit=0.0, attributes=0.019), "undecided"),
-        (told(seeds=1), "undecided"),
-        (told(loss=1.0, digit=0.0, seeds=1), "undecided"),
+        (encoder_results(), "supported"),
+        (encoder_results(digit=0.0, attributes=0.1), "supported"),
+        (encoder_results(digit=0.01), "undecided"),  # fewer than two points
+        (encoder_results(loss=1.008), "undecided"),  # less than 1%
+        (encoder_results(wobble=-0.08), "undecided"),  # within the spread
+        (encoder_results(digit=-0.05, shaky=100), "undecided"),  # of digits
+        (encoder_results(loss=1.0, digit=0.0), "refuted"),
+        (encoder_results(loss=0.9, digit=-0.2, attributes=-0.1), "refuted"),
+        (encoder_results(loss=1.009, digit=0.0), "undecided"),  # not in every seed
+        (encoder_results(loss=1.0, digit=0.0, attributes=0.019), "undecided"),
+        (encoder_results(seeds=1), "undecided"),
+        (encoder_results(loss=1.0, digit=0.0, seeds=1), "undecided"),
     ],
 )
 def test_trained_encoder(results, expected):
@@ -267,5 +269,8 @@ def test_trained_encoder(results, expected):
     ],
 )
 def test_unheard_words(unheard, expected):
-    assert EXPERIMENTS["x-muse-6-words"].decide(told(unheard=unheard)) == expected
-    assert EXPERIMENTS["x-muse-6-words"].decide(told(unheard=unheard, seeds=1)) == "undecided"
+    assert EXPERIMENTS["x-muse-6-words"].decide(encoder_results(unheard=unheard)) == expected
+    assert (
+        EXPERIMENTS["x-muse-6-words"].decide(encoder_results(unheard=unheard, seeds=1))
+        == "undecided"
+    )

@@ -1,4 +1,4 @@
-"""DPO on the finished model: what is preferred, what a tuned model is taught, the rules, and that
+"""DPO on the finished model: what is preferred, how a model is tuned, the rules, and that
 the experiments run."""
 
 import json
@@ -164,7 +164,7 @@ def test_pairs(material, monkeypatch):
         assert pairs.text[1][i].equal(features[prompt][1])
 
 
-# --- the lesson -----------------------------------------------------------------------------------
+# --- the training step ----------------------------------------------------------------------------
 
 
 def test_a_step(material):
@@ -186,7 +186,7 @@ def test_a_step(material):
             assert losses.tolist() == pytest.approx(expected)
     with_others = Pairs(winners, winners, text)
     again, _ = sd3_preferences.tuning_loss(job, model, model, with_others, "winners alone", rows)
-    assert again.equal(losses)  # losers teach it nothing
+    assert again.equal(losses)  # losers have no effect
 
 
 def replace_job(finished):

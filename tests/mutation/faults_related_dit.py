@@ -1,5 +1,5 @@
 """Mistakes that real programmers make in the DiT of nanosd3/related: network, diffusion, files,
-lessons. Tuples (file, old text, new text, what)."""
+training. Tuples (file, old text, new text, what)."""
 
 DIT, DDPM = "related/dit.py", "related/ddpm.py"
 PUBLISHED, TRAIN_DIT = "related/published_dit.py", "related/train_dit.py"
