@@ -68,7 +68,7 @@ class DiTTrainer:
         finished = self.finished
         training = replace(training_of(finished.config), flow=recipe, ema_decay=ema_decay)
         config = replace(finished.config, training=training)
-        names = [loss.objective, loss.density.__name__]
+        names = [loss.objective, loss.density.__name__]  # "lesson" in finished runs
         job = network_job(
             self.conditions, finished, name, config, seed, dit=asdict(dit), lesson=names
         )

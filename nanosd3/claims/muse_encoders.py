@@ -38,6 +38,7 @@ TEXT_AVERAGE = 0.98  # decay of the average of its weights
 TEXT_ENCODERS = ("trained encoders", "the same, untrained", "a table of words")
 ENCODER_SCORES = ("loss", "digit", "attributes", "unheard")
 MASKS_PER_IMAGE = 4  # of images held out, in the validation loss
+TEXT_STAGE = "told"  # of training: its name in finished runs and random streams
 Encode = Callable[[list[str]], Conditioning]
 
 
@@ -77,6 +78,10 @@ def with_names(source: Digits, numerals: bool) -> Digits:
     return with_captions(source, [any(map(str.isdecimal, text)) == numerals for text in texts])
 
 
+def stage_of(name: str) -> str:
+    return f"{TEXT_STAGE}-{TEXT_ENCODERS.index(name)}"
+
+
 def muse_by_encoder(study: Study, name: str) -> MusePipeline:
     """The Muse with one of TEXT_ENCODERS, trained now or before. All see the same images, captions
     and hidden tokens, and start from the same weights."""
@@ -96,7 +101,7 @@ def muse_by_encoder(study: Study, name: str) -> MusePipeline:
         job, with_names(finished.source, False), vq, pipeline.encode(captions), cosine_share,
         lambda seen, tokens, x, *text: muse(seen, *text),
     )  # fmt: skip
-    stage, decay = f"told-{TEXT_ENCODERS.index(name)}", TEXT_AVERAGE
+    stage, decay = stage_of(name), TEXT_AVERAGE
     train = partial(fit_average, job, stage, muse, same_draws(job, loss_of), decay)
     finish_or_load(job, stage, muse, train)
     return pipeline
@@ -104,7 +109,9 @@ def muse_by_encoder(study: Study, name: str) -> MusePipeline:
 
 def same_draws(job: Job, loss_of: StepLoss) -> StepLoss:
     """With the same random numbers in a step, whatever the stage is called."""
-    return lambda step_rng: loss_of(replace(step_rng, name=(job.seed, "told", step_rng.name[-1])))
+    return lambda step_rng: loss_of(
+        replace(step_rng, name=(job.seed, TEXT_STAGE, step_rng.name[-1]))
+    )
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from nanosd3.claims.muse_encoders import (
     TEXT_STEPS,
     encoder_scores,
     muse_by_encoder,
+    stage_of,
 )
 from nanosd3.claims.muse_networks import SHORT_STEPS, muse_study
 from nanosd3.training.plot_style import SERIES, new_figure, save_plot
@@ -37,7 +38,7 @@ def text_study(conditions: Conditions) -> dict:
             print(f"{name}, seed {seed}", flush=True)
             with muse_study(conditions, seed, SHORT_STEPS) as study:
                 pipeline, stages = muse_by_encoder(study, name), study.job.run.stages
-            seconds += stages[f"told-{TEXT_ENCODERS.index(name)}"]["thread_seconds"]
+            seconds += stages[stage_of(name)]["thread_seconds"]
             if name == TEXT_ENCODERS[0]:  # tokens are the same for all
                 seconds += stages["tokens"]["thread_seconds"]
             scores = encoder_scores(study.finished, pipeline, count, seed)

@@ -33,8 +33,8 @@ TOLERATED = 0.1  # of the Frechet ratio, as in x-sd3-t5
 def right_and_ratio(
     finished: FinishedRun, pipeline: Pipeline, seed: int, count: int
 ) -> dict[str, list[bool] | float]:
-    """Of samples of a fresh draw of prompts: which are as asked, and their Frechet distance over
-    that of real images."""
+    """Of samples of a fresh draw of prompts: which are right, and their Frechet distance over that
+    of real images."""
     draw, floor = draw_and_floor(finished, count, 100 + seed)
     samples = sample_and_score(finished, pipeline, draw, 100 + seed)
     distance = frechet_distance(samples.features, finished.scorer.test)
@@ -42,7 +42,7 @@ def right_and_ratio(
 
 
 def dpo_study(conditions: Conditions) -> dict:
-    """By arm and seed: the share as asked, the win rate against the model before, the ratio."""
+    """By arm and seed: the share right, the win rate against the model before, the ratio."""
     finished, features = open_encoded(conditions, images=False)
     count, prompts = (20, 40) if conditions.fast else (1000, PAIRS_DRAWN)
     keys = ("right", "wins", "losses", "rate", "ratio")
@@ -71,7 +71,7 @@ def dpo_study(conditions: Conditions) -> dict:
 
 
 def deciding(one: dict[str, list[float]]) -> list[float]:
-    """On how many prompts, by seed, one of two models was as asked and the other was not."""
+    """On how many prompts, by seed, one of two models was right and the other wrong."""
     return [won + lost for won, lost in zip(one["wins"], one["losses"], strict=True)]
 
 

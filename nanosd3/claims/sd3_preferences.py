@@ -1,5 +1,5 @@
-"""Two samples of one prompt, of which one is as asked and the other is not; and the main job's
-transformer, tuned on such pairs with weights of low rank."""
+"""Two samples of one prompt, one right and one wrong; and the main job's transformer, tuned on such
+pairs with weights of low rank."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from nanosd3.training.report import SLANT_WORDS, WEIGHT_WORDS, thirds_asked
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
 
 RANK, BETA = 8, 200.0
-PAIRS_DRAWN = 1000  # prompts, with two samples each; of most of them both or none are as asked
+PAIRS_DRAWN = 1000  # prompts, with two samples each; of most of them both or none are right
 UNGUIDED_STEPS = 5  # of Heun
 TUNING = Recipe(steps=80, batch=32, lr=1e-3, warmup=20, weight_decay=0.0, decay="constant")
 TUNED_ON = ("preferences", "winners alone")
@@ -39,14 +39,14 @@ class ScoredSamples:
 
     latents: Tensor  # (B, C, h, w), normalised
     features: Tensor  # (B, F), of the classifier
-    right: Tensor  # (B,), which are as asked
+    right: Tensor  # (B,), which have the digit and the attributes of their prompts
 
 
 @torch.no_grad()
 def sample_and_score(
     finished: FinishedRun, pipeline: Pipeline, draw: Draw, seed: int
 ) -> ScoredSamples:
-    """Samples without guidance, and which of them are as asked."""
+    """Samples without guidance, and which of them are right."""
     latents = pipeline(
         draw.prompts, seed=seed, steps=UNGUIDED_STEPS, guidance=1.0, sampler="heun", output="latent"
     )
@@ -64,8 +64,8 @@ def attributes_shown(finished: FinishedRun, draw: Draw, digits: Tensor) -> Tenso
     limits = described.weight_limits, described.slant_limits
     words = WEIGHT_WORDS, SLANT_WORDS
     for values, limit, meant in zip(measure_strokes(digits), limits, words, strict=True):
-        asked = thirds_asked(draw.prompts, meant)
-        shown &= (asked < 0) | (bins(values, draw.labels, limit) == asked)
+        third = thirds_asked(draw.prompts, meant)
+        shown &= (third < 0) | (bins(values, draw.labels, limit) == third)
     return shown
 
 

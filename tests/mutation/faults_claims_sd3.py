@@ -68,7 +68,7 @@ FAULTS_CLAIMS_SD3 = [
     (
         NETWORKS_FILE,
         "velocity, times[0] * inputs.noise[rows], times",
-        "velocity, what.noise[rows], times",
+        "velocity, inputs.noise[rows], times",
         "starts with more noise than there is",
     ),
     (

@@ -20,7 +20,7 @@ FAULTS_DPO = [
     (DPO, "-F.logsigmoid(beta * reward", "-torch.sigmoid(beta * reward", "no logarithm"),
     (PREFERENCES, "right & attributes_shown(finished, draw, digits))", "right)",
      "only digits count"),
-    (PREFERENCES, "(asked < 0) | (bins", "(asked < 0) & (bins", "prompts that name none fail"),
+    (PREFERENCES, "(third < 0) | (bins", "(third < 0) & (bins", "prompts that name none fail"),
     (PREFERENCES, "guidance=1.0", "guidance=1.6", "guided"),
     (PREFERENCES, "a.right != b.right", "a.right | b.right", "pairs of which both are as asked"),
     (PREFERENCES, "losers = torch.where(first, b.latents", "losers = torch.where(~first, b.latents",
