@@ -36,7 +36,7 @@ class Variant:
     depth: int = 2
     image_reads_text: bool = True
     text_reads_image: bool = True
-    encoder_dropout: bool = True  # encoders, each at random, in training
+    encoder_dropout: bool = True  # of each encoder at random, in training
     data: str = ""  # what it is trained on, if not the main job's images and captions
     steps: int = VARIANT_STEPS
 
@@ -44,10 +44,8 @@ class Variant:
     def name(self) -> str:
         cuts = {"-image-blind": not self.image_reads_text, "-text-blind": not self.text_reads_image}
         parts = [f"depth-{self.depth}", *(cut for cut, is_so in cuts.items() if is_so)]
-        parts += [
-            "" if self.encoder_dropout else "-all-heard",
-            f"-{self.data}" if self.data else "",
-        ]
+        parts += [] if self.encoder_dropout else ["-all-heard"]
+        parts += [f"-{self.data}"] if self.data else []
         return "".join(parts)
 
     def make(self, config: MMDiTConfig) -> MMDiT:

@@ -55,7 +55,7 @@ def attributes_right(described: Described, draw: Draw, digits: Tensor) -> float:
 
 
 def t5_study(conditions: Conditions) -> dict:
-    """By way of training, encoders used and seed: the three scores."""
+    """By dropout in training, encoders used and seed: the three scores."""
     finished, features = open_encoded(conditions)
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     rows, seconds, count = [], 0.0, 20 if conditions.fast else 1000
@@ -97,8 +97,10 @@ def decide_without(results: dict) -> Verdict:
 
 
 def decide_dropout(results: dict) -> Verdict:
-    dropped, encoders = (drops_without(results, training, "digit") for training in DROPOUT_VARIANTS)
-    mean, spread = lead(dropped, encoders)  # a smaller loss is better
+    with_dropout, without = (
+        drops_without(results, training, "digit") for training in DROPOUT_VARIANTS
+    )
+    mean, spread = lead(with_dropout, without)  # a smaller loss is better
     return verdict(mean > max(spread, 0.02), mean < -spread)
 
 
