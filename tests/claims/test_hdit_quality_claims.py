@@ -87,10 +87,10 @@ class Answers:
     """A network that answers 1 everywhere, and notes what it is asked."""
 
     def __init__(self):
-        self.coefficients = []
+        self.asked = []
 
     def __call__(self, z, t, text):
-        self.coefficients.append((z, t, text))
+        self.asked.append((z, t, text))
         return torch.ones_like(z)
 
 
