@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from nanosd3.data.mnist import from_uint8
-from nanosd3.related.muse_editing import Tokeniser
+from nanosd3.related.muse_editing import VQPipeline
 from nanosd3.training.metrics import frechet_distance
 from nanosd3.training.plot_style import PALE
 
@@ -67,14 +67,14 @@ class Judge:
     """How good pictures and tokens are: whether the lesson's classifier reads them, and how many
     neighbouring tokens are a pair that fewer than one training image in 1,000 has."""
 
-    def __init__(self, lesson: Lesson, painter: Tokeniser):
-        self.lesson, self.painter = lesson, painter
-        self.codes = painter.vq.config.codes
+    def __init__(self, lesson: Lesson, pipeline: VQPipeline):
+        self.lesson, self.pipeline = lesson, pipeline
+        self.codes = pipeline.vq.config.codes
         self.real = lesson.look(lesson.images.test_images[1::5])
         images = lesson.images.train_images[:10000]
         count = torch.zeros(2 * self.codes**2)
         for part in images.split(1000):
-            pairs = self.pairs(painter.tokens(from_uint8(part)[:, None]))
+            pairs = self.pairs(pipeline.tokens(from_uint8(part)[:, None]))
             count += torch.bincount(pairs, minlength=len(count))
         self.rare = count * 1000 < len(images)
 
@@ -92,7 +92,7 @@ class Judge:
     def scores(self, tokens: Tensor, asked: Sequence[int]) -> str:
         """In words: share of rare pairs, share that is read as asked, and Frechet distance to
         a fifth of the test images."""
-        pictures = self.painter.images(tokens)
+        pictures = self.pipeline.images(tokens)
         rare = self.rare[self.pairs(tokens)].float().mean()
         apart = frechet_distance(self.lesson.look(pictures), self.real)
         right = self.right(pictures, asked)

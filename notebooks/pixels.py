@@ -15,7 +15,7 @@ from nanosd3.config import Recipe, Sampling
 from nanosd3.flow import flow_loss, interpolate, logit_normal, stratified
 from nanosd3.random_streams import rng
 from nanosd3.related.hdit import HDiT, hdit_loss
-from nanosd3.related.hdit_lessons import Pixels, pooled_text, sample_pixels
+from nanosd3.related.train_hdit import Pixels, pooled_text, sample_pixels
 from nanosd3.training.ema import make_ema, update_ema
 from nanosd3.training.metrics import frechet_distance
 from nanosd3.training.optimizer import learning_rate

@@ -3,7 +3,7 @@
 python -m nanosd3.claims list                    names, verdicts, minutes, claims
 python -m nanosd3.claims x-fm-3 --seeds 3        run one; --fast: in seconds, to see how it works
 python -m nanosd3.claims all                     run those that have not run yet
-python -m nanosd3.claims page --out runs/claims  take over results, and build the page
+python -m nanosd3.claims page --out runs/claims  copy results in, and build the page
 
 An experiment prints its claim and the rule that will decide, runs, and writes a record and a plot.
 Stopped with Ctrl-C, it resumes its training when it is run again.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.page import PAGE, committed, take_over, write_page
+from nanosd3.claims.page import PAGE, committed, copy_results, write_page
 from nanosd3.claims.records import EMPHASIS, carry_out, finished, paths_of, read_record
 from nanosd3.cli import Parser, positive, run_main
 from nanosd3.errors import InputError, shown
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         show_list(args.out or OUT)
         return 0
     if args.name == "page":
-        names = take_over(EXPERIMENTS, args.out) if args.out else []
+        names = copy_results(EXPERIMENTS, args.out) if args.out else []
         write_page(EXPERIMENTS)
         print(f"wrote {PAGE}" + (f", with new results of {', '.join(names)}" if names else ""))
         return 0

@@ -24,7 +24,7 @@ from nanosd3.claims.muse_decoders import LARGER_DECODERS
 from nanosd3.claims.muse_edits import FREE_EDITING, REPAINTING
 from nanosd3.claims.muse_masks import MASKS
 from nanosd3.claims.muse_speed import FASTER_THAN_CAUSAL, FASTER_THAN_FLOW, FEW_ENOUGH
-from nanosd3.claims.muse_text import TRAINED_ENCODER, UNHEARD_WORDS
+from nanosd3.claims.muse_text import TRAINED_ENCODER, UNSEEN_WORDS
 from nanosd3.claims.sd3_backbones import AS_LARGE_AS_MMDIT, BACKBONE_RANKING, THIRD_WEIGHTS
 from nanosd3.claims.sd3_captions import CAPTIONS, NOT_RICH_ALONE
 from nanosd3.claims.sd3_card import CARD
@@ -67,6 +67,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(COSTS, SHAPE, DETAIL, WEIGHTING),  # HDiT
         *(OTHER_SIZES_KEPT, LENGTHS, FRAMING, CLIP_COMPUTE, COHERENCE),  # spacetime patches
         *(MASKS, FEW_ENOUGH, FASTER_THAN_FLOW, FASTER_THAN_CAUSAL),  # Muse
-        *(CASCADE, REPAINTING, FREE_EDITING, TRAINED_ENCODER, UNHEARD_WORDS, LARGER_DECODERS),
+        *(CASCADE, REPAINTING, FREE_EDITING, TRAINED_ENCODER, UNSEEN_WORDS, LARGER_DECODERS),
     )
 }

@@ -3,29 +3,36 @@
 from functools import cache
 from pathlib import Path
 
-from nanosd3.claims.consistency_ways import TOP, TrainingWay, samples_scored, trained_way
+from nanosd3.claims.consistency_variants import (
+    TOP,
+    ConsistencyVariant,
+    scores_of_times,
+    trained_consistency,
+)
 from nanosd3.claims.dit_loss_swap import middle_levels
-from nanosd3.claims.dit_networks import Classroom
+from nanosd3.claims.dit_networks import DiTTrainer
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.related.dit_lessons import Lesson
+from nanosd3.related.train_dit import DiTLoss
 from nanosd3.training.plot_style import INK, MEANINGS, new_figure, save_plot
 
 CHANGES = {
-    "pseudo-Huber": TrainingWay(huber=True),
-    "no average as target": TrainingWay(itself=True),
-    "levels doubled": TrainingWay(doubled=True),
-    "lognormal levels": TrainingWay(lognormal=True),
-    "weight 1 / gap": TrainingWay(weighted=True),
+    "pseudo-Huber": ConsistencyVariant(huber=True),
+    "no average as target": ConsistencyVariant(itself=True),
+    "levels doubled": ConsistencyVariant(doubled=True),
+    "lognormal levels": ConsistencyVariant(lognormal=True),
+    "weight 1 / gap": ConsistencyVariant(weighted=True),
 }
 ORIGINAL, ALL_CHANGES = "original", "all five"
-TRAINING_WAYS = (
-    {ORIGINAL: TrainingWay()} | CHANGES | {ALL_CHANGES: TrainingWay(True, True, True, True, True)}
+CONSISTENCY_VARIANTS = (
+    {ORIGINAL: ConsistencyVariant()}
+    | CHANGES
+    | {ALL_CHANGES: ConsistencyVariant(True, True, True, True, True)}
 )
-SHORT_WAY, WAY_RATE = 300, 8e-3  # steps, learning rate
+CONSISTENCY_STEPS, CONSISTENCY_RATE = 300, 8e-3  # steps, learning rate
 # The network alone: longer, and as this project trains (related/train_consistency.py).
-ALONE, ALONE_STEPS = TrainingWay(huber=True, itself=True, doubled=True), 600
+ALONE, ALONE_STEPS = ConsistencyVariant(huber=True, itself=True, doubled=True), 600
 FLOW_STEPS = 800  # as long: its step has one pass forward, not two
-FLOW_ONE, FLOW_TWO, TAUGHT_BY_NONE = "flow, 1 step", "flow, 2 steps", "consistency, 1 step"
+FLOW_ONE, FLOW_TWO, CONSISTENCY_ONE = "flow, 1 step", "flow, 2 steps", "consistency, 1 step"
 
 
 def table_of_scores(found: dict[str, list[tuple[float, float]]]) -> dict:
@@ -34,38 +41,40 @@ def table_of_scores(found: dict[str, list[tuple[float, float]]]) -> dict:
 
 
 @cache
-def ways_study(conditions: Conditions) -> dict:
-    """Scores of one step of each way, by seed."""
-    classroom, seconds = Classroom(conditions), 0.0
+def variants_study(conditions: Conditions) -> dict:
+    """Scores of one step of each variant, by seed."""
+    trainer, seconds = DiTTrainer(conditions), 0.0
     found: dict[str, list[tuple[float, float]]] = {}
-    for name, way in TRAINING_WAYS.items():
+    for name, variant in CONSISTENCY_VARIANTS.items():
         found[name] = []
         for seed in conditions.seeds:
-            trained = trained_way(classroom, way, seed, SHORT_WAY, WAY_RATE)
+            trained = trained_consistency(
+                trainer, variant, seed, CONSISTENCY_STEPS, CONSISTENCY_RATE
+            )
             seconds += trained.seconds
-            found[name].append(samples_scored(classroom, trained.network, seed, [TOP, 0.0]))
+            found[name].append(scores_of_times(trainer, trained.network, seed, [TOP, 0.0]))
     return {"scores": found, "training_seconds": seconds, "table": table_of_scores(found)}
 
 
 @cache
 def alone_study(conditions: Conditions) -> dict:
     """Scores of one step of a consistency model and of one and two of a flow, by seed."""
-    classroom = Classroom(conditions)
-    config = classroom.config(learned_variance=False)
-    lesson = Lesson("flow", middle_levels)
+    trainer = DiTTrainer(conditions)
+    config = trainer.config(learned_variance=False)
+    loss = DiTLoss("flow", middle_levels)
     found: dict[str, list[tuple[float, float]]] = {
-        name: [] for name in (TAUGHT_BY_NONE, FLOW_ONE, FLOW_TWO)
+        name: [] for name in (CONSISTENCY_ONE, FLOW_ONE, FLOW_TWO)
     }
     times: tuple[list[float], list[float]] = ([], [])
     for seed in conditions.seeds:
-        alone = trained_way(classroom, ALONE, seed, ALONE_STEPS, WAY_RATE)
-        flow = classroom.trained("flow-alone", seed, config, lesson, FLOW_STEPS, WAY_RATE)
+        alone = trained_consistency(trainer, ALONE, seed, ALONE_STEPS, CONSISTENCY_RATE)
+        flow = trainer.trained("flow-alone", seed, config, loss, FLOW_STEPS, CONSISTENCY_RATE)
         times[0].append(alone.seconds)
         times[1].append(flow.seconds)
         network = alone.network
-        found[TAUGHT_BY_NONE].append(samples_scored(classroom, network, seed, [TOP, 0.0]))
+        found[CONSISTENCY_ONE].append(scores_of_times(trainer, network, seed, [TOP, 0.0]))
         for name, ts in ((FLOW_ONE, [1.0, 0.0]), (FLOW_TWO, [1.0, 0.5, 0.0])):
-            found[name].append(samples_scored(classroom, flow.network, seed, ts))
+            found[name].append(scores_of_times(trainer, flow.network, seed, ts))
     table = table_of_scores(found)
     table["columns"].append("seconds of training")
     for row, taken in zip(table["rows"], (times[0], times[1], times[1]), strict=True):
@@ -78,7 +87,7 @@ def distances_of(results: dict, name: str) -> list[float]:
 
 
 def decide_alone(results: dict) -> Verdict:
-    ours = results["scores"][TAUGHT_BY_NONE]
+    ours = results["scores"][CONSISTENCY_ONE]
     flow = distances_of(results, FLOW_ONE)
     wins = [read >= 0.5 and ratio < other for (read, ratio), other in zip(ours, flow, strict=True)]
     enough = len(wins) > 1
@@ -104,7 +113,7 @@ def plot_alone(results: dict, path: Path) -> None:
     for axis, i, unit, title in panels:
         for row, name in enumerate(names):
             values = [unit * score[i] for score in results["scores"][name]]
-            ours = name in (ALL_CHANGES, TAUGHT_BY_NONE)
+            ours = name in (ALL_CHANGES, CONSISTENCY_ONE)
             colour = MEANINGS["prediction"] if ours else INK
             axis.plot(values, [row] * len(values), "o", color=colour, markersize=5)
         axis.set_yticks(range(len(names)), names if axis is axes[0] else [""] * len(names))
@@ -113,9 +122,9 @@ def plot_alone(results: dict, path: Path) -> None:
     save_plot(figure, path)
 
 
-WAYS_TRAINED = (
-    f"A DiT (width 128, depth 2) told the label, in the main job's latents, {SHORT_WAY} steps of "
-    "64 by consistency training without a teacher, up to 8 levels at even times: squared "
+VARIANTS_MEASURED = (
+    f"A DiT (width 128, depth 2) told the label, in the main job's latents, {CONSISTENCY_STEPS} "
+    "steps of 64 by consistency training without a teacher, up to 8 levels at even times: squared "
     "distance, a moving average as target, all levels from the start and drawn evenly, no "
     "weight; then with each of the five changes of the improved training alone, and with all of "
     "them. One rate for all. 1,000 samples by one step: Frechet distance over that of real images. "
@@ -148,11 +157,11 @@ IMPROVED = Experiment(
     claim="The improved training's five changes together make better samples of one step than the "
     "original training.",
     source="Improved Techniques for Training Consistency Models, arXiv 2310.14189, section 3",
-    measured=WAYS_TRAINED,
+    measured=VARIANTS_MEASURED,
     rule="Supported if the distance with all five is below the original's by more than the spread "
     "over seeds. Refuted if it is above it by more than that.",
     minutes=9,
-    run=ways_study,
+    run=variants_study,
     decide=decide_improved,
     plot=plot_alone,
     remark="At 300 steps and 8 levels, which the original raises by a schedule of its own. A "
@@ -164,11 +173,11 @@ EACH_CHANGE = Experiment(
     name="x-cm-3-each",
     claim="Each of the five changes makes them better, made alone.",
     source="Improved Techniques for Training Consistency Models, arXiv 2310.14189, section 3",
-    measured=WAYS_TRAINED,
+    measured=VARIANTS_MEASURED,
     rule="Supported if the distance with each change alone is below the original's by more than "
     "the spread over seeds. Refuted if with one of them it is above it by more than that.",
     minutes=9,
-    run=ways_study,
+    run=variants_study,
     decide=decide_each,
     plot=plot_alone,
     remark="Doubling and pseudo-Huber help here, the other three do harm. Without an average as "

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.consistency_pixels import PixelModel, pixel_model
-from nanosd3.claims.edit_tasks import Edited, tasks, towards
+from nanosd3.claims.data_sets import HalvedPixels, open_pixel_data
+from nanosd3.claims.edit_tasks import Edited, constant_model, tasks
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
-from nanosd3.claims.sd3_grounds import HalvedPixels, open_pixels
 from nanosd3.random_streams import rng
 from nanosd3.related.editing import denoise
 from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
@@ -26,36 +26,36 @@ EDIT_STYLES = {"repainted": "-o", "enlarged": "--s"}
 @torch.no_grad()
 def edit_study(conditions: Conditions) -> dict:
     """Scores of edits by task, by model or number of steps, and seed."""
-    ground = open_pixels(conditions)
-    images = ground.finished.source.images.test_images
-    mean = ground.normalised(ground.pixels.mean(0, keepdim=True))
+    data = open_pixel_data(conditions)
+    images = data.finished.source.images.test_images
+    mean = data.normalised(data.pixels.mean(0, keepdim=True))
     found: dict[str, dict[str, list[list[float]]]] = {"cleaning": {NOISY: [], CLEANED: []}}
     off, seconds = 0.0, 0.0
     for seed in conditions.seeds:
-        model = pixel_model(ground, seed)
+        model = pixel_model(data, seed)
         seconds += model.seconds
         order = torch.randperm(len(images), generator=rng(seed, "edited digits"))
-        edited = Edited(ground, order[: 20 if conditions.fast else EDITED])
+        edited = Edited(data, order[: 20 if conditions.fast else EDITED])
         y = edited.y
         for name, task in tasks(y.shape[-1]).items():
             one = found.setdefault(name, {MEAN_IMAGE: [], **{str(n): [] for n in EDIT_STEPS}})
-            filled = task.by(towards(mean), y, 1, seed)
+            filled = task.edit(constant_model(mean), y, 1, seed)
             one[MEAN_IMAGE].append(edited.scores(filled))
             for steps in EDIT_STEPS:
-                x = task.by(model.velocity, y, steps, seed)
-                off = max(off, task.off(x, y))
+                x = task.edit(model.velocity, y, steps, seed)
+                off = max(off, task.largest_error(x, y))
                 one[str(steps)].append(edited.scores(x))
-        noisy, cleaned = cleaned_of_noise(model, ground, y, seed)
+        noisy, cleaned = cleaned_of_noise(model, data, y, seed)
         found["cleaning"][NOISY].append(edited.scores(noisy))
         found["cleaning"][CLEANED].append(edited.scores(cleaned))
     return {"edits": found, "off": off, "training_seconds": seconds, "table": table_of_edits(found)}
 
 
 def cleaned_of_noise(
-    model: PixelModel, ground: HalvedPixels, y: Tensor, seed: int
+    model: PixelModel, data: HalvedPixels, y: Tensor, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Images y (B, 1, 12, 12) with noise, and cleaned of it in one evaluation."""
-    _, std = ground.mean_and_std
+    _, std = data.mean_and_std
     sigma = NOISE_CLEANED / std
     noisy = y + sigma * torch.randn(y.shape, generator=rng(seed, "noise to clean"))
     t = sigma / (1 + sigma)

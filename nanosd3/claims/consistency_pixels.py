@@ -1,9 +1,9 @@
-"""Small consistency models of pixels that are told nothing, for edits.
+"""Small unconditional consistency models of pixels, for edits.
 
 Edits need a model of what is edited: a latent has no pixels to keep and no blocks to average. And
-whether an edit finds the digit that was there can only be asked of a model that is not told. So
-these are trained on halved digits (sd3_grounds.py) without a label, by consistency training, with
-no teacher. The network is the Consistency Decoder's, whose latents are always zero.
+whether an edit finds the digit that was there only an unconditional model can show. So these are
+trained on halved digits (data_sets.py) without a label, by consistency training, with no teacher.
+The network is the Consistency Decoder's, whose latents are always zero.
 """
 
 from dataclasses import dataclass, replace
@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanosd3.claims.material import network_job
-from nanosd3.claims.sd3_grounds import HalvedPixels
+from nanosd3.claims.data_sets import HalvedPixels
+from nanosd3.claims.runs import network_job
 from nanosd3.config_types import Recipe
 from nanosd3.flow import interpolate
 from nanosd3.related.consistency import (
@@ -43,15 +43,15 @@ class PixelModel:
 
     def velocity(self, z: Tensor, t: Tensor) -> Tensor:
         """Of images z (B, 1, 12, 12) at t (), as a sampler calls it."""
-        return self.network(z, t, told_nothing(z))
+        return self.network(z, t, zero_latents(z))
 
 
-def told_nothing(z: Tensor) -> Tensor:
-    """Latents that say nothing of an image."""
+def zero_latents(z: Tensor) -> Tensor:
+    """In place of latents: the model is unconditional."""
     return z.new_zeros(len(z), 1, 1, 1)
 
 
-def pixel_loss(job: Job, ground: HalvedPixels, network: ConsistencyDecoder) -> StepLoss:
+def pixel_loss(job: Job, data: HalvedPixels, network: ConsistencyDecoder) -> StepLoss:
     """Losses of consistency training: the same image and noise at two levels."""
     recipe = job.training.flow
 
@@ -61,16 +61,16 @@ def pixel_loss(job: Job, ground: HalvedPixels, network: ConsistencyDecoder) -> S
         images = step_rng.take(job.source.draw(recipe.batch, generator))
         levels = draw_levels(even_levels(count), recipe.batch, generator)
         t, s = (step_rng.take(x) for x in levels)
-        x0, noise = ground.x0_and_noise(images, step_rng)  # (B, 1, 12, 12) each
+        x0, noise = data.x0_and_noise(images, step_rng)  # (B, 1, 12, 12) each
         z_t, z_s = interpolate(x0, noise, t), interpolate(x0, noise, s)
-        return consistency_loss(network, z_t, t, z_s, s, told_nothing(x0)), {"levels": count}
+        return consistency_loss(network, z_t, t, z_s, s, zero_latents(x0)), {"levels": count}
 
     return loss_of
 
 
-def pixel_model(ground: HalvedPixels, seed: int) -> PixelModel:
+def pixel_model(data: HalvedPixels, seed: int) -> PixelModel:
     """The model of a seed, trained now or before."""
-    conditions, finished = ground.conditions, ground.finished
+    conditions, finished = data.conditions, data.finished
     recipe = FAST_PIXEL_RECIPE if conditions.fast else PIXEL_RECIPE
     training = replace(training_of(finished.config), flow=recipe, ema_decay=PIXEL_AVERAGE)
     config = replace(finished.config, training=training)
@@ -80,7 +80,7 @@ def pixel_model(ground: HalvedPixels, seed: int) -> PixelModel:
     )
     run = job.run
     network = build(job, PIXEL_STAGE, lambda: ConsistencyDecoder(1, 1, PIXEL_WIDTHS))
-    loss_of = pixel_loss(job, ground, network)
+    loss_of = pixel_loss(job, data, network)
     train = partial(fit_average, job, PIXEL_STAGE, network, loss_of, PIXEL_AVERAGE)
     with run.alone(), torch.enable_grad():
         if PIXEL_STAGE not in run.stages:

@@ -4,19 +4,19 @@
 from pathlib import Path
 
 from nanosd3.claims.consistency_students import (
+    STUDENT_SAMPLERS,
     STUDENT_STEPS,
-    STUDENT_WAYS,
     TEACHER_STEPS,
     consistency_study,
 )
 from nanosd3.claims.experiment import Experiment, Verdict, verdict
 from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
 
-WAY_STYLES = {"teacher": ":^", "fresh": "--s", "kept": "-o"}
+SAMPLER_STYLES = {"teacher": ":^", "fresh": "--s", "kept": "-o"}
 
 
-def ratios(results: dict, way: str, steps: int) -> list[float]:
-    return [ratio for _, ratio in results["scores"][way][str(steps)]]
+def ratios(results: dict, sampler: str, steps: int) -> list[float]:
+    return [ratio for _, ratio in results["scores"][sampler][str(steps)]]
 
 
 def decide_distillation(results: dict) -> Verdict:
@@ -41,11 +41,13 @@ def decide_consistent(results: dict) -> Verdict:
 
 def plot_steps(results: dict, path: Path) -> None:
     figure, axes = new_figure(9, 2)
-    for way, by_steps in results["scores"].items():
+    for sampler, by_steps in results["scores"].items():
         steps = [int(n) for n in by_steps]
         for axis, i, unit in ((axes[0], 1, 1), (axes[1], 0, 100)):
             means = [unit * sum(s[i] for s in found) / len(found) for found in by_steps.values()]
-            axis.plot(steps, means, WAY_STYLES[way], markersize=5, label=STUDENT_WAYS[way])
+            axis.plot(
+                steps, means, SAMPLER_STYLES[sampler], markersize=5, label=STUDENT_SAMPLERS[sampler]
+            )
     for axis in axes:
         label_counts(axis, TEACHER_STEPS)
         axis.set_xlabel("steps (the teacher's have two evaluations)")

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, table_of
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.few_steps import FRESH, consistency, even_schedule
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.command import parse, study_in
 from nanosd3.related.consistency import clean_image, inconsistency
 from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.scoring import score_samples
 from nanosd3.related.train_consistency import Consistency, distilled
-from nanosd3.related.yardsticks import score_samples
 from nanosd3.samplers import Velocity, euler, guided
 from nanosd3.text import rows_of
 from nanosd3.training.cached_features import Features
@@ -24,17 +24,17 @@ from nanosd3.training.evaluation import Draw
 STUDENT_STEPS, TEACHER_STEPS = (1, 2, 4), (1, 2, 4, 16)
 SHIFT = 3.0  # of the times at which noise is kept; the published times are even
 AT_ONCE = 250  # images
-STUDENT_WAYS = {
+STUDENT_SAMPLERS = {
     "teacher": "teacher, Euler",
     "fresh": "student, fresh noise",
     "kept": "student, noise kept",
 }
 
 
-def sampled(
-    pipeline: Pipeline, features: Features, draw: Draw, seed: int, way: str, steps: int
+def sample_in_steps(
+    pipeline: Pipeline, features: Features, draw: Draw, seed: int, sampler: str, steps: int
 ) -> np.ndarray:
-    """Images uint8 of a draw's prompts, by one of STUDENT_WAYS."""
+    """Images uint8 of a draw's prompts, by one of STUDENT_SAMPLERS."""
     config = pipeline.config
     side = (config.image_size // config.vae.factor,) * 2
     noise = pipeline.noise(len(draw.prompts), seed, side)
@@ -42,10 +42,10 @@ def sampled(
     results = []
     for rows in torch.arange(len(noise)).split(AT_ONCE):
         velocity = velocity_of(pipeline, text, [draw.prompts[i] for i in rows])
-        if way == "teacher":
+        if sampler == "teacher":
             results.append(euler(velocity, noise[rows], even_schedule(steps)))
         else:
-            fresh, alpha = (1.0, 1.0) if way == "fresh" else (FRESH, SHIFT)
+            fresh, alpha = (1.0, 1.0) if sampler == "fresh" else (FRESH, SHIFT)
             ts = even_schedule(steps, alpha)
             results.append(consistency(velocity, noise[rows], ts, fresh=fresh))
     return pipeline.decode(torch.cat(results))
@@ -67,32 +67,36 @@ def consistency_study(conditions: Conditions) -> dict:
     finished, features = open_encoded(conditions)
     count, steps_walked = (20, 20) if conditions.fast else (1000, 100)
     scores: dict[str, dict[int, list[tuple[float, float]]]] = {
-        way: {n: [] for n in (TEACHER_STEPS if way == "teacher" else STUDENT_STEPS)}
-        for way in STUDENT_WAYS
+        sampler: {n: [] for n in (TEACHER_STEPS if sampler == "teacher" else STUDENT_STEPS)}
+        for sampler in STUDENT_SAMPLERS
     }
     spreads: dict[str, list[float]] = {"student": [], "teacher": []}
     seconds = 0.0
     for seed in conditions.seeds:
         student, took = student_pipeline(conditions, finished, features, seed)
         seconds += took
-        for way, by_steps in scores.items():
-            pipeline = finished.pipeline if way == "teacher" else student
+        for sampler, by_steps in scores.items():
+            pipeline = finished.pipeline if sampler == "teacher" else student
             for steps, found in by_steps.items():
-                generate = partial(sampled, pipeline, features, way=way, steps=steps)
+                generate = partial(
+                    sample_in_steps, pipeline, features, sampler=sampler, steps=steps
+                )
                 score = score_samples(finished, generate, count, steps, draws=(100 + seed,))
                 found.append((score["prompt_accuracy"], score["frechet_ratio_to_real"]))
         for name, value in spreads_of(finished, student, features, seed, steps_walked).items():
             spreads[name].append(value)
     rows = [
         [
-            f"{STUDENT_WAYS[way]}, {what}",
+            f"{STUDENT_SAMPLERS[sampler]}, {what}",
             *[[s[i] for s in by[n]] if n in by else "" for n in TEACHER_STEPS],
         ]
-        for way, by in scores.items()
+        for sampler, by in scores.items()
         for i, what in ((1, "Frechet ratio"), (0, "read as asked"))
     ]
     return {
-        "scores": {way: {str(n): found for n, found in by.items()} for way, by in scores.items()},
+        "scores": {
+            sampler: {str(n): found for n, found in by.items()} for sampler, by in scores.items()
+        },
         "spreads": spreads,
         "training_seconds": seconds,
         "table": table_of(["steps", *map(str, TEACHER_STEPS)], rows),

@@ -1,9 +1,9 @@
 """Finding near-copies of images among many, by features that were trained for it.
 
-A classifier's features tell digits apart, not images, and a shift by one pixel moves them, as it
-moves pixels, further than the next image is away. SSCD (Pizzi et al., arXiv 2202.10261) learns
-what tells copies: of a batch of images, each altered twice, every one has to find its other version
-(the contrastive loss of CLIP, between images). Classes are not told. Two images are then copies if
+A classifier's features separate digits, not images: a shift by one pixel moves them, as it moves
+pixels, further than the next image is away. SSCD (Pizzi et al., arXiv 2202.10261) is trained on
+copies: of a batch of images, each altered twice, every one has to find its other version (the
+contrastive loss of CLIP, between images). Labels are not used. Two images are then copies if
 they are as near as only one in a hundred is to the nearest of many others that it is known to
 differ from.
 """
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import network_job
 from nanosd3.claims.repeated_digits import Planted, altered
+from nanosd3.claims.runs import network_job
 from nanosd3.config_types import Recipe
 from nanosd3.data.mnist import to_model
 from nanosd3.related.finished_run import FinishedRun

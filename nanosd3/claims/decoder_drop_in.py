@@ -8,15 +8,15 @@ from torch import Tensor
 
 from nanosd3.claims.decoder_networks import DECODER_SHORT, decoder_job
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.runs import open_main_run
 from nanosd3.pipeline import Pipeline
-from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor
 from nanosd3.related.train_consistency_decoder import (
     decoding,
     replaced_decoder,
     trained_decoder,
 )
-from nanosd3.related.yardsticks import drawn
-from nanosd3.training.evaluation import to_digits
 from nanosd3.training.plot_style import new_figure, save_plot
 
 BY_ITS_OWN, BY_ANOTHER = "the autoencoder's decoder", "the consistency decoder, 2 steps"
@@ -40,19 +40,18 @@ def consistent_pipeline(
 @cache
 def drop_in_study(conditions: Conditions) -> dict:
     """Shares read as asked and distances of the same latents decoded both ways, by seed."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    finished = open_main_run(conditions)
     found: dict[str, list[list[float]]] = {BY_ITS_OWN: [], BY_ANOTHER: []}
     seconds = 0.0
     for seed in conditions.seeds:
         other, taken = consistent_pipeline(conditions, finished, seed)
         seconds += taken
-        draw, floor = drawn(finished, 20 if conditions.fast else GENERATED, 100 + seed)
+        draw, floor = draw_and_floor(finished, 20 if conditions.fast else GENERATED, 100 + seed)
         latents = finished.pipeline(draw.prompts, seed=seed, output="latent")
         assert isinstance(latents, Tensor)
         for name, pipeline in ((BY_ITS_OWN, finished.pipeline), (BY_ANOTHER, other)):
-            digits = to_digits(torch.from_numpy(pipeline.decode(latents)))
-            accuracy, distance = finished.scorer.score(digits, draw)
-            found[name].append([accuracy, distance / floor])
+            scores = accuracy_and_ratio(finished, pipeline.decode(latents), draw, floor)
+            found[name].append(list(scores))
     rows = [[name, *map(list, zip(*each, strict=True))] for name, each in found.items()]
     table = table_of(["decoded by", "read as asked", "Frechet ratio"], rows)
     return {"decoded": found, "training_seconds": seconds, "table": table}

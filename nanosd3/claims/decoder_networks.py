@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import network_job
+from nanosd3.claims.runs import network_job
 from nanosd3.config import MNIST_COMPRESSED
 from nanosd3.config_types import Recipe, VAEConfig
 from nanosd3.related.consistency_decoder import ConsistencyDecoder

@@ -1,9 +1,7 @@
-"""x-cdec-1: what a generative decoder makes of latents that say little (OpenAI, 2023)."""
+"""x-cdec-1: a generative decoder for strongly compressed latents (OpenAI, 2023)."""
 
 from functools import cache
 from pathlib import Path
-
-import torch
 
 from nanosd3.claims.decoder_networks import (
     DECODER_SHORT,
@@ -11,9 +9,9 @@ from nanosd3.claims.decoder_networks import (
     two_decoders,
 )
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.related.finished_run import open_finished_run
+from nanosd3.claims.runs import open_main_run
+from nanosd3.related.scoring import Decode, reconstruction_scores
 from nanosd3.related.train_consistency_decoder import decoding
-from nanosd3.related.yardsticks import Decode, reconstruction_scores
 from nanosd3.training.plot_style import new_figure, save_plot
 from nanosd3.vae import AutoencoderKL
 
@@ -36,7 +34,7 @@ def by_itself(vae: AutoencoderKL) -> Decode:
 @cache
 def decoder_study(conditions: Conditions) -> dict:
     """Scores of reconstructions by way of decoding and seed."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    finished = open_main_run(conditions)
     vae, seconds = compressing_autoencoder(conditions, finished)
     count = 20 if conditions.fast else REBUILT
     found: dict[str, dict[str, list[float]]] = {}

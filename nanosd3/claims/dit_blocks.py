@@ -1,12 +1,12 @@
-"""DiT's blocks: how a transformer is best told the time and the class (arXiv 2212.09748)."""
+"""DiT's blocks: how a transformer is best conditioned on time and class (arXiv 2212.09748)."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from nanosd3.claims.dit_networks import Classroom
+from nanosd3.claims.dit_networks import DiTTrainer
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.related.dit import BLOCKS, DIT_CONFIGS, multiply_adds
-from nanosd3.related.dit_lessons import Lesson, steps_evenly
+from nanosd3.related.train_dit import DiTLoss, steps_evenly
 from nanosd3.training.plot_style import INK, new_figure, save_plot
 
 BLOCK_LABELS = {
@@ -21,13 +21,13 @@ FOUR = [block for block in BLOCKS if block != "adaln_gates"]
 
 def blocks(conditions: Conditions) -> dict:
     """The validation error of each kind of block, seed by seed."""
-    classroom, lesson = Classroom(conditions), Lesson("ddpm", steps_evenly)
+    trainer, loss = DiTTrainer(conditions), DiTLoss("ddpm", steps_evenly)
     errors: dict[str, list[float]] = {block: [] for block in BLOCKS}
     seconds = 0.0
     for seed in conditions.seeds:
         for block in BLOCKS:
-            config = classroom.config(block=block)
-            trained = classroom.trained(f"block-{block}", seed, config, lesson, 600, 2e-3)
+            config = trainer.config(block=block)
+            trained = trainer.trained(f"block-{block}", seed, config, loss, 600, 2e-3)
             errors[block].append(trained.error)
             seconds += trained.seconds
     xl = DIT_CONFIGS["DiT-XL/2"]

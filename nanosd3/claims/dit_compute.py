@@ -3,7 +3,7 @@
 from itertools import pairwise
 from pathlib import Path
 
-from nanosd3.claims.dit_networks import Classroom
+from nanosd3.claims.dit_networks import DiTTrainer
 from nanosd3.claims.experiment import (
     Conditions,
     Experiment,
@@ -14,7 +14,7 @@ from nanosd3.claims.experiment import (
     verdict,
 )
 from nanosd3.related.dit import multiply_adds
-from nanosd3.related.dit_lessons import Lesson, steps_evenly
+from nanosd3.related.train_dit import DiTLoss, steps_evenly
 from nanosd3.training.plot_style import label_counts, new_figure, save_plot
 
 DEPTHS = {32: 3, 64: 4, 96: 6}  # by width
@@ -25,17 +25,15 @@ CELL_MARKS = {32: "o-", 64: "s--", 96: "^:"}
 
 def compute(conditions: Conditions) -> dict:
     """For each width and patch size: multiply-adds, and errors and seconds over seeds."""
-    classroom, lesson = Classroom(conditions), Lesson("ddpm", steps_evenly)
+    trainer, loss = DiTTrainer(conditions), DiTLoss("ddpm", steps_evenly)
     costs: list[float] = []
     errors: list[list[float]] = []
     seconds: list[list[float]] = []
     for width, patch in CELLS:
         sizes = {"width": width, "depth": DEPTHS[width], "heads": width // 32}
-        config = classroom.config(patch_size=patch, **sizes)
+        config = trainer.config(patch_size=patch, **sizes)
         name = f"compute-{width}-{patch}"
-        found = [
-            classroom.trained(name, seed, config, lesson, 400, 4e-3) for seed in conditions.seeds
-        ]
+        found = [trainer.trained(name, seed, config, loss, 400, 4e-3) for seed in conditions.seeds]
         costs.append(multiply_adds(config) / 1e6)
         errors.append([trained.error for trained in found])
         seconds.append([trained.seconds for trained in found])

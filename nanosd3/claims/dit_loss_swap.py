@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from nanosd3.claims.dit_networks import Classroom
+from nanosd3.claims.dit_networks import DiTTrainer
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.flow import logit_normal
 from nanosd3.related.dit import DiT
-from nanosd3.related.dit_lessons import Lesson, sample_dit, steps_evenly
-from nanosd3.training.evaluation import draw_prompts, to_digits
+from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor
+from nanosd3.related.train_dit import DiTLoss, sample_dit, steps_evenly
 from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
 
 
@@ -32,7 +31,7 @@ SHAPES = {
 
 def loss_swap(conditions: Conditions) -> dict:
     """Accuracy and Frechet ratio of each loss at each density, by evaluations and seed."""
-    classroom, samples = Classroom(conditions), 100 if conditions.fast else 1000
+    trainer, samples = DiTTrainer(conditions), 100 if conditions.fast else 1000
     ratios: dict[str, list[list[float]]] = {}
     accuracies: dict[str, list[list[float]]] = {}
     seconds = 0.0
@@ -41,13 +40,13 @@ def loss_swap(conditions: Conditions) -> dict:
         ratios[arm] = [[] for _ in EVALUATIONS_MADE]
         accuracies[arm] = [[] for _ in EVALUATIONS_MADE]
         for seed in conditions.seeds:
-            lesson = Lesson(objective, DENSITIES[density])
-            config = classroom.config(learned_variance=False)
+            loss = DiTLoss(objective, DENSITIES[density])
+            config = trainer.config(learned_variance=False)
             name = f"loss-{objective}-{density.replace(' ', '-')}"
-            trained = classroom.trained(name, seed, config, lesson, 1000, 8e-3, 0.995)
+            trained = trainer.trained(name, seed, config, loss, 1000, 8e-3, 0.995)
             seconds += trained.seconds
             for k, steps in enumerate(EVALUATIONS_MADE):
-                found = scores(classroom, trained.network, objective, seed, steps, samples)
+                found = scores(trainer, trained.network, objective, seed, steps, samples)
                 accuracies[arm][k].append(found[0])
                 ratios[arm][k].append(found[1])
     columns = [
@@ -65,17 +64,15 @@ def loss_swap(conditions: Conditions) -> dict:
 
 
 def scores(
-    classroom: Classroom, network: DiT, objective: str, seed: int, steps: int, samples: int
+    trainer: DiTTrainer, network: DiT, objective: str, seed: int, steps: int, samples: int
 ) -> tuple[float, float]:
     """Share of samples read as asked, and their Frechet distance over that of real images."""
-    finished = classroom.finished
-    draw = draw_prompts(finished.source, samples, seed)
-    size = classroom.latent_size
+    finished = trainer.finished
+    draw, floor = draw_and_floor(finished, samples, seed)
+    size = trainer.latent_size
     noise = finished.pipeline.noise(len(draw.labels), seed, (size, size))
     latents = sample_dit(network, objective, noise, draw.labels, steps, guidance=1.0)
-    digits = to_digits(torch.from_numpy(finished.pipeline.decode(latents)))
-    accuracy, distance = finished.scorer.score(digits, draw)
-    return accuracy, distance / finished.scorer.floor(draw)
+    return accuracy_and_ratio(finished, finished.pipeline.decode(latents), draw, floor)
 
 
 def decide_loss_swap(results: dict) -> Verdict:

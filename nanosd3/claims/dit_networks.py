@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import network_job, open_encoded
+from nanosd3.claims.runs import network_job, open_encoded
 from nanosd3.config_types import Recipe
 from nanosd3.related.dit import DIT_CONFIGS, DiT, DiTConfig
-from nanosd3.related.dit_lessons import Lesson, train_dit
+from nanosd3.related.train_dit import DiTLoss, train_dit
 from nanosd3.training.stages import training_of
 
 DIT_BATCH = 64
@@ -23,8 +23,8 @@ class TrainedDiT:
     seconds: float  # of a core
 
 
-class Classroom:
-    """A finished main job, its latents and labels."""
+class DiTTrainer:
+    """Trains DiTs on the latents and labels of a finished main job."""
 
     def __init__(self, conditions: Conditions):
         self.conditions = conditions
@@ -57,7 +57,7 @@ class Classroom:
         name: str,
         seed: int,
         dit: DiTConfig,
-        lesson: Lesson,
+        loss: DiTLoss,
         steps: int,
         lr: float,
         ema_decay: float = 0.99,
@@ -68,11 +68,11 @@ class Classroom:
         finished = self.finished
         training = replace(training_of(finished.config), flow=recipe, ema_decay=ema_decay)
         config = replace(finished.config, training=training)
-        taught = [lesson.objective, lesson.density.__name__]
+        names = [loss.objective, loss.density.__name__]  # "lesson" in finished runs
         job = network_job(
-            self.conditions, finished, name, config, seed, dit=asdict(dit), lesson=taught
+            self.conditions, finished, name, config, seed, dit=asdict(dit), lesson=names
         )
         with job.run.alone():
-            network = train_dit(job, self.features, self.labels, dit, lesson)
+            network = train_dit(job, self.features, self.labels, dit, loss)
         found = job.run.stages["dit"]
         return TrainedDiT(network, found["validation"], found["thread_seconds"])

@@ -1,12 +1,12 @@
-"""What is asked of an edit: which coordinates are known, and how the result is judged."""
+"""Tasks of editing: which coordinates are known, and how the result is scored."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nanosd3.claims.data_sets import HalvedPixels, halved
 from nanosd3.claims.hdit_detail import decibels
-from nanosd3.claims.sd3_grounds import HalvedPixels, halved
 from nanosd3.few_steps import even_schedule
 from nanosd3.random_streams import rng
 from nanosd3.related.editing import Basis, block_basis, block_means_known, edit
@@ -22,12 +22,12 @@ class Task:
     to: Basis = lambda x: x
     back: Basis = lambda x: x
 
-    def by(self, velocity: Velocity, y: Tensor, steps: int, seed: int) -> Tensor:
+    def edit(self, velocity: Velocity, y: Tensor, steps: int, seed: int) -> Tensor:
         generator = rng(seed, "edit noise")
         times = even_schedule(steps)
         return edit(velocity, y, self.known, times, generator, self.to, self.back)
 
-    def off(self, x: Tensor, y: Tensor) -> float:
+    def largest_error(self, x: Tensor, y: Tensor) -> float:
         """How far known coordinates are from those of y, at most."""
         return float(((self.to(x) - self.to(y)) * self.known).abs().max())
 
@@ -41,34 +41,34 @@ def tasks(side: int) -> dict[str, Task]:
     }
 
 
-def towards(image: Tensor) -> Velocity:
-    """A model that takes everything for the same image (1, C, H, W)."""
+def constant_model(image: Tensor) -> Velocity:
+    """A model that predicts the same image (1, C, H, W) from everything."""
     return lambda z, t: (z - image) / t
 
 
 @dataclass(frozen=True, eq=False)
 class Edited:
-    """Test digits to edit, and how edits of them are judged."""
+    """Test digits to edit, and scores of their edits."""
 
-    ground: HalvedPixels
+    data: HalvedPixels
     chosen: Tensor
 
     @property
     def y(self) -> Tensor:
         """The digits as the model sees them, (B, 1, 12, 12)."""
-        return self.ground.normalised(halved(self.digits))
+        return self.data.normalised(halved(self.digits))
 
     @property
     def digits(self) -> Tensor:
-        return self.ground.finished.source.images.test_images[self.chosen]
+        return self.data.finished.source.images.test_images[self.chosen]
 
     def scores(self, x: Tensor) -> list[float]:
         """Share read as the digit that it was, Frechet distance over that of the digits themselves,
         and error in decibels."""
-        images = self.ground.finished.source.images
+        images = self.data.finished.source.images
         draw = Draw(self.chosen, images.test_labels[self.chosen], [])
-        original, shown = self.ground.to_digits(self.y), self.ground.to_digits(x)
-        scorer = self.ground.scorer
+        original, shown = self.data.to_digits(self.y), self.data.to_digits(x)
+        scorer = self.data.scorer
         accuracy, distance = scorer.score(shown, draw)
         ratio = distance / scorer.distance(original)
         return [accuracy, ratio, float(decibels(shown, original).mean())]

@@ -55,7 +55,7 @@ class Experiment:
     run: Callable[[Conditions], dict]
     decide: Callable[[dict], Verdict]
     plot: Callable[[dict, Path], None]
-    remark: str = ""  # what to know beside the verdict, also what the results have taught
+    remark: str = ""  # on the verdict; may be written after the results
 
     @property
     def declaration(self) -> dict[str, str]:

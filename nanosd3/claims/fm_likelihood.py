@@ -74,7 +74,7 @@ class PointNet(nn.Module):
 
 
 class PixelNet(nn.Module):
-    """The velocity (B, 1, 28, 28) of digits: the core's transformer, told nothing."""
+    """The velocity (B, 1, 28, 28) of digits: the core's transformer, unconditional."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,17 +4,16 @@ The same network, images, noise and recipe for each; only the path differs. They
 in the folder of the records, and kept at some steps on the way.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from nanosd3.claims.data_sets import Latents, SampleInputs, sample_inputs, scores_of_samples
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import network_job, open_encoded
+from nanosd3.claims.runs import network_job
 from nanosd3.config_types import Recipe
 from nanosd3.mmdit import MMDiT
-from nanosd3.pipeline import Pipeline
-from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.paths import PATHS, ProbabilityPath
 from nanosd3.related.train_paths import (
     PATH_EMA_DECAY,
@@ -25,8 +24,6 @@ from nanosd3.related.train_paths import (
     velocity_for,
 )
 from nanosd3.samplers import Velocity, euler
-from nanosd3.training.cached_features import Features
-from nanosd3.training.evaluation import Draw, Scorer, draw_prompts, to_digits
 from nanosd3.training.stages import Job, training_of
 
 RECIPE = PATH_RECIPES["mnist"]
@@ -35,102 +32,66 @@ FAST_RECIPE, FAST_KEPT_STEPS = Recipe(steps=4, batch=8, lr=8e-3, warmup=1, weigh
 SAMPLED_AT_ONCE = 250  # images sampled at once
 
 
-@dataclass(frozen=True)
-class Material:
-    """What experiments with trained paths start from."""
-
-    conditions: Conditions
-    finished: FinishedRun
-    features: Features
-
-    @property
-    def pipeline(self) -> Pipeline:
-        """Of the finished run, for its autoencoder and text."""
-        return self.finished.pipeline
-
-    @property
-    def scorer(self) -> Scorer:
-        return self.finished.scorer
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        """The steps after which networks are looked at."""
-        return FAST_KEPT_STEPS if self.conditions.fast else KEPT_STEPS
-
-    @property
-    def samples(self) -> int:
-        return 20 if self.conditions.fast else 1000
+def kept_steps(conditions: Conditions) -> tuple[int, ...]:
+    """The steps after which networks are kept."""
+    return FAST_KEPT_STEPS if conditions.fast else KEPT_STEPS
 
 
-def open_material(conditions: Conditions) -> Material:
-    """Open the finished run and encode its images, once. Raises InputError if it is none."""
-    finished, features = open_encoded(conditions)
-    return Material(conditions, finished, features)
+def samples_drawn(conditions: Conditions) -> int:
+    """How many samples are scored."""
+    return 20 if conditions.fast else 1000
 
 
-def job_for(material: Material, name: str, seed: int) -> Job:
+def path_job(data: Latents, name: str, seed: int) -> Job:
     """The training run of a path."""
-    conditions, finished = material.conditions, material.finished
+    conditions, finished = data.conditions, data.finished
     recipe = FAST_RECIPE if conditions.fast else RECIPE
     training = replace(training_of(finished.config), flow=recipe, ema_decay=PATH_EMA_DECAY)
     config = replace(finished.config, training=training)
     return network_job(conditions, finished, name, config, seed, path=name)
 
 
-def trained(material: Material, name: str, seed: int) -> tuple[Job, MMDiT]:
+def trained_path(data: Latents, name: str, seed: int) -> tuple[Job, MMDiT]:
     """The network of a path and a seed, trained now or before."""
-    job = job_for(material, name, seed)
+    job = path_job(data, name, seed)
     with job.run.alone():
         print(f"{name}, seed {seed}", flush=True)
-        return job, train_path(PATHS[name], job, material.features, material.kept)
+        return job, train_path(PATHS[name], job, data.features, kept_steps(data.conditions))
 
 
-def kept_networks(material: Material, name: str, seed: int) -> dict[int, MMDiT]:
+def kept_networks(data: Latents, name: str, seed: int) -> dict[int, MMDiT]:
     """The networks of a path after each of the steps that are kept."""
-    job, final = trained(material, name, seed)
-    *early, last = material.kept
+    job, final = trained_path(data, name, seed)
+    *early, last = kept_steps(data.conditions)
     assert all(kept_file(job, step).exists() for step in early)
     return {step: load_kept(job, step) for step in early} | {last: final}
 
 
-def training_seconds(material: Material, names: tuple[str, ...]) -> float:
+def training_seconds(data: Latents, names: tuple[str, ...]) -> float:
     """Of a core, for all networks of these paths."""
-    jobs = [job_for(material, n, seed) for n in names for seed in material.conditions.seeds]
+    jobs = [path_job(data, n, seed) for n in names for seed in data.conditions.seeds]
     return sum(job.run.stages["flow"]["thread_seconds"] for job in jobs)
 
 
-@dataclass(frozen=True)
-class Prompted:
-    """Prompts to draw, the noise to start from and what tells the network: the same for all."""
-
-    draw: Draw
-    noise: Tensor
-    pooled: Tensor
-    floor: float
-
-
-def prompted(material: Material, seed: int, count: int) -> Prompted:
-    draw = draw_prompts(material.scorer.source, count, seed)
-    pooled = torch.stack([material.features[text][1] for text in draw.prompts])
-    config = material.pipeline.config
+def path_inputs(data: Latents, seed: int, count: int) -> SampleInputs:
+    """Prompts, and the pipeline's own noise for them."""
+    inputs, config = sample_inputs(data, seed, count), data.finished.config
     side = config.image_size // config.vae.factor
-    noise = material.pipeline.noise(len(draw.prompts), seed, (side, side))
-    return Prompted(draw, noise, pooled, material.scorer.floor(draw))
+    noise = data.finished.pipeline.noise(len(inputs.noise), seed, (side, side))
+    return replace(inputs, noise=noise)
 
 
-def fields(model: MMDiT, what: Prompted) -> list[tuple[Velocity, Tensor]]:
+def fields(model: MMDiT, inputs: SampleInputs) -> list[tuple[Velocity, Tensor]]:
     """The velocity field and the noise of some images at a time."""
-    rows = torch.arange(len(what.noise)).split(SAMPLED_AT_ONCE)
-    return [(velocity_for(model, what.pooled[r]), what.noise[r]) for r in rows]
+    rows = torch.arange(len(inputs.noise)).split(SAMPLED_AT_ONCE)
+    return [(velocity_for(model, inputs.pooled[r]), inputs.noise[r]) for r in rows]
 
 
 @torch.no_grad()
-def score(
-    material: Material, path: ProbabilityPath, model: MMDiT, what: Prompted, evaluations: int
+def path_scores(
+    data: Latents, path: ProbabilityPath, model: MMDiT, inputs: SampleInputs, evaluations: int
 ) -> tuple[float, float]:
     """Accuracy, and Frechet distance relative to real images, of Euler's samples in even steps."""
     ts = torch.linspace(1, path.first, evaluations + 1)
-    latents = torch.cat([euler(v, path.prior_std * z, ts) for v, z in fields(model, what)])
-    digits = to_digits(torch.from_numpy(material.pipeline.decode(latents)))
-    accuracy, distance = material.scorer.score(digits, what.draw)
-    return accuracy, distance / what.floor
+    latents = torch.cat([euler(v, path.prior_std * z, ts) for v, z in fields(model, inputs)])
+    return scores_of_samples(data, latents, inputs)

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+from nanosd3.claims.data_sets import open_latents
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.claims.fm_networks import (
     kept_networks,
-    open_material,
-    prompted,
-    score,
-    trained,
+    kept_steps,
+    path_inputs,
+    path_scores,
+    samples_drawn,
+    trained_path,
     training_seconds,
 )
 from nanosd3.claims.fm_straightness import LABELS, STYLES
@@ -18,7 +20,7 @@ from nanosd3.training.plot_style import label_counts, new_figure, plain_logarith
 
 FEW = (1, 2, 4, 8, 16, 32)  # network evaluations an image
 COMPARED = ("ot", "vp")  # while they learn
-AT = 16  # evaluations while training is watched
+EVALUATIONS_IN_TRAINING = 16  # of samples on the way
 Scores = dict[str, list[list[float]]]  # of a path: a row for each number, a value for each seed
 
 # --- x-fm-1: sampling ----------------------------------------------------------------------------
@@ -26,16 +28,16 @@ Scores = dict[str, list[list[float]]]  # of a path: a row for each number, a val
 
 def sampling_study(conditions: Conditions) -> dict:
     """Scores at few evaluations."""
-    material = open_material(conditions)
+    data = open_latents(conditions)
     counts = FEW[:3] if conditions.fast else FEW
     accuracies: Scores = {name: [[] for _ in counts] for name in LEARNED}
     ratios: Scores = {name: [[] for _ in counts] for name in LEARNED}
     for seed in conditions.seeds:
-        what = prompted(material, seed, material.samples)
+        inputs = path_inputs(data, seed, samples_drawn(conditions))
         for name in LEARNED:
-            _, model = trained(material, name, seed)
+            _, model = trained_path(data, name, seed)
             for k, count in enumerate(counts):
-                accuracy, ratio = score(material, PATHS[name], model, what, count)
+                accuracy, ratio = path_scores(data, PATHS[name], model, inputs, count)
                 accuracies[name][k].append(accuracy)
                 ratios[name][k].append(ratio)
     rows = [
@@ -47,7 +49,7 @@ def sampling_study(conditions: Conditions) -> dict:
         "evaluations": counts,
         "ratios": ratios,
         "accuracies": accuracies,
-        "training_seconds": training_seconds(material, LEARNED),
+        "training_seconds": training_seconds(data, LEARNED),
         "table": table_of(["network evaluations", *counts], rows),
     }
 
@@ -105,21 +107,21 @@ FEW_STEPS = Experiment(
 
 def training_study(conditions: Conditions) -> dict:
     """Scores on the way."""
-    material = open_material(conditions)
-    ratios: Scores = {name: [[] for _ in material.kept] for name in COMPARED}
+    data = open_latents(conditions)
+    ratios: Scores = {name: [[] for _ in kept_steps(conditions)] for name in COMPARED}
     for seed in conditions.seeds:
-        what = prompted(material, seed, material.samples)
+        inputs = path_inputs(data, seed, samples_drawn(conditions))
         for name in COMPARED:
-            networks = kept_networks(material, name, seed)
+            networks = kept_networks(data, name, seed)
             for k, model in enumerate(networks.values()):
-                _, ratio = score(material, PATHS[name], model, what, AT)
+                _, ratio = path_scores(data, PATHS[name], model, inputs, EVALUATIONS_IN_TRAINING)
                 ratios[name][k].append(ratio)
     rows = [[LABELS[name], *ratios[name]] for name in COMPARED]
     return {
-        "steps": material.kept,
+        "steps": kept_steps(conditions),
         "ratios": ratios,
-        "training_seconds": training_seconds(material, COMPARED),
-        "table": table_of(["Frechet ratio after steps", *material.kept], rows),
+        "training_seconds": training_seconds(data, COMPARED),
+        "table": table_of(["Frechet ratio after steps", *kept_steps(conditions)], rows),
     }
 
 
@@ -147,7 +149,7 @@ def plot_training(results: dict, path: Path) -> None:
     axis.set(
         xlabel="training steps",
         ylabel="Frechet distance / that of real images",
-        title=f"While training, {AT} evaluations",
+        title=f"While training, {EVALUATIONS_IN_TRAINING} evaluations",
     )
     axis.legend()
     save_plot(figure, path)

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from nanosd3.claims.data_sets import open_latents
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.fm_networks import open_material, prompted, trained, training_seconds
+from nanosd3.claims.fm_networks import path_inputs, trained_path, training_seconds
 from nanosd3.claims.fm_straightness import LABELS
 from nanosd3.related.paths import PATHS
 from nanosd3.related.train_paths import LEARNED, path_latents
@@ -23,45 +24,47 @@ def tolerances(conditions: Conditions) -> list[float]:
 
 def adaptive_study(conditions: Conditions) -> dict:
     """Evaluations of the adaptive solver."""
-    material, count = open_material(conditions), 10 if conditions.fast else IMAGES
+    data, count = open_latents(conditions), 10 if conditions.fast else IMAGES
     taken: dict[str, list[list[int]]] = {name: [[] for _ in TOLERANCES] for name in LEARNED}
     for seed in conditions.seeds:
-        what = prompted(material, seed, count)
+        inputs = path_inputs(data, seed, count)
         for name in LEARNED:
-            _, model = trained(material, name, seed)
+            _, model = trained_path(data, name, seed)
             for k, tolerance in enumerate(tolerances(conditions)):
                 way = ("dopri5", tolerance)
-                _, asked = path_latents(PATHS[name], model, what.noise, what.pooled, *way)
-                taken[name][k].append(asked)
+                _, evaluations = path_latents(PATHS[name], model, inputs.noise, inputs.pooled, *way)
+                taken[name][k].append(evaluations)
     columns = ["evaluations, at a tolerance of", *(f"{x:g}" for x in TOLERANCES)]
     return {
         "taken": taken,
-        "training_seconds": training_seconds(material, LEARNED),
+        "training_seconds": training_seconds(data, LEARNED),
         "table": table_of(columns, [[LABELS[name], *taken[name]] for name in LEARNED]),
     }
 
 
 def order_study(conditions: Conditions) -> dict:
     """Errors of solvers with fixed steps, at equal evaluations, on OT networks."""
-    material, count = open_material(conditions), 10 if conditions.fast else IMAGES
+    data, count = open_latents(conditions), 10 if conditions.fast else IMAGES
     errors: dict[str, list[list[float]]] = {
         solver: [[] for _ in BUDGETS] for solver in SOLVER_LABELS
     }
     path = PATHS["ot"]
     for seed in conditions.seeds:
-        what = prompted(material, seed, count)
-        _, model = trained(material, "ot", seed)
+        inputs = path_inputs(data, seed, count)
+        _, model = trained_path(data, "ot", seed)
         finest = tolerances(conditions)[-1]
-        exact, _ = path_latents(path, model, what.noise, what.pooled, "dopri5", finest)
+        exact, _ = path_latents(path, model, inputs.noise, inputs.pooled, "dopri5", finest)
         for solver, name in SOLVER_LABELS.items():
             for k, budget in enumerate(BUDGETS):
-                out, asked = path_latents(path, model, what.noise, what.pooled, name, budget)
-                assert asked == budget
+                out, evaluations = path_latents(
+                    path, model, inputs.noise, inputs.pooled, name, budget
+                )
+                assert evaluations == budget
                 errors[solver][k].append(float((out - exact).square().mean().sqrt()))
     columns = ["error, after evaluations", *BUDGETS]
     return {
         "errors": errors,
-        "training_seconds": training_seconds(material, ("ot",)),
+        "training_seconds": training_seconds(data, ("ot",)),
         "table": table_of(columns, [[solver, *errors[solver]] for solver in SOLVER_LABELS]),
     }
 

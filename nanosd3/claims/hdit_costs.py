@@ -41,13 +41,13 @@ def pass_of(name: str, side: int, seed: int) -> Pass:
     z, t = torch.randn(1, 1, side, side), torch.rand(1)
     network: nn.Module
     if name == "HDiT":
-        network, told = HDiT(hourglass_for(side)), torch.randn(1, TEXT_FEATURES)
+        network, condition = HDiT(hourglass_for(side)), torch.randn(1, TEXT_FEATURES)
     elif name == "flat DiT":
-        network, told = DiT(flat_for(side)), torch.zeros(1, dtype=torch.long)
+        network, condition = DiT(flat_for(side)), torch.zeros(1, dtype=torch.long)
     else:
-        network, told = ConsistencyDecoder(1, 1, (16, 32, 64)), torch.randn(1, 1, 8, 8)
+        network, condition = ConsistencyDecoder(1, 1, (16, 32, 64)), torch.randn(1, 1, 8, 8)
     network.requires_grad_(False).eval()
-    return lambda: network(z, t, told)
+    return lambda: network(z, t, condition)
 
 
 def multiply_adds_of(name: str, side: int) -> float:

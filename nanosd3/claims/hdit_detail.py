@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.runs import open_main_run
 from nanosd3.data.mnist import STROKE_WEIGHTS, bins, from_uint8, measure_strokes
-from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.finished_run import FinishedRun
 from nanosd3.training.evaluation import draw_prompts
 from nanosd3.training.metrics import frechet_distance
 from nanosd3.training.plot_style import INK, MEANINGS, SERIES, new_figure, save_plot
 
-PLAINLY = "without guidance"
-GUIDANCE = {PLAINLY: 1.0, "with the main job's": None}
+UNGUIDED = "without guidance"
+GUIDANCE = {UNGUIDED: 1.0, "with the main job's": None}
 SHARE = 0.1  # of the generator's distance: what the autoencoder loses counts from here on
 SIZES_OF_STROKES = [weight or "medium" for weight in STROKE_WEIGHTS]
 
@@ -42,7 +43,7 @@ def signal_to_noise(images: Tensor, rebuilt: Tensor) -> Tensor:
 @torch.no_grad()
 def detail_study(conditions: Conditions) -> dict:
     """Distances of reconstructions and of samples, and the error by the width of strokes."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    finished = open_main_run(conditions)
     source, scorer, count = finished.source, finished.scorer, 50 if conditions.fast else 1000
     digits, labels = source.images.test_images[:count], source.images.test_labels[:count]
     rebuilt = rebuilt_digits(finished, digits)
@@ -76,7 +77,7 @@ def detail_study(conditions: Conditions) -> dict:
 
 
 def decide_detail(results: dict) -> Verdict:
-    shares = [results["lost"] / distance for distance in results["generated"][PLAINLY]]
+    shares = [results["lost"] / distance for distance in results["generated"][UNGUIDED]]
     thin, _, bold = results["signal_to_noise"]
     enough = len(shares) > 1
     return verdict(enough and min(shares) >= SHARE and thin < bold, enough and max(shares) < SHARE)

@@ -9,13 +9,13 @@ ones. The hourglass has both, small patches outside and wide layers inside.
 from pathlib import Path
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.hdit_networks import PIXEL_BATCH, Easel, PixelPlan
+from nanosd3.claims.hdit_networks import PIXEL_BATCH, HDiTTrainer, HDiTVariant
 from nanosd3.related.hdit import HDiTLevel
 from nanosd3.training.plot_style import MEANINGS, new_figure, save_plot
 
-HOURGLASS = PixelPlan("hourglass", 8, (HDiTLevel(64, 1, 3), HDiTLevel(128, 2, None)), 1.6e-2)
-FLAT_NARROW = PixelPlan("flat-narrow", 8, (HDiTLevel(64, 4, None),), 1.6e-2)
-COARSE = PixelPlan("flat-coarse", 16, (HDiTLevel(128, 4, None),), 1.6e-2)
+HOURGLASS = HDiTVariant("hourglass", 8, (HDiTLevel(64, 1, 3), HDiTLevel(128, 2, None)), 1.6e-2)
+FLAT_NARROW = HDiTVariant("flat-narrow", 8, (HDiTLevel(64, 4, None),), 1.6e-2)
+COARSE = HDiTVariant("flat-coarse", 16, (HDiTLevel(128, 4, None),), 1.6e-2)
 SHAPES_TRIED = {
     "hourglass": HOURGLASS,
     "flat, small patches": FLAT_NARROW,
@@ -26,13 +26,13 @@ SHAPE_LINES = ("-o", "--s", ":^")
 
 def shape_study(conditions: Conditions) -> dict:
     """By shape: multiply-adds, losses on the way, and scores; lists over seeds."""
-    easel, count = Easel(conditions), 20 if conditions.fast else 500
+    trainer, count = HDiTTrainer(conditions), 20 if conditions.fast else 500
     shapes: dict[str, dict] = {}
     for name, net in SHAPES_TRIED.items():
-        networks = [easel.trained(net, seed) for seed in conditions.seeds]
-        scores = [network.scores(easel.finished, count) for network in networks]
+        networks = [trainer.trained(net, seed) for seed in conditions.seeds]
+        scores = [network.scores(trainer.finished, count) for network in networks]
         shapes[name] = {
-            "multiply_adds": easel.multiply_adds(net),
+            "multiply_adds": trainer.multiply_adds(net),
             "images": [PIXEL_BATCH * step for step in networks[0].losses],
             "losses": [list(network.losses.values()) for network in networks],
             "seconds": [network.seconds for network in networks],

@@ -1,9 +1,8 @@
 """What the weight of HDiT's loss does: soft-min-SNR, or none (arXiv 2401.11605).
 
-A network learns what its loss asks for. Without a weight every noise counts alike by the error of
-the velocity; soft-min-SNR takes from both ends, from little noise, where only grain is left to
-learn, and from much, where nothing can be told yet. Losses with different weights do not compare,
-so samples decide.
+Without a weight the velocity's error counts alike at every noise. Soft-min-SNR lowers it at both
+ends: at little noise, where only grain is left to predict, and at much, where hardly anything can
+be predicted. Losses with different weights do not compare, so samples decide.
 """
 
 from dataclasses import replace
@@ -12,27 +11,27 @@ from pathlib import Path
 import torch
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.hdit_networks import Easel
+from nanosd3.claims.hdit_networks import HDiTTrainer
 from nanosd3.claims.hdit_quality import HOURGLASS
 from nanosd3.related.hdit import soft_min_snr
-from nanosd3.related.hdit_lessons import STRONGEST
+from nanosd3.related.train_hdit import SIGMA_DATA
 from nanosd3.training.plot_style import GREY, INK, MEANINGS, new_figure, save_plot
 
 WEIGHTED = "soft-min-SNR"
 UNWEIGHTED = "no weight"
 WEIGHTINGS = {
     WEIGHTED: HOURGLASS,
-    UNWEIGHTED: replace(HOURGLASS, name="hourglass-no-weight", strongest=None),
+    UNWEIGHTED: replace(HOURGLASS, name="hourglass-no-weight", sigma_data=None),
 }
 
 
 def weighting_study(conditions: Conditions) -> dict:
     """By weighting: scores, and the weighted loss, lists over seeds; and the weight by noise."""
-    easel, count = Easel(conditions), 20 if conditions.fast else 500
+    trainer, count = HDiTTrainer(conditions), 20 if conditions.fast else 500
     found: dict[str, dict[str, list[float]]] = {}
     for name, net in WEIGHTINGS.items():
-        networks = [easel.trained(net, seed) for seed in conditions.seeds]
-        scores = [network.scores(easel.finished, count) for network in networks]
+        networks = [trainer.trained(net, seed) for seed in conditions.seeds]
+        scores = [network.scores(trainer.finished, count) for network in networks]
         found[name] = {
             "accuracy": [accuracy for accuracy, _ in scores],
             "ratio": [ratio for _, ratio in scores],
@@ -40,7 +39,7 @@ def weighting_study(conditions: Conditions) -> dict:
             "seconds": [network.seconds for network in networks],
         }
     noise = torch.logspace(-1, 3, 41, dtype=torch.float64)
-    weight = STRONGEST**2 * soft_min_snr(noise / (1 + noise), STRONGEST)
+    weight = SIGMA_DATA**2 * soft_min_snr(noise / (1 + noise), SIGMA_DATA)
     columns = ["", "Frechet ratio", "read as asked", "soft-min-SNR loss, held out", "seconds"]
     keys = ("ratio", "accuracy", "loss", "seconds")
     return {

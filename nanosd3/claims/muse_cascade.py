@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.claims.muse_networks import (
@@ -17,10 +16,11 @@ from nanosd3.claims.muse_networks import (
     trained_muse,
     with_recipes,
 )
-from nanosd3.related.cascade_lessons import (
-    SUPER_RESOLUTION,
-    CascadePainter,
-    train_super_resolution,
+from nanosd3.related.cascade_system import (
+    FINE_RECIPES,
+    FINE_SIZES,
+    fine_config,
+    fine_vq_config,
 )
 from nanosd3.related.command import size_of
 from nanosd3.related.muse import cosine_share
@@ -28,27 +28,26 @@ from nanosd3.related.muse_editing import (
     MUSE_GUIDANCE,
     MUSE_STEPS,
     MUSE_TEMPERATURE,
-    TokenPainter,
+    MusePipeline,
 )
-from nanosd3.related.muse_lessons import train_muse, train_tokens
+from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor
 from nanosd3.related.train_cascade import (
-    FINE_RECIPES,
-    FINE_SIZES,
-    fine_config,
-    fine_vq_config,
+    SUPER_RESOLUTION,
+    CascadePipeline,
+    train_super_resolution,
 )
-from nanosd3.training.evaluation import draw_prompts, to_digits
+from nanosd3.related.train_muse import train_muse, train_tokens
 from nanosd3.training.plot_style import new_figure, save_plot
 
 CASCADE_STEPS, DIRECT_STEPS = 150, 500  # of the fine tokens; alone they get the base's seconds too
 FINE_TOKEN_STEPS = 120  # of their tokeniser
 CASCADED = 500  # samples
-WAYS_TO_FINE = ("base tokens alone", "base, then fine tokens", "fine tokens alone")
+CASCADE_VARIANTS = ("base tokens alone", "base, then fine tokens", "fine tokens alone")
 
 
-def both_ways(
+def cascade_and_direct(
     conditions: Conditions, seed: int, muse: TrainedMuse
-) -> tuple[CascadePainter, TokenPainter, dict[str, float]]:
+) -> tuple[CascadePipeline, MusePipeline, dict[str, float]]:
     """A cascade on the Muse of a seed, a Muse of fine tokens alone, and seconds of training."""
     texts = encoded_captions(conditions.run)
     with muse_study(conditions, seed, SHORT_STEPS) as study:
@@ -57,42 +56,42 @@ def both_ways(
             job, autoencoder=in_steps(job.training.autoencoder, FINE_TOKEN_STEPS, size)
         )
         vq = train_tokens(few, fine_vq_config(job.config, size), "fine_tokens")
-        config = fine_config(muse.painter.muse.config, size)
+        config = fine_config(muse.pipeline.muse.config, size)
         some, many = (
             with_recipes(job, flow=in_steps(FINE_RECIPES[size], n, size))
             for n in (CASCADE_STEPS, DIRECT_STEPS)
         )
         network = train_super_resolution(
-            some, source, muse.painter, vq, texts, config, FINE_SIZES[size][2]
+            some, source, muse.pipeline, vq, texts, config, FINE_SIZES[size][2]
         )
-        deep = replace(config, depth=muse.painter.muse.config.depth)
+        deep = replace(config, depth=muse.pipeline.muse.config.depth)
         direct = train_muse(many, source, vq, texts, deep, cosine_share, "direct")
         stages = ("fine_tokens", SUPER_RESOLUTION, "direct")
         seconds = {name: job.run.stages[name]["thread_seconds"] for name in stages}
-    cascade = CascadePainter(muse.painter, network, vq)
-    return cascade, TokenPainter(vq, direct, muse.painter.pipeline), seconds
+    cascade = CascadePipeline(muse.pipeline, network, vq)
+    return cascade, MusePipeline(vq, direct, muse.finished.pipeline), seconds
 
 
 def muse_cascade(conditions: Conditions) -> dict:
     """Accuracy and Frechet ratio of the three ways, and seconds of training, by seed."""
-    count, way = 20 if conditions.fast else CASCADED, (MUSE_GUIDANCE, MUSE_TEMPERATURE)
-    found: dict[str, list[list[float]]] = {name: [] for name in WAYS_TO_FINE}
+    count, sampling = 20 if conditions.fast else CASCADED, (MUSE_GUIDANCE, MUSE_TEMPERATURE)
+    found: dict[str, list[list[float]]] = {name: [] for name in CASCADE_VARIANTS}
     seconds = 0.0
     for seed in conditions.seeds:
         muse = trained_muse(conditions, seed, SHORT_STEPS)
-        cascade, direct, took = both_ways(conditions, seed, muse)
-        draw = draw_prompts(muse.finished.source, count, 100 + seed)
-        asked = (draw.prompts, 100 + seed, MUSE_STEPS, *way)
-        base = muse.painter.draw(*asked)
+        cascade, direct, took = cascade_and_direct(conditions, seed, muse)
+        draw, floor = draw_and_floor(muse.finished, count, 100 + seed)
+        inputs = (draw.prompts, 100 + seed, MUSE_STEPS, *sampling)
+        base = muse.pipeline.draw(*inputs)
         images = (
-            muse.painter.images(base),
-            cascade.images(cascade.refine(base, *asked)),
-            direct.images(direct.draw(*asked)),
+            muse.pipeline.images(base),
+            cascade.images(cascade.refine(base, *inputs)),
+            direct.images(direct.draw(*inputs)),
         )
         shared = muse.seconds, muse.seconds + took[SUPER_RESOLUTION], took["direct"]
-        for name, made, alone in zip(WAYS_TO_FINE, images, shared, strict=True):
-            accuracy, distance = muse.finished.scorer.score(to_digits(torch.from_numpy(made)), draw)
-            found[name].append([accuracy, distance / muse.finished.scorer.floor(draw), alone])
+        for name, made, alone in zip(CASCADE_VARIANTS, images, shared, strict=True):
+            scores = accuracy_and_ratio(muse.finished, made, draw, floor)
+            found[name].append([*scores, alone])
         seconds += muse.token_seconds + took["fine_tokens"] + shared[1] + shared[2]
     rows = [[name, *(list(x) for x in zip(*scores, strict=True))] for name, scores in found.items()]
     columns = ["", "read as asked", "Frechet ratio", "seconds of a core to train its transformers"]
@@ -100,14 +99,14 @@ def muse_cascade(conditions: Conditions) -> dict:
 
 
 def decide_cascade(results: dict) -> Verdict:
-    cascade, direct = (results["scores"][name] for name in WAYS_TO_FINE[1:])
+    cascade, direct = (results["scores"][name] for name in CASCADE_VARIANTS[1:])
     better = [a[0] >= b[0] and a[1] < b[1] for a, b in zip(cascade, direct, strict=True)]
     nearer = [a[1] < b[1] for a, b in zip(cascade, direct, strict=True)]
     return verdict(all(better), not any(nearer))
 
 
 def plot_measures(results: dict, path: Path) -> None:
-    """The two measures of each way, a point a seed."""
+    """The two measures of each variant, a point a seed."""
     figure, axes = new_figure(9, 2)
     titles = results["table"]["columns"][1:3]
     for i, (axis, title) in enumerate(zip(axes, titles, strict=True)):

@@ -13,11 +13,11 @@ from nanosd3.claims.muse_networks import (
     trained_muse,
     with_recipes,
 )
-from nanosd3.related.cascade_lessons import train_decoder
+from nanosd3.related.cascade_system import larger_channels
 from nanosd3.related.command import Study, size_of
-from nanosd3.related.muse_editing import Tokeniser, unpadded
-from nanosd3.related.train_cascade import larger_channels
-from nanosd3.related.yardsticks import drawn
+from nanosd3.related.muse_editing import VQPipeline, unpadded
+from nanosd3.related.scoring import draw_and_floor
+from nanosd3.related.train_cascade import train_decoder
 from nanosd3.training.evaluation import to_digits
 
 DECODERS = ("as wide", "twice as wide")
@@ -25,9 +25,9 @@ DECODED = 1000  # images
 DECODER_STEPS = 80
 
 
-def decoders_of(study: Study, muse: TrainedMuse) -> dict[str, Tokeniser]:
+def decoders_of(study: Study, muse: TrainedMuse) -> dict[str, VQPipeline]:
     """Two decoders trained on the Muse's tokens in as many steps."""
-    vq = muse.painter.vq
+    vq = muse.pipeline.vq
     channels = (vq.config.decoder_channels, larger_channels(vq.config))
     recipe = in_steps(
         study.job.training.autoencoder, DECODER_STEPS, size_of(study.args, muse.finished)
@@ -35,7 +35,7 @@ def decoders_of(study: Study, muse: TrainedMuse) -> dict[str, Tokeniser]:
     job, made = with_recipes(study.job, autoencoder=recipe), {}
     for i, (name, widths) in enumerate(zip(DECODERS, channels, strict=True)):
         made[name] = train_decoder(job, vq, widths, f"decoder-{i}")
-    return {name: Tokeniser(vq, muse.painter.pipeline) for name, vq in made.items()}
+    return {name: VQPipeline(vq, muse.finished.pipeline) for name, vq in made.items()}
 
 
 def muse_decoders(conditions: Conditions) -> dict:
@@ -49,9 +49,9 @@ def muse_decoders(conditions: Conditions) -> dict:
         with muse_study(conditions, seed, SHORT_STEPS) as study:
             decoders = decoders_of(study, muse)
             seconds += sum(study.job.run.stages[f"decoder-{i}"]["thread_seconds"] for i in (0, 1))
-        draw, floor = drawn(finished, count, 100 + seed)
+        draw, floor = draw_and_floor(finished, count, 100 + seed)
         x = unpadded(finished.source.pixels(draw.chosen), finished.config.padding)
-        tokens = muse.painter.tokens(x)
+        tokens = muse.pipeline.tokens(x)
         for name, decoder in decoders.items():
             same.append(bool(decoder.tokens(x).equal(tokens)))
             images = torch.from_numpy(decoder.images(tokens))

@@ -42,10 +42,10 @@ def muse_edits(conditions: Conditions) -> dict:
         count = 20 if conditions.fast else EDITED
         labels = source.images.test_labels[:count]
         x = from_uint8(source.images.test_images[:count])[:, None]
-        tokens = muse.painter.tokens(x)
+        tokens = muse.pipeline.tokens(x)
         classes = len(source.images.names)
         found["tokens as they are"].append(read_as(muse, tokens, labels))
-        fresh = muse.painter.draw(prompts_of(muse, labels), 100 + seed)
+        fresh = muse.pipeline.draw(prompts_of(muse, labels), 100 + seed)
         found["generated"].append(read_as(muse, fresh, labels))
         repainted = lower_half(muse, tokens, labels, MUSE_GUIDANCE, seed)
         found[TRUE_LABEL].append(read_as(muse, repainted, labels))
@@ -54,7 +54,7 @@ def muse_edits(conditions: Conditions) -> dict:
             repainted = lower_half(muse, tokens, other, g, seed)
             found[f"another label, guidance {g:g}"].append(read_as(muse, repainted, other))
         other = (labels + 5) % classes
-        fresh = muse.painter.draw(prompts_of(muse, other), 200 + seed)
+        fresh = muse.pipeline.draw(prompts_of(muse, other), 200 + seed)
         chance.append(float((fresh == tokens).float().mean()))
         for n, edited in zip(ROUNDS_MADE, freely(muse, tokens, other, seed), strict=True):
             kept = float((edited == tokens).float().mean())
@@ -82,7 +82,7 @@ def prompts_of(muse: TrainedMuse, labels: Tensor) -> list[str]:
 
 def read_as(muse: TrainedMuse, tokens: Tensor, labels: Tensor) -> float:
     """The share of the images of tokens that the classifier reads as these labels."""
-    digits = to_digits(torch.from_numpy(muse.painter.images(tokens)))
+    digits = to_digits(torch.from_numpy(muse.pipeline.images(tokens)))
     return muse.finished.scorer.score(digits, Draw(labels, labels, []))[0]
 
 
@@ -95,7 +95,7 @@ def lower_half(
     generator, found = rng(seed, "x-muse-4"), []
     parts = zip(tokens.split(EDITED_AT_ONCE), labels.split(EDITED_AT_ONCE), strict=True)
     for part, wanted in parts:
-        logits = muse.painter.logits(prompts_of(muse, wanted))
+        logits = muse.pipeline.logits(prompts_of(muse, wanted))
         sampling = (MUSE_STEPS, guidance, MUSE_TEMPERATURE)
         found.append(repaint(logits, part, marked, *sampling, generator))
     repainted = torch.cat(found)
@@ -105,7 +105,7 @@ def lower_half(
 
 def freely(muse: TrainedMuse, tokens: Tensor, labels: Tensor, seed: int) -> list[Tensor]:
     """Edited without a mask, after each of ROUNDS_MADE."""
-    generator, logits = rng(seed, "x-muse-5"), muse.painter.logits(prompts_of(muse, labels))
+    generator, logits = rng(seed, "x-muse-5"), muse.pipeline.logits(prompts_of(muse, labels))
     found, done = [], 0
     for rounds in ROUNDS_MADE:
         tokens = edit_freely(logits, tokens, rounds - done, FREE_GUIDANCE, generator)

@@ -1,21 +1,21 @@
-"""Three ways to tell a Muse what a caption says, and Muses that hear half of the captions.
+"""Muses with three text encoders, trained on half of the captions.
 
-The main job's text encoders learned before any generator did: the CLIPs to match captions with
-images, T5 to fill in removed words. Beside them stand the same encoders as they were before that,
-whose states differ from word to word but mean nothing, and a table of words that a Muse learns
-itself: a vector that is zero but for a word's own entry, and the linear layer that reads it.
+The main job's text encoders were trained before any generator: the CLIPs to match captions with
+images, T5 to fill in removed words. They are compared with the same encoders at random weights,
+whose states differ from word to word but have no meaning, and with one-hot words, whose embedding
+is Muse's own first linear layer.
 
 Each digit has two names, a word and a numeral, and each image as many captions with either.
 """
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from nanosd3.claims.data_sets import with_captions
 from nanosd3.claims.muse_networks import in_steps, with_recipes
 from nanosd3.claims.sd3_without_t5 import attributes_right
 from nanosd3.data.sources import Digits
@@ -25,9 +25,9 @@ from nanosd3.random_streams import rng
 from nanosd3.related.command import Study, size_of
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.muse import Conditioning, Muse, cosine_share, hide, masked_loss
-from nanosd3.related.muse_editing import TOKENS_AT_ONCE, TokenPainter, unpadded
-from nanosd3.related.muse_lessons import guessing_loss, train_tokens
-from nanosd3.related.train_muse import MUSE_RECIPES, muse_config, vq_config
+from nanosd3.related.muse_editing import TOKENS_AT_ONCE, MusePipeline, unpadded
+from nanosd3.related.muse_system import MUSE_RECIPES, muse_config, vq_config
+from nanosd3.related.train_muse import token_prediction_loss, train_tokens
 from nanosd3.text import TextEncoders, make_encoders
 from nanosd3.training.evaluation import draw_prompts, to_digits
 from nanosd3.training.loop import StepLoss
@@ -35,9 +35,10 @@ from nanosd3.training.stages import Job, build, finish_or_load, fit_average
 
 TEXT_STEPS = 300  # of the transformer
 TEXT_AVERAGE = 0.98  # decay of the average of its weights
-TOLD = ("trained encoders", "the same, untrained", "a table of words")
-TOLD_SCORES = ("loss", "digit", "attributes", "unheard")
-HELD_OUT_LOOKS = 4  # at each image held out, with other tokens hidden
+TEXT_ENCODERS = ("trained encoders", "the same, untrained", "a table of words")
+ENCODER_SCORES = ("loss", "digit", "attributes", "unheard")
+MASKS_PER_IMAGE = 4  # of images held out, in the validation loss
+TEXT_STAGE = "told"  # of training: its name in finished runs and random streams
 Encode = Callable[[list[str]], Conditioning]
 
 
@@ -62,8 +63,8 @@ def one_hot(text: TextEncoders, captions: list[str]) -> Encode:
         for i, prompt in enumerate(prompts):
             for j, word in enumerate(prompt.split()):
                 context[i, j, place[word]] = 1.0
-        said = context.sum(1)[:, : text.pooled_dim]
-        pooled = F.normalize(said, dim=1) * text.pooled_dim**0.5
+        counts = context.sum(1)[:, : text.pooled_dim]
+        pooled = F.normalize(counts, dim=1) * text.pooled_dim**0.5
         return context * text.context_dim**0.5, pooled
 
     assert len(words) <= min(text.context_dim, text.pooled_dim)
@@ -73,69 +74,72 @@ def one_hot(text: TextEncoders, captions: list[str]) -> Encode:
 def with_names(source: Digits, numerals: bool) -> Digits:
     """The same images, with those of their captions that name the digit by a numeral, or by a
     word."""
-    captions = source.described.captions
-    has_numeral = [any(letter.isdecimal() for letter in text) for text in captions.texts]
-    fits = torch.tensor(has_numeral)[captions.choices] == numerals
-    choices = captions.choices[fits].view(*fits.shape[:3], -1)
-    half = copy(source)
-    half.described = replace(source.described, captions=replace(captions, choices=choices))
-    return half
+    texts = source.described.captions.texts
+    return with_captions(source, [any(map(str.isdecimal, text)) == numerals for text in texts])
 
 
-def told_muse(study: Study, name: str) -> TokenPainter:
-    """The Muse that is told captions by an encoder, trained now or before. All see the same
-    images, captions and hidden tokens, and start from the same weights."""
+def stage_of(name: str) -> str:
+    return f"{TEXT_STAGE}-{TEXT_ENCODERS.index(name)}"
+
+
+def muse_by_encoder(study: Study, name: str) -> MusePipeline:
+    """The Muse with one of TEXT_ENCODERS, trained now or before. All see the same images, captions
+    and hidden tokens, and start from the same weights."""
     job, finished, size = study.job, study.finished, size_of(study.args, study.finished)
     job = with_recipes(job, flow=in_steps(MUSE_RECIPES[size], TEXT_STEPS, size))
     vq = train_tokens(job, vq_config(job.config, size))
     muse = build(job, "muse", lambda: Muse(muse_config(job.config, size))).to(job.device)
     text, captions = finished.pipeline.text, finished.source.texts
-    painter = TokenPainter(vq, muse, finished.pipeline)
+    pipeline = MusePipeline(vq, muse, finished.pipeline)
     makers: tuple[Callable[[], Encode], ...] = (
         lambda: text.encode,
         lambda: untrained(text, job),
         lambda: one_hot(text, captions),
     )
-    painter.encode = makers[TOLD.index(name)]()
-    told = guessing_loss(
-        job, with_names(finished.source, False), vq, painter.encode(captions), cosine_share,
+    pipeline.encode = makers[TEXT_ENCODERS.index(name)]()
+    loss_of = token_prediction_loss(
+        job, with_names(finished.source, False), vq, pipeline.encode(captions), cosine_share,
         lambda seen, tokens, x, *text: muse(seen, *text),
     )  # fmt: skip
-    stage, decay = f"told-{TOLD.index(name)}", TEXT_AVERAGE
-    train = partial(fit_average, job, stage, muse, same_draws(job, told), decay)
+    stage, decay = stage_of(name), TEXT_AVERAGE
+    train = partial(fit_average, job, stage, muse, same_draws(job, loss_of), decay)
     finish_or_load(job, stage, muse, train)
-    return painter
+    return pipeline
 
 
 def same_draws(job: Job, loss_of: StepLoss) -> StepLoss:
     """With the same random numbers in a step, whatever the stage is called."""
-    return lambda step_rng: loss_of(replace(step_rng, name=(job.seed, "told", step_rng.name[-1])))
+    return lambda step_rng: loss_of(
+        replace(step_rng, name=(job.seed, TEXT_STAGE, step_rng.name[-1]))
+    )
 
 
 @torch.no_grad()
-def held_out_loss(painter: TokenPainter, source: Digits) -> float:
+def held_out_loss(pipeline: MusePipeline, source: Digits) -> float:
     """The cross-entropy of hidden tokens of images held out: the same of them for every Muse."""
     generator = rng(0, "x-muse-6")
-    index = torch.arange(source.trained, source.count).repeat(HELD_OUT_LOOKS)
+    index = torch.arange(source.trained, source.count).repeat(MASKS_PER_IMAGE)
     captions = source.captions(index, torch.rand(len(index), generator=generator))
     share = cosine_share(stratified(len(index), generator))
-    tokens = painter.tokens(unpadded(source.pixels(index), source.config.padding))
+    tokens = pipeline.tokens(unpadded(source.pixels(index), source.config.padding))
     places = torch.rand(len(index), tokens[0].numel(), generator=generator)
     seen, losses = hide(tokens, share, places), []
     for rows in torch.arange(len(index)).split(TOKENS_AT_ONCE):
-        text = painter.encode([source.texts[i] for i in captions[rows].tolist()])
-        losses.append(masked_loss(painter.muse(seen[rows], *text), tokens[rows], seen[rows]))
+        text = pipeline.encode([source.texts[i] for i in captions[rows].tolist()])
+        losses.append(masked_loss(pipeline.muse(seen[rows], *text), tokens[rows], seen[rows]))
     return float(torch.cat(losses).mean())
 
 
-def told_scores(finished: FinishedRun, painter: TokenPainter, count: int, seed: int) -> list[float]:
-    """As TOLD_SCORES has them: the loss, and shares of samples."""
-    heard, unheard = (with_names(finished.source, numerals) for numerals in (False, True))
+def encoder_scores(
+    finished: FinishedRun, pipeline: MusePipeline, count: int, seed: int
+) -> list[float]:
+    """Values of ENCODER_SCORES: the loss, and shares of samples."""
+    words, numerals = (with_names(finished.source, has_numeral) for has_numeral in (False, True))
     shares = []
-    for source in (heard, unheard):
+    for source in (words, numerals):
         draw = draw_prompts(source, count, 100 + seed)
-        images = painter.images(painter.draw(draw.prompts, 100 + seed))
+        images = pipeline.images(pipeline.draw(draw.prompts, 100 + seed))
         digits = to_digits(torch.from_numpy(images))
         right = finished.scorer.score(digits, draw)[0]
         shares.append((right, attributes_right(finished.source.described, draw, digits)))
-    return [held_out_loss(painter, heard), *shares[0], shares[1][0]]
+    return [held_out_loss(pipeline, words), *shares[0], shares[1][0]]

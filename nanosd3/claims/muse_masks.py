@@ -9,7 +9,7 @@ from torch import Tensor
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
 from nanosd3.claims.muse_networks import trained_muse
 from nanosd3.related.muse import cosine_share
-from nanosd3.training.evaluation import draw_prompts, to_digits
+from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor
 from nanosd3.training.plot_style import new_figure, save_plot
 
 
@@ -36,11 +36,9 @@ def muse_masks(conditions: Conditions) -> dict:
         for seed in conditions.seeds:
             muse = trained_muse(conditions, seed, MASK_STEPS, share_of, f"muse-{i}")
             seconds += muse.seconds + (i == 0) * muse.token_seconds  # the same tokens for all
-            draw = draw_prompts(muse.finished.source, count, 100 + seed)
-            images = muse.painter.images(muse.painter.draw(draw.prompts, 100 + seed))
-            scorer = muse.finished.scorer
-            accuracy, distance = scorer.score(to_digits(torch.from_numpy(images)), draw)
-            found[name].append([accuracy, distance / scorer.floor(draw)])
+            draw, floor = draw_and_floor(muse.finished, count, 100 + seed)
+            images = muse.pipeline.images(muse.pipeline.draw(draw.prompts, 100 + seed))
+            found[name].append(list(accuracy_and_ratio(muse.finished, images, draw, floor)))
     rows = [[name, *(list(x) for x in zip(*pairs, strict=True))] for name, pairs in found.items()]
     columns = ["hidden in training", "read as asked", "Frechet ratio"]
     return {"scores": found, "training_seconds": seconds, "table": table_of(columns, rows)}

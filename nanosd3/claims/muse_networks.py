@@ -16,9 +16,9 @@ from nanosd3.related.autoregressive import CausalMuse
 from nanosd3.related.command import Study, parse, study_in
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.related.muse import Conditioning, cosine_share
-from nanosd3.related.muse_editing import TokenPainter
-from nanosd3.related.muse_lessons import train_causal
-from nanosd3.related.train_muse import MUSE_STAGE, MuseSystem, trained_painter
+from nanosd3.related.muse_editing import MusePipeline
+from nanosd3.related.muse_system import MUSE_STAGE, MuseSystem, trained_muse_pipeline
+from nanosd3.related.train_muse import train_causal
 from nanosd3.training.stages import Job
 
 CAUSAL = "causal"  # stage
@@ -33,7 +33,7 @@ class TrainedMuse:
     """A Muse, and the seconds of a core that its two stages took."""
 
     finished: FinishedRun
-    painter: TokenPainter
+    pipeline: MusePipeline
     token_seconds: float
     seconds: float
 
@@ -88,10 +88,10 @@ def trained_muse(
     their own, on the same tokens."""
     print(f"{stage}, seed {seed}", flush=True)
     with muse_study(conditions, seed, steps) as study:
-        painter = trained_painter(study, share_of, stage)
+        pipeline = trained_muse_pipeline(study, share_of, stage)
         stages = study.job.run.stages
     seconds = (stages[name]["thread_seconds"] for name in ("tokens", stage))
-    return TrainedMuse(opened(conditions.run), painter, *seconds)
+    return TrainedMuse(opened(conditions.run), pipeline, *seconds)
 
 
 def trained_causal(
@@ -100,8 +100,8 @@ def trained_causal(
     """A transformer as large as the Muse that writes the same tokens one after the other, trained
     in as many steps, and the seconds of a core that took."""
     print(f"{CAUSAL}, seed {seed}", flush=True)
-    texts, muse = encoded_captions(conditions.run), trained.painter.muse
+    texts, muse = encoded_captions(conditions.run), trained.pipeline.muse
     with muse_study(conditions, seed, steps) as study:
-        job, vq = study.job, trained.painter.vq
+        job, vq = study.job, trained.pipeline.vq
         causal = train_causal(job, study.finished.source, vq, texts, muse.config, CAUSAL)
         return causal, job.run.stages[CAUSAL]["thread_seconds"]

@@ -5,25 +5,24 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
 from nanosd3.claims.muse_networks import MUSE_TRAINED, SHORT_STEPS, trained_causal, trained_muse
-from nanosd3.claims.muse_ways import by_flow, by_muse, token_by_token
+from nanosd3.claims.muse_samplers import sample_causal, sample_flow, sample_muse
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.training.evaluation import draw_prompts, to_digits
+from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor
 from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
 
 MUSE_COUNTS = (1, 2, 4, 8, 16, 49)
 FLOW_COUNTS = (1, 2, 4, 8, 16, 50)
 FAST_MUSE_COUNTS, FAST_FLOW_COUNTS = (1, 8, 49), (1, 8)
 ONE_BY_ONE = (49,)  # tokens
-SPEED_WAYS = {
+SPEED_SAMPLERS = {
     "muse": "Muse, by steps",
     "flow": "the main model, Euler, by steps",
     "causal": "one token after the other",
 }
-WAY_MARKERS = {"muse": "-o", "flow": "--s", "causal": "^"}
+SAMPLER_MARKERS = {"muse": "-o", "flow": "--s", "causal": "^"}
 
 
 @cache
@@ -34,45 +33,44 @@ def muse_speed(conditions: Conditions) -> dict:
     if conditions.fast:
         counts |= {"muse": FAST_MUSE_COUNTS, "flow": FAST_FLOW_COUNTS}
     found: dict[str, dict[str, list[list[float]]]] = {
-        way: {str(n): [] for n in counts[way]} for way in SPEED_WAYS
+        sampler: {str(n): [] for n in counts[sampler]} for sampler in SPEED_SAMPLERS
     }
     for seed in conditions.seeds:
         trained = trained_muse(conditions, seed, SHORT_STEPS)
         causal, took = trained_causal(conditions, seed, SHORT_STEPS, trained)
         finished = trained.finished
         seconds += trained.token_seconds + trained.seconds + took
-        ways = {
-            "muse": partial(by_muse, trained.painter),
-            "flow": partial(by_flow, finished.pipeline),
-            "causal": partial(token_by_token, trained.painter, causal),
+        samplers = {
+            "muse": partial(sample_muse, trained.pipeline),
+            "flow": partial(sample_flow, finished.pipeline),
+            "causal": partial(sample_causal, trained.pipeline, causal),
         }
-        for way, by_steps in found.items():
-            for n in counts[way]:
-                make = partial(ways[way], seed=100 + seed, steps=n)
-                by_steps[str(n)].append(scored(finished, make, count, 100 + seed))
+        for sampler, by_steps in found.items():
+            for n in counts[sampler]:
+                make = partial(samplers[sampler], seed=100 + seed, steps=n)
+                by_steps[str(n)].append(scores_and_time(finished, make, count, 100 + seed))
     rows = [
-        [SPEED_WAYS[way], n, *(list(each) for each in zip(*scores, strict=True))]
-        for way, by_steps in found.items()
+        [SPEED_SAMPLERS[sampler], n, *(list(each) for each in zip(*scores, strict=True))]
+        for sampler, by_steps in found.items()
         for n, scores in by_steps.items()
     ]
     columns = ["", "steps", "read as asked", "Frechet ratio", "ms an image"]
     return {"scores": found, "training_seconds": seconds, "table": table_of(columns, rows)}
 
 
-def scored(finished: FinishedRun, make: partial, count: int, seed: int) -> list[float]:
+def scores_and_time(finished: FinishedRun, make: partial, count: int, seed: int) -> list[float]:
     """Accuracy, Frechet distance over that of real images, and milliseconds of a core an image,
     text and decoding included."""
-    draw = draw_prompts(finished.source, count, seed)
+    draw, floor = draw_and_floor(finished, count, seed)
     begin = time.process_time()
     images = make(draw)
     took = time.process_time() - begin
-    accuracy, distance = finished.scorer.score(to_digits(torch.from_numpy(images)), draw)
-    return [accuracy, distance / finished.scorer.floor(draw), 1000 * took / len(images)]
+    return [*accuracy_and_ratio(finished, images, draw, floor), 1000 * took / len(images)]
 
 
-def column(results: dict, way: str, steps: int, i: int) -> list[float]:
+def column(results: dict, sampler: str, steps: int, i: int) -> list[float]:
     """A number of each seed."""
-    return [scores[i] for scores in results["scores"][way][str(steps)]]
+    return [scores[i] for scores in results["scores"][sampler][str(steps)]]
 
 
 def decide_few_enough(results: dict) -> Verdict:
@@ -104,12 +102,18 @@ def decide_faster_than_causal(results: dict) -> Verdict:
 
 def plot_speed(results: dict, path: Path) -> None:
     figure, axes = new_figure(9, 2)
-    for way, by_steps in results["scores"].items():
+    for sampler, by_steps in results["scores"].items():
         means = np.array([np.mean(scores, axis=0) for scores in by_steps.values()])
         steps = [int(n) for n in by_steps]
-        axes[0].plot(steps, means[:, 1], WAY_MARKERS[way], markersize=5, label=SPEED_WAYS[way])
-        axes[1].plot(means[:, 2], means[:, 1], WAY_MARKERS[way], markersize=5)
-        beside = (-9, -13) if way == "muse" else (5, 5)
+        axes[0].plot(
+            steps,
+            means[:, 1],
+            SAMPLER_MARKERS[sampler],
+            markersize=5,
+            label=SPEED_SAMPLERS[sampler],
+        )
+        axes[1].plot(means[:, 2], means[:, 1], SAMPLER_MARKERS[sampler], markersize=5)
+        beside = (-9, -13) if sampler == "muse" else (5, 5)
         for n, (_, ratio, took) in zip(steps, means, strict=True):
             axes[1].annotate(str(n), (took, ratio), beside, textcoords="offset points")
     label_counts(axes[0], MUSE_COUNTS)

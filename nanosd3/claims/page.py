@@ -34,7 +34,7 @@ in seconds how an experiment works. Most train in the latents of a finished main
 """
 
 
-def take_over(experiments: Mapping[str, Experiment], out: Path) -> list[str]:
+def copy_results(experiments: Mapping[str, Experiment], out: Path) -> list[str]:
     """Copy the records and plots in a folder to the page's, and return their names.
 
     Raises InputError if there are none, or if one ran with another rule than the code has now.

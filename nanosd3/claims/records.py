@@ -1,4 +1,4 @@
-"""Records of experiments: run one, and keep what it said, measured and decided."""
+"""Run an experiment, and write its record: declaration, results and verdict."""
 
 import json
 import platform

@@ -1,9 +1,9 @@
 """Backbones, trained shortly in the main job's latents, with the pooled text and without it.
 
-Captions say a digit, often its stroke and its slant. The pooled text says all of that in one
-vector that modulates every block, however the tokens are read, so backbones are compared where it
-is not heard: each has to find the words among the tokens. One head of width 64, and the same
-images, captions, noise and recipe for all, but for the learning rate: each has the better of two.
+Captions name a digit, often its stroke and its slant. The pooled text has all of that in one vector
+that modulates every block, so backbones are compared without it: they depend on the tokens. One
+head of width 64, and the same images, captions, noise and recipe for all, but for the learning
+rate: each has the better of two.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import Tensor, nn
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import network_job
+from nanosd3.claims.runs import network_job
 from nanosd3.claims.sd3_variants import VARIANT_AVERAGE, TrainedVariant, train_variant
 from nanosd3.config_types import MMDiTConfig, Recipe
 from nanosd3.mmdit import MMDiT
@@ -48,8 +48,8 @@ class BackboneArm:
         return BackboneConfig(**sizes, heads=1, clip_tokens=clip_tokens)
 
 
-class Unheard(nn.Module):
-    """In place of an embedder: whatever it is given, it says nothing."""
+class ZeroEmbedder(nn.Module):
+    """In place of an embedder: zeros, whatever the input."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -60,10 +60,10 @@ class Unheard(nn.Module):
 
 
 def make_backbone(arm: BackboneArm, config: BackboneConfig, pooled: bool) -> MMDiT:
-    """A fresh network; without `pooled` it does not hear the pooled text."""
+    """A fresh network; without `pooled` the pooled text has no effect."""
     model = BACKBONES[arm.kind](config)
     if not pooled:
-        model.register_module("y_embedder", Unheard(config.width))
+        model.register_module("y_embedder", ZeroEmbedder(config.width))
     return model
 
 

@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_backbone_networks import BackboneArm, trained_backbone
 from nanosd3.training.plot_style import INK, SERIES, new_figure, save_plot
 
@@ -29,21 +29,21 @@ BACKBONES_RANKED = ("MMDiT", "CrossDiT", "UViT", "DiT")  # as the paper ranks th
 AS_LARGE_BACKBONES = ("CrossDiT, deeper", "UViT", "DiT, deeper")  # as MMDiT
 WEIGHT_SETS = ("DiT", "MMDiT", "MMDiT, three sets")  # of weights: one, two, three
 THIRD_WORTH = 0.01  # of the loss: less is nothing
-WHAT_IS_HEARD = {"tokens": "by tokens alone", "pooled": "with the pooled text"}
+TEXT_INPUTS = {"tokens": "by tokens alone", "pooled": "with the pooled text"}
 BACKBONE_MARKS = dict(zip(BACKBONES_RANKED, ("D-", "^--", "s-.", "o:"), strict=True))
 
 
 def backbone_study(conditions: Conditions) -> dict:
-    """By what is heard and arm: losses of each seed at each look, and parameters."""
+    """By text inputs and arm: validation losses of each seed, and parameters."""
     finished, features = open_encoded(conditions)
-    found: dict[str, dict[str, dict]] = {heard: {} for heard in WHAT_IS_HEARD}
+    found: dict[str, dict[str, dict]] = {text: {} for text in TEXT_INPUTS}
     seconds, steps = 0.0, [0]
-    for heard, arms in found.items():
-        for name in BACKBONE_ARMS if heard == "tokens" else BACKBONES_RANKED:
+    for text, arms in found.items():
+        for name in BACKBONE_ARMS if text == "tokens" else BACKBONES_RANKED:
             one = arms[name] = {"losses": [], "parameters": 0, "seconds": []}
             for seed in conditions.seeds:
                 network = trained_backbone(
-                    conditions, finished, features, BACKBONE_ARMS[name], heard == "pooled", seed
+                    conditions, finished, features, BACKBONE_ARMS[name], text == "pooled", seed
                 )
                 steps = list(network.losses)
                 one["losses"].append(list(network.losses.values()))
@@ -52,7 +52,7 @@ def backbone_study(conditions: Conditions) -> dict:
                 seconds += network.seconds
     rows = [
         [name, f"{one['parameters']:,}", one["seconds"]]
-        + [final_losses(found, name, heard) if name in found[heard] else "" for heard in found]
+        + [final_losses(found, name, text) if name in found[text] else "" for text in found]
         for name, one in found["tokens"].items()
     ]
     columns = ["", "parameters", "seconds to train", "loss by tokens alone"]
@@ -60,9 +60,9 @@ def backbone_study(conditions: Conditions) -> dict:
     return {**found, "steps": steps, "training_seconds": seconds, "table": table}
 
 
-def final_losses(results: dict, name: str, heard: str = "tokens") -> list[float]:
+def final_losses(results: dict, name: str, text: str = "tokens") -> list[float]:
     """Of each seed, after training."""
-    return [losses[-1] for losses in results[heard][name]["losses"]]
+    return [losses[-1] for losses in results[text][name]["losses"]]
 
 
 def decide_ranking(results: dict) -> Verdict:
@@ -103,9 +103,9 @@ def plot_ranking(results: dict, path: Path) -> None:
     axes[0].set(title="Validation loss, by tokens alone", xlabel="training steps")
     axes[0].legend()
     for i, name in enumerate(BACKBONES_RANKED):
-        for heard, fill in (("tokens", INK), ("pooled", "white")):
-            losses = final_losses(results, name, heard)
-            label = None if i else WHAT_IS_HEARD[heard]
+        for text, fill in (("tokens", INK), ("pooled", "white")):
+            losses = final_losses(results, name, text)
+            label = None if i else TEXT_INPUTS[text]
             axes[1].plot([i] * len(losses), losses, "o", color=INK, mfc=fill, label=label)
     axes[1].set_xticks(range(len(BACKBONES_RANKED)), BACKBONES_RANKED)
     axes[1].margins(0.15)

@@ -4,19 +4,18 @@ Captions found beside images on the web say little of what is in them. The paper
 vision-language model describe every image at length, and trains on both kinds: rich captions alone
 could make the model forget what that other model has no words for. Here an original caption is a
 word for the class ("seven", "a handwritten 7"), and a rich one says too how the digit is written,
-as measured ("a bold seven leaning right"). Prompts are of both kinds as well: no kind of training
-may be judged by its own prompts alone.
+as measured ("a bold seven leaning right"). Prompts are of both kinds as well, so that no training
+is scored on its own kind alone.
 """
 
-import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from nanosd3.claims.data_sets import with_captions
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_variants import TrainedVariant, Variant, trained_variant
 from nanosd3.claims.sd3_without_t5 import attributes_right
 from nanosd3.data.mnist import plain_captions
@@ -33,19 +32,14 @@ CAPTION_SCORES = ("word: digit", "rich: digit", "rich: attributes", "ratio")
 SCORED = ("word: digit", "rich: attributes")  # what counts, both alike
 
 
-def told(source: Digits, arm: str) -> Digits:
+def with_kind(source: Digits, arm: str) -> Digits:
     """The same images with captions of one kind, or of both. Half of an image's choices name the
     class and no more."""
     if arm not in CAPTION_KINDS:
         return source
-    captions, names = source.described.captions, source.images.names
+    names, texts = source.images.names, source.described.captions.texts
     words = {text for label in range(len(names)) for text in plain_captions(names, label)}
-    is_rich = torch.tensor([text not in words for text in captions.texts])
-    choices = captions.choices
-    chosen = choices[is_rich[choices] == (arm == "rich")].view(*choices.shape[:3], -1)
-    other = copy.copy(source)
-    other.described = replace(source.described, captions=replace(captions, choices=chosen))
-    return other
+    return with_captions(source, [(text not in words) == (arm == "rich") for text in texts])
 
 
 def prompt_scores(
@@ -56,7 +50,7 @@ def prompt_scores(
     pipeline = network.features.pipeline(network.model, finished.device)
     found: dict[str, float] = {"ratio": 0.0}
     for kind, name in zip(CAPTION_KINDS, ("word", "rich"), strict=True):
-        draw = draw_prompts(told(finished.source, kind), count, 100 + seed)
+        draw = draw_prompts(with_kind(finished.source, kind), count, 100 + seed)
         images = pipeline(draw.prompts, seed=100 + seed, steps=8)
         digits = to_digits(torch.as_tensor(images))
         found[f"{name}: digit"], distance = finished.scorer.score(digits, draw)
@@ -74,7 +68,7 @@ def captions_study(conditions: Conditions) -> dict:
     seconds, count = 0.0, 20 if conditions.fast else 500
     for arm in CAPTION_ARMS:
         scores[arm] = {key: [] for key in CAPTION_SCORES}
-        source = told(finished.source, arm)
+        source = with_kind(finished.source, arm)
         material = Features(features.folder.parent, source, features.encoders)
         variant = Variant(1, data=f"captions-{arm.replace(' ', '-')}", steps=CAPTION_STEPS)
         for seed in conditions.seeds:

@@ -10,9 +10,8 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
+from nanosd3.claims.runs import open_main_run
 from nanosd3.claims.sd3_latents import (
     AUTOENCODER,
     CHANNEL_DEPTHS,
@@ -25,20 +24,15 @@ from nanosd3.claims.sd3_latents import (
     transformer_in,
 )
 from nanosd3.claims.sd3_variants import sample_scores
-from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.training.plot_style import INK, SERIES, label_counts, new_figure, save_plot
 
 SHALLOW, DEEP = CHANNEL_DEPTHS[0], CHANNEL_DEPTHS[-1]
 ENDS = FEW_CHANNELS, MANY_CHANNELS = CHANNELS[0], CHANNELS[-1]  # where transformers are trained
 
 
-def finished_run_of(conditions: Conditions) -> FinishedRun:
-    return open_finished_run(conditions.run, None, torch.device("cpu"))
-
-
 def reconstruction_study(conditions: Conditions) -> dict:
     """By channels and seed: how well images are encoded and decoded again."""
-    finished = finished_run_of(conditions)
+    finished = open_main_run(conditions)
     source, seconds = some_digits(finished), 0.0
     found: dict[str, dict[str, list[float]]] = {}
     for channels in CHANNELS:
@@ -58,7 +52,7 @@ def reconstruction_study(conditions: Conditions) -> dict:
 def channels_study(conditions: Conditions) -> dict:
     """By depth, channels and seed: the share of samples read as asked, and their Frechet ratio;
     and the ratio of reconstructions, which bounds it."""
-    finished = finished_run_of(conditions)
+    finished = open_main_run(conditions)
     source, seconds = some_digits(finished), 0.0
     keys = ("accuracy", "ratio")
     found: dict[str, dict[str, dict[str, list[float]]]] = {

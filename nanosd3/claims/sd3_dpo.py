@@ -1,27 +1,27 @@
 """DPO on the finished model (arXiv 2403.03206, appendix C; Wallace et al., arXiv 2311.12908).
 
-The papers' preferences are people's; here a classifier and two measurements say whether a sample is
-the digit, and of the stroke and the slant, that its prompt asks for. They judge the tuned model,
-too, so what is measured is what was asked for, and no more: people were, too, in the papers.
+The papers' preferences are people's. Here a classifier and two measurements decide whether a sample
+has the digit, the stroke and the slant of its prompt. The tuned model is scored by the same three,
+so what is measured is what it was tuned for, as with the people of the papers.
 """
 
 from functools import cache, partial
 from pathlib import Path
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_preferences import (
     PAIRS_DRAWN,
     RANK,
     TUNED_ON,
     TUNING,
     preferred_pairs,
-    sampled_and_judged,
+    sample_and_score,
     tuned_transformer,
 )
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.yardsticks import drawn
+from nanosd3.related.scoring import draw_and_floor
 from nanosd3.training.metrics import frechet_distance
 from nanosd3.training.plot_style import GREY, INK, new_figure, save_plot
 
@@ -30,19 +30,19 @@ ALL_ARMS = (BEFORE, *TUNED_ON)
 TOLERATED = 0.1  # of the Frechet ratio, as in x-sd3-t5
 
 
-def judged_samples(
+def right_and_ratio(
     finished: FinishedRun, pipeline: Pipeline, seed: int, count: int
 ) -> dict[str, list[bool] | float]:
-    """Of samples of a fresh draw of prompts: which are as asked, and their Frechet distance over
-    that of real images."""
-    draw, floor = drawn(finished, count, 100 + seed)
-    samples = sampled_and_judged(finished, pipeline, draw, 100 + seed)
+    """Of samples of a fresh draw of prompts: which are right, and their Frechet distance over that
+    of real images."""
+    draw, floor = draw_and_floor(finished, count, 100 + seed)
+    samples = sample_and_score(finished, pipeline, draw, 100 + seed)
     distance = frechet_distance(samples.features, finished.scorer.test)
     return {"right": samples.right.tolist(), "ratio": distance / floor}
 
 
 def dpo_study(conditions: Conditions) -> dict:
-    """By arm and seed: the share as asked, the win rate against the model before, the ratio."""
+    """By arm and seed: the share right, the win rate against the model before, the ratio."""
     finished, features = open_encoded(conditions, images=False)
     count, prompts = (20, 40) if conditions.fast else (1000, PAIRS_DRAWN)
     keys = ("right", "wins", "losses", "rate", "ratio")
@@ -50,15 +50,15 @@ def dpo_study(conditions: Conditions) -> dict:
     pairs_found, seconds = [], 0.0
     for seed in conditions.seeds:
         base = features.pipeline(finished.pipeline.mmdit, finished.device)
-        first = judged_samples(finished, base, seed, count)
+        first = right_and_ratio(finished, base, seed, count)
         add_scores(found[BEFORE], first, first)
         pairs = cache(partial(preferred_pairs, finished, features, seed, prompts))
         for what in TUNED_ON:
             network = tuned_transformer(conditions, finished, features, pairs, what, seed)
             seconds += network.seconds
             pipeline = network.features.pipeline(network.model, finished.device)
-            judge = partial(judged_samples, finished, pipeline, seed, count)
-            add_scores(found[what], network.once("judged", judge), first)
+            measure = partial(right_and_ratio, finished, pipeline, seed, count)
+            add_scores(found[what], network.once("judged", measure), first)
         pairs_found.append(network.job.run.stages["flow"]["pairs"])
     rows: list[list[object]] = []
     for name, one in found.items():
@@ -71,7 +71,7 @@ def dpo_study(conditions: Conditions) -> dict:
 
 
 def deciding(one: dict[str, list[float]]) -> list[float]:
-    """On how many prompts, by seed, one of two models was as asked and the other was not."""
+    """On how many prompts, by seed, one of two models was right and the other wrong."""
     return [won + lost for won, lost in zip(one["wins"], one["losses"], strict=True)]
 
 

@@ -1,14 +1,14 @@
-"""Images that are in the data many times, and what a model makes of their captions.
+"""Images that are in the data many times, and samples for their captions.
 
-A model learns by heart what it sees often, and draws it when it reads the caption (Carlini et al.,
-arXiv 2301.13188). SD3's makers leave out all but one of near-copies, found by features that were
-trained for it, and extract memorised images from models trained with and without them: far fewer
-are left (arXiv 2403.03206, appendix E.2).
+A model memorises images that are often in its data, and draws them for their captions (Carlini et
+al., arXiv 2301.13188). SD3's makers leave out all but one of near-copies, found by features that
+were trained for it, and extract memorised images from models trained with and without them: far
+fewer are left (arXiv 2403.03206, appendix E.2).
 
-Here one image of each digit is repeated, moved by a pixel and made brighter or darker. It is bold
-and leans left, says its caption, and no other image of its digit is both. A sample for that caption
-is a copy if, compared with the nearest image that no network saw, the nearest of the repeats is
-nearer to it than to 99% of real images that were not seen either.
+Here one image of each digit is repeated, moved by a pixel and made brighter or darker. Its caption
+says that it is bold and leans left, and no other image of its digit is both. A sample for that
+caption is a copy if, compared with the nearest image that no network saw, the nearest of the
+repeats is nearer to it than to 99% of real images that were not seen either.
 """
 
 from functools import partial
@@ -28,10 +28,11 @@ from nanosd3.claims.repeated_digits import (
     shown_picture,
     usual_nearness,
 )
+from nanosd3.claims.runs import open_main_run
 from nanosd3.claims.sd3_variants import TrainedVariant, Variant, trained_variant
 from nanosd3.data.mnist import SIDE
 from nanosd3.machine.distributed import SINGLE_PROCESS
-from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.finished_run import FinishedRun
 from nanosd3.training.cached_features import encoded
 from nanosd3.training.evaluation import to_digits
 from nanosd3.training.plot_style import SERIES, new_figure, save_plot
@@ -40,7 +41,7 @@ PLAIN_IMAGES, COPIES = 2000, 40  # in all, and near-copies of one image of each 
 DUPLICATES_STEPS = 600
 SAMPLES_OF_EACH = 50  # samples of a caption
 WITH, WITHOUT = "with repeats", "repeats left out"  # what is trained on
-ASKED_FOR = {"own": "for their caption", "other": "for another caption"}
+PROMPTED_WITH = {"own": "for their caption", "other": "for another caption"}
 SHOWN_DIGITS = (2, 3, 4, 5, 7)
 
 
@@ -70,11 +71,11 @@ def copies_drawn(
 
 def duplicates_study(conditions: Conditions) -> dict:
     """By seed: how well repeats are found, and, trained with and without them, the copies drawn."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    finished = open_main_run(conditions)
     cache, encoders = conditions.out / "cache", finished.encoders(finished.config)
     count, copies = (100, 3) if conditions.fast else (PLAIN_IMAGES, COPIES)
     each = 2 if conditions.fast else SAMPLES_OF_EACH
-    drawn: dict = {arm: {key: [] for key in ASKED_FOR} for arm in (WITH, WITHOUT)}
+    drawn: dict = {arm: {key: [] for key in PROMPTED_WITH} for arm in (WITH, WITHOUT)}
     detection: dict[str, dict[str, list[float]]] = {}
     pictures: dict[str, list[str]] = {}
     seconds = 0.0
@@ -97,7 +98,7 @@ def duplicates_study(conditions: Conditions) -> dict:
             seconds += network.seconds
             measure = partial(copies_drawn, finished, network, planted, seed, each)
             found = network.once("copies", measure)
-            for key in ASKED_FOR:
+            for key in PROMPTED_WITH:
                 drawn[arm][key].append(found[key])
             pictures.setdefault(arm, found["pictures"])
     found = {"copies": drawn, "detection": detection, "pictures": pictures}
@@ -134,7 +135,7 @@ def plot_duplicates(results: dict, path: Path) -> None:
         groups = results[key]
         for j, one in enumerate(groups.values()):
             for i, (what, values) in enumerate(one.items()):
-                places, label = [j + 0.2 * i - 0.1] * len(values), ASKED_FOR.get(what, what)
+                places, label = [j + 0.2 * i - 0.1] * len(values), PROMPTED_WITH.get(what, what)
                 mark, label = "os"[i], "" if j else label
                 axis.plot(places, values, mark, color=SERIES[i], markersize=5, label=label)
         axis.set_xticks(range(len(groups)), [name.replace(" ", "\n", 1) for name in groups])

@@ -8,9 +8,9 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+from nanosd3.claims.data_sets import Latents, open_data_sets, sample_inputs, scores_of_samples
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.sd3_grounds import Latents, asked_of, judged, open_grounds
-from nanosd3.claims.sd3_networks import sample_by, trained_by
+from nanosd3.claims.sd3_networks import sample_formulation, trained_formulation
 from nanosd3.claims.sd3_ranks import BySetting, Score, average_ranks
 from nanosd3.related.formulations import FORMULATIONS
 from nanosd3.training.plot_style import INK, PALE, SERIES, new_figure, save_plot
@@ -26,17 +26,17 @@ SampledHow = tuple[str, float, str]
 
 
 def network_scores(
-    ground: Latents, name: str, seed: int, steps_made: dict[str, int], samples: int
+    data: Latents, name: str, seed: int, steps_made: dict[str, int], samples: int
 ) -> tuple[list[Score], float]:
     """Scores of a network in the settings of its data set, in their order, measured now or before;
     and the seconds of a core that it took to train."""
-    trained, scores = trained_by(ground, name, seed), "scores"
+    trained, scores = trained_formulation(data, name, seed), "scores"
     if scores not in trained.run.stages:
-        found, what = [], asked_of(ground, seed, samples)
-        for count, guidance, weights in SETTINGS[ground.name]:
+        found, inputs = [], sample_inputs(data, seed, samples)
+        for count, guidance, weights in SETTINGS[data.name]:
             model, steps = getattr(trained, weights), steps_made[count]
-            made = sample_by(FORMULATIONS[name], model, what, steps, guidance)
-            found.append(judged(ground, made, what))
+            made = sample_formulation(FORMULATIONS[name], model, inputs, steps, guidance)
+            found.append(scores_of_samples(data, made, inputs))
         with trained.run.alone():
             trained.run.finish(scores, {"found": found})
     return [(a, ratio) for a, ratio in trained.run.stages[scores]["found"]], trained.seconds
@@ -46,12 +46,12 @@ def formulation_study(images: str, conditions: Conditions) -> dict:
     """Scores of every formulation in every setting of a data set, and the average ranks."""
     samples, steps_made = (20, FAST_STEPS_MADE) if conditions.fast else (400, STEPS_MADE)
     names = COMPARED_FAST if conditions.fast else tuple(FORMULATIONS)
-    ground = next(each for each in open_grounds(conditions) if each.name == images)
+    data = next(each for each in open_data_sets(conditions) if each.name == images)
     settings = SETTINGS[images]
     scores: BySetting = {name: [[] for _ in settings] for name in names}
     seconds = 0.0
     for seed, name in product(conditions.seeds, names):
-        found, took = network_scores(ground, name, seed, steps_made, samples)
+        found, took = network_scores(data, name, seed, steps_made, samples)
         seconds += took
         for of_setting, score in zip(scores[name], found, strict=True):
             of_setting.append(score)

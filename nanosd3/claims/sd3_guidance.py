@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
-from nanosd3.claims.material import open_encoded
-from nanosd3.related.yardsticks import drawn
+from nanosd3.claims.runs import open_encoded
+from nanosd3.related.scoring import draw_and_floor
 from nanosd3.training.evaluation import to_digits
 from nanosd3.training.plot_style import INK, new_figure, save_plot
 
@@ -37,7 +37,7 @@ def guidance_study(conditions: Conditions) -> dict:
     scorer, count = finished.scorer, 40 if conditions.fast else 1000
     found: dict[str, list[list[float]]] = {key: [] for key in ("accuracy", "ratio", "spread")}
     for seed in conditions.seeds:
-        draw, floor = drawn(finished, count, 100 + seed)
+        draw, floor = draw_and_floor(finished, count, 100 + seed)
         real = scorer.features(finished.source.images.train_images[draw.chosen])
         real_spread = spread_within(real, draw.labels)
         rows = []

@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import measured_once, network_job
+from nanosd3.claims.runs import measured_once, network_job
 from nanosd3.claims.sd3_variants import VARIANT_AVERAGE, TrainedVariant
 from nanosd3.config_types import Config, Recipe, VAEConfig
 from nanosd3.data.sources import Digits
@@ -20,7 +20,7 @@ from nanosd3.lazy_modules import LazyModules
 from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.yardsticks import reconstruction_scores
+from nanosd3.related.scoring import reconstruction_scores
 from nanosd3.storage.files import sha256
 from nanosd3.training.cached_features import Encoders, Features, get_features
 from nanosd3.training.loop import StepRNG

@@ -1,10 +1,10 @@
 """Is the middle of the path harder? (arXiv 2403.03206, section 3.1)
 
-The loss itself cannot say. Its largest part is noise that nobody could guess: near t = 0 the noise
-is all but hidden behind the image, and the best answer there has a loss of about 1. What can be
-learned is the rest. So a network is compared with itself after more training, on the same images
+The loss itself does not show it. Its largest part is noise that cannot be predicted: near t = 0 the
+noise is all but hidden behind the image, and the best answer there has a loss of about 1. What can
+be learned is the rest. So a network is compared with itself after more training, on the same images
 and noise: where the two are far apart, there was much to learn. Both draw their times evenly, so
-that neither has practised the middle more than the ends.
+that neither was trained in the middle more than at the ends.
 """
 
 from dataclasses import replace
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
-from nanosd3.claims.material import network_job, open_encoded
+from nanosd3.claims.runs import network_job, open_encoded
 from nanosd3.config_types import Recipe
 from nanosd3.mmdit import MMDiT
 from nanosd3.related.finished_run import FinishedRun

@@ -1,9 +1,9 @@
 """An MMDiT whose streams do not both read each other.
 
-In joint attention every token looks at all tokens of both streams. Cut, the queries of one stream
-find only its own keys: the text can then not be rewritten by what the picture has become, or the
-picture has the pooled text alone to go by. Weights and their names are MMDiT's, so a trained one's
-can be loaded into a cut one, and the other way round.
+In joint attention every token attends to all tokens of both streams. Here the queries of one stream
+may get its own keys alone: the text is then independent of the image, or the image gets the text by
+the pooled vector alone. Weights and their names are MMDiT's, so those of a trained one can be
+loaded into a cut one, and the other way round.
 """
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from nanosd3.mmdit import JointBlock, MMDiT, Modulation, join_streams
 
 
 class OneWayBlock(JointBlock):
-    """A joint block in which a stream may be blind to the other."""
+    """A joint block in which a stream may attend to itself alone."""
 
     image_reads_text = text_reads_image = True
 

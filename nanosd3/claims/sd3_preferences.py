@@ -1,5 +1,5 @@
-"""Two samples of one prompt, of which one is as asked and the other is not; and the main job's
-transformer, tuned on such pairs with weights of low rank."""
+"""Two samples of one prompt, one right and one wrong; and the main job's transformer, tuned on such
+pairs with weights of low rank."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import network_job
+from nanosd3.claims.runs import network_job
 from nanosd3.claims.sd3_variants import TrainedVariant
 from nanosd3.config_types import Recipe
 from nanosd3.data.mnist import bins, measure_strokes
@@ -27,24 +27,26 @@ from nanosd3.training.report import SLANT_WORDS, WEIGHT_WORDS, thirds_asked
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
 
 RANK, BETA = 8, 200.0
-PAIRS_DRAWN = 1000  # prompts, with two samples each; of most of them both or none are as asked
+PAIRS_DRAWN = 1000  # prompts, with two samples each; of most of them both or none are right
 UNGUIDED_STEPS = 5  # of Heun
 TUNING = Recipe(steps=80, batch=32, lr=1e-3, warmup=20, weight_decay=0.0, decay="constant")
 TUNED_ON = ("preferences", "winners alone")
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredSamples:
     """Samples of a draw of prompts."""
 
     latents: Tensor  # (B, C, h, w), normalised
     features: Tensor  # (B, F), of the classifier
-    right: Tensor  # (B,), which are as asked
+    right: Tensor  # (B,), which have the digit and the attributes of their prompts
 
 
 @torch.no_grad()
-def sampled_and_judged(finished: FinishedRun, pipeline: Pipeline, draw: Draw, seed: int) -> Judged:
-    """Samples without guidance, and which of them are as asked."""
+def sample_and_score(
+    finished: FinishedRun, pipeline: Pipeline, draw: Draw, seed: int
+) -> ScoredSamples:
+    """Samples without guidance, and which of them are right."""
     latents = pipeline(
         draw.prompts, seed=seed, steps=UNGUIDED_STEPS, guidance=1.0, sampler="heun", output="latent"
     )
@@ -52,7 +54,7 @@ def sampled_and_judged(finished: FinishedRun, pipeline: Pipeline, draw: Draw, se
     digits = to_digits(torch.from_numpy(pipeline.decode(latents)))
     features = finished.scorer.features(digits)
     right = finished.scorer.read(features) == draw.labels
-    return Judged(latents, features, right & attributes_shown(finished, draw, digits))
+    return ScoredSamples(latents, features, right & attributes_shown(finished, draw, digits))
 
 
 def attributes_shown(finished: FinishedRun, draw: Draw, digits: Tensor) -> Tensor:
@@ -62,8 +64,8 @@ def attributes_shown(finished: FinishedRun, draw: Draw, digits: Tensor) -> Tenso
     limits = described.weight_limits, described.slant_limits
     words = WEIGHT_WORDS, SLANT_WORDS
     for values, limit, meant in zip(measure_strokes(digits), limits, words, strict=True):
-        asked = thirds_asked(draw.prompts, meant)
-        shown &= (asked < 0) | (bins(values, draw.labels, limit) == asked)
+        third = thirds_asked(draw.prompts, meant)
+        shown &= (third < 0) | (bins(values, draw.labels, limit) == third)
     return shown
 
 
@@ -81,7 +83,7 @@ def preferred_pairs(finished: FinishedRun, features: Features, seed: int, count:
     """Of `count` prompts and two samples each of the finished model, the pairs that differ."""
     draw = draw_prompts(finished.source, count, 200 + seed)
     pipeline = features.pipeline(finished.pipeline.mmdit, finished.device)
-    a, b = (sampled_and_judged(finished, pipeline, draw, start + seed) for start in (200, 300))
+    a, b = (sample_and_score(finished, pipeline, draw, start + seed) for start in (200, 300))
     differ, first = a.right != b.right, a.right[:, None, None, None]
     prompts = [prompt for prompt, kept in zip(draw.prompts, differ.tolist(), strict=True) if kept]
     text = rows_of({prompt: features[prompt] for prompt in {*prompts}}, prompts)

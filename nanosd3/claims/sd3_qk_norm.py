@@ -1,8 +1,8 @@
 """Does QK-norm keep attention in bounds, and does that matter? (arXiv 2403.03206, section 5.3.2)
 
 A logit of attention is the product of a query and a key. Nothing bounds either, and at a high rate
-both may grow until the softmax looks at a single token and learns no more. RMSNorm on queries and
-keys fixes their lengths, but for a learned scale. The paper met the growth in bfloat16, whose 8
+both may grow until the softmax attends to a single token and has no gradient. RMSNorm on queries
+and keys fixes their lengths, but for a learned scale. The paper met the growth in bfloat16, whose 8
 significant bits leave an error of a whole logit at 200.
 """
 
@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_attention import trained_with
 from nanosd3.training.plot_style import new_figure, plain_logarithm, save_plot
 
@@ -32,10 +32,10 @@ def norm_study(conditions: Conditions) -> dict:
     for arm, seed in product(ARMS_OF_NORM, conditions.seeds):
         run = trained_with(conditions, finished, features, arm, seed)
         seconds += run.stages["flow"]["thread_seconds"]
-        looks = [entry for entry in run.read_log() if "largest" in entry]
-        one = found.setdefault(", ".join(arm), {"steps": [e["step"] + 1 for e in looks]})
+        measured = [entry for entry in run.read_log() if "largest" in entry]
+        one = found.setdefault(", ".join(arm), {"steps": [e["step"] + 1 for e in measured]})
         for key in ("largest", "entropy"):
-            one.setdefault(key, []).append([entry[key] for entry in looks])
+            one.setdefault(key, []).append([entry[key] for entry in measured])
         one.setdefault("loss", []).append(run.stages["flow"]["loss"])
     rows = [
         [arm, *([series[-1] for series in one[key]] for key in ("largest", "entropy")), one["loss"]]

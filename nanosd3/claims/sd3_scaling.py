@@ -17,7 +17,7 @@ from nanosd3.claims.experiment import (
     table_of,
     verdict,
 )
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_variants import TrainedVariant, Variant, sample_scores, trained_variant
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot

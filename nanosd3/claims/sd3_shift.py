@@ -6,7 +6,7 @@ another t, and the two are joined by a shift of sqrt(m / n). The paper derives i
 images and chose its shift by people's preferences.
 
 Here it needs no training. A finite data set has an exact velocity field; the same digits at two
-sizes have two, and for each the shift can be looked for at which few steps do the least harm.
+sizes have two, and for each the shift with the smallest error of few steps can be found.
 """
 
 from itertools import pairwise

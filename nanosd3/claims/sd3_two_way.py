@@ -1,15 +1,15 @@
 """Does it help that text and image read each other? (arXiv 2403.03206, section 4 and figure 2)
 
-Image tokens have to read the text, or so one would think: here the pooled vector, which modulates
-every block, names the digit too. That the text reads the image is what MMDiT adds to a transformer
-with cross-attention; its words can then mean what the picture has become. In the last block the
-text reads nothing, so with two blocks the text has read the image once when it is last read.
+Image tokens attend to the text, but here the pooled vector, which modulates every block, has the
+digit too. That text tokens attend to the image is what MMDiT adds to a transformer with
+cross-attention. The last block does not update the text, so in two blocks it attends to the image
+once.
 """
 
 from pathlib import Path
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_variants import (
     TrainedVariant,
     Variant,
@@ -19,12 +19,12 @@ from nanosd3.claims.sd3_variants import (
 )
 from nanosd3.training.plot_style import new_figure, save_plot
 
-READING = {
+READING_VARIANTS = {
     "both read each other": Variant(),
     "text does not read image": Variant(text_reads_image=False),
     "image does not read text": Variant(image_reads_text=False),
 }
-TWO_WAYS, TEXT_BLIND, IMAGE_BLIND = READING
+TWO_WAYS, TEXT_CUT, IMAGE_CUT = READING_VARIANTS
 
 
 def loss_when_cut(network: TrainedVariant, variant: Variant) -> float:
@@ -46,7 +46,7 @@ def two_way_study(conditions: Conditions) -> dict:
     wholes = [
         trained_variant(conditions, finished, features, Variant(), s) for s in conditions.seeds
     ]
-    for name, variant in READING.items():
+    for name, variant in READING_VARIANTS.items():
         one: dict[str, list[float]] = {k: [] for k in ("trained", "cut", "accuracy", "ratio")}
         for seed, whole in zip(conditions.seeds, wholes, strict=True):
             network = trained_variant(conditions, finished, features, variant, seed)
@@ -66,8 +66,8 @@ def two_way_study(conditions: Conditions) -> dict:
 
 
 def decide_two_way(results: dict) -> Verdict:
-    both, blind = (results["arms"][name]["trained"] for name in (TWO_WAYS, TEXT_BLIND))
-    mean, spread = lead(both, blind)
+    both, cut = (results["arms"][name]["trained"] for name in (TWO_WAYS, TEXT_CUT))
+    mean, spread = lead(both, cut)
     return verdict(mean > spread, mean < -spread)
 
 
@@ -75,7 +75,7 @@ def decide_cut(results: dict) -> Verdict:
     whole = results["arms"][TWO_WAYS]["cut"]
     costs = [
         [cut / best - 1 for cut, best in zip(results["arms"][name]["cut"], whole, strict=True)]
-        for name in (TEXT_BLIND, IMAGE_BLIND)
+        for name in (TEXT_CUT, IMAGE_CUT)
     ]
     enough = len(whole) > 1
     return verdict(
@@ -87,7 +87,8 @@ def decide_cut(results: dict) -> Verdict:
 def plot_two_way(results: dict, path: Path) -> None:
     figure, axes = new_figure(10, 2)
     labels = [
-        name.replace(" does not", "\ndoes not").replace(" each", "\neach") for name in READING
+        name.replace(" does not", "\ndoes not").replace(" each", "\neach")
+        for name in READING_VARIANTS
     ]
     titles = {
         "trained": "Validation loss, trained so",

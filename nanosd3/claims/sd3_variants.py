@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import measured_once, network_job
+from nanosd3.claims.runs import measured_once, network_job
 from nanosd3.claims.sd3_one_way import OneWayMMDiT
 from nanosd3.config_types import MMDiTConfig, Recipe, Sampling
 from nanosd3.mmdit import MMDiT
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.yardsticks import pipeline_scores
+from nanosd3.related.scoring import pipeline_scores
 from nanosd3.training.cached_features import Features
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
@@ -36,7 +36,7 @@ class Variant:
     depth: int = 2
     image_reads_text: bool = True
     text_reads_image: bool = True
-    dropped: bool = True  # encoders, each at random, in training
+    encoder_dropout: bool = True  # of each encoder at random, in training
     data: str = ""  # what it is trained on, if not the main job's images and captions
     steps: int = VARIANT_STEPS
 
@@ -44,7 +44,8 @@ class Variant:
     def name(self) -> str:
         cuts = {"-image-blind": not self.image_reads_text, "-text-blind": not self.text_reads_image}
         parts = [f"depth-{self.depth}", *(cut for cut, is_so in cuts.items() if is_so)]
-        parts += ["" if self.dropped else "-all-heard", f"-{self.data}" if self.data else ""]
+        parts += [] if self.encoder_dropout else ["-all-heard"]
+        parts += [f"-{self.data}"] if self.data else []
         return "".join(parts)
 
     def make(self, config: MMDiTConfig) -> MMDiT:
@@ -91,7 +92,7 @@ def trained_variant(
         training,
         flow=recipe,
         ema_decay=VARIANT_AVERAGE,
-        encoder_dropout=training.encoder_dropout if variant.dropped else 0.0,
+        encoder_dropout=training.encoder_dropout if variant.encoder_dropout else 0.0,
     )
     mmdit = replace(finished.config.mmdit, depth=variant.depth, dual_attention=())
     config = replace(finished.config, training=training, mmdit=mmdit)
@@ -101,22 +102,24 @@ def trained_variant(
     with job.run.alone():
         if "flow" not in job.run.stages:
             print(f"{name}, seed {seed}", flush=True)
-        train_variant(job, features, model, recipe, looking=not variant.data)
+        train_variant(job, features, model, recipe, log_losses=not variant.data)
     return TrainedVariant(model, job, features)
 
 
 def train_variant(
-    job: Job, features: Features, model: nn.Module, recipe: Recipe, looking: bool = True
+    job: Job, features: Features, model: nn.Module, recipe: Recipe, log_losses: bool = True
 ) -> None:
-    """Train in place, logging validation losses if `looking`, or load. (Losses on other data, or
+    """Train in place, logging validation losses if `log_losses`, or load. (Losses on other data, or
     for other captions, do not compare.)"""
-    looks = [max(1, round(share * recipe.steps)) for share in CHECKPOINTS] if looking else []
+    logged_after = (
+        [max(1, round(share * recipe.steps)) for share in CHECKPOINTS] if log_losses else []
+    )
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
         return flow_step(job, features, model, step_rng), {}
 
     def watch(step: int, average: nn.Module) -> None:
-        if step + 1 in looks:
+        if step + 1 in logged_after:
             job.run.log(stage="flow", step=step, mean=mean_loss(job, features, average))
 
     decay = job.training.ema_decay

@@ -13,28 +13,28 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_variants import TrainedVariant, Variant, trained_variant
 from nanosd3.data.mnist import bins, measure_strokes
 from nanosd3.data.sources import Described
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.yardsticks import drawn
+from nanosd3.related.scoring import draw_and_floor
 from nanosd3.training.evaluation import Draw, to_digits
 from nanosd3.training.plot_style import SERIES, new_figure, save_plot
 from nanosd3.training.report import SLANT_WORDS, WEIGHT_WORDS, attribute_accuracy
 
-HEARD = {"all three": (), "without T5": ("t5",)}
-IN_TRAINING = {"some left out": Variant(), "all heard": Variant(dropped=False)}
+ENCODERS_USED = {"all three": (), "without T5": ("t5",)}
+DROPOUT_VARIANTS = {"some left out": Variant(), "all heard": Variant(encoder_dropout=False)}
 T5_SCORES = ("digit", "attributes", "ratio")
 
 
-def scores_when_heard(
+def scores_without_encoders(
     finished: FinishedRun, network: TrainedVariant, seed: int, count: int, drop: tuple[str, ...]
 ) -> dict[str, float]:
     """Of samples: the share of right digits, the share of right attributes (thin or bold, leaning
     or upright) where the caption has one, the Frechet distance over that of real images."""
     pipeline = network.features.pipeline(network.model, finished.device)
-    draw, floor = drawn(finished, count, 100 + seed)
+    draw, floor = draw_and_floor(finished, count, 100 + seed)
     images = pipeline(draw.prompts, seed=100 + seed, steps=8, drop=drop)
     digits = to_digits(torch.as_tensor(images))
     accuracy, distance = finished.scorer.score(digits, draw)
@@ -55,35 +55,37 @@ def attributes_right(described: Described, draw: Draw, digits: Tensor) -> float:
 
 
 def t5_study(conditions: Conditions) -> dict:
-    """By way of training, encoders heard and seed: the three scores."""
+    """By dropout in training, encoders used and seed: the three scores."""
     finished, features = open_encoded(conditions)
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     rows, seconds, count = [], 0.0, 20 if conditions.fast else 1000
-    for training, variant in IN_TRAINING.items():
-        found[training] = {heard: {key: [] for key in T5_SCORES} for heard in HEARD}
+    for training, variant in DROPOUT_VARIANTS.items():
+        found[training] = {encoders: {key: [] for key in T5_SCORES} for encoders in ENCODERS_USED}
         for seed in conditions.seeds:
             network = trained_variant(conditions, finished, features, variant, seed)
             seconds += network.seconds
-            for heard, drop in HEARD.items():
-                asked = (finished, network, seed, count, drop)
-                scores = network.once(f"scores, {heard}", partial(scores_when_heard, *asked))
+            for encoders, drop in ENCODERS_USED.items():
+                arguments = (finished, network, seed, count, drop)
+                scores = network.once(
+                    f"scores, {encoders}", partial(scores_without_encoders, *arguments)
+                )
                 for key, value in scores.items():
-                    found[training][heard][key].append(value)
-        for heard, one in found[training].items():
-            rows.append([training, heard, *one.values()])
+                    found[training][encoders][key].append(value)
+        for encoders, one in found[training].items():
+            rows.append([training, encoders, *one.values()])
     columns = ["encoders, in training", "sampled with", "right digit"]
     columns += ["right attributes", "Frechet ratio"]
     return {"scores": found, "training_seconds": seconds, "table": table_of(columns, rows)}
 
 
-def losses_without(results: dict, training: str, key: str) -> list[float]:
+def drops_without(results: dict, training: str, key: str) -> list[float]:
     """By how much a score is lower without T5, seed by seed."""
-    whole, without = (results["scores"][training][heard][key] for heard in HEARD)
+    whole, without = (results["scores"][training][encoders][key] for encoders in ENCODERS_USED)
     return [a - b for a, b in zip(whole, without, strict=True)]
 
 
 def decide_without(results: dict) -> Verdict:
-    digit, attributes, ratio = (losses_without(results, "some left out", k) for k in T5_SCORES)
+    digit, attributes, ratio = (drops_without(results, "some left out", k) for k in T5_SCORES)
     whole = results["scores"]["some left out"]["all three"]["ratio"]
     enough, seeds = len(digit) > 1, range(len(digit))
     digits_hold = all(cost <= 0.02 for cost in digit)
@@ -95,8 +97,10 @@ def decide_without(results: dict) -> Verdict:
 
 
 def decide_dropout(results: dict) -> Verdict:
-    dropped, heard = (losses_without(results, training, "digit") for training in IN_TRAINING)
-    mean, spread = lead(dropped, heard)  # a smaller loss is better
+    with_dropout, without = (
+        drops_without(results, training, "digit") for training in DROPOUT_VARIANTS
+    )
+    mean, spread = lead(with_dropout, without)  # a smaller loss is better
     return verdict(mean > max(spread, 0.02), mean < -spread)
 
 
@@ -104,13 +108,13 @@ def plot_t5(results: dict, path: Path) -> None:
     figure, axes = new_figure(10, 3)
     titles = ("Right digit", "Right attributes", "Frechet ratio")
     for axis, key, title in zip(axes, T5_SCORES, titles, strict=True):
-        for i, (training, mark) in enumerate(zip(IN_TRAINING, "os", strict=True)):
-            for j, heard in enumerate(HEARD):
-                values = results["scores"][training][heard][key]
+        for i, (training, mark) in enumerate(zip(DROPOUT_VARIANTS, "os", strict=True)):
+            for j, encoders in enumerate(ENCODERS_USED):
+                values = results["scores"][training][encoders][key]
                 places = [j + 0.16 * (2 * i - 1)] * len(values)
                 label = "" if j else f"in training {training}"
                 axis.plot(places, values, mark, color=SERIES[i], markersize=5, label=label)
-        axis.set_xticks(range(len(HEARD)), list(HEARD))
+        axis.set_xticks(range(len(ENCODERS_USED)), list(ENCODERS_USED))
         axis.margins(0.25)
         axis.set(title=title)
     axes[0].legend(loc="best")

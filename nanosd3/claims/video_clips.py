@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.runs import open_main_run
 from nanosd3.related.command import parse, study_in
-from nanosd3.related.finished_run import FinishedRun, open_finished_run
-from nanosd3.related.motion import asked_clips, scores_of_size
+from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.motion import scored_clips, scores_of_size
 from nanosd3.related.moving_digits import Clips, ClipSize
-from nanosd3.related.train_video import TrainedVideo, VideoSystem, trained_video
-from nanosd3.related.video_lessons import CLIP_SIZES, FRAMES_IN_PATCH, in_name
+from nanosd3.related.train_video import CLIP_SIZES, FRAMES_IN_PATCH, size_name
+from nanosd3.related.video_system import TrainedVideo, VideoSystem, trained_video
 from nanosd3.training.plot_style import PALE, new_figure, save_plot
 
 TRAINED_SIZES: tuple[ClipSize, ...] = tuple(
@@ -58,9 +59,9 @@ def frame_by_frame(model: TrainedVideo, clips: Clips, size: ClipSize) -> Tensor:
 @torch.no_grad()
 def video_study(conditions: Conditions) -> dict:
     """Scores of every size and length, and of frames drawn by themselves; a list over seeds."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    finished = open_main_run(conditions)
     count = 10 if conditions.fast else 100
-    ways = {in_name(size): size for size in (*TRAINED_SIZES, *OTHER_SIZES, *OTHER_LENGTHS)}
+    ways = {size_name(size): size for size in (*TRAINED_SIZES, *OTHER_SIZES, *OTHER_LENGTHS)}
     ways[BY_THEMSELVES] = first = TRAINED_SIZES[0]
     scores: dict[str, dict[str, list[float]]] = {way: {key: [] for key in SHARES} for way in ways}
     seconds = 0.0
@@ -68,7 +69,7 @@ def video_study(conditions: Conditions) -> dict:
         model, took = model_of(conditions, finished, seed)
         seconds += took
         for way, size in ways.items():
-            clips = asked_clips(model.moving, size, count)
+            clips = scored_clips(model.moving, size, count)
             draw = frame_by_frame if way == BY_THEMSELVES else TrainedVideo.draw
             videos = draw(model, clips, size)
             found = scores_of_size(finished, model.moving, videos, clips, size)
@@ -77,7 +78,7 @@ def video_study(conditions: Conditions) -> dict:
     rows = [[way, *(scores[way][key] for key in SHARES)] for way in ways]
     return {
         "scores": scores,
-        "first": in_name(first),
+        "first": size_name(first),
         "training_seconds": seconds,
         "table": table_of(["frames x height x width", *SHARES.values()], rows),
     }
@@ -87,7 +88,7 @@ def least_kept(results: dict, sizes: tuple[ClipSize, ...]) -> list[float]:
     """What is kept of the first size's scores at the worst of some sizes, for each seed."""
     scores = results["scores"]
     kept = [
-        [a / max(b, 1e-6) for a, b in zip(scores[in_name(size)][key], base, strict=True)]
+        [a / max(b, 1e-6) for a, b in zip(scores[size_name(size)][key], base, strict=True)]
         for key in ("prompt_accuracy", "direction")
         for base in [scores[results["first"]][key]]
         for size in sizes

@@ -1,8 +1,8 @@
 """Do clips get better with compute? (Sora, OpenAI, 2024)
 
 The report shows the same clip after one, 4 and 32 units of training. Here a network trains 1, 4 and
-16 times as long. How near its clips are to real ones is told by features of whole frames and of how
-they change: of a still picture of the right digit the first are right and the second are not.
+16 times as long. How near its clips are to real ones is measured by features of whole frames and of
+how they change: of a still picture of the right digit the first are right and the second are not.
 """
 
 from itertools import pairwise
@@ -19,9 +19,9 @@ from nanosd3.claims.experiment import (
     table_of,
     verdict,
 )
-from nanosd3.claims.video_networks import SQUARE, ClipSchool, TrainedClips
+from nanosd3.claims.video_networks import SQUARE, ClipTrainer, TrainedClips
 from nanosd3.random_streams import rng
-from nanosd3.related.motion import asked_clips, clip_features, look_at, motion_scores
+from nanosd3.related.motion import clip_features, measure_clips, motion_scores, scored_clips
 from nanosd3.related.moving_digits import velocities
 from nanosd3.training.metrics import frechet_distance
 from nanosd3.training.plot_style import MEANINGS, SERIES, label_counts, new_figure, save_plot
@@ -32,25 +32,25 @@ MARKED, HARDLY = 0.5, 0.8  # of the distance at the least compute
 MOTION_KEYS = ("prompt_accuracy", "direction", "line_r2")
 
 
-class ClipJudge:
+class ClipScorer:
     """Distances of clips to real ones."""
 
-    def __init__(self, school: ClipSchool, count: int):
-        self.school, self.count = school, count
+    def __init__(self, trainer: ClipTrainer, count: int):
+        self.trainer, self.count = trainer, count
         self.reference = self.features(self.real(1))
 
     def real(self, draw: int) -> Tensor:
         """Real clips, others for every draw."""
-        moving = self.school.moving
-        return moving.videos(asked_clips(moving, SQUARE, self.count, draw), SQUARE)
+        moving = self.trainer.moving
+        return moving.videos(scored_clips(moving, SQUARE, self.count, draw), SQUARE)
 
     def features(self, videos: Tensor) -> Tensor:
-        return clip_features(self.school.finished.scorer, videos)
+        return clip_features(self.trainer.finished.scorer, videos)
 
     def distance(self, videos: Tensor) -> float:
         return frechet_distance(self.features(videos), self.reference)
 
-    def landmarks(self) -> dict[str, float]:
+    def reference_distances(self) -> dict[str, float]:
         """Distances of clips that are known to be right, or wrong in one way."""
         real = self.real(2)
         u = torch.rand(self.count, SQUARE[0], generator=rng("any order"))
@@ -62,15 +62,15 @@ class ClipJudge:
             "real ones, frames in any order": self.distance(shuffled),
         }
 
-    def judged(self, network: TrainedClips) -> dict:
+    def scores(self, network: TrainedClips) -> dict:
         """The distance of the network's clips, and beside it what moves in them."""
 
         def measure() -> dict:
-            moving, scorer = self.school.moving, self.school.finished.scorer
-            clips = asked_clips(moving, SQUARE, self.count)
+            moving, scorer = self.trainer.moving, self.trainer.finished.scorer
+            clips = scored_clips(moving, SQUARE, self.count)
             videos = network.video.draw(clips, SQUARE, network.run.identity["seed"])
-            seen, labels = look_at(scorer, videos), moving.digits.labels[clips.digits]
-            found = motion_scores(seen, labels, velocities(clips.motion), seen.features)
+            measured, labels = measure_clips(scorer, videos), moving.digits.labels[clips.digits]
+            found = motion_scores(measured, labels, velocities(clips.motion), measured.features)
             return {"distance": self.distance(videos)} | {key: found[key] for key in MOTION_KEYS}
 
         return network.once("clips judged", measure)
@@ -78,29 +78,29 @@ class ClipJudge:
 
 def compute_study(conditions: Conditions) -> dict:
     """By compute: distances and motion, lists over seeds; and distances of known clips."""
-    school = ClipSchool(conditions)
-    judge = ClipJudge(school, 20 if conditions.fast else 500)
+    trainer = ClipTrainer(conditions)
+    clip_scorer = ClipScorer(trainer, 20 if conditions.fast else 500)
     found: dict[str, dict[str, list[float]]] = {}
     for times in TIMES_COMPUTE:
         one: dict[str, list[float]] = {key: [] for key in ("distance", *MOTION_KEYS, "seconds")}
         for seed in conditions.seeds:
             steps = UNIT * times
-            network = school.trained(f"compute-{steps}", school.moving, SQUARE, steps, seed)
-            for key, value in judge.judged(network).items():
+            network = trainer.trained(f"compute-{steps}", trainer.moving, SQUARE, steps, seed)
+            for key, value in clip_scorer.scores(network).items():
                 one[key].append(value)
             one["seconds"].append(network.seconds)
         found[str(times)] = one
-    landmarks = judge.landmarks()
+    references = clip_scorer.reference_distances()
     rows: list[list[object]] = [
         [f"{times}x", *(one[key] for key in one)] for times, one in found.items()
     ]
-    rows += [[name, distance, *[""] * 4] for name, distance in landmarks.items()]
+    rows += [[name, distance, *[""] * 4] for name, distance in references.items()]
     columns = ["compute", "distance of clips", "digit read in", "direction right in",
                "motion explained", "seconds"]  # fmt: skip
     return {
         "compute": found,
-        "landmarks": landmarks,
-        "training_seconds": school.seconds + sum(sum(one["seconds"]) for one in found.values()),
+        "landmarks": references,
+        "training_seconds": trainer.seconds + sum(sum(one["seconds"]) for one in found.values()),
         "table": table_of(columns, rows),
     }
 
@@ -118,13 +118,13 @@ def decide_clip_compute(results: dict) -> Verdict:
 
 def plot_clip_compute(results: dict, path: Path) -> None:
     figure, (left, right) = new_figure(10, 2)
-    found, landmarks = results["compute"], results["landmarks"]
+    found, references = results["compute"], results["landmarks"]
     times = [int(x) for x in found]
     seeds = zip(*(one["distance"] for one in found.values()), strict=True)
     for i, distances in enumerate(seeds):
         left.semilogx(times, distances, "-o", color=MEANINGS["prediction"], markersize=5,
                     label="drawn, each seed's" if i == 0 else None)  # fmt: skip
-    known = zip(landmarks.items(), ("-", "--", ":"), (MEANINGS["data"], *SERIES[:2]), strict=True)
+    known = zip(references.items(), ("-", "--", ":"), (MEANINGS["data"], *SERIES[:2]), strict=True)
     for (name, distance), line, colour in known:
         left.axhline(distance, color=colour, linestyle=line, label=name)
     left.set_ylim(bottom=0)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
-from nanosd3.claims.video_networks import SQUARE, WIDE, ClipSchool, TrainedClips
-from nanosd3.related.motion import EDGE, asked_clips, ink_at_border, scores_of_size
+from nanosd3.claims.video_networks import SQUARE, WIDE, ClipTrainer, TrainedClips
+from nanosd3.related.motion import EDGE, ink_at_border, scored_clips, scores_of_size
 from nanosd3.related.moving_digits import ClipSize, MovingDigits
-from nanosd3.related.video_lessons import decode_frames, encode_frames, in_name
+from nanosd3.related.train_video import decode_frames, encode_frames, size_name
 from nanosd3.training.plot_style import MEANINGS, new_figure, save_plot
 from nanosd3.vae import AutoencoderKL
 
@@ -30,47 +30,47 @@ def share_at_border(videos: Tensor) -> float:
     return ink_at_border(videos).float().mean().item()
 
 
-def framing_of(school: ClipSchool, network: TrainedClips, size: ClipSize, count: int) -> dict:
+def framing_of(trainer: ClipTrainer, network: TrainedClips, size: ClipSize, count: int) -> dict:
     """Of clips of a size: the share that reaches the edge, and how well they follow captions."""
 
     def measure() -> dict:
         moving = network.video.moving
-        clips = asked_clips(moving, size, count)
+        clips = scored_clips(moving, size, count)
         videos = network.video.draw(clips, size, network.run.identity["seed"])
-        found = scores_of_size(school.finished, moving, videos, clips, size)
+        found = scores_of_size(trainer.finished, moving, videos, clips, size)
         keys = ("prompt_accuracy", "direction")
         return {"border": share_at_border(videos)} | {key: found[key] for key in keys}
 
-    return network.once(f"border of {EDGE} in {in_name(size)}", measure)
+    return network.once(f"border of {EDGE} in {size_name(size)}", measure)
 
 
 @torch.no_grad()
 def real_border(vae: AutoencoderKL, moving: MovingDigits, size: ClipSize, count: int) -> float:
     """The share of clips to train on, as the autoencoder shows them."""
-    videos = moving.videos(asked_clips(moving, size, count, 1), size)
+    videos = moving.videos(scored_clips(moving, size, count, 1), size)
     return share_at_border(decode_frames(vae, encode_frames(vae, videos)))
 
 
 def framing_study(conditions: Conditions) -> dict:
     """By way of training: at its own size and at the other's, lists over seeds; and real clips."""
-    school, count = ClipSchool(conditions), 10 if conditions.fast else 200
+    trainer, count = ClipTrainer(conditions), 10 if conditions.fast else 200
     found: dict[str, dict] = {}
-    seconds = school.seconds
+    seconds = trainer.seconds
     for way, own in FRAMES_OF.items():
-        moving = school.cropped if way == CROPPED else school.moving
+        moving = trainer.cropped if way == CROPPED else trainer.moving
         other = SQUARE if own == WIDE else WIDE
         one: dict[str, list] = {key: [] for key in ("border", "digits", "direction", "elsewhere")}
         for seed in conditions.seeds:
-            name = f"framing-{in_name(own)}"
-            network = school.trained(name, moving, own, FRAMING_STEPS, seed)
+            name = f"framing-{size_name(own)}"
+            network = trainer.trained(name, moving, own, FRAMING_STEPS, seed)
             seconds += network.seconds
-            scores = framing_of(school, network, own, count)
+            scores = framing_of(trainer, network, own, count)
             one["border"].append(scores["border"])
             one["digits"].append(scores["prompt_accuracy"])
             one["direction"].append(scores["direction"])
-            one["elsewhere"].append(framing_of(school, network, other, count // 2)["border"])
-        real = real_border(school.finished.pipeline.vae, moving, own, 2 * count)
-        found[way] = one | {"size": in_name(own), "real": real}
+            one["elsewhere"].append(framing_of(trainer, network, other, count // 2)["border"])
+        real = real_border(trainer.finished.pipeline.vae, moving, own, 2 * count)
+        found[way] = one | {"size": size_name(own), "real": real}
     rows = [
         [way, one["size"], one["border"], one["real"], one["digits"], one["direction"],
          one["elsewhere"]] for way, one in found.items()

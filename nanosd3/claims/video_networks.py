@@ -10,22 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import measured_once, network_job
+from nanosd3.claims.runs import measured_once, network_job, open_main_run
 from nanosd3.config_types import Config, Recipe
-from nanosd3.related.finished_run import open_finished_run
 from nanosd3.related.moving_digits import Clips, ClipSize, MovingDigits
-from nanosd3.related.train_video import VIDEO_EMA, VIDEO_SAMPLING, TrainedVideo
-from nanosd3.related.video_lessons import (
+from nanosd3.related.train_video import (
     encode_captions,
     encoded_clips,
-    in_name,
+    size_name,
     train_encoders,
     train_video,
 )
+from nanosd3.related.video_system import VIDEO_EMA, VIDEO_SAMPLING, TrainedVideo
 from nanosd3.storage.run import Run
 from nanosd3.training.stages import Job, training_of
 
@@ -61,13 +59,13 @@ class TrainedClips:
         return measured_once(self.run, what, measure)
 
 
-class ClipSchool:
-    """What all networks are trained with: a finished main job's autoencoder, images and
-    transformer, and text encoders that know the words of motion."""
+class ClipTrainer:
+    """Trains transformers on clips, from a finished main job's transformer, with its autoencoder
+    and images, and with text encoders that know the words of motion."""
 
     def __init__(self, conditions: Conditions):
         self.conditions = conditions
-        self.finished = finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+        self.finished = finished = open_main_run(conditions)
         training = replace(training_of(finished.config), ema_decay=VIDEO_EMA)
         if conditions.fast:
             short = {name: replace(getattr(training, name), steps=2) for name in ("clip", "t5")}
@@ -108,7 +106,7 @@ class ClipSchool:
         job = self.job_of(name, config, seed)
         with job.run.alone():
             if "video" not in job.run.stages:
-                print(f"{name}, clips of {in_name(size)}, seed {seed}", flush=True)
+                print(f"{name}, clips of {size_name(size)}, seed {seed}", flush=True)
             images, captions = self.finished.pipeline.mmdit, self.captions
             network = train_video(job, images, moving, encoded, captions, (size,))
         return TrainedClips(TrainedVideo(network, vae, captions, moving, config), job.run)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large
-from nanosd3.related import dit_lessons
+from nanosd3.related import train_dit
 
 
 def label_cases(generator: torch.Generator) -> list[Case]:
@@ -64,7 +64,7 @@ DROP_LABELS = Exercise(
     task="Leave labels out, for guidance: y (B,) holds classes 0 to null - 1, and keep\n"
     "(B,), bool, says which of them the network is told. The others become `null`, the null class.",
     specification=drop_labels_spec,
-    reference=dit_lessons.drop_labels,
+    reference=train_dit.drop_labels,
     cases=label_cases,
     mutants=(
         Mutant(keep_inverted, "keep is true where the label stays."),
@@ -76,7 +76,7 @@ DROP_LABELS = Exercise(
         Mutant(nothing_dropped, "Nothing is dropped: what does keep say?"),
     ),
     why="With one more table row, the same network also works without a class.",
-    where="nanosd3/related/dit_lessons.py, drop_labels",
+    where="nanosd3/related/train_dit.py, drop_labels",
     differentiable=False,
     names=("y", "keep", "null"),
 )

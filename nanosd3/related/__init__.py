@@ -6,16 +6,16 @@ trains in minutes on a finished main job. Nothing outside this folder imports fr
 
 Modules, each of which imports only from those above it:
     finished_run        a finished run of the main job, to build on
-    yardsticks          how a system compares with the main model
+    scoring             scores of samples, beside the main model's
     command             the command line common to all
     sample_command      --sample, for what generate cannot open
-    dit                 DiT: a transformer for diffusion, and four ways to tell it time and class
+    dit                 DiT: a transformer for diffusion, conditioned on time and class in four ways
     backbones           DiT on text, CrossDiT, UViT and MMDiT with three sets of weights
     ddpm                diffusion in a thousand steps: noise, losses, samplers
     published_dit       DiT's checkpoints, and diffusers' folders of them
-    dit_lessons         training a DiT on noise or velocity, and sampling with it
+    train_dit           training a DiT on noise or velocity, and sampling with it
     formulations        DDPM, LDM, EDM and rectified flow as one model in one time
-    train_dit           the command: train one on labels, and compare
+    dit_system          the command: train one on labels, and compare
     paths               Gaussian paths from noise to data: OT, VP, cosine, VE
     solvers             midpoint, RK4 and adaptive Dormand-Prince
     likelihood          exact and estimated log-likelihood along the ODE
@@ -28,24 +28,24 @@ Modules, each of which imports only from those above it:
     axial_rope          rotary positions for rows and columns
     neighbourhood       neighbourhood attention, by its definition and in tiles
     hdit                HDiT: an hourglass transformer that draws pixels
-    hdit_lessons        training it on captioned pixels, and sampling with it
-    train_hdit          train one on captions, and draw with it
+    train_hdit          training it on captioned pixels, and sampling with it
+    hdit_system         train one on captions, and draw with it
     video               spacetime patches: the MMDiT for videos of any size and length
     moving_digits       clips of digits that move and bounce, with captions
     two_digits          clips of two digits, as in the classic data set
     motion              measures which digit a clip shows, and how it moves
-    video_lessons       training the transformer on videos, and sampling with it
-    train_video         train one on clips, or draw with it
+    train_video         training the transformer on videos, and sampling with it
+    video_system        train one on clips, or draw with it
     vq                  a VQ autoencoder: images as tokens from a learned codebook
     muse                Muse: a transformer that predicts masked tokens, many at a time
     autoregressive      the same tokens, one after the other
     muse_editing        drawing, repainting and mask-free editing with it
-    muse_lessons        training tokeniser and transformer
-    train_muse          train them on a finished run, or draw with them
+    train_muse          training tokeniser and transformer
+    muse_system         train them on a finished run, or draw with them
     edit_command        edit images with it
     super_resolution    Muse's cascade: fine tokens from coarse ones
-    cascade_lessons     training it, and a larger decoder
-    train_cascade       train them on a finished Muse, or draw with them
+    train_cascade       training it, and a larger decoder
+    cascade_system      train them on a finished Muse, or draw with them
     dpo                 Diffusion-DPO for rectified flow, with weights of low rank
     __main__            python -m nanosd3.related
 """

@@ -4,17 +4,17 @@ import sys
 
 from nanosd3.cli import run_main
 from nanosd3.errors import InputError, shown
+from nanosd3.related.cascade_system import CascadeSystem
 from nanosd3.related.command import System, run_system
+from nanosd3.related.dit_system import DiTSystem
 from nanosd3.related.edit_command import run_editing
-from nanosd3.related.sample_command import SamplingSystem, asks_for, run_sampling
-from nanosd3.related.train_cascade import CascadeSystem
+from nanosd3.related.hdit_system import HDiTSystem
+from nanosd3.related.muse_system import MuseSystem
+from nanosd3.related.sample_command import SamplingSystem, has_option, run_sampling
 from nanosd3.related.train_consistency import Consistency
 from nanosd3.related.train_consistency_decoder import ConsistencyDecoding
-from nanosd3.related.train_dit import DiTSystem
-from nanosd3.related.train_hdit import HDiTSystem
-from nanosd3.related.train_muse import MuseSystem
 from nanosd3.related.train_paths import Paths
-from nanosd3.related.train_video import VideoSystem
+from nanosd3.related.video_system import VideoSystem
 
 SYSTEMS: dict[str, System] = {
     system.name: system
@@ -53,11 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
             sys.exit(0)  # as argparse does
         return 0
     system = system_of(name)
-    if asks_for("--sample", rest):
+    if has_option("--sample", rest):
         if not isinstance(system, SamplingSystem):
             raise InputError(f"--sample: {name} has none; `nanosd3.generate` opens what can draw")
         return run_sampling(system, rest)
-    if asks_for("--edit", rest):
+    if has_option("--edit", rest):
         if not isinstance(system, MuseSystem):
             raise InputError(f"--edit: {name} has none; muse has")
         return run_editing(system, rest)

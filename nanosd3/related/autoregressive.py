@@ -96,10 +96,10 @@ def write_tokens(
     side = model.config.grid
     last = torch.full((len(prompt[0]),), MASK, device=prompt[0].device)
 
-    def told(last: Tensor, n: Tensor, *text: Tensor) -> Tensor:
+    def next_logits(last: Tensor, n: Tensor, *text: Tensor) -> Tensor:
         return model.next_logits(last, int(n), *text)
 
-    logits, found = guided(told, prompt, negative, guidance), []
+    logits, found = guided(next_logits, prompt, negative, guidance), []
     with model.keeping_past():
         for n in torch.arange(side * side):
             last, _ = draw_tokens(logits(last, n), generator)

@@ -1,7 +1,7 @@
 """Backbones that MMDiT was compared with (arXiv 2403.03206, section 5.2.3).
 
-A backbone is the network between noisy latents and velocity. All know the time and the pooled text
-as MMDiT does, by modulation. They differ in how an image reads its text, token by token:
+A backbone is the network between noisy latents and velocity. All get the time and the pooled text
+as MMDiT does, by modulation. They differ in how image tokens attend to text tokens:
 
     dit      one sequence [text; image] with one set of weights: DiT, with text in the sequence
     cross    image tokens attend to each other and then to the text, which stays as it was: CrossDiT

@@ -20,7 +20,7 @@ from nanosd3.errors import InputError
 from nanosd3.machine.device import peak_memory, set_up
 from nanosd3.machine.signals import sigterm_interrupts
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
-from nanosd3.related.yardsticks import in_words, pipeline_scores
+from nanosd3.related.scoring import in_words, pipeline_scores
 from nanosd3.storage.files import discard, write_json
 from nanosd3.storage.run import Run
 from nanosd3.training.cached_features import Features, get_features
@@ -74,7 +74,7 @@ class System(ABC):
 
     @abstractmethod
     def train(self, study: Study) -> dict:
-        """Train, or load what is trained; write samples.png; return scores (yardsticks.py) and
+        """Train, or load what is trained; write samples.png; return scores (scoring.py) and
         `training_seconds`. If they are compared with another model than the main one, that model's
         scores are returned as `main_model`."""
 

@@ -65,7 +65,7 @@ def consistency_loss(
     distance: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The distance between a network's outputs at two points (B, ...) of a path, (B,). The one
-    nearer to the data is the target. `given` is what else the network is told, such as the text.
+    nearer to the data is the target. `given` are its other inputs, such as the text.
 
     The original training had another network for the target, a moving average of this one's
     weights, and squared distances.

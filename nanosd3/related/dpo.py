@@ -1,4 +1,4 @@
-"""Diffusion-DPO: teach a finished model which of two images is preferred (arXiv 2311.12908).
+"""Diffusion-DPO: tune a finished model on which of two images is preferred (arXiv 2311.12908).
 
 A preference says which of two images of one prompt is better. It is modelled by a reward r and the
 Bradley-Terry rule, p(winner preferred) = sigmoid(r(winner) - r(loser)). The reward need not be

@@ -24,10 +24,11 @@ from nanosd3.related.muse_editing import (
     FREE_GUIDANCE,
     FREE_ROUNDS,
     MUSE_STEPS,
-    TokenPainter,
+    MusePipeline,
     edit_freely,
     repaint,
 )
+from nanosd3.related.muse_system import muse_sampling, open_muse_pipeline
 from nanosd3.related.sample_command import (
     SamplingSystem,
     add_drawing_options,
@@ -36,7 +37,6 @@ from nanosd3.related.sample_command import (
     warn_of,
     write_images,
 )
-from nanosd3.related.train_muse import muse_sampling, open_painter
 from nanosd3.text import check_prompts
 
 
@@ -65,42 +65,42 @@ def run_editing(system: SamplingSystem, arguments: list[str]) -> int:
     finished = open_finished_run(args.run, args.data, set_up(args.threads))
     run = open_trained(system, args.model, finished)
     warn_of(finished.pipeline, [args.prompt, args.negative])
-    painter = open_painter(run, finished)
-    tokens = painter.tokens(image_of(args.edit, painter)).expand(args.count, -1, -1)
-    new = edited(args, painter, tokens, run.identity)
+    pipeline = open_muse_pipeline(run, finished)
+    tokens = pipeline.tokens(image_of(args.edit, pipeline)).expand(args.count, -1, -1)
+    new = edited(args, pipeline, tokens, run.identity)
     kept = float((new == tokens).float().mean())
-    write_images(system, args.out, painter.images(new), [args.prompt])
+    write_images(system, args.out, pipeline.images(new), [args.prompt])
     print(f"{len(new)} images, {kept:.0%} of the tokens kept: {args.out}")
     return 0
 
 
 def edited(
-    args: argparse.Namespace, painter: TokenPainter, tokens: Tensor, identity: dict
+    args: argparse.Namespace, pipeline: MusePipeline, tokens: Tensor, identity: dict
 ) -> Tensor:
     """Tokens (B, h, w) of the edited image, B times."""
-    logits = painter.logits([args.prompt] * len(tokens), args.negative)
+    logits = pipeline.logits([args.prompt] * len(tokens), args.negative)
     generator = rng(args.seed, "muse edit")
     if args.mask is None:
         guidance = FREE_GUIDANCE if args.guidance is None else args.guidance
         check_guidance(guidance)
         return edit_freely(logits, tokens, args.steps or FREE_ROUNDS, guidance, generator)
-    way = muse_sampling(args.guidance, args.temperature, identity)
+    sampling = muse_sampling(args.guidance, args.temperature, identity)
     pixels, notes = read_mask(args.mask)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    factor = painter.vq.config.factor
+    factor = pipeline.vq.config.factor
     height, width = (factor * n for n in tokens.shape[1:])
     marked = to_latent_mask(pixels, height, width, factor, 0)[0, 0].to(tokens.device) > 0
-    return repaint(logits, tokens, marked, args.steps or MUSE_STEPS, *way, generator)
+    return repaint(logits, tokens, marked, args.steps or MUSE_STEPS, *sampling, generator)
 
 
-def image_of(path: Path, painter: TokenPainter) -> Tensor:
+def image_of(path: Path, pipeline: MusePipeline) -> Tensor:
     """The image (1, C, H, W) in a file. Raises InputError if it is not of the size trained at."""
-    config = painter.vq.config
+    config = pipeline.vq.config
     array, notes = read_image(path, config.image_channels)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    x, side = to_pixels(array, config.image_channels), painter.muse.config.grid * config.factor
+    x, side = to_pixels(array, config.image_channels), pipeline.muse.config.grid * config.factor
     if tuple(x.shape[2:]) != (side, side):
         size = f"{x.shape[2]}x{x.shape[3]}"
         raise InputError(f"{path}: is {size} (height x width), this Muse is for {side}x{side}")

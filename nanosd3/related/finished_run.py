@@ -17,7 +17,7 @@ from nanosd3.training.cached_features import Encoders
 from nanosd3.training.evaluation import Scorer, open_scorer
 from nanosd3.training.stages import Job
 
-TEXTLESS = 0.1  # share of the training samples without text, for guidance
+TEXT_DROPOUT = 0.1  # share of the training samples without text, for guidance
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class FinishedRun:
     scorer: Scorer
     pipeline: Pipeline
     device: torch.device
-    measured: dict = field(default_factory=dict)  # what yardsticks.py has measured of it
+    measured: dict = field(default_factory=dict)  # by scoring.py
 
     @property
     def fingerprint(self) -> str:

@@ -2,7 +2,7 @@
 
 A path alpha(t) x0 + sigma(t) noise can be written in many ways, but only the ratio sigma / alpha
 says how much of the image is left; the rest is scale. Divided by alpha + sigma, what any of these
-models sees lies on rectified flow's line,
+models gets lies on rectified flow's line,
 
     z = (1 - t) x0 + t noise,     t = sigma / (alpha + sigma),
 
@@ -31,7 +31,7 @@ ln((1 - t) / t), that makes the paper's weights w(l), up to a factor:
     eps/cosine   sech(l / 2)         v/cos   exp(-l / 2)
     edm(m, s)    N(l; -2 m, (2 s)^2) (exp(-l) + 1)
 
-Left out, as in no formulation: how the network is told the time (t, here always). Papers: arXiv
+How the network gets the time is no part of a formulation; here it is always t. Papers: arXiv
 2403.03206, sections 2 and 3 (the study); 2112.10752 (LDM), 2202.00512 (v), 2206.00364 (EDM).
 """
 
@@ -45,11 +45,11 @@ from torch import Tensor
 from nanosd3.embeddings import TIMESTEP_SCALE
 from nanosd3.flow import cosmap, logit_normal, mode, uniform
 from nanosd3.related.ddpm import NoiseSchedule, spaced_steps
-from nanosd3.related.dit_lessons import flow_times
+from nanosd3.related.train_dit import flow_times
 
 # --- what is predicted: a and b of a x0 + b noise, at t -----------------------------------------
 
-Answer = tuple[Tensor, Tensor]
+OutputCoefficients = tuple[Tensor, Tensor]
 
 
 def deviation(t: Tensor) -> Tensor:
@@ -57,15 +57,15 @@ def deviation(t: Tensor) -> Tensor:
     return torch.sqrt((1 - t) ** 2 + t**2)
 
 
-def asked_velocity(t: Tensor) -> Answer:
+def velocity_coefficients(t: Tensor) -> OutputCoefficients:
     return -torch.ones_like(t), torch.ones_like(t)
 
 
-def asked_noise(t: Tensor) -> Answer:
+def noise_coefficients(t: Tensor) -> OutputCoefficients:
     return torch.zeros_like(t), torch.ones_like(t)
 
 
-def asked_v(t: Tensor) -> Answer:
+def v_coefficients(t: Tensor) -> OutputCoefficients:
     return -t / deviation(t), (1 - t) / deviation(t)
 
 
@@ -78,25 +78,25 @@ def latent_diffusion_schedule() -> NoiseSchedule:
     return NoiseSchedule(torch.arange(TIMESTEP_SCALE), torch.cumprod(1 - betas, dim=0))
 
 
-def a_thousand_steps(u: Tensor) -> Tensor:
+def uniform_ldm_steps(u: Tensor) -> Tensor:
     """The thousand steps, uniformly."""
     times = flow_times(latent_diffusion_schedule()).to(u)
     return times[(u * len(times)).long()]
 
 
-# --- where a sampler stops: times (steps + 1,), from the noisiest down to 0 ----------------------
+# --- times of a sampler (steps + 1,), from the noisiest down to 0 --------------------------------
 
 
-def evenly(steps: int) -> Tensor:
+def even_steps(steps: int) -> Tensor:
     return torch.linspace(1, 0, steps + 1)
 
 
-def even_among_thousand(steps: int) -> Tensor:
+def even_ldm_steps(steps: int) -> Tensor:
     times = flow_times(latent_diffusion_schedule().respaced(spaced_steps(steps)))
     return torch.cat([times.flip(0), torch.zeros(1)]).float()
 
 
-def even_in_angle(steps: int) -> Tensor:
+def even_angles(steps: int) -> Tensor:
     """For alpha = cos, sigma = sin of an angle."""
     return cosmap(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).float()
 
@@ -116,32 +116,32 @@ class Formulation:
     """Four choices, in rectified flow's time. Tensors are (B, ...), times (B,) or ()."""
 
     density: Callable[[Tensor], Tensor]  # from u, uniform in [0, 1], to t
-    asked: Callable[[Tensor], Answer]
+    coefficients: Callable[[Tensor], OutputCoefficients]  # of the network's output
     steps: Callable[[int], Tensor]
-    unit: bool = True  # whether the network's input is z / n, or z
+    unit_variance: bool = True  # whether the network's input is z / n, or z
 
-    def shown(self, z: Tensor, t: Tensor) -> Tensor:
-        """z as the network sees it."""
-        return z / deviation(like(t, z)) if self.unit else z
+    def network_input(self, z: Tensor, t: Tensor) -> Tensor:
+        """z as the network gets it."""
+        return z / deviation(like(t, z)) if self.unit_variance else z
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network regresses."""
-        a, b = self.asked(like(t, x0))
+        a, b = self.coefficients(like(t, x0))
         return a * x0 + b * noise
 
-    def to_velocity(self, answer: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    def to_velocity(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """noise - x0 from an output at z and t: put x0 = z - t v and noise = z + (1 - t) v into it,
         and solve for v. (From the noise it cannot be computed at t = 1.)"""
         t = like(t, z)
-        a, b = self.asked(t)
-        return (answer - (a + b) * z) / (b * (1 - t) - a * t)
+        a, b = self.coefficients(t)
+        return (output - (a + b) * z) / (b * (1 - t) - a * t)
 
     def flow_model(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The velocity of a network that was trained this way, for the core's samplers; what
         follows z and t is passed on."""
 
         def velocity(z: Tensor, t: Tensor, *others: Tensor) -> Tensor:
-            return self.to_velocity(model(self.shown(z, t), t, *others), z, t)
+            return self.to_velocity(model(self.network_input(z, t), t, *others), z, t)
 
         return velocity
 
@@ -152,12 +152,12 @@ def like(t: Tensor, x: Tensor) -> Tensor:
 
 
 def rectified(density: Callable[[Tensor], Tensor]) -> Formulation:
-    return Formulation(density, asked_velocity, evenly, unit=False)
+    return Formulation(density, velocity_coefficients, even_steps, unit_variance=False)
 
 
 def edm(mean: float, std: float) -> Formulation:
     """ln(sigma / alpha) is normal, so t is logit-normal."""
-    return Formulation(partial(logit_normal, mean=mean, std=std), asked_v, karras)
+    return Formulation(partial(logit_normal, mean=mean, std=std), v_coefficients, karras)
 
 
 FORMULATIONS = {  # by the paper's names
@@ -165,8 +165,8 @@ FORMULATIONS = {  # by the paper's names
     "rf/lognorm(0, 1)": rectified(logit_normal),
     "rf/mode(1.29)": rectified(mode),
     "rf/cosmap": rectified(cosmap),
-    "eps/linear": Formulation(a_thousand_steps, asked_noise, even_among_thousand),
-    "v/cos": Formulation(cosmap, asked_v, even_in_angle),
+    "eps/linear": Formulation(uniform_ldm_steps, noise_coefficients, even_ldm_steps),
+    "v/cos": Formulation(cosmap, v_coefficients, even_angles),
     "edm(-1.2, 1.2)": edm(-1.2, 1.2),
     "edm(0, 0.6)": edm(0.0, 0.6),
 }

@@ -89,7 +89,7 @@ def fitted_motion(centre: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor
 
 
 @dataclass(frozen=True)
-class Seen:
+class ClipMeasurements:
     """Measurements of some clips."""
 
     features: Tensor  # (B * T, F) of the classifier, of every frame's digit
@@ -99,14 +99,14 @@ class Seen:
 
 
 @torch.no_grad()
-def look_at(scorer: Scorer, videos: Tensor) -> Seen:
+def measure_clips(scorer: Scorer, videos: Tensor) -> ClipMeasurements:
     """Locate, classify and track the digit in clips (B, 1, T, H, W) in [-1, 1]."""
     ink = (videos[:, 0] / 2 + 0.5).clamp(0, 1)
     centre = centres(ink)
     features = scorer.features(located_digits(ink, centre))
     read = scorer.classifier.head(features.to(scorer.device)).argmax(1).cpu()
     velocity, explained = fitted_motion(centre, (ink.shape[2], ink.shape[3]))
-    return Seen(features, read.view(ink.shape[:2]), velocity, explained)
+    return ClipMeasurements(features, read.view(ink.shape[:2]), velocity, explained)
 
 
 @torch.no_grad()
@@ -129,29 +129,31 @@ def ink_at_border(videos: Tensor) -> Tensor:
     return ink.flatten(1).sum(1) > inside.flatten(1).sum(1)
 
 
-def motion_scores(seen: Seen, labels: Tensor, velocity: Tensor, real: Tensor) -> dict:
+def motion_scores(
+    measured: ClipMeasurements, labels: Tensor, velocity: Tensor, real: Tensor
+) -> dict:
     """How well clips show digits `labels` (B,) that move by `velocity` (B, 2) at the start.
 
     `real` are features of digits in real frames, for the Frechet distance.
     """
     moves = (velocity != 0).any(1)
-    asked, found = velocity[moves].float(), seen.velocity[moves]
-    along = (asked * found).sum(1) / asked.norm(dim=1)  # pixels a frame in the direction asked for
-    across = (found - along[:, None] * asked / asked.norm(dim=1, keepdim=True)).norm(dim=1)
+    expected, found = velocity[moves].float(), measured.velocity[moves]
+    along = (expected * found).sum(1) / expected.norm(dim=1)  # pixels a frame
+    across = (found - along[:, None] * expected / expected.norm(dim=1, keepdim=True)).norm(dim=1)
     turned = (along >= STILL) & (across < STILL)
-    close = turned & ((along - asked.norm(dim=1)).abs() <= SPEED_TOLERANCE)
+    close = turned & ((along - expected.norm(dim=1)).abs() <= SPEED_TOLERANCE)
     return {
-        "prompt_accuracy": mean(seen.digits == labels[:, None]),
-        "same_digit_in_all_frames": mean((seen.digits == seen.digits[:, :1]).all(1)),
+        "prompt_accuracy": mean(measured.digits == labels[:, None]),
+        "same_digit_in_all_frames": mean((measured.digits == measured.digits[:, :1]).all(1)),
         "direction": mean(turned),
         "speed": mean(close),
-        "line_r2": float(seen.explained[moves].median()) if moves.any() else None,
-        "frechet_distance": frechet_distance(seen.features, real),
+        "line_r2": float(measured.explained[moves].median()) if moves.any() else None,
+        "frechet_distance": frechet_distance(measured.features, real),
     }
 
 
-def asked_clips(moving: MovingDigits, size: ClipSize, count: int, draw: int = 0) -> Clips:
-    """The clips whose captions a model is asked to draw; other draws are for comparison."""
+def scored_clips(moving: MovingDigits, size: ClipSize, count: int, draw: int = 0) -> Clips:
+    """The clips whose captions prompt a model; other draws are for comparison."""
     return moving.draw_clips(count, rng("scored clips", draw, *size), moving=size[0] > 1)
 
 
@@ -159,12 +161,12 @@ def scores_of_size(
     finished: FinishedRun, moving: MovingDigits, videos: Tensor, clips: Clips, size: ClipSize
 ) -> dict:
     """How well videos match the captions of `clips`; and, for comparison, real ones."""
-    real, others = (asked_clips(moving, size, len(clips.digits), i) for i in (1, 2))
-    reference = look_at(finished.scorer, moving.videos(others, size)).features
+    real, others = (scored_clips(moving, size, len(clips.digits), i) for i in (1, 2))
+    reference = measure_clips(finished.scorer, moving.videos(others, size)).features
     found = []
     for shown, of in ((videos, clips), (moving.videos(real, size), real)):
-        seen, labels = look_at(finished.scorer, shown), moving.digits.labels[of.digits]
-        found.append(motion_scores(seen, labels, velocities(of.motion), reference))
+        measured, labels = measure_clips(finished.scorer, shown), moving.digits.labels[of.digits]
+        found.append(motion_scores(measured, labels, velocities(of.motion), reference))
     ours, theirs = found
     return ours | {
         "frechet_floor_real": theirs["frechet_distance"],
@@ -178,7 +180,7 @@ def scores_of_pairs(
 ) -> dict:
     """The distance of clips of two digits from real ones: digits that overlap cannot be
     classified."""
-    real, others = (asked_clips(moving, size, len(clips.digits), i) for i in (1, 2))
+    real, others = (scored_clips(moving, size, len(clips.digits), i) for i in (1, 2))
     shown, floor, reference = (
         clip_features(finished.scorer, x)
         for x in (videos, moving.videos(real, size), moving.videos(others, size))

@@ -160,11 +160,11 @@ def guided_logits(
 ) -> Logits:
     """The logits of a network for a prompt, guided away from a negative."""
 
-    def told(tokens: Tensor, t: Tensor, *text: Tensor) -> Tensor:
+    def without_time(tokens: Tensor, t: Tensor, *text: Tensor) -> Tensor:
         return model(tokens, *text)
 
     def logits(tokens: Tensor, scale: float) -> Tensor:
-        return guided(told, prompt, negative, scale)(tokens, torch.zeros(()))
+        return guided(without_time, prompt, negative, scale)(tokens, torch.zeros(()))
 
     return logits
 

@@ -71,13 +71,14 @@ def edit_freely(
     return tokens
 
 
-class Tokeniser:
-    """A VQ autoencoder, with the text encoders of a pipeline."""
+class VQPipeline:
+    """Images to tokens and back by a VQ autoencoder, and prompts to text by the main model's
+    encoders."""
 
-    def __init__(self, vq: VQAutoencoder, pipeline: Pipeline):
-        self.vq, self.pipeline = vq, pipeline
-        self.device = pipeline.parts.device
-        self.encode: Callable[[list[str]], Conditioning] = pipeline.text.encode
+    def __init__(self, vq: VQAutoencoder, main: Pipeline):
+        self.vq, self.main = vq, main
+        self.device = main.parts.device
+        self.encode: Callable[[list[str]], Conditioning] = main.text.encode
 
     def texts(self, prompts: list[str], negative: str) -> tuple[Conditioning, Conditioning]:
         """The encoded prompts, and as many copies of the encoded negative prompt."""
@@ -96,7 +97,7 @@ class Tokeniser:
         negative: str,
     ) -> Tensor:
         """Tokens (B, side, side) for prompts, all of them drawn, a part of the batch at a time.
-        `logits_of` is told which rows, their texts and those to guide them away from."""
+        `logits_of` gets the rows, their texts and those to guide them away from."""
         found = []
         for rows in torch.arange(len(prompts)).split(TOKENS_AT_ONCE):
             logits = logits_of(rows, *self.texts([prompts[i] for i in rows], negative))
@@ -117,11 +118,11 @@ class Tokeniser:
         return torch.cat([self.vq.tokenise(part.to(self.device)) for part in parts])
 
 
-class TokenPainter(Tokeniser):
-    """A tokeniser, and a transformer for its tokens."""
+class MusePipeline(VQPipeline):
+    """Prompts to tokens to images, by Muse."""
 
-    def __init__(self, vq: VQAutoencoder, muse: Muse, pipeline: Pipeline):
-        super().__init__(vq, pipeline)
+    def __init__(self, vq: VQAutoencoder, muse: Muse, main: Pipeline):
+        super().__init__(vq, main)
         self.muse = muse
 
     def logits(self, prompts: list[str], negative: str = "") -> Logits:

@@ -48,7 +48,7 @@ class SamplingSystem(System):
         return drawn_picture(images, captions)
 
 
-def asks_for(option: str, arguments: list[str]) -> bool:
+def has_option(option: str, arguments: list[str]) -> bool:
     return any(word == option or word.startswith(f"{option}=") for word in arguments)
 
 
@@ -127,7 +127,7 @@ def with_sampling(config: Config, args: argparse.Namespace) -> Config:
     return replace(config, sampling=replace(own, steps=args.steps or own.steps, guidance=guidance))
 
 
-def prompts_asked(args: argparse.Namespace) -> list[str]:
+def repeated_prompts(args: argparse.Namespace) -> list[str]:
     """A prompt for each image to draw."""
     return [prompt for prompt in args.sample for _ in range(args.count)]
 

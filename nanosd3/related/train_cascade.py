@@ -1,181 +1,100 @@
-"""Train Muse's cascade on a finished Muse: fine tokens, the transformer that predicts them from the
-Muse's tokens, and a larger decoder.
+"""Train a cascade's transformer of fine tokens and its larger decoder, and sample."""
 
-    python -m nanosd3.related muse-cascade
-    python -m nanosd3.related muse-cascade --sample "a bold 3"
-
-The Muse stays as it is; its two networks are copied into the run.
-"""
-
-import argparse
-from dataclasses import asdict, replace
+import time
 from functools import partial
-from pathlib import Path
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from nanosd3.cli import Parser
-from nanosd3.config_types import Config, Recipe
-from nanosd3.errors import InputError
-from nanosd3.machine.accelerate import accelerate
-from nanosd3.related.cascade_lessons import (
-    LARGER_DECODER,
-    SUPER_RESOLUTION,
-    CascadePainter,
-    train_decoder,
-    train_super_resolution,
-)
-from nanosd3.related.command import Study, size_of, with_flow_recipe
-from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.muse import MuseConfig
-from nanosd3.related.muse_editing import MUSE_STEPS, Tokeniser, passes
-from nanosd3.related.muse_lessons import train_tokens
-from nanosd3.related.sample_command import SamplingSystem, open_trained, prompts_asked, warn_of
-from nanosd3.related.super_resolution import SuperResolution
-from nanosd3.related.train_muse import (
-    CODES,
-    MUSE_STAGE,
-    TOKEN_RECIPES,
-    MuseSystem,
-    muse_sampling,
-    open_painter,
-    reconstruction,
-)
-from nanosd3.related.vq import VQAutoencoder, VQConfig
-from nanosd3.related.yardsticks import grid_of_prompts, score_samples
-from nanosd3.storage.files import load_weights, sha256, write_file
-from nanosd3.storage.run import Run
-from nanosd3.text import check_prompts
-from nanosd3.training.grids_and_gifs import png, side_by_side
-from nanosd3.training.stages import training_of
+from nanosd3.data.sources import Digits
+from nanosd3.random_streams import rng
+from nanosd3.related.muse import Conditioning, Logits, MuseConfig, cosine_share, guided_logits
+from nanosd3.related.muse_editing import MusePipeline, VQPipeline, unpadded
+from nanosd3.related.super_resolution import SuperResolution, with_decoder
+from nanosd3.related.train_muse import token_prediction_loss
+from nanosd3.related.vq import VQAutoencoder
+from nanosd3.training.loop import StepRNG, fit
+from nanosd3.training.stages import Job, build, finish_or_load, fit_average, last_loss
 
-FINE_RECIPES = {
-    "mnist": Recipe(900, batch=16, lr=1e-2, warmup=100, weight_decay=0.0, optimizer="muon"),
-    "tiny": Recipe(4, batch=16, lr=1e-2, warmup=1, weight_decay=0.0, optimizer="muon"),
-}
-FINE_SIZES = {"mnist": (2, 128, 1), "tiny": (1, 64, 1)}  # depth, width, layers for the base tokens
-COARSER = 2  # a base token's side in fine tokens
-LARGER = 2  # the larger decoder's width, relative to the other's
-FINE_EMA = 0.99
-COPIES = {"tokens": "base_tokens", MUSE_STAGE: "base"}  # the Muse's weights, and the run's copies
+SUPER_RESOLUTION, LARGER_DECODER = "super_resolution", "larger_decoder"  # stages
 
 
-def fine_vq_config(config: Config, size: str) -> VQConfig:
-    """A tokeniser for tokens of half the side: the Muse's without its coarsest level."""
-    channels, (codes, width) = config.vae.channels[:-1], CODES[size]
-    vae = config.vae
-    return VQConfig(vae.image_channels, channels, channels, vae.norm_groups, codes, width)
+def train_super_resolution(
+    job: Job,
+    source: Digits,
+    base: MusePipeline,
+    vq: VQAutoencoder,
+    texts: Conditioning,
+    config: MuseConfig,
+    base_depth: int,
+) -> SuperResolution:
+    """Train the transformer of the fine tokens, or load the one that the run has."""
+
+    def make() -> SuperResolution:
+        return SuperResolution(config, base.muse.config, base_depth)
+
+    network = build(job, SUPER_RESOLUTION, make).to(job.device)
+
+    def predict(seen: Tensor, tokens: Tensor, x: Tensor, *text: Tensor) -> Tensor:
+        with torch.no_grad():
+            given = base.vq.tokenise(x)
+        return network(seen, given, *text)
+
+    loss_of = token_prediction_loss(job, source, vq, texts, cosine_share, predict)
+    decay = job.training.ema_decay
+    train = partial(fit_average, job, SUPER_RESOLUTION, network, loss_of, decay)
+    finish_or_load(job, SUPER_RESOLUTION, network, train)
+    return network
 
 
-def fine_config(base: MuseConfig, size: str) -> MuseConfig:
-    """The transformer for its tokens."""
-    depth, width, _ = FINE_SIZES[size]
-    return replace(base, depth=depth, width=width, codes=CODES[size][0], grid=COARSER * base.grid)
+def train_decoder(
+    job: Job, vq: VQAutoencoder, channels: tuple[int, ...], stage: str = LARGER_DECODER
+) -> VQAutoencoder:
+    """Train a decoder of these widths for the same tokens, or load the one that the run has."""
+    decoding = build(job, stage, lambda: with_decoder(vq, channels)).to(job.device)
+    recipe = job.training.autoencoder
+
+    def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+        index = step_rng.take(job.source.draw(recipe.batch, step_rng.generator()))
+        x = unpadded(job.source.pixels(index), job.config.padding).to(job.device)
+        with torch.no_grad():
+            tokens = vq.tokenise(x)
+        return (decoding.decode(tokens) - x).square().flatten(1).sum(1), {}
+
+    def train() -> dict:
+        begin = time.process_time()
+        fit(job.run, stage, decoding, loss_of, recipe, job.seed)
+        seconds = round(time.process_time() - begin, 1)
+        return {"loss": last_loss(job, stage), "thread_seconds": seconds}
+
+    finish_or_load(job, stage, decoding, train)
+    return decoding
 
 
-def larger_channels(config: VQConfig) -> tuple[int, ...]:
-    """Widths of the larger decoder."""
-    return tuple(LARGER * width for width in config.decoder_channels)
+class CascadePipeline(VQPipeline):
+    """Muse's tokens to fine tokens, by a second transformer, to images by their VQ autoencoder."""
 
+    def __init__(self, base: MusePipeline, network: SuperResolution, vq: VQAutoencoder):
+        super().__init__(vq, base.main)
+        self.base, self.network = base, network
 
-def open_cascade(run: Run, finished: FinishedRun) -> CascadePainter:
-    """The networks of a finished run, with its copy of the Muse."""
-    base = open_painter(run, finished, COPIES)
-    size, config = run.identity["size"], finished.config
-    fine = fine_vq_config(config, size)
-    vq = VQAutoencoder(replace(fine, decoder_channels=larger_channels(fine)))
-    sizes = fine_config(base.muse.config, size)
-    network = SuperResolution(sizes, base.muse.config, FINE_SIZES[size][2])
-    for name, module in ((LARGER_DECODER, vq), (SUPER_RESOLUTION, network)):
-        load_weights(module, run.folder / f"{name}.safetensors")
-        accelerate(module.requires_grad_(False).eval().to(finished.device))
-    return CascadePainter(base, network, vq)
+    def refine(
+        self,
+        base: Tensor,
+        prompts: list[str],
+        seed: int,
+        steps: int,
+        guidance: float,
+        temperature: float,
+        negative: str = "",
+    ) -> Tensor:
+        """Fine tokens (B, H, W) for base tokens (B, h, w) and a prompt each."""
 
+        def logits_of(rows: Tensor, prompt: Conditioning, without: Conditioning) -> Logits:
+            given = base[rows]
+            return guided_logits(self.network, (given, *prompt), (given, *without))
 
-class CascadeSystem(SamplingSystem):
-    name = "muse-cascade"
-    what = "Muse's cascade: finer tokens from a finished Muse's, and a larger decoder."
-    paper = "arXiv 2301.00704"
-    compared_with = "the Muse alone"
-
-    def add_options(self, parser: Parser) -> None:
-        add = parser.add_argument_group("the finished Muse").add_argument
-        text = "run of `python -m nanosd3.related muse` (default: %(default)s)"
-        add("--muse", type=Path, default=Path("runs/muse"), metavar="FOLDER", help=text)
-
-    def base_run(self, args: argparse.Namespace, finished: FinishedRun) -> Run:
-        """The finished Muse. Raises InputError if there is none, or of another size."""
-        run = open_trained(MuseSystem(), args.muse, finished, "--muse")
-        size = size_of(args, finished)
-        if run.identity.get("size") != size:
-            raise InputError(f"--muse {args.muse}: is not of the size {size}; see --config")
-        return run
-
-    def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
-        size = size_of(args, finished)
-        self.base_run(args, finished)
-        config = with_flow_recipe(finished.config, FINE_RECIPES[size], args)
-        training = replace(training_of(config), autoencoder=TOKEN_RECIPES[size], ema_decay=FINE_EMA)
-        return replace(config, training=training)
-
-    def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:
-        base, size = self.base_run(args, finished), size_of(args, finished)
-        weights = {name: sha256(base.folder / f"{name}.safetensors") for name in COPIES}
-        own = {key: base.identity[key] for key in ("size", "guidance", "temperature")}
-        fine = asdict(fine_vq_config(finished.config, size))
-        return own | {"base": weights, "fine": fine, "sizes": FINE_SIZES[size], "larger": LARGER}
-
-    def train(self, study: Study) -> dict:
-        job, finished, size = study.job, study.finished, size_of(study.args, study.finished)
-        for name, copy in COPIES.items():
-            content = (study.args.muse / f"{name}.safetensors").read_bytes()
-            write_file(job.run.folder / f"{copy}.safetensors", content)
-        base = open_painter(job.run, finished, COPIES)
-        vq = train_tokens(job, fine_vq_config(job.config, size))
-        texts = finished.pipeline.text.encode(finished.source.texts)
-        config, base_depth = fine_config(base.muse.config, size), FINE_SIZES[size][2]
-        network = train_super_resolution(job, finished.source, base, vq, texts, config, base_depth)
-        larger = train_decoder(job, vq, larger_channels(vq.config))
-        cascade = CascadePainter(base, network, larger)
-        way, count = muse_sampling(None, None, job.run.identity), job.training.evaluate
-        made, whole = passes(MUSE_STEPS, way[0]), 2 * passes(MUSE_STEPS, way[0])
-
-        def draw(prompts: list[str], seed: int) -> np.ndarray:
-            tokens = base.draw(prompts, seed, MUSE_STEPS, *way)
-            return cascade.images(cascade.refine(tokens, prompts, seed, MUSE_STEPS, *way))
-
-        def draw_base(prompts: list[str], seed: int) -> np.ndarray:
-            return base.images(base.draw(prompts, seed, MUSE_STEPS, *way))
-
-        scores = score_samples(finished, lambda d, seed: draw(d.prompts, seed), count, whole)
-        alone = score_samples(finished, lambda d, seed: draw_base(d.prompts, seed), count, made)
-        ways = {"fine tokens": draw, "the Muse's tokens": draw_base}
-        grids = [
-            (name, grid_of_prompts(finished, partial(one, seed=0))) for name, one in ways.items()
-        ]
-        picture = png(side_by_side(grids))
-        write_file(job.run.folder / "samples.png", picture)
-        stages = job.run.stages
-        decoders = {"smaller": Tokeniser(vq, finished.pipeline), "larger": cascade, "base": base}
-        return scores | {
-            "main_model": alone,
-            "reconstructions": {
-                name: reconstruction(finished, tokeniser, count)
-                for name, tokeniser in decoders.items()
-            },
-            "training_seconds": sum(
-                stages[name]["seconds"] for name in ("tokens", SUPER_RESOLUTION, LARGER_DECODER)
-            ),
-        }
-
-    def add_sampling_options(self, parser: Parser) -> None:
-        MuseSystem().add_sampling_options(parser)
-
-    def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
-        way = (*muse_sampling(args.guidance, args.temperature, run.identity), args.negative)
-        check_prompts(args.sample, args.negative)
-        warn_of(finished.pipeline, [*args.sample, args.negative])
-        cascade = open_cascade(run, finished)
-        prompts, steps = prompts_asked(args), args.steps or MUSE_STEPS
-        tokens = cascade.base.draw(prompts, args.seed, steps, *way)
-        return cascade.images(cascade.refine(tokens, prompts, args.seed, steps, *way))
+        side, generator = self.network.config.grid, rng(seed, SUPER_RESOLUTION)
+        return self.fill(
+            logits_of, side, prompts, generator, steps, guidance, temperature, negative
+        )

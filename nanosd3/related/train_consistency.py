@@ -37,7 +37,7 @@ from nanosd3.related.consistency import (
     teacher_step,
 )
 from nanosd3.related.finished_run import FinishedRun, repeated
-from nanosd3.related.yardsticks import draw_beside_main, pipeline_scores
+from nanosd3.related.scoring import draw_beside_main, pipeline_scores
 from nanosd3.samplers import guided
 from nanosd3.storage.files import read_json
 from nanosd3.storage.run import Run

@@ -35,7 +35,7 @@ from nanosd3.related.consistency_decoder import (
     decode_in_steps,
 )
 from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.yardsticks import (
+from nanosd3.related.scoring import (
     Decode,
     draw_decoded,
     pipeline_scores,

@@ -1,161 +1,178 @@
-"""Train a class-conditional DiT in the latents of a finished run, as in the paper.
+"""Train a DiT on latents with their labels, and sample with it.
 
-It uses the main model's latents and, in place of captions, their labels; a tenth of the labels are
-dropped, so that guidance works. DDPM's objective is the paper's; with `--loss flow` the same
-network learns the velocity, as the main model does. Samples are drawn from the prompts' classes and
-decoded by the finished run's autoencoder.
+With DDPM's objective it learns the noise and a step's variance, with the flow's the velocity. The
+two differ in more than the loss: DDPM draws its thousand steps evenly, rectified flow draws t with
+a density of its own. To change one thing at a time, noise levels are written in one way for both:
+at step n, z is image and noise in the same proportion as on rectified flow's line at
+
+    t = sqrt(1 - alpha_bar) / (sqrt(alpha_bar) + sqrt(1 - alpha_bar))
+
+so a density of steps is a density of t, and the other way round, to the nearest step.
 """
 
-import argparse
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nanosd3.cli import Parser
-from nanosd3.config_types import Config, Recipe, Sampling
+from nanosd3.flow import flow_loss, interpolate, logit_normal, stratified
 from nanosd3.random_streams import rng
-from nanosd3.related.command import Study, System, check_guidance, size_of, with_flow_recipe
-from nanosd3.related.dit import BLOCKS, DIT_CONFIGS, DiT, DiTConfig
-from nanosd3.related.dit_lessons import (
-    OBJECTIVES,
-    Lesson,
-    density_of,
-    sample_dit,
-    steps_evenly,
-    train_dit,
+from nanosd3.related.ddpm import (
+    NoiseSchedule,
+    ancestral,
+    ddim,
+    ddpm_loss,
+    guided_noise,
+    linear_schedule,
+    spaced_steps,
 )
-from nanosd3.related.finished_run import FinishedRun
-from nanosd3.related.yardsticks import (
-    SHOWN_OF_EACH,
-    evaluations,
-    evaluations_in_words,
-    save_beside_main,
-    score_samples,
-)
-from nanosd3.training.evaluation import Draw
-from nanosd3.training.grids_and_gifs import grid_of
-from nanosd3.training.stages import training_of
+from nanosd3.related.dit import DiT, DiTConfig
+from nanosd3.samplers import euler, guided
+from nanosd3.training.cached_features import Features
+from nanosd3.training.loop import StepRNG
+from nanosd3.training.stages import CHUNK, Job, build, finish_or_load, fit_average
 
-RECIPES_OF_DIT = {
-    "mnist": Recipe(2000, batch=64, lr=8e-3, warmup=50, weight_decay=0.0),
-    "tiny": Recipe(4, batch=16, lr=8e-3, warmup=1, weight_decay=0.0),
-}
-EMA_DECAY_OF_DIT = 0.995
-DIT_GUIDANCE = 1.6
+OBJECTIVES = ("ddpm", "flow")
+LABEL_DROPOUT = 0.1
+
+LabelledNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]  # z, t, labels
 
 
-class Sampled(NamedTuple):
-    """A way to draw samples."""
+@dataclass(frozen=True)
+class DiTLoss:
+    """The loss that a DiT is trained by: what it predicts, and at which levels of noise."""
 
-    name: str
-    steps: int
-    fresh_noise: bool = False
+    objective: str  # one of OBJECTIVES
+    density: Callable[[Tensor], Tensor]  # from u, uniform in [0, 1], to t
 
-
-WAYS = {  # the last one gives the scores of the run
-    "ddpm": (Sampled("DDIM", 10), Sampled("DDIM", 50), Sampled("ancestral", 50, fresh_noise=True)),
-    "flow": (Sampled("Euler", 5), Sampled("Euler", 10), Sampled("Euler", 25)),
-}
-
-
-def dit_config(args: argparse.Namespace, finished: FinishedRun) -> DiTConfig:
-    """The network for the finished run's latents and classes."""
-    config = finished.config
-    return replace(
-        DIT_CONFIGS[size_of(args, finished)],
-        latent_size=config.image_size // config.vae.factor,
-        latent_channels=config.vae.latent_channels,
-        classes=len(finished.source.images.names),
-        learned_variance=args.loss == "ddpm",
-        block=args.block,
-    )
+    def losses(
+        self, network: LabelledNetwork, x0: Tensor, noise: Tensor, u: Tensor, y: Tensor
+    ) -> Tensor:
+        """The loss of each sample, (B,), at the levels of noise u (B,)."""
+        t = self.density(u)
+        if self.objective == "flow":
+            return flow_loss(network(interpolate(x0, noise, t), t, y), x0, noise)
+        schedule = linear_schedule()
+        n = nearest_step(schedule, t)
+        z = schedule.add_noise(x0, noise, n)
+        return ddpm_loss(schedule, network(z, schedule.times.to(t)[n], y), x0, noise, n)
 
 
-def lesson_of(study: Study) -> Lesson:
-    density = steps_evenly if study.args.loss == "ddpm" else density_of(study.job)
-    return Lesson(study.args.loss, density)
+# --- levels of noise ------------------------------------------------------------------------------
 
 
-def drawing(study: Study, network: DiT, way: Sampled) -> Callable[[Tensor, int], np.ndarray]:
-    """A function from labels (B,) and a seed to images uint8."""
-    pipeline, guidance = study.finished.pipeline, study.job.config.sampling.guidance
-    size = (network.config.latent_size,) * 2
-
-    def draw(labels: Tensor, seed: int) -> np.ndarray:
-        noise = pipeline.noise(len(labels), seed, size).to(study.job.device)
-        fresh = rng(seed, "ancestral") if way.fresh_noise else None
-        y = labels.to(noise.device)
-        latents = sample_dit(network, study.args.loss, noise, y, way.steps, guidance, fresh)
-        return pipeline.decode(latents)
-
-    return draw
+def flow_times(schedule: NoiseSchedule) -> Tensor:
+    """The t of rectified flow with as much noise as each step, (S,), ascending."""
+    signal, noise = schedule.alpha_bar.sqrt(), (1 - schedule.alpha_bar).sqrt()
+    return noise / (signal + noise)
 
 
-def scores_of(study: Study, network: DiT, way: Sampled) -> dict:
-    """Scores of about as many samples as the main model's, on the same draws."""
-    images = drawing(study, network, way)
-
-    def generate(draw: Draw, seed: int) -> np.ndarray:
-        return images(draw.labels, seed)
-
-    count, sampling = study.job.training.evaluate, study.job.config.sampling
-    made = evaluations(replace(sampling, steps=way.steps))
-    return score_samples(study.finished, generate, count, made)
+def nearest_step(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """The step of about as much noise as each t (B,)."""
+    return (flow_times(schedule).to(t.device) - t[:, None]).abs().argmin(1)
 
 
-def draw_beside(study: Study, network: DiT, way: Sampled) -> None:
-    """Write samples.png: every class, and to its right the main model's for a prompt."""
-    finished = study.finished
-    names = finished.source.images.names
-    labels = torch.arange(len(names)).repeat_interleave(SHOWN_OF_EACH)
-    images = drawing(study, network, way)(labels, 0)
-    ours = grid_of([name for name, *_ in names], images)
-    made = evaluations(replace(study.job.config.sampling, steps=way.steps))
-    title = f"{way.name}, {evaluations_in_words(made)}"
-    save_beside_main(finished, title, ours, study.job.run.folder / "samples.png")
+def steps_evenly(u: Tensor) -> Tensor:
+    """DDPM's density: each of the thousand steps as often as any other."""
+    times = flow_times(linear_schedule()).to(u)
+    return times[(u * len(times)).long()]
 
 
-class DiTSystem(System):
-    name = "dit"
-    what = "DiT: a transformer trained as a class-conditional diffusion model."
-    paper = "arXiv 2212.09748"
+def density_of(job: Job) -> Callable[[Tensor], Tensor]:
+    """The finished run's density of t."""
+    mean, std = job.training.time_mean, job.training.time_std
+    return lambda u: logit_normal(u, mean, std)
 
-    def add_options(self, parser: Parser) -> None:
-        add = parser.add_argument
-        text = "how blocks are given time and class (default: %(default)s)"
-        add("--block", choices=BLOCKS, default="adaln_zero", help=text)
-        text = "what it learns: DDPM's noise, or the flow's velocity (default: %(default)s)"
-        add("--loss", choices=OBJECTIVES, default="ddpm", help=text)
-        text = "guidance scale of the samples (default: %(default)s)"
-        add("--guidance", type=float, default=DIT_GUIDANCE, help=text)
 
-    def config(self, args: argparse.Namespace, finished: FinishedRun) -> Config:
-        check_guidance(args.guidance)
-        config = with_flow_recipe(finished.config, RECIPES_OF_DIT[size_of(args, finished)], args)
-        training = replace(training_of(config), ema_decay=EMA_DECAY_OF_DIT)
-        steps = WAYS[args.loss][-1].steps
-        sampling = Sampling(steps, args.guidance, shift=1.0, sampler="euler")
-        return replace(config, training=training, sampling=sampling)
+# --- training -------------------------------------------------------------------------------------
 
-    def identity(self, args: argparse.Namespace, finished: FinishedRun) -> dict:
-        return {"loss": args.loss, "dit": asdict(dit_config(args, finished))}
 
-    def train(self, study: Study) -> dict:
-        dit = dit_config(study.args, study.finished)
-        labels = study.finished.source.labels
-        network = train_dit(study.job, study.features, labels, dit, lesson_of(study))
-        found = {}
-        for way in WAYS[study.args.loss]:
-            found[f"{way.name} {way.steps}"] = scores_of(study, network, way)
-        scores = found[f"{way.name} {way.steps}"]
-        draw_beside(study, network, way)
-        results = study.job.run.stages["dit"]
-        return scores | {
-            "by_sampler": found,
-            "validation": results["validation"],
-            "training_seconds": results["seconds"],
-        }
+def dit_step(
+    job: Job, features: Features, labels: Tensor, network: DiT, loss: DiTLoss, step_rng: StepRNG
+) -> Tensor:
+    """The loss of a training step for each row of a batch, (B,), of images with their labels, a
+    tenth of which are dropped."""
+    size, generator = job.training.flow.batch, step_rng.generator()
+    images = step_rng.take(job.source.draw(size, generator))
+    keep = step_rng.take(torch.rand(size, generator=generator) >= LABEL_DROPOUT)
+    u = step_rng.take(stratified(size, generator))
+    x0, noise = features.latents_and_noise(images, step_rng)  # (B, C, h, w) each
+    y = drop_labels(labels[images], keep, network.config.null)
+    x0, noise, u, y = (x.to(job.device) for x in (x0, noise, u, y))
+    return loss.losses(network, x0, noise, u, y)
+
+
+def drop_labels(y: Tensor, keep: Tensor, null: int) -> Tensor:
+    """Labels y (B,) where keep (B,) is true, and the null class elsewhere."""
+    return torch.where(keep, y, null)
+
+
+@torch.no_grad()
+def validation_error(
+    job: Job, features: Features, labels: Tensor, network: LabelledNetwork, loss: DiTLoss
+) -> float:
+    """Mean square error of the prediction, noise or velocity, on images held out: each with fixed
+    noise at a fixed level, the levels spread as in training."""
+    images = torch.arange(job.source.trained, job.source.count)
+    mean, _ = features.latents(images)
+    x0 = features.normalise(mean)
+    noise = torch.randn(x0.shape, generator=rng("validation", "dit"))
+    u = stratified(len(images), rng("validation", "levels"))
+    x0, noise, u, y = (x.to(job.device) for x in (x0, noise, u, labels[images]))
+
+    def prediction(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return network(z, t, y)[:, : z.shape[1]]  # without the variance, whose bound is no error
+
+    return loss.losses(prediction, x0, noise, u, y).mean().item()
+
+
+def train_dit(
+    job: Job, features: Features, labels: Tensor, config: DiTConfig, loss: DiTLoss
+) -> DiT:
+    """A DiT trained on the job's images, or loaded: the moving average of its weights. `labels` are
+    those of all images of the source, by index."""
+    model = build(job, "dit", lambda: DiT(config)).to(job.device)
+
+    def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
+        return dit_step(job, features, labels, model, loss, step_rng), {}
+
+    def train() -> dict:
+        results = fit_average(job, "dit", model, loss_of, job.training.ema_decay)
+        error = validation_error(job, features, labels, model, loss)
+        return results | {"validation": error}
+
+    finish_or_load(job, "dit", model, train)
+    return model
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_dit(
+    model: DiT,
+    objective: str,
+    noise: Tensor,
+    y: Tensor,
+    steps: int,
+    guidance: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Latents (B, C, h, w) of labels y (B,) from noise like them. Of a network that learned the
+    noise: by DDIM, or by ancestral sampling if there is a generator for more of it."""
+    samples, null = [], model.config.null
+    for z, labels in zip(noise.split(CHUNK), y.split(CHUNK), strict=True):
+        if objective == "flow":
+            without = torch.full_like(labels, null)
+            velocity = guided(model, (labels,), (without,), guidance)
+            times = torch.linspace(1, 0, steps + 1, device=z.device)
+            samples.append(euler(velocity, z, times))
+            continue
+        schedule = linear_schedule().respaced(spaced_steps(steps))
+        prediction = guided_noise(model, labels, null, guidance)
+        if generator is None:
+            samples.append(ddim(prediction, z, schedule))
+        else:
+            samples.append(ancestral(prediction, z, schedule, generator))
+    return torch.cat(samples)

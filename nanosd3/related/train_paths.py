@@ -25,8 +25,8 @@ from nanosd3.mmdit import MMDiT
 from nanosd3.related.command import Study, System, size_of, with_flow_recipe
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.paths import PATHS, ProbabilityPath, path_loss
+from nanosd3.related.scoring import SHOWN_OF_EACH, score_samples
 from nanosd3.related.solvers import dopri5, midpoint, rk4
-from nanosd3.related.yardsticks import SHOWN_OF_EACH, score_samples
 from nanosd3.samplers import Velocity, euler
 from nanosd3.storage.files import load_weights, save_weights, write_file
 from nanosd3.training.cached_features import Features
@@ -113,20 +113,20 @@ def path_latents(
 ) -> tuple[Tensor, int]:
     """Latents (B, C, h, w) from noise, and the evaluations that they took. `cost` is their number
     for solvers with fixed steps, and the tolerance for dopri5."""
-    asked, velocity = 0, velocity_for(model, pooled)
+    evaluated, velocity = 0, velocity_for(model, pooled)
 
     def counted(z: Tensor, t: Tensor) -> Tensor:
-        nonlocal asked
-        asked += 1
+        nonlocal evaluated
+        evaluated += 1
         return velocity(z, t)
 
     z = path.prior_std * noise
     if solver == "dopri5":
         z = dopri5(counted, z, torch.tensor([1.0, path.first]), rtol=cost, atol=cost)
     else:
-        follow, each = FIXED_SOLVERS[solver]
-        z = follow(counted, z, torch.linspace(1, path.first, int(cost) // each + 1))
-    return z, asked
+        solve, each = FIXED_SOLVERS[solver]
+        z = solve(counted, z, torch.linspace(1, path.first, int(cost) // each + 1))
+    return z, evaluated
 
 
 def cost_of(args: argparse.Namespace) -> float:
@@ -185,8 +185,8 @@ class Paths(System):
         def draw(prompts: list[str], seed: int, solver: str, cost: float) -> np.ndarray:
             pooled = torch.stack([features[text][1] for text in prompts]).to(job.device)
             noise = pipeline.noise(len(prompts), seed, (size, size)).to(job.device)
-            latents, asked = path_latents(path, model, noise, pooled, solver, cost)
-            taken.append(asked)
+            latents, evaluated = path_latents(path, model, noise, pooled, solver, cost)
+            taken.append(evaluated)
             return pipeline.decode(latents)
 
         def generate(d: Draw, seed: int) -> np.ndarray:

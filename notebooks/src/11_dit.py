@@ -18,7 +18,7 @@ from nanosd3.data.mnist import to_model
 from nanosd3.exercises import check, guess, show
 from nanosd3.flow import stratified
 from nanosd3.random_streams import rng
-from nanosd3.related import ddpm, dit_lessons
+from nanosd3.related import ddpm, train_dit
 from nanosd3.related.dit import BLOCKS, DIT_CONFIGS, AdaptiveBlock, DiT, multiply_adds
 from nanosd3.training.ema import make_ema, update_ema
 from nanosd3.training.metrics import frechet_distance
@@ -191,18 +191,18 @@ def batch(step, B=pick(64, 8)):  # noqa: B008
     mean, std = features.latents(i)
     noise, posterior = torch.randn(2, *mean.shape, generator=g)
     x0, y = features.normalise(mean + std * posterior), labels[i]
-    return x0, noise, stratified(B, g), dit_lessons.drop_labels(y, keep, config.null)
+    return x0, noise, stratified(B, g), train_dit.drop_labels(y, keep, config.null)
 
 
 # %%
 def train(config, steps, objective="ddpm", lr=6e-3):
     torch.manual_seed(0)
     model, recipe, log = DiT(config), Recipe(steps, 64, lr, min(50, steps // 4), 0), []
-    ema, task = make_ema(model), dit_lessons.Lesson(objective, dit_lessons.steps_evenly)
+    ema, task = make_ema(model), train_dit.DiTLoss(objective, train_dit.steps_evenly)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, recipe)
-        loss = task.errors(model, *batch(step)).mean()
+        loss = task.losses(model, *batch(step)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -271,7 +271,7 @@ solved = check("drop_labels", drop_labels)
 # %%
 if solved:
     y = drop_labels(digits[:10], digits[:10] < 5, config.null)
-    z = dit_lessons.sample_dit(model, "ddpm", noise[:10], y, pick(20, 2), 1.0)
+    z = train_dit.sample_dit(model, "ddpm", noise[:10], y, pick(20, 2), 1.0)
     images({"0, 1, 2, 3, 4, then nothing": pipeline.decode(z)}, "Told by your drop_labels.")
 else:
     print("Solve `drop_labels`, and this cell draws ten digits, of which five are told a class.")
@@ -414,7 +414,7 @@ flow = restored(cached("dit_wide_flow", lambda: train(plain, longer, "flow")), p
 rows, networks = {}, {"ddpm": model, "flow": flow}
 for count in pick((5, 10, 50), (2, 3)):
     for name, network in networks.items():
-        z = dit_lessons.sample_dit(network, name, noise, digits, count, 1.0)
+        z = train_dit.sample_dit(network, name, noise, digits, count, 1.0)
         rows[f"{name}, {count} evaluations"] = pipeline.decode(z)
 images({name: x[:10] for name, x in rows.items()}, "The same noise and labels.")
 for name, x in rows.items():

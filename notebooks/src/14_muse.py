@@ -22,8 +22,8 @@ from nanosd3.few_steps import even_schedule
 from nanosd3.random_streams import rng
 from nanosd3.related import muse as package
 from nanosd3.related.autoregressive import CausalMuse, write_tokens
-from nanosd3.related.muse_editing import Tokeniser, TokenPainter, repaint
-from nanosd3.related.muse_lessons import train_muse, train_tokens
+from nanosd3.related.muse_editing import MusePipeline, VQPipeline, repaint
+from nanosd3.related.train_muse import train_muse, train_tokens
 from nanosd3.related.vq import Quantiser, VQConfig, perplexity, straight_through
 from nanosd3.samplers import euler, guided
 
@@ -93,14 +93,14 @@ vq = train_tokens(job, VQConfig(1, vae.channels, vae.channels, vae.norm_groups, 
 guess("...")
 
 # %%
-painter, count = Tokeniser(vq, pipeline), pick(1000, 50)
+vq_pipeline, count = VQPipeline(vq, pipeline), pick(1000, 50)
 test = lesson.images.test_images[:count].numpy()
-labels, judge = lesson.images.test_labels[:count].tolist(), Judge(lesson, painter)
+labels, judge = lesson.images.test_labels[:count].tolist(), Judge(lesson, vq_pipeline)
 x = torch.from_numpy(test)[:, None] / 127.5 - 1
-tokens = painter.tokens(x)
-rebuilt = painter.images(tokens)
+tokens = vq_pipeline.tokens(x)
+rebuilt = vq_pipeline.images(tokens)
 print(f"read rightly: {judge.right(test, labels):.1%}, rebuilt {judge.right(rebuilt, labels):.1%}")
-changed = (painter.tokens(x.roll(1, dims=3)) != tokens).float().mean() * 49
+changed = (vq_pipeline.tokens(x.roll(1, dims=3)) != tokens).float().mean() * 49
 print(f"as varied as {perplexity(tokens, K):.0f} codes used alike; one pixel changes {changed:.0f}")
 images({"digits": test[:10], "rebuilt": rebuilt[:10]}, "From 49 tokens of 64 codes.")
 written(rebuilt[:2], tokens[:2], "Two digits, and the tokens that they are made of.")
@@ -139,7 +139,7 @@ if solved:
         rows = {}
         for n in (2, 4, 8, 16, 32, 64):
             own = often[nearest_code(z, codes[often[:n]])]
-            rows[f"{n} codes"] = painter.images(own)
+            rows[f"{n} codes"] = vq_pipeline.images(own)
     images(rows, "Through your nearest_code, with an alphabet of the commonest codes alone.")
 else:
     print("Solve `nearest_code`, and this cell writes digits with smaller alphabets.")
@@ -183,7 +183,7 @@ torch.testing.assert_close(ours, theirs)
 texts = features.text(torch.arange(len(source.texts)))
 size = package.MuseConfig(3, 128, K, 7, config.mmdit.context_dim, config.mmdit.pooled_dim)
 muse = train_muse(job, source, vq, texts, size, package.cosine_share, "muse")
-painter = TokenPainter(vq, muse, pipeline)
+model = MusePipeline(vq, muse, pipeline)
 
 # %% [markdown]
 # There is no time among the inputs: how much is hidden can be seen.
@@ -197,7 +197,7 @@ guess("...")
 # %%
 some, counts, curves = tokens[:200], (49, 45, 40, 30, 20, 10, 4, 1), {}
 for name, prompt in {"with the prompt": "the digit {}", "without": ""}.items():
-    logits, losses = painter.logits([prompt.format(d) for d in labels[:200]]), []
+    logits, losses = model.logits([prompt.format(d) for d in labels[:200]]), []
     for hidden in counts:
         places = torch.rand(len(some), 49, generator=rng("places", hidden))
         seen = package.hide(some, torch.full((len(some),), hidden / 49 - 1e-4), places)
@@ -234,11 +234,11 @@ guess("...")
 # %%
 asked = [d % 10 for d in range(pick(200, 10))]
 prompts = [f"the digit {d}" for d in asked]
-logits, nothing = painter.logits(prompts), torch.full((len(asked), 7, 7), package.MASK)
+logits, nothing = model.logits(prompts), torch.full((len(asked), 7, 7), package.MASK)
 with torch.no_grad():
     l = logits(nothing, 1.0)  # noqa: E741
 drawn, _ = package.draw_tokens(l, rng("all at once"))
-rows = {"most probable": painter.images(l.argmax(-1)), "drawn": painter.images(drawn)}
+rows = {"most probable": model.images(l.argmax(-1)), "drawn": model.images(drawn)}
 for name, pictures in rows.items():
     print(f"{name}: {judge.right(pictures, asked):.0%} read as asked")
 images({name: pictures[:10] for name, pictures in rows.items()}, "In one step.")
@@ -312,7 +312,7 @@ def draw_slowly(logits, tokens, steps, temperature, g):  # tokens (1, 7, 7)
     return tokens
 
 
-three = painter.logits(["the digit 3"])
+three = model.logits(["the digit 3"])
 with torch.no_grad():
     ours = draw_slowly(three, nothing[:1], 8, 4.0, rng("three"))
 theirs = package.fill_hidden(three, nothing[:1], 8, 1.0, 4.0, rng("three"))
@@ -339,7 +339,7 @@ if solved:
         known = keep_surest(known, s, sure, n)
         seen.append(known)
         best.append(torch.where(known == -1, l.argmax(-1), known))
-    seen, pictures = torch.cat(seen), painter.images(torch.cat(best))
+    seen, pictures = torch.cat(seen), model.images(torch.cat(best))
     images({"kept": covered(pictures, seen == -1), "and its best guesses": pictures},
            "A three in eight steps, by your keep_surest. Grey is hidden.", 0.8)  # fmt: skip
 else:
@@ -362,7 +362,7 @@ drawn, rows = {}, {}
 for steps in pick((1, 2, 4, 8, 16, 49), (1, 3)):
     drawn[steps] = package.fill_hidden(logits, nothing, steps, 1.0, 4.0, rng("steps"))
     print(f"{steps:2} steps: {judge.scores(drawn[steps], asked)}")
-    rows[f"steps: {steps}"] = painter.images(drawn[steps][:10])
+    rows[f"steps: {steps}"] = model.images(drawn[steps][:10])
 print(f"test digits: {judge.scores(tokens[: len(asked)], labels[: len(asked)])}")
 images(rows, "The digits 0 to 9, without guidance.")
 
@@ -394,7 +394,7 @@ for temperature in (0.0, 4.0, 32.0):
 
     t = package.fill_hidden(counting, nothing, 8, 1.0, temperature, rng("temperature"))
     tables[f"temperature {temperature:g}"] = step_of.view(7, 7)
-    rows[f"temperature {temperature:g}"] = painter.images(t[3::10])[:10]
+    rows[f"temperature {temperature:g}"] = model.images(t[3::10])[:10]
     print(f"temperature {temperature:2g}: {judge.scores(t, asked)}")
 maps(tables, "column", "row", "When a token is kept, on average.", "step (of 8)")
 images(rows, "Ten threes each, the same seed.")
@@ -433,7 +433,7 @@ def guide_logits(l_prompt, l_negative, guidance, step, steps):
 solved = check("guide_logits", guide_logits)
 
 # %%
-without = painter.logits([""] * len(asked))
+without = model.logits([""] * len(asked))
 if solved:
     rows = {}
     for w in (0.0, 1.0, 2.0, 8.0):
@@ -442,7 +442,7 @@ if solved:
             return guide_logits(logits(t, 1.0), without(t, 1.0), w, next(step), 8)
 
         t = package.fill_hidden(yours, nothing, 8, 1.0, 4.0, rng("guide"))
-        pictures = painter.images(t)
+        pictures = model.images(t)
         rows[f"w = {w:g}: {judge.right(pictures, asked):.0%} read as asked"] = pictures[:10]
     images(rows, "By your guide_logits. With w = 0 the last step does not know the prompt.")
 else:
@@ -465,14 +465,14 @@ guess("...")
 lower = torch.zeros(7, 7, dtype=torch.bool)
 lower[3:] = True
 old, old_labels = tokens[: pick(200, 10)], labels[: pick(200, 10)]
-rows = {"digits": test[:10], "hidden": covered(painter.images(old[:10]), lower.expand(10, 7, 7))}
+rows = {"digits": test[:10], "hidden": covered(model.images(old[:10]), lower.expand(10, 7, 7))}
 for name, extra in (("own label", 0), ("label plus one", 1)):
     wanted = [(d + extra) % 10 for d in old_labels]
-    told = painter.logits([f"the digit {d}" for d in wanted])
+    told = model.logits([f"the digit {d}" for d in wanted])
     new = repaint(told, old, lower, 8, 1.5, 4.0, rng("repaint"))
     assert new[:, :3].equal(old[:, :3])
-    rows[name] = painter.images(new)[:10]
-    print(f"{name}: {judge.right(painter.images(new), wanted):.0%} read as the prompt says")
+    rows[name] = model.images(new)[:10]
+    print(f"{name}: {judge.right(model.images(new), wanted):.0%} read as the prompt says")
 images(rows, "The lower four rows of tokens, drawn anew.")
 
 # %% [markdown]
@@ -499,7 +499,7 @@ images(rows, "The lower four rows of tokens, drawn anew.")
 guess("...")
 
 # %%
-prompt, negative = painter.texts(prompts, "")
+prompt, negative = model.texts(prompts, "")
 writer, noise = CausalMuse(size).requires_grad_(False), pipeline.noise(len(asked), 0, (8, 8))
 velocity = guided(pipeline.mmdit, prompt, negative, config.sampling.guidance)
 told = package.guided_logits(muse, prompt, negative)

@@ -22,7 +22,7 @@ from nanosd3.claims.records import RESULTS, read_record
 from nanosd3.exercises import check, guess, show
 from nanosd3.flow import interpolate
 from nanosd3.random_streams import rng
-from nanosd3.related import axial_rope, hdit, hdit_lessons
+from nanosd3.related import axial_rope, hdit, train_hdit
 from nanosd3.related import neighbourhood as near
 
 # %% [markdown]
@@ -395,7 +395,7 @@ guess("...")
 rows = {}
 for side in (16, 32, 64):
     size = replace(lesson.source.config, image_size=side)
-    x = hdit_lessons.normalised_pixels(lesson.source, size)[torch.arange(pick(500, 20))]
+    x = train_hdit.normalised_pixels(lesson.source, size)[torch.arange(pick(500, 20))]
     t = torch.tensor([0.3, 0.5, 0.7, 0.8, 0.9, 0.95])
     noise = torch.randn(6, side, side, generator=rng("hidden", side))
     rows[f"{side} x {side}"] = interpolate(x[0].expand(6, -1, -1), noise, t)
@@ -471,7 +471,7 @@ outer, inner = hdit.HDiTLevel(96, 1, 3), hdit.HDiTLevel(128, 3, None)
 arms = {"hourglass": ((outer, inner), pick(300, 4), 4.0, 8.0)}
 arms["SD3's recipe"] = ((outer, inner), pick(300, 4), 1.0, None)
 arms["flat"] = ((inner,), pick(235, 4), 4.0, 8.0)
-pixels = hdit_lessons.normalised_pixels(lesson.source, lesson.source.config)
+pixels = train_hdit.normalised_pixels(lesson.source, lesson.source.config)
 digits, nets = [i % 10 for i in range(pick(100, 20))], {}
 for name, (levels, *way) in arms.items():
     torch.manual_seed(0)

@@ -26,8 +26,8 @@ from nanosd3.patchify import patchify
 from nanosd3.random_streams import rng
 from nanosd3.related import motion, video
 from nanosd3.related.moving_digits import DIRECTIONS, drawn_clips, paths, sprites
-from nanosd3.related.train_video import pixels_of
-from nanosd3.related.video_lessons import decode_frames, encode_frames, sample_video
+from nanosd3.related.train_video import decode_frames, encode_frames, sample_video
+from nanosd3.related.video_system import pixels_of
 from nanosd3.training.ema import make_ema, update_ema
 from nanosd3.training.optimizer import learning_rate, make_optimizers
 
@@ -523,4 +523,4 @@ for name in ("x-sora-1", "x-sora-1-length", "x-sora-4"):
 # 2307.06304). Full attention over all tokens is too dear for long clips: ViViT (Arnab et al., arXiv
 # 2103.15691) and Latte (Ma et al., arXiv 2401.03048) let attention along rows and columns and
 # attention along time take turns. The image model is that of arXiv 2403.03206. In code: `video.py`,
-# `video_lessons.py`, `moving_digits.py` and `motion.py` in nanosd3/related.
+# `train_video.py`, `moving_digits.py` and `motion.py` in nanosd3/related.

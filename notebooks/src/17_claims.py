@@ -327,7 +327,7 @@ guess("...")
 # %%
 ts, curves = torch.linspace(0, 1, 41), {}
 for name in ("v/cos", "rf"):
-    image_share, noise_share = FORMULATIONS[name].asked(ts)
+    image_share, noise_share = FORMULATIONS[name].coefficients(ts)
     curves |= {f"{name}: data": (ts, image_share), f"{name}: noise": (ts, noise_share)}
 lines(curves, "t (0 data, 1 noise)", "share in what is asked", "What two formulations ask for.")
 

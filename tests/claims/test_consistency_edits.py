@@ -18,9 +18,9 @@ from nanosd3.claims.consistency_edits import (
     cleaned_of_noise,
 )
 from nanosd3.claims.consistency_pixels import pixel_model
-from nanosd3.claims.edit_tasks import Edited, tasks, towards
+from nanosd3.claims.data_sets import HalvedPixels, open_pixel_data
+from nanosd3.claims.edit_tasks import Edited, constant_model, tasks
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.sd3_grounds import HalvedPixels, open_pixels
 from nanosd3.cli import run_main
 
 Y = torch.randn(3, 1, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -33,8 +33,8 @@ def out(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ground(tiny_run, out) -> HalvedPixels:
-    return open_pixels(Conditions((0,), True, tiny_run, out))
+def data(tiny_run, out) -> HalvedPixels:
+    return open_pixel_data(Conditions((0,), True, tiny_run, out))
 
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -44,17 +44,17 @@ def ground(tiny_run, out) -> HalvedPixels:
 def test_the_upper_half_stays(steps):
     """And the lower half is the model's, after any number of steps."""
     task = tasks(12)["repainted"]
-    x = task.by(towards(POINT), Y, steps, 0)
+    x = task.edit(constant_model(POINT), Y, steps, 0)
     assert x[:, :, :6].equal(Y[:, :, :6])
     torch.testing.assert_close(x[:, :, 6:], POINT[:, :, 6:].expand(3, -1, -1, -1))
-    assert task.off(x, Y) == 0 and task.off(Y - 0.5, Y) == pytest.approx(0.5)
+    assert task.largest_error(x, Y) == 0 and task.largest_error(Y - 0.5, Y) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("steps", EDIT_STEPS)
 def test_means_of_blocks_stay(steps):
     """And what differs within a block is the model's."""
     task = tasks(12)["enlarged"]
-    x = task.by(towards(POINT), Y, steps, 0)
+    x = task.edit(constant_model(POINT), Y, steps, 0)
 
     def blocks(image):
         return image.unfold(2, 2, 2).unfold(3, 2, 2)
@@ -64,7 +64,7 @@ def test_means_of_blocks_stay(steps):
     point = blocks(POINT)
     within = (point - point.mean((4, 5), keepdim=True)).expand(3, -1, -1, -1, -1, -1)
     torch.testing.assert_close(blocks(x) - means, within, atol=1e-5, rtol=1e-5)
-    assert task.off(x, Y) < 1e-5 < 0.9 < task.off(Y - 0.5, Y)
+    assert task.largest_error(x, Y) < 1e-5 < 0.9 < task.largest_error(Y - 0.5, Y)
 
 
 def test_noise_of_edits_is_the_seeds():
@@ -76,26 +76,26 @@ def test_noise_of_edits_is_the_seeds():
         return torch.cos(z)
 
     task = tasks(12)["repainted"]
-    first, same, other = (task.by(watched, Y, 2, seed) for seed in (0, 0, 1))
+    first, same, other = (task.edit(watched, Y, 2, seed) for seed in (0, 0, 1))
     assert first.equal(same) and not first.equal(other)
     assert seen == [1.0, 0.5] * 3
 
 
-def test_scores(ground):
+def test_scores(data):
     """The digits themselves are at the distance of 1; nothing is read of their mean."""
-    edited = Edited(ground, torch.arange(40))
+    edited = Edited(data, torch.arange(40))
     read, ratio, decibels = edited.scores(edited.y)
     assert ratio == pytest.approx(1) and decibels > 70 and 0 <= read <= 1
     flat = edited.scores(torch.zeros_like(edited.y))
     assert flat[1] > 1 and flat[2] < 20
     torch.testing.assert_close(
-        edited.y, ground.normalised(ground.pixels[ground.finished.source.trained :][:40])
+        edited.y, data.normalised(data.pixels[data.finished.source.trained :][:40])
     )
 
 
-def test_noise_to_clean(ground):
+def test_noise_to_clean(data):
     """A quarter of the way from black to white, shown to the model at the time of that noise."""
-    edited, seen = Edited(ground, torch.arange(40)), []
+    edited, seen = Edited(data, torch.arange(40)), []
     y = edited.y
 
     class Knowing:
@@ -103,24 +103,24 @@ def test_noise_to_clean(ground):
             seen.append((z, t))
             return (z - y) / t
 
-    noisy, cleaned = cleaned_of_noise(Knowing(), ground, y, 0)
+    noisy, cleaned = cleaned_of_noise(Knowing(), data, y, 0)
     torch.testing.assert_close(cleaned, y, atol=1e-5, rtol=1e-5)
-    _, std = ground.mean_and_std
+    _, std = data.mean_and_std
     assert ((noisy - y) * std).std().item() == pytest.approx(0.25, rel=0.05)
     ((z, t),) = seen
     torch.testing.assert_close(z, (1 - t) * y + t * (noisy - y) * std / 0.25)
-    again, _ = cleaned_of_noise(Knowing(), ground, y, 0)
-    other, _ = cleaned_of_noise(Knowing(), ground, y, 1)
+    again, _ = cleaned_of_noise(Knowing(), data, y, 0)
+    other, _ = cleaned_of_noise(Knowing(), data, y, 1)
     assert noisy.equal(again) and not noisy.equal(other)
 
 
 # --- the model ------------------------------------------------------------------------------------
 
 
-def test_a_model_is_trained_once(ground, monkeypatch):
-    first = pixel_model(ground, 3)
+def test_a_model_is_trained_once(data, monkeypatch):
+    first = pixel_model(data, 3)
     monkeypatch.setattr(consistency_pixels, "fit_average", lambda *_: pytest.fail("again"))
-    second, z = pixel_model(ground, 3), torch.randn(2, 1, 12, 12)
+    second, z = pixel_model(data, 3), torch.randn(2, 1, 12, 12)
     answers = [model.velocity(z, torch.tensor(0.5)) for model in (first, second)]
     assert answers[0].equal(answers[1]) and answers[0].abs().sum() > 0
     told = torch.zeros(2, 1, 1, 1)
@@ -128,7 +128,7 @@ def test_a_model_is_trained_once(ground, monkeypatch):
     assert first.seconds == second.seconds and not answers[0].requires_grad
 
 
-def test_lessons_are_pairs_of_one_path(ground, monkeypatch):
+def test_training_pairs_are_of_one_path(data, monkeypatch):
     """The same image with the same noise at two neighbouring levels, and nothing else; the levels
     double."""
     pairs = []
@@ -138,14 +138,14 @@ def test_lessons_are_pairs_of_one_path(ground, monkeypatch):
         return network(z_t, t, *given).flatten(1).sum(1)
 
     monkeypatch.setattr(consistency_pixels, "consistency_loss", watched)
-    pixel_model(ground, 4)
+    pixel_model(data, 4)
     assert len(pairs) == 4
     for step, (z_t, t, z_s, s, told) in enumerate(pairs):
         t, s = (x.view(-1, 1, 1, 1) for x in (t, s))
         noise = (z_t * (1 - s) - z_s * (1 - t)) / (t - s)
         x0 = (z_s * t - z_t * s) / (t - s)
         assert 0.8 < noise.std() < 1.2 and abs(float(noise.mean())) < 0.2
-        distance = (x0[:, None] - ground.normalised(ground.pixels)[None]).abs().amax((2, 3, 4))
+        distance = (x0[:, None] - data.normalised(data.pixels)[None]).abs().amax((2, 3, 4))
         assert distance.min(1).values.max() < 1e-4
         torch.testing.assert_close(t - s, torch.full_like(t, 1 / (2, 4, 8, 8)[step]))
         assert told.abs().sum() == 0 and len(told) == len(z_t)

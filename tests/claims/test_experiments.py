@@ -12,7 +12,7 @@ from nanosd3.claims import catalogue, records
 from nanosd3.claims import page as page_module
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions, Experiment, cell, lead, table_of, verdict
-from nanosd3.claims.page import PAGE, committed, page, take_over
+from nanosd3.claims.page import PAGE, committed, copy_results, page
 from nanosd3.claims.records import RESULTS, carry_out, finished, paths_of
 from nanosd3.cli import run_main
 from nanosd3.errors import InputError
@@ -146,14 +146,14 @@ def test_a_rule_changed_afterwards_is_refused(wing, capsys):
     with pytest.raises(InputError, match="another rule"):
         finished(changed, Conditions((0, 1, 2), False, wing, wing))
     with pytest.raises(InputError, match="another rule"):
-        take_over({"x-toy-1": changed}, wing)
+        copy_results({"x-toy-1": changed}, wing)
     assert not (page_module.RESULTS / "x-toy-1.json").exists()
 
 
 def test_a_source_may_be_said_better_afterwards(wing):
     claims("x-toy-1", "--out", wing)
     better = {"x-toy-1": replace(TOY, source="Euclid, book 7", remark="Still odd.")}
-    assert take_over(better, wing) == ["x-toy-1"]
+    assert copy_results(better, wing) == ["x-toy-1"]
     text = page(better, committed(better))
     assert "*(Euclid, book 7)*" in text and "Still odd." in text
 

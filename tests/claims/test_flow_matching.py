@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanosd3.claims import __main__ as command
-from nanosd3.claims import fm_likelihood, fm_networks
+from nanosd3.claims import data_sets, fm_likelihood, fm_networks
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
 from nanosd3.claims.fm_identity import worst
@@ -187,14 +187,14 @@ def test_both_start_from_the_same_weights():
 
 def test_networks_are_trained_once_and_differ_by_path(tiny_run, out, capsys):
     conditions = Conditions((0, 1), True, tiny_run, out)
-    material = fm_networks.open_material(conditions)
+    data = data_sets.open_latents(conditions)
     weights = {}
     for name in ("ot", "vp"):
-        _, model = fm_networks.trained(material, name, 0)
+        _, model = fm_networks.trained_path(data, name, 0)
         weights[name] = model.final_layer.linear.weight
-        job, again = fm_networks.trained(material, name, 0)
+        job, again = fm_networks.trained_path(data, name, 0)
         assert torch.equal(again.final_layer.linear.weight, weights[name])
-        kept = fm_networks.kept_networks(material, name, 0)
+        kept = fm_networks.kept_networks(data, name, 0)
         assert list(kept) == list(fm_networks.FAST_KEPT_STEPS)
         early = kept[fm_networks.FAST_KEPT_STEPS[0]].final_layer.linear.weight
         assert not torch.equal(early, weights[name])

@@ -8,7 +8,7 @@ import torch
 
 from nanosd3.claims import __main__ as command
 from nanosd3.claims.hdit_costs import COST_MARKS, COSTS, hourglass_for, multiply_adds_of, slope
-from nanosd3.claims.hdit_detail import DETAIL, PLAINLY, decibels, signal_to_noise
+from nanosd3.claims.hdit_detail import DETAIL, UNGUIDED, decibels, signal_to_noise
 from nanosd3.cli import run_main
 from nanosd3.related.hdit import HDiT, hdit_multiply_adds
 
@@ -79,7 +79,7 @@ def test_costs_run(tiny_run, tmp_path):
 
 def detail(lost: float, generated: list[float], thin: float = 20.0) -> dict:
     """The samples with guidance are far off, and decide nothing."""
-    ways = {PLAINLY: generated, "with the main job's": [99.0] * len(generated)}
+    ways = {UNGUIDED: generated, "with the main job's": [99.0] * len(generated)}
     return {"lost": lost, "generated": ways, "signal_to_noise": [thin, 21.0, 22.0]}
 
 

@@ -8,10 +8,10 @@ import torch
 
 from nanosd3.claims import __main__ as command
 from nanosd3.claims.catalogue import EXPERIMENTS
-from nanosd3.claims.muse_cascade import WAYS_TO_FINE
+from nanosd3.claims.muse_cascade import CASCADE_VARIANTS
 from nanosd3.claims.muse_decoders import DECODERS
 from nanosd3.claims.muse_edits import REPAINT_GUIDANCES, ROUNDS_MADE, TRUE_LABEL
-from nanosd3.claims.muse_encoders import TOLD, TOLD_SCORES
+from nanosd3.claims.muse_encoders import ENCODER_SCORES, TEXT_ENCODERS
 from nanosd3.claims.muse_masks import SHARES_HIDDEN
 from nanosd3.claims.muse_speed import FAST_FLOW_COUNTS, FAST_MUSE_COUNTS
 from nanosd3.cli import run_main
@@ -54,7 +54,7 @@ def test_what_they_measure(records):
     masks = records["x-muse-1"]["results"]["scores"]
     assert list(masks) == list(SHARES_HIDDEN)
     ways = records["x-muse-3"]["results"]["scores"]
-    assert list(ways) == list(WAYS_TO_FINE)
+    assert list(ways) == list(CASCADE_VARIANTS)
     for base, cascade, direct in zip(*ways.values(), strict=True):  # of a seed
         assert 0 < base[2] < cascade[2] and direct[2] > 0  # seconds
         assert len({base[1], cascade[1], direct[1]}) == 3
@@ -66,15 +66,15 @@ def test_what_they_measure(records):
     assert all(len(shares) == 1 for shares in edits["read"].values())
     kept = [edits["free"][str(n)][0][1] for n in ROUNDS_MADE]
     assert kept == sorted(kept, reverse=True) and 1 > kept[0] > kept[-1]
-    told = records["x-muse-6"]["results"]
-    assert records["x-muse-6-words"]["results"] == told
-    assert list(told["scores"]) == list(TOLD)
-    for scores in told["scores"].values():
-        assert list(scores) == list(TOLD_SCORES)
+    results = records["x-muse-6"]["results"]
+    assert records["x-muse-6-words"]["results"] == results
+    assert list(results["scores"]) == list(TEXT_ENCODERS)
+    for scores in results["scores"].values():
+        assert list(scores) == list(ENCODER_SCORES)
         assert scores["loss"][0] < math.log(64) and all(
             0 <= scores[k][0] <= 1 for k in scores if k != "loss"
         )
-    assert len({scores["loss"][0] for scores in told["scores"].values()}) == 3
+    assert len({scores["loss"][0] for scores in results["scores"].values()}) == 3
 
 
 def test_shares():
@@ -164,7 +164,7 @@ def test_masks(cosine, uniform, few, expected):
     ],
 )
 def test_cascade(cascade, direct, expected):
-    results = {"scores": dict(zip(WAYS_TO_FINE, ([], cascade, direct), strict=True))}
+    results = {"scores": dict(zip(CASCADE_VARIANTS, ([], cascade, direct), strict=True))}
     assert EXPERIMENTS["x-muse-3"].decide(results) == expected
 
 
@@ -218,7 +218,9 @@ def test_free_editing(edits, chance, expected):
     assert EXPERIMENTS["x-muse-5"].decide(results) == expected
 
 
-def told(loss=1.1, digit=0.1, attributes=0.0, unheard=(0.6, 0.1), seeds=3, wobble=0.001, shaky=1):
+def encoder_results(
+    loss=1.1, digit=0.1, attributes=0.0, unheard=(0.6, 0.1), seeds=3, wobble=0.001, shaky=1
+):
     """With trained encoders a loss of 1, and 0.8 of digits and attributes right; with untrained
     ones `loss`, and less right by so much. Seeds differ, in digits `shaky` times."""
     moves = [wobble * k for k in range(seeds)]
@@ -228,25 +230,25 @@ def told(loss=1.1, digit=0.1, attributes=0.0, unheard=(0.6, 0.1), seeds=3, wobbl
         "digit": [0.8 - digit - shaky * m for m in moves],
         "attributes": [0.8 - attributes - m for m in moves],
     }
-    both = zip(TOLD, (trained, other), unheard, strict=False)
+    both = zip(TEXT_ENCODERS, (trained, other), unheard, strict=False)
     return {"scores": {n: s | {"unheard": [u + m for m in moves]} for n, s, u in both}}
 
 
 @pytest.mark.parametrize(
     ("results", "expected"),
     [
-        (told(), "supported"),
-        (told(digit=0.0, attributes=0.1), "supported"),
-        (told(digit=0.01), "undecided"),  # fewer than two points
-        (told(loss=1.008), "undecided"),  # less than 1%
-        (told(wobble=-0.08), "undecided"),  # within the spread
-        (told(digit=-0.05, shaky=100), "undecided"),  # of digits
-        (told(loss=1.0, digit=0.0), "refuted"),
-        (told(loss=0.9, digit=-0.2, attributes=-0.1), "refuted"),
-        (told(loss=1.009, digit=0.0), "undecided"),  # not in every seed
-        (told(loss=1.0, digit=0.0, attributes=0.019), "undecided"),
-        (told(seeds=1), "undecided"),
-        (told(loss=1.0, digit=0.0, seeds=1), "undecided"),
+        (encoder_results(), "supported"),
+        (encoder_results(digit=0.0, attributes=0.1), "supported"),
+        (encoder_results(digit=0.01), "undecided"),  # fewer than two points
+        (encoder_results(loss=1.008), "undecided"),  # less than 1%
+        (encoder_results(wobble=-0.08), "undecided"),  # within the spread
+        (encoder_results(digit=-0.05, shaky=100), "undecided"),  # of digits
+        (encoder_results(loss=1.0, digit=0.0), "refuted"),
+        (encoder_results(loss=0.9, digit=-0.2, attributes=-0.1), "refuted"),
+        (encoder_results(loss=1.009, digit=0.0), "undecided"),  # not in every seed
+        (encoder_results(loss=1.0, digit=0.0, attributes=0.019), "undecided"),
+        (encoder_results(seeds=1), "undecided"),
+        (encoder_results(loss=1.0, digit=0.0, seeds=1), "undecided"),
     ],
 )
 def test_trained_encoder(results, expected):
@@ -267,5 +269,8 @@ def test_trained_encoder(results, expected):
     ],
 )
 def test_unheard_words(unheard, expected):
-    assert EXPERIMENTS["x-muse-6-words"].decide(told(unheard=unheard)) == expected
-    assert EXPERIMENTS["x-muse-6-words"].decide(told(unheard=unheard, seeds=1)) == "undecided"
+    assert EXPERIMENTS["x-muse-6-words"].decide(encoder_results(unheard=unheard)) == expected
+    assert (
+        EXPERIMENTS["x-muse-6-words"].decide(encoder_results(unheard=unheard, seeds=1))
+        == "undecided"
+    )

@@ -9,17 +9,17 @@ import torch
 
 from nanosd3.claims import muse_encoders
 from nanosd3.claims.muse_encoders import (
+    encoder_scores,
     held_out_loss,
     one_hot,
     same_draws,
-    told_scores,
     untrained,
     with_names,
 )
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 from nanosd3.related.muse import MASK, Muse
-from nanosd3.related.muse_editing import TokenPainter
-from nanosd3.related.train_muse import muse_config, vq_config
+from nanosd3.related.muse_editing import MusePipeline
+from nanosd3.related.muse_system import muse_config, vq_config
 from nanosd3.related.vq import VQAutoencoder
 from nanosd3.training.evaluation import draw_prompts
 from nanosd3.training.loop import StepRNG
@@ -104,16 +104,16 @@ def test_held_out_loss(finished, monkeypatch):
     config = finished.config
     torch.manual_seed(0)
     vq, muse = VQAutoencoder(vq_config(config, "tiny")), Muse(muse_config(config, "tiny"))
-    painter = TokenPainter(vq, muse.eval(), finished.pipeline)
+    pipeline = MusePipeline(vq, muse.eval(), finished.pipeline)
     source = finished.source
     said, seen = [], []
-    encode = painter.encode
-    monkeypatch.setattr(painter, "encode", lambda prompts: said.extend(prompts) or encode(prompts))
+    encode = pipeline.encode
+    monkeypatch.setattr(pipeline, "encode", lambda prompts: said.extend(prompts) or encode(prompts))
     monkeypatch.setattr(muse_encoders, "TOKENS_AT_ONCE", 100)
     muse.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    loss = held_out_loss(painter, with_names(source, False))
+    loss = held_out_loss(pipeline, with_names(source, False))
     assert loss == pytest.approx(math.log(muse.config.codes), rel=1e-5)
-    held = source.labels[source.trained :].repeat(muse_encoders.HELD_OUT_LOOKS).tolist()
+    held = source.labels[source.trained :].repeat(muse_encoders.MASKS_PER_IMAGE).tolist()
     assert len(said) == len(held)
     for text, label in zip(said, held, strict=True):
         assert source.images.names[label][0] in text.split()
@@ -122,26 +122,26 @@ def test_held_out_loss(finished, monkeypatch):
     assert float(share) == pytest.approx(2 / math.pi, abs=0.03)
     first = tokens[0]
     seen.clear()
-    assert held_out_loss(painter, with_names(source, False)) == loss and seen[0][0].equal(first)
-    assert TokenPainter(vq, muse, finished.pipeline).encode == finished.pipeline.text.encode
+    assert held_out_loss(pipeline, with_names(source, False)) == loss and seen[0][0].equal(first)
+    assert MusePipeline(vq, muse, finished.pipeline).encode == finished.pipeline.text.encode
 
 
 def test_only_hidden_tokens_count(finished):
     """A Muse that is sure of code 0, and images whose visible tokens are something else."""
     config = finished.config
     vq, muse = VQAutoencoder(vq_config(config, "tiny")), Muse(muse_config(config, "tiny"))
-    painter = TokenPainter(vq, muse.eval(), finished.pipeline)
+    pipeline = MusePipeline(vq, muse.eval(), finished.pipeline)
 
     def sure(seen, *text):
         logits = torch.zeros(*seen.shape, muse.config.codes)
         logits[..., 0] = 9.0
         return logits
 
-    painter.tokens = lambda x: torch.ones(len(x), 7, 7, dtype=torch.long)
-    painter.muse = sure
-    wrong = held_out_loss(painter, with_names(finished.source, False))
-    painter.tokens = lambda x: torch.zeros(len(x), 7, 7, dtype=torch.long)
-    right = held_out_loss(painter, with_names(finished.source, False))
+    pipeline.tokens = lambda x: torch.ones(len(x), 7, 7, dtype=torch.long)
+    pipeline.muse = sure
+    wrong = held_out_loss(pipeline, with_names(finished.source, False))
+    pipeline.tokens = lambda x: torch.zeros(len(x), 7, 7, dtype=torch.long)
+    right = held_out_loss(pipeline, with_names(finished.source, False))
     assert wrong == pytest.approx(9.0, abs=0.1) and right == pytest.approx(0.0, abs=0.1)
 
     def sure_of_hidden(seen, *text):
@@ -149,8 +149,8 @@ def test_only_hidden_tokens_count(finished):
         logits[..., 0] = torch.where(seen == MASK, 9.0, -9.0)
         return logits
 
-    painter.muse = sure_of_hidden
-    assert held_out_loss(painter, with_names(finished.source, False)) == pytest.approx(right)
+    pipeline.muse = sure_of_hidden
+    assert held_out_loss(pipeline, with_names(finished.source, False)) == pytest.approx(right)
 
 
 def test_told_scores(finished, monkeypatch):
@@ -164,8 +164,8 @@ def test_told_scores(finished, monkeypatch):
         chosen = draws[asked[-1]].chosen.roll(4 * asked[-1])
         return source.images.train_images[chosen].numpy()
 
-    painter = SimpleNamespace(draw=lambda prompts, seed: prompts, images=images)
-    monkeypatch.setattr(muse_encoders, "held_out_loss", lambda painter, source: 0.5)
-    loss, digit, attributes, unheard = told_scores(finished, painter, 40, 3)
+    pipeline = SimpleNamespace(draw=lambda prompts, seed: prompts, images=images)
+    monkeypatch.setattr(muse_encoders, "held_out_loss", lambda pipeline, source: 0.5)
+    loss, digit, attributes, unheard = encoder_scores(finished, pipeline, 40, 3)
     assert (loss, attributes) == (0.5, 1.0) and asked == [0, 1]
     assert digit > unheard + 0.2

@@ -11,7 +11,7 @@ from nanosd3.claims import sd3_backbone_networks as networks
 from nanosd3.claims import sd3_backbones
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.cli import run_main
 from nanosd3.config import CONFIGS
 from nanosd3.related.backbones import UViT
@@ -183,7 +183,7 @@ def test_a_network_is_what_its_arm_says(tiny_run, tmp_path, monkeypatch):
     )
     assert isinstance(first.model, UViT) and len(first.model.joint_blocks) == 1
     assert first.job.training.flow.lr == 3e-3 and first.job.training.ema_decay == 0.98
-    assert isinstance(first.model.y_embedder, networks.Unheard)
+    assert isinstance(first.model.y_embedder, networks.ZeroEmbedder)
     for key, value in first.model.state_dict().items():
         assert value.equal(again.model.state_dict()[key]), key
     assert first.losses == again.losses and list(first.losses) == [1, 2]

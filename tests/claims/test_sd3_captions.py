@@ -1,4 +1,4 @@
-"""Original captions, rich ones, and half of each: what is told, rules, and that it runs."""
+"""Original captions, rich ones, and half of each: what is with_kind, rules, and that it runs."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from nanosd3.claims import __main__ as command
 from nanosd3.claims import sd3_captions
 from nanosd3.claims.catalogue import EXPERIMENTS
-from nanosd3.claims.sd3_captions import CAPTION_ARMS, CAPTION_SCORES, share_followed, told
+from nanosd3.claims.sd3_captions import CAPTION_ARMS, CAPTION_SCORES, share_followed, with_kind
 from nanosd3.cli import run_main
 from nanosd3.config import CONFIGS
 from nanosd3.data.mnist import load_images, plain_captions
@@ -38,7 +38,7 @@ def test_kinds_of_captions(source):
     """Each kind alone has exactly the captions of its kind, and every image keeps all of them."""
     words = {text for c in range(10) for text in plain_captions(source.images.names, c)}
     whole = drawn_texts(source)
-    original, rich = (drawn_texts(told(source, kind)) for kind in sd3_captions.CAPTION_KINDS)
+    original, rich = (drawn_texts(with_kind(source, kind)) for kind in sd3_captions.CAPTION_KINDS)
     for i, (everything, plain, described) in enumerate(zip(whole, original, rich, strict=True)):
         assert (
             plain
@@ -54,7 +54,7 @@ def test_kinds_of_captions(source):
 
 def test_half_of_each(source):
     """The mix is the main job's own captions, half of which are rich."""
-    assert told(source, "half of each") is source
+    assert with_kind(source, "half of each") is source
     words = {text for c in range(10) for text in plain_captions(source.images.names, c)}
     n, steps = torch.arange(200), 36
     u = torch.arange(steps).repeat_interleave(200).add(0.5) / steps
@@ -64,7 +64,7 @@ def test_half_of_each(source):
 
 def test_told_leaves_the_source_alone(source):
     before = source.described.captions.choices.clone()
-    other = told(source, "rich")
+    other = with_kind(source, "rich")
     assert source.described.captions.choices.equal(before)
     assert other.texts is source.texts and other.key(3) == source.key(3)  # one cache for all
 
@@ -145,7 +145,7 @@ def last_loss(folder) -> float:
 def test_scores_are_of_what_was_asked(tiny_run, out, monkeypatch):
     """Real digits in place of samples: all right, for prompts of both kinds."""
     from nanosd3.claims.experiment import Conditions
-    from nanosd3.claims.material import open_encoded
+    from nanosd3.claims.runs import open_encoded
     from nanosd3.claims.sd3_variants import Variant, trained_variant
     from nanosd3.pipeline import Pipeline
     from nanosd3.training.evaluation import draw_prompts
@@ -160,7 +160,7 @@ def test_scores_are_of_what_was_asked(tiny_run, out, monkeypatch):
     def real(self, prompts, seed, steps):
         kind = sd3_captions.CAPTION_KINDS[len(asked)]
         asked.append((seed, steps))
-        draw = draw_prompts(told(finished.source, kind), 40, seed)
+        draw = draw_prompts(with_kind(finished.source, kind), 40, seed)
         assert draw.prompts == prompts
         return finished.source.images.train_images[draw.chosen].numpy()
 

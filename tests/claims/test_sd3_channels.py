@@ -12,7 +12,8 @@ from nanosd3.claims import __main__ as command
 from nanosd3.claims import sd3_latents
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.sd3_channels import finished_run_of, gains
+from nanosd3.claims.runs import open_main_run
+from nanosd3.claims.sd3_channels import gains
 from nanosd3.claims.sd3_latents import CHANNEL_DEPTHS, CHANNELS, some_digits, trained_latents
 from nanosd3.cli import run_main
 
@@ -82,7 +83,7 @@ def test_gains():
 @pytest.fixture(scope="module")
 def material(tiny_run, tmp_path_factory):
     conditions = Conditions((0,), True, Path(tiny_run), tmp_path_factory.mktemp("channels"))
-    finished = finished_run_of(conditions)
+    finished = open_main_run(conditions)
     return conditions, finished, some_digits(finished)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from nanosd3 import mmdit
 from nanosd3.claims import __main__ as command
-from nanosd3.claims import sd3_attention, sd3_grounds, sd3_middle, sd3_networks, sd3_straightness
+from nanosd3.claims import data_sets, sd3_attention, sd3_middle, sd3_networks, sd3_straightness
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
 from nanosd3.claims.sd3_formulations import COMPARED_FAST, SETTINGS, typical
@@ -73,7 +73,7 @@ def attention(f32: list[float], f32_without: list[float], bf16: list[float],
 def following(rf: list[float], others: list[float], one: list[float] | None = None) -> dict:
     """Lengths, or errors at each number of steps, alike on both fields; but `one` is v/cos's on
     that of trained networks, after 10 steps. EDM's lengths do not count."""
-    names = dict.fromkeys(sd3_straightness.FOLLOWED, others)
+    names = dict.fromkeys(sd3_straightness.FORMULATIONS_COMPARED, others)
     names |= dict.fromkeys(sd3_straightness.RECTIFIED, rf)
     errors = {name: [each] * 4 for name, each in names.items()}
     last = {"v/cos": one or others, "edm(0, 0.6)": [0.0] * len(rf)}
@@ -236,8 +236,8 @@ def test_formulations_run_once_for_both(tiny_run, out, name, settings):
     assert results["training_seconds"] > 0
 
 
-def grounds(tiny_run: Path, out: Path) -> list[sd3_grounds.Latents]:
-    return sd3_grounds.open_grounds(Conditions((0,), True, tiny_run, out))
+def both_data_sets(tiny_run: Path, out: Path) -> list[data_sets.Latents]:
+    return data_sets.open_data_sets(Conditions((0,), True, tiny_run, out))
 
 
 def test_halved_digits():
@@ -245,23 +245,23 @@ def test_halved_digits():
     digits = torch.zeros(1, 28, 28, dtype=torch.uint8)
     digits[0, 10:14, 6:10] = 255
     digits[0, 0, 0] = 255
-    small = sd3_grounds.halved(digits)
+    small = data_sets.halved(digits)
     assert small.shape == (1, 1, 12, 12) and small.sum() == 4
     assert (small[0, 0, 4:6, 2:4] == 1).all()
     single = torch.zeros(1, 28, 28, dtype=torch.uint8)
     single[0, 5, 7] = 255
-    assert sd3_grounds.halved(single).sum() == 0.25  # the mean of four
-    large = sd3_grounds.doubled(small)
+    assert data_sets.halved(single).sum() == 0.25  # the mean of four
+    large = data_sets.doubled(small)
     assert large.shape == digits.shape and large.dtype == torch.uint8
     rows, columns = large[0].float().sum(1), large[0].float().sum(0)
     assert (rows @ torch.arange(28.0) / rows.sum()).item() == pytest.approx(11.5)
     assert (columns @ torch.arange(28.0) / columns.sum()).item() == pytest.approx(7.5)
 
 
-def test_grounds(tiny_run, out):
+def test_both_data_sets(tiny_run, out):
     """Pixels have mean 0 and deviation 1 and come back as the digits they were; either data set
     fits its network."""
-    latents, pixels = grounds(tiny_run, out)
+    latents, pixels = both_data_sets(tiny_run, out)
     assert [latents.name, pixels.name] == ["latents", "pixels"]
     index = torch.arange(50)
     step_rng = sd3_networks.StepRNG((0, "test"), range(50))
@@ -271,23 +271,23 @@ def test_grounds(tiny_run, out):
     torch.testing.assert_close(x0, everything[:50])
     assert noise.shape == x0.shape and 0.9 < noise.std() < 1.1
     digits = latents.finished.source.all_images[index]
-    back = sd3_grounds.doubled(sd3_grounds.halved(digits))
+    back = data_sets.doubled(data_sets.halved(digits))
     torch.testing.assert_close(pixels.to_digits(x0), back, atol=1, rtol=0)
-    for ground in (latents, pixels):
-        what = sd3_grounds.asked_of(ground, 0, 20)
-        assert ground.mmdit.grid_sample**2 == 16 and ground.mmdit.depth == 1
-        x0, _ = ground.x0_and_noise(index, step_rng)
+    for data in (latents, pixels):
+        what = data_sets.sample_inputs(data, 0, 20)
+        assert data.mmdit.grid_sample**2 == 16 and data.mmdit.depth == 1
+        x0, _ = data.x0_and_noise(index, step_rng)
         assert what.noise.shape[1:] == x0.shape[1:] and len(what.pooled) == len(what.noise)
         assert what.floor > 0
 
 
 def test_scorer_of_halved_digits(tiny_run, out):
     """Real images, halved, are as far as the floor says, and no nearer to whole ones."""
-    _, pixels = grounds(tiny_run, out)
-    what = sd3_grounds.asked_of(pixels, 0, 40)
+    _, pixels = both_data_sets(tiny_run, out)
+    what = data_sets.sample_inputs(pixels, 0, 40)
     chosen = what.draw.chosen
     real = (pixels.pixels[chosen] - pixels.mean_and_std[0]) / pixels.mean_and_std[1]
-    accuracy, ratio = sd3_grounds.judged(pixels, real, what)
+    accuracy, ratio = data_sets.scores_of_samples(pixels, real, what)
     assert ratio == pytest.approx(1, abs=0.02) and 0 <= accuracy <= 1
     assert pixels.scorer.test.shape == pixels.finished.scorer.test.shape
     assert not torch.equal(pixels.scorer.test, pixels.finished.scorer.test)
@@ -295,8 +295,8 @@ def test_scorer_of_halved_digits(tiny_run, out):
 
 def test_both_weights_of_a_network(tiny_run, out):
     """The average is none of the last, and a second call trains nothing."""
-    ground = grounds(tiny_run, out)[1]
-    first, second = (sd3_networks.trained_by(ground, "v/cos", 0) for _ in range(2))
+    data = both_data_sets(tiny_run, out)[1]
+    first, second = (sd3_networks.trained_formulation(data, "v/cos", 0) for _ in range(2))
     for name in ("last", "average"):
         a, b = (getattr(each, name).final_layer.linear.weight for each in (first, second))
         assert torch.equal(a, b) and a.abs().sum() > 0 and not a.requires_grad
@@ -306,18 +306,20 @@ def test_both_weights_of_a_network(tiny_run, out):
 
 
 def test_guidance_and_text_reach_the_samples(tiny_run, out):
-    ground = grounds(tiny_run, out)[1]
+    data = both_data_sets(tiny_run, out)[1]
     model, what = (
-        sd3_networks.trained_by(ground, "v/cos", 0).last,
-        sd3_grounds.asked_of(ground, 0, 20),
+        sd3_networks.trained_formulation(data, "v/cos", 0).last,
+        data_sets.sample_inputs(data, 0, 20),
     )
     torch.nn.init.normal_(model.final_layer.adaLN_modulation[1].weight)
     torch.nn.init.normal_(model.final_layer.linear.weight)
     formulation = FORMULATIONS["v/cos"]
-    made = [sd3_networks.sample_by(formulation, model, what, 2, g) for g in (1.0, 2.0)]
+    made = [sd3_networks.sample_formulation(formulation, model, what, 2, g) for g in (1.0, 2.0)]
     assert made[0].shape == what.noise.shape and not torch.allclose(*made)
-    other = sd3_grounds.AskedImages(what.draw, what.pooled.flip(0), what.noise, what.floor)
-    assert not torch.allclose(made[0], sd3_networks.sample_by(formulation, model, other, 2, 1.0))
+    other = data_sets.SampleInputs(what.draw, what.pooled.flip(0), what.noise, what.floor)
+    assert not torch.allclose(
+        made[0], sd3_networks.sample_formulation(formulation, model, other, 2, 1.0)
+    )
 
 
 class Recorder:
@@ -334,15 +336,15 @@ class Recorder:
 def test_a_training_step(tiny_run, out):
     """What the network is shown has unit variance, a tenth has no text, and guessing zero costs
     the answer's variance."""
-    ground, size = grounds(tiny_run, out)[1], 1000
+    data, size = both_data_sets(tiny_run, out)[1], 1000
     recipe = replace(sd3_networks.FAST_SHORT, batch=size)
-    config = ground.finished.config
+    config = data.finished.config
     config = replace(config, training=replace(config.training, flow=recipe))
-    run, source = ground.finished.run, ground.finished.source
-    job, model = Job(run, config, source, torch.device("cpu"), 0), Recorder(ground.mmdit)
+    run, source = data.finished.run, data.finished.source
+    job, model = Job(run, config, source, torch.device("cpu"), 0), Recorder(data.mmdit)
     step_rng = sd3_networks.StepRNG((0, "step"), range(size))
     formulation = FORMULATIONS["v/cos"]
-    losses = sd3_networks.formulation_step(formulation, ground, job, model, step_rng)
+    losses = sd3_networks.formulation_step(formulation, data, job, model, step_rng)
     ((z, t, pooled),) = model.given
     assert z.var().item() == pytest.approx(1, abs=0.03)
     assert losses.shape == (size,) and losses.mean().item() == pytest.approx(1, abs=0.03)
@@ -351,10 +353,10 @@ def test_a_training_step(tiny_run, out):
 
 
 def test_samples_start_where_the_steps_do(tiny_run, out):
-    ground = grounds(tiny_run, out)[1]
-    what, model = sd3_grounds.asked_of(ground, 0, 20), Recorder(ground.mmdit)
+    data = both_data_sets(tiny_run, out)[1]
+    what, model = data_sets.sample_inputs(data, 0, 20), Recorder(data.mmdit)
     late = replace(FORMULATIONS["rf"], steps=lambda n: torch.linspace(0.5, 0, n + 1))
-    made = sd3_networks.sample_by(late, model, what, 3, 1.0)
+    made = sd3_networks.sample_formulation(late, model, what, 3, 1.0)
     assert len(model.given) == 3
     torch.testing.assert_close(made, what.noise / 2)
 
@@ -377,7 +379,10 @@ def test_logits_are_those_of_attention():
             given.append((q, k))
             return real(q, k, v)
 
-        with pytest.MonkeyPatch.context() as patch, sd3_attention.seeing_heads(model) as seen:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            sd3_attention.record_queries_and_keys(model) as seen,
+        ):
             patch.setattr(mmdit, "attention", attention)
             model(z, torch.rand(2), context, torch.randn(2, 32))
         found = sd3_attention.attention_logits(model, seen)
@@ -429,8 +434,8 @@ def test_lines_are_followed_exactly():
         return (z - point) / t
 
     point, noise = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
-    for name in sd3_straightness.FOLLOWED:
-        ratio, errors = sd3_straightness.followed(name, velocity, noise, 100)
+    for name in sd3_straightness.FORMULATIONS_COMPARED:
+        ratio, errors = sd3_straightness.straightness_and_errors(name, velocity, noise, 100)
         assert max(errors) < 1e-3
         if name in ("rf", "edm(0, 0.6)"):
             assert ratio == pytest.approx(1, abs=1e-3)
@@ -446,7 +451,7 @@ def test_trajectories_start_where_the_steps_do():
         return torch.ones_like(z)
 
     noise = torch.ones(2, 3)
-    sd3_straightness.followed("eps/linear", velocity, noise, 4)
+    sd3_straightness.straightness_and_errors("eps/linear", velocity, noise, 4)
     first = FORMULATIONS["eps/linear"].steps(4)[0]
     torch.testing.assert_close(given[0][0], first * noise)
     assert given[0][1] == first < 0.95
@@ -457,7 +462,7 @@ def test_following_runs_once_for_both(tiny_run, out):
     assert quickly("x-sd3-straight-steps", out, tiny_run) == results
     for field in ("exact", "trained"):
         lengths, errors = results["lengths"][field], results["errors"][field]
-        assert list(lengths) == list(errors) == list(sd3_straightness.FOLLOWED)
+        assert list(lengths) == list(errors) == list(sd3_straightness.FORMULATIONS_COMPARED)
         assert all(len(each) == 2 and min(each) > 0.999 for each in lengths.values())
         assert all([len(row) for row in rows] == [2] * 4 for rows in errors.values())
     for one, other in (("rf", "v/cos"), ("eps/linear", "edm(0, 0.6)")):  # steps of their own

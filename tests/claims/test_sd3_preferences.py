@@ -1,4 +1,4 @@
-"""DPO on the finished model: what is preferred, what a tuned model is taught, the rules, and that
+"""DPO on the finished model: what is preferred, how a model is tuned, the rules, and that
 the experiments run."""
 
 import json
@@ -13,14 +13,14 @@ from nanosd3.claims import __main__ as command
 from nanosd3.claims import sd3_dpo, sd3_preferences
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded
 from nanosd3.claims.sd3_dpo import ALL_ARMS, add_scores, deciding, rise
 from nanosd3.claims.sd3_preferences import (
-    Judged,
     Pairs,
+    ScoredSamples,
     attributes_shown,
     preferred_pairs,
-    sampled_and_judged,
+    sample_and_score,
 )
 from nanosd3.cli import run_main
 from nanosd3.training.evaluation import Draw, draw_prompts
@@ -129,15 +129,13 @@ def test_judged(material):
     draw = draw_prompts(source, 100, 4)
     digits = source.images.train_images[draw.chosen]
     pipeline = Drawn(digits)
-    found = sampled_and_judged(finished, pipeline, draw, 7)
+    found = sample_and_score(finished, pipeline, draw, 7)
     assert pipeline.calls == [
         {"seed": 7, "steps": 5, "guidance": 1.0, "sampler": "heun", "output": "latent"}
     ]
     read = finished.scorer.read(finished.scorer.features(digits))
     assert found.right.equal(read == draw.labels) and 0 < found.right.sum() < 100
-    bold = sampled_and_judged(
-        finished, pipeline, replace(draw, prompts=["a bold 1"] * 100), 7
-    ).right
+    bold = sample_and_score(finished, pipeline, replace(draw, prompts=["a bold 1"] * 100), 7).right
     assert bold.equal(found.right & (source.described.weight[draw.chosen] == 2)) and bold.any()
     assert not bold.equal(found.right)
     accuracy, distance = finished.scorer.score(digits, draw)
@@ -152,10 +150,10 @@ def test_pairs(material, monkeypatch):
 
     def fake(finished, pipeline, draw, seed):
         latents = torch.full((4, 1, 2, 2), float(seed)) + torch.arange(4.0)[:, None, None, None]
-        return Judged(latents, torch.zeros(4, 1), torch.tensor(right[seed]))
+        return ScoredSamples(latents, torch.zeros(4, 1), torch.tensor(right[seed]))
 
     prompts = finished.source.texts[:4]
-    monkeypatch.setattr(sd3_preferences, "sampled_and_judged", fake)
+    monkeypatch.setattr(sd3_preferences, "sample_and_score", fake)
     draw = Draw(torch.arange(4), torch.arange(4), prompts)
     monkeypatch.setattr(sd3_preferences, "draw_prompts", lambda *_: draw)
     pairs = preferred_pairs(finished, features, 8, 4)
@@ -166,7 +164,7 @@ def test_pairs(material, monkeypatch):
         assert pairs.text[1][i].equal(features[prompt][1])
 
 
-# --- the lesson -----------------------------------------------------------------------------------
+# --- the training step ----------------------------------------------------------------------------
 
 
 def test_a_step(material):
@@ -188,7 +186,7 @@ def test_a_step(material):
             assert losses.tolist() == pytest.approx(expected)
     with_others = Pairs(winners, winners, text)
     again, _ = sd3_preferences.tuning_loss(job, model, model, with_others, "winners alone", rows)
-    assert again.equal(losses)  # losers teach it nothing
+    assert again.equal(losses)  # losers have no effect
 
 
 def replace_job(finished):

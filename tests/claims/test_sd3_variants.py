@@ -39,11 +39,11 @@ def sizes(losses=(1.0, 0.8, 0.7, 0.6), accuracy=(0.7, 0.8, 0.9, 0.95), ratio=(9.
 
 
 def reading(both, text_blind, image_blind=(2.0, 2.0, 2.0)) -> dict:
-    arms = zip(sd3_two_way.READING, (both, text_blind, image_blind), strict=True)
+    arms = zip(sd3_two_way.READING_VARIANTS, (both, text_blind, image_blind), strict=True)
     return {"arms": {name: {"trained": list(x), "cut": list(x)} for name, x in arms}}
 
 
-def heard(digit=0.0, attributes=0.1, ratio=0.0, alone=0.5, seeds=3, wobble=0.001) -> dict:
+def t5_results(digit=0.0, attributes=0.1, ratio=0.0, alone=0.5, seeds=3, wobble=0.001) -> dict:
     """What is lost without T5, by networks that had encoders left out; and of digits by the rest.
     (The Frechet ratio, of 5, rises.)"""
     moves = [wobble * k for k in range(seeds)]
@@ -99,24 +99,24 @@ CASES = {
         (reading((1.0,), (1.0,), (2.0,)), "undecided"),
     ],
     "x-sd3-t5": [
-        (heard(), "supported"),
-        (heard(digit=0.019, ratio=0.49), "supported"),
-        (heard(digit=0.03), "undecided"),
-        (heard(ratio=0.6), "undecided"),
-        (heard(attributes=0.019), "undecided"),
-        (heard(digit=0.019, attributes=0.0189), "undecided"),
-        (heard(attributes=-0.01), "refuted"),
-        (heard(digit=0.06, attributes=0.3), "refuted"),
-        (heard(seeds=1), "undecided"),
-        (heard(digit=0.06, seeds=1), "undecided"),
+        (t5_results(), "supported"),
+        (t5_results(digit=0.019, ratio=0.49), "supported"),
+        (t5_results(digit=0.03), "undecided"),
+        (t5_results(ratio=0.6), "undecided"),
+        (t5_results(attributes=0.019), "undecided"),
+        (t5_results(digit=0.019, attributes=0.0189), "undecided"),
+        (t5_results(attributes=-0.01), "refuted"),
+        (t5_results(digit=0.06, attributes=0.3), "refuted"),
+        (t5_results(seeds=1), "undecided"),
+        (t5_results(digit=0.06, seeds=1), "undecided"),
     ],
     "x-sd3-t5-dropout": [
-        (heard(), "supported"),
-        (heard(alone=0.03), "supported"),
-        (heard(alone=0.01), "undecided"),  # two points, at least
-        (heard(alone=0.1, wobble=-0.2), "undecided"),
-        (heard(digit=0.2, alone=0.1), "refuted"),
-        (heard(seeds=1), "undecided"),
+        (t5_results(), "supported"),
+        (t5_results(alone=0.03), "supported"),
+        (t5_results(alone=0.01), "undecided"),  # two points, at least
+        (t5_results(alone=0.1, wobble=-0.2), "undecided"),
+        (t5_results(digit=0.2, alone=0.1), "refuted"),
+        (t5_results(seeds=1), "undecided"),
     ],
 }
 
@@ -213,7 +213,7 @@ def test_scaling_runs(results):
 
 def test_cutting_changes_the_loss(results):
     arms = results["x-sd3-two-way"]["arms"]
-    whole, text_blind, image_blind = (arms[name] for name in sd3_two_way.READING)
+    whole, text_blind, image_blind = (arms[name] for name in sd3_two_way.READING_VARIANTS)
     assert whole["cut"] == pytest.approx(whole["trained"], rel=1e-4)  # nothing is cut
     assert text_blind["cut"] != whole["cut"] and image_blind["cut"] != whole["cut"]
     assert text_blind["trained"] != text_blind["cut"]
@@ -231,7 +231,7 @@ def test_without_t5_runs(results):
 def test_scores_are_of_what_was_asked(tiny_run, tmp_path, monkeypatch):
     """Real digits in place of samples: all right, and nearly at the floor."""
     from nanosd3.claims.experiment import Conditions
-    from nanosd3.claims.material import open_encoded
+    from nanosd3.claims.runs import open_encoded
     from nanosd3.pipeline import Pipeline
 
     conditions = Conditions((0,), True, Path(tiny_run), tmp_path)
@@ -248,6 +248,6 @@ def test_scores_are_of_what_was_asked(tiny_run, tmp_path, monkeypatch):
         return finished.source.images.train_images[draw.chosen].numpy()
 
     monkeypatch.setattr(Pipeline, "__call__", real)
-    scores = sd3_without_t5.scores_when_heard(finished, network, 3, 40, ("t5",))
+    scores = sd3_without_t5.scores_without_encoders(finished, network, 3, 40, ("t5",))
     assert asked == [(103, ("t5",))]
     assert scores["attributes"] == 1.0 and scores["ratio"] == pytest.approx(1.0)

@@ -10,7 +10,7 @@ from nanosd3.claims import __main__ as command
 from nanosd3.claims import video_framing, video_networks
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.video_compute import TIMES_COMPUTE, ClipJudge
+from nanosd3.claims.video_compute import TIMES_COMPUTE, ClipScorer
 from nanosd3.claims.video_framing import (
     CROPPED,
     NATIVE,
@@ -19,10 +19,10 @@ from nanosd3.claims.video_framing import (
     share_at_border,
     times_as_often,
 )
-from nanosd3.claims.video_networks import SQUARE, WIDE, ClipSchool, TrainedClips
+from nanosd3.claims.video_networks import SQUARE, WIDE, ClipTrainer, TrainedClips
 from nanosd3.cli import run_main
-from nanosd3.related.motion import asked_clips, clip_features, ink_at_border
-from nanosd3.related.train_video import TrainedVideo
+from nanosd3.related.motion import clip_features, ink_at_border, scored_clips
+from nanosd3.related.video_system import TrainedVideo
 from nanosd3.storage.run import Run
 
 # --- rules on made-up numbers -------------------------------------------------------------------
@@ -76,9 +76,9 @@ def test_times_as_often():
 
 
 @pytest.fixture(scope="module")
-def school(tiny_run, tmp_path_factory) -> ClipSchool:
-    out = tmp_path_factory.mktemp("school")
-    return ClipSchool(Conditions((0,), True, Path(tiny_run), out))
+def trainer(tiny_run, tmp_path_factory) -> ClipTrainer:
+    out = tmp_path_factory.mktemp("trainer")
+    return ClipTrainer(Conditions((0,), True, Path(tiny_run), out))
 
 
 def clips_with(*places: tuple[int, int, int]) -> torch.Tensor:
@@ -105,10 +105,10 @@ def test_ink_at_the_border():
     assert found == [False] * 3 + [True] * 8
 
 
-def test_what_clips_look_like_and_how_they_change(school):
+def test_what_clips_look_like_and_how_they_change(trainer):
     """The mean sees no order and no motion; the change is zero in a still picture."""
-    moving, scorer = school.moving, school.finished.scorer
-    videos = moving.videos(asked_clips(moving, SQUARE, 6), SQUARE)
+    moving, scorer = trainer.moving, trainer.finished.scorer
+    videos = moving.videos(scored_clips(moving, SQUARE, 6), SQUARE)
     found = clip_features(scorer, videos)
     frames = torch.stack([scorer.classifier.features(videos[:, :, t]) for t in range(4)], dim=1)
     mean, change = found.chunk(2, dim=1)
@@ -119,59 +119,59 @@ def test_what_clips_look_like_and_how_they_change(school):
     torch.testing.assert_close(backwards, found, rtol=1e-4, atol=1e-5)
     still = clip_features(scorer, videos[:, :, :1].expand_as(videos))
     assert not still.chunk(2, dim=1)[1].any()
-    wide = clip_features(scorer, moving.videos(asked_clips(moving, WIDE, 2), WIDE))
+    wide = clip_features(scorer, moving.videos(scored_clips(moving, WIDE, 2), WIDE))
     assert wide.shape == (2, found.shape[1])
 
 
-def test_known_clips_have_their_places(school):
+def test_known_clips_have_their_places(trainer):
     """Real clips are nearer to real ones than those that stand still or jump."""
-    landmarks = ClipJudge(school, 60).landmarks()
-    real, still, shuffled = landmarks.values()
+    references = ClipScorer(trainer, 60).reference_distances()
+    real, still, shuffled = references.values()
     assert real < still and real < shuffled
-    assert ClipJudge(school, 60).landmarks() == landmarks
+    assert ClipScorer(trainer, 60).reference_distances() == references
 
 
-def test_crops_are_the_middle(school):
-    clips = asked_clips(school.moving, SQUARE, 20)
-    wide = school.moving.videos(clips, WIDE)
-    assert torch.equal(school.cropped.videos(clips, SQUARE), wide[..., 8:40])
-    assert torch.equal(school.cropped.videos(clips, WIDE), wide)
-    assert school.cropped.texts == school.moving.texts
+def test_crops_are_the_middle(trainer):
+    clips = scored_clips(trainer.moving, SQUARE, 20)
+    wide = trainer.moving.videos(clips, WIDE)
+    assert torch.equal(trainer.cropped.videos(clips, SQUARE), wide[..., 8:40])
+    assert torch.equal(trainer.cropped.videos(clips, WIDE), wide)
+    assert trainer.cropped.texts == trainer.moving.texts
     cut, whole = (
-        ink_at_border(moving.videos(asked_clips(moving, size, 1000, 1), size)).float().mean()
-        for moving, size in ((school.cropped, SQUARE), (school.moving, WIDE))
+        ink_at_border(moving.videos(scored_clips(moving, size, 1000, 1), size)).float().mean()
+        for moving, size in ((trainer.cropped, SQUARE), (trainer.moving, WIDE))
     )
     assert cut > 2 * whole > 0
 
 
-def test_real_clips_are_seen_through_the_autoencoder(school, monkeypatch):
+def test_real_clips_are_seen_through_the_autoencoder(trainer, monkeypatch):
     """One that is exact shows as many at the border as there are, one that draws nothing none."""
-    moving, vae = school.cropped, school.finished.pipeline.vae
+    moving, vae = trainer.cropped, trainer.finished.pipeline.vae
     monkeypatch.setattr(video_framing, "encode_frames", lambda _, videos: videos)
     monkeypatch.setattr(video_framing, "decode_frames", lambda _, latents: latents)
-    real = share_at_border(moving.videos(asked_clips(moving, SQUARE, 50, 1), SQUARE))
+    real = share_at_border(moving.videos(scored_clips(moving, SQUARE, 50, 1), SQUARE))
     assert real_border(vae, moving, SQUARE, 50) == real > 0.2
     monkeypatch.setattr(video_framing, "decode_frames", lambda _, x: -torch.ones_like(x))
     assert real_border(vae, moving, SQUARE, 50) == 0
 
 
-def test_crops_are_trained_on_as_cut_from_the_same_clips(school, monkeypatch):
+def test_crops_are_trained_on_as_cut_from_the_same_clips(trainer, monkeypatch):
     drawn = []
     encoded_clips = video_networks.encoded_clips
     monkeypatch.setattr(video_networks, "train_video", lambda *args: drawn.append(args[3]))
     monkeypatch.setattr(
         video_networks, "encoded_clips", lambda *args: (encoded_clips(*args)[0], args[3])
     )
-    school.trained("native", school.moving, WIDE, 40, 0)
-    school.trained("crops", school.cropped, SQUARE, 40, 0)
-    school.trained("small", school.moving, SQUARE, 40, 0)
+    trainer.trained("native", trainer.moving, WIDE, 40, 0)
+    trainer.trained("crops", trainer.cropped, SQUARE, 40, 0)
+    trainer.trained("small", trainer.moving, SQUARE, 40, 0)
     (native, _), (crops, _), (small, _) = (clips for one in drawn for clips in one.values())
     assert torch.equal(native.start, crops.start) and torch.equal(native.digits, crops.digits)
     assert not torch.equal(small.start, crops.start)
 
 
-def test_real_clips_in_place_of_samples(school, tmp_path, monkeypatch):
-    """They reach the border as often as real ones; and are judged once."""
+def test_real_clips_in_place_of_samples(trainer, tmp_path, monkeypatch):
+    """They reach the border as often as real ones; and are scores once."""
     asked = []
 
     def draw(self, clips, size, seed):
@@ -180,23 +180,25 @@ def test_real_clips_in_place_of_samples(school, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TrainedVideo, "draw", draw)
     found = {}
-    for moving, size in ((school.moving, WIDE), (school.cropped, SQUARE)):
-        video = TrainedVideo(None, None, school.captions, moving, school.config)
+    for moving, size in ((trainer.moving, WIDE), (trainer.cropped, SQUARE)):
+        video = TrainedVideo(None, None, trainer.captions, moving, trainer.config)
         network = TrainedClips(video, Run.open(tmp_path / f"{size}", {"seed": 5}))
-        found[size] = framing_of(school, network, size, 200)
-        assert framing_of(school, network, size, 200) == found[size]
+        found[size] = framing_of(trainer, network, size, 200)
+        assert framing_of(trainer, network, size, 200) == found[size]
     assert asked == [5, 5] and found[WIDE]["direction"] > 0.9
-    for moving, size in ((school.moving, WIDE), (school.cropped, SQUARE)):
-        real = ink_at_border(moving.videos(asked_clips(moving, size, 1000, 1), size)).float().mean()
+    for moving, size in ((trainer.moving, WIDE), (trainer.cropped, SQUARE)):
+        real = (
+            ink_at_border(moving.videos(scored_clips(moving, size, 1000, 1), size)).float().mean()
+        )
         assert found[size]["border"] == pytest.approx(real.item(), abs=0.1)
-    judge = ClipJudge(school, 60)
+    clip_scorer = ClipScorer(trainer, 60)
     network = TrainedClips(
-        TrainedVideo(None, None, school.captions, school.moving, school.config),
+        TrainedVideo(None, None, trainer.captions, trainer.moving, trainer.config),
         Run.open(tmp_path / "judged", {"seed": 6}),
     )
-    judged = judge.judged(network)
-    assert judged["direction"] > 0.9 and judged["line_r2"] > 0.9 and asked[-1] == 6
-    assert judged["distance"] < judge.landmarks()["real ones, standing still"]
+    scores = clip_scorer.scores(network)
+    assert scores["direction"] > 0.9 and scores["line_r2"] > 0.9 and asked[-1] == 6
+    assert scores["distance"] < clip_scorer.reference_distances()["real ones, standing still"]
 
 
 # --- the experiments run ------------------------------------------------------------------------

@@ -75,8 +75,8 @@ FAULTS_BACKBONES = [
     (ARMS_FILE, '{"depth": self.depth, ', '{"depth": 2, ', "deeper ones are as deep"),
     (
         RANKS_OF_ARMS_FILE,
-        'if heard == "tokens" else',
-        'if heard == "pooled" else',
+        'if text == "tokens" else',
+        'if text == "pooled" else',
         "all arms with the pooled text",
     ),
     (

@@ -8,7 +8,7 @@ PRICE_FILE, TWO_FILE, QUALITY = (
     f"claims/decoder_{name}.py" for name in ("price", "networks", "quality")
 )
 DROPPED_IN = "claims/decoder_drop_in.py"
-SWITCHES, ALONE_FILE = "claims/consistency_ways.py", "claims/consistency_alone.py"
+SWITCHES, ALONE_FILE = "claims/consistency_variants.py", "claims/consistency_alone.py"
 
 FAULTS_CLAIMS_CONSISTENCY = [
     # consistency_pixels.py
@@ -28,8 +28,8 @@ FAULTS_CLAIMS_CONSISTENCY = [
     (PIXELS, "z.new_zeros(len(z), 1, 1, 1)", "z[:, :, :1, :1]", "told a pixel"),
     (
         PIXELS,
-        "return self.network(z, t, told",
-        "return self.network(z, 0 * t, told",
+        "return self.network(z, t, zero",
+        "return self.network(z, 0 * t, zero",
         "every time is 0",
     ),
     (PIXELS, "doubling_count(step,", "doubling_count(0,", "the levels stay few"),
@@ -126,23 +126,23 @@ FAULTS_CLAIMS_CONSISTENCY = [
     (DROPPED_IN, "and ours[0] >= own[0] - 0.01 for", "for", "nothing need be read"),
     (DROPPED_IN, "own[0] - 0.01", "own[0] + 0.01", "better read is asked for"),
     (DROPPED_IN, "enough and all(farther)", "enough and any(farther)", "refuted by one seed"),
-    # consistency_ways.py
+    # consistency_variants.py
     (
         SWITCHES,
-        "target = None if way.itself else average",
+        "target = None if variant.itself else average",
         "target = None",
         "the network is always its target",
     ),
     (
         SWITCHES,
-        "distance = None if way.huber else",
-        "distance = None if not way.huber else",
+        "distance = None if variant.huber else",
+        "distance = None if not variant.huber else",
         "the distances exchanged",
     ),
     (
         SWITCHES,
-        "first, last) - 1 if way.doubled else last",
-        "first, last) if way.doubled else last",
+        "first, last) - 1 if variant.doubled else last",
+        "first, last) if variant.doubled else last",
         "a level more",
     ),
     (
@@ -153,8 +153,8 @@ FAULTS_CLAIMS_CONSISTENCY = [
     ),
     (
         SWITCHES,
-        "lognormal_weights(times) if way.lognormal",
-        "None if way.lognormal",
+        "lognormal_weights(times) if variant.lognormal",
+        "None if variant.lognormal",
         "all levels as often",
     ),
     (SWITCHES, "losses * gap_weight(t, s)", "losses / gap_weight(t, s)", "far levels count more"),
@@ -166,22 +166,22 @@ FAULTS_CLAIMS_CONSISTENCY = [
     ),
     (
         SWITCHES,
-        "y = classroom.labels[images]",
-        "y = 0 * classroom.labels[images]",
+        "y = trainer.labels[images]",
+        "y = 0 * trainer.labels[images]",
         "the label is not told",
     ),
     # consistency_alone.py
     (SWITCHES, "noise = times[0] * finished", "noise = finished", "noise too strong"),
     (
-        SWITCHES,
+        "related/scoring.py",
         "return accuracy, distance / floor",
         "return accuracy, distance",
         "not over that of real images",
     ),
     (
         ALONE_FILE,
-        '"levels doubled": TrainingWay(doubled=True)',
-        '"levels doubled": TrainingWay(doubled=True, itself=True)',
+        '"levels doubled": ConsistencyVariant(doubled=True)',
+        '"levels doubled": ConsistencyVariant(doubled=True, itself=True)',
         "two changes at once",
     ),
     (ALONE_FILE, "read >= 0.5 and ratio", "ratio", "nothing need be read"),

@@ -1,21 +1,21 @@
 """Mistakes in the experiments on SD3's claims, as in faults_related_fm.py: in what is measured, and
 in the rules that decide."""
 
-MIDDLE_FILE, GROUNDS_FILE = "claims/sd3_middle.py", "claims/sd3_grounds.py"
+MIDDLE_FILE, DATA_SETS_FILE = "claims/sd3_middle.py", "claims/data_sets.py"
 NETWORKS_FILE, RANKS_FILE = "claims/sd3_networks.py", "claims/sd3_ranks.py"
 FORMULATIONS_RULES = "claims/sd3_formulations.py"
 ATTENTION_FILE, NORM_FILE = "claims/sd3_attention.py", "claims/sd3_qk_norm.py"
 STRAIGHT_FILE = "claims/sd3_straightness.py"
 
 RECORDS_FILE, PAGE_FILE = "claims/records.py", "claims/page.py"
-MATERIAL_FILE = "claims/material.py"
+RUNS_FILE = "claims/runs.py"
 
 FAULTS_CLAIMS_SD3 = [
     (RECORDS_FILE, "if len(conditions.seeds) > 1 else", "if conditions.seeds else", "one decides"),
     (RECORDS_FILE, "sorted(FIELDS - set(record))", 'sorted({"name"} - set(record))', "parts lack"),
-    (MATERIAL_FILE, '"draws": first_draws(source)', '"draws": ""', "what is left out is not seen"),
-    (MATERIAL_FILE, "torch.stack([index, captions])", "index", "other captions are not seen"),
-    (MATERIAL_FILE, "        **also,\n", "", "what else it depends on is forgotten"),
+    (RUNS_FILE, '"draws": first_draws(source)', '"draws": ""', "what is left out is not seen"),
+    (RUNS_FILE, "torch.stack([index, captions])", "index", "other captions are not seen"),
+    (RUNS_FILE, "        **also,\n", "", "what else it depends on is forgotten"),
     (PAGE_FILE, "if name in records:", "if name in records or name:", "none has not run"),
     (PAGE_FILE, 'if shown_by == record["name"]', "if shown_by", "each table again"),
     (MIDDLE_FILE, "ndtr(torch.logit(ends))", "ndtr(ends)", "shares of a normal t"),
@@ -33,27 +33,32 @@ FAULTS_CLAIMS_SD3 = [
         "refuted by one seed",
     ),
     (MIDDLE_FILE, "[a - b for a, b", "[b - a for a, b", "what is left to learn, below zero"),
-    (GROUNDS_FILE, "F.avg_pool2d(x, 2)", "F.max_pool2d(x, 2)", "the brightest of four pixels"),
+    (DATA_SETS_FILE, "F.avg_pool2d(x, 2)", "F.max_pool2d(x, 2)", "the brightest of four pixels"),
     (
-        GROUNDS_FILE,
+        DATA_SETS_FILE,
         "self.features(doubled(halved(self.source.images.test_images)))",
         "self.features(self.source.images.test_images)",
         "compared with whole digits",
     ),
     (
-        GROUNDS_FILE,
+        DATA_SETS_FILE,
         "(pixels - mean) / std",
         "pixels - mean",
         "pixels of a smaller deviation",
     ),
     (
-        GROUNDS_FILE,
-        "return accuracy, distance / what.floor",
+        DATA_SETS_FILE,
+        "return accuracy, distance / inputs.floor",
         "return accuracy, distance",
         "a distance for a ratio",
     ),
     (NETWORKS_FILE, "t, pooled * keep[:, None])", "t, pooled)", "never without text"),
-    (NETWORKS_FILE, "formulation.shown(z, t), t, pooled", "z, t, pooled", "trained on z as it is"),
+    (
+        NETWORKS_FILE,
+        "formulation.network_input(z, t), t, pooled",
+        "z, t, pooled",
+        "trained on z as it is",
+    ),
     (
         NETWORKS_FILE,
         "save_weights(model, last_file",
@@ -62,8 +67,8 @@ FAULTS_CLAIMS_SD3 = [
     ),
     (
         NETWORKS_FILE,
-        "velocity, times[0] * what.noise[rows], times",
-        "velocity, what.noise[rows], times",
+        "velocity, times[0] * inputs.noise[rows], times",
+        "velocity, inputs.noise[rows], times",
         "starts with more noise than there is",
     ),
     (
@@ -115,7 +120,12 @@ FAULTS_CLAIMS_SD3 = [
         "[b - a for a, b in zip(losses",
         "losses for gains",
     ),
-    (STRAIGHT_FILE, "for name in OF_UNIT_VARIANCE", "for name in FOLLOWED", "EDM's scale decides"),
+    (
+        STRAIGHT_FILE,
+        "for name in OF_UNIT_VARIANCE",
+        "for name in FORMULATIONS_COMPARED",
+        "EDM's scale decides",
+    ),
     (STRAIGHT_FILE, "lambda t: 1 / (1 - t)", "lambda t: 1 / t", "EDM's scale from the wrong end"),
     (STRAIGHT_FILE, "z = steps(1)[0] * noise", "z = noise", "starts with all noise"),
     (

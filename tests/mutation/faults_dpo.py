@@ -20,7 +20,7 @@ FAULTS_DPO = [
     (DPO, "-F.logsigmoid(beta * reward", "-torch.sigmoid(beta * reward", "no logarithm"),
     (PREFERENCES, "right & attributes_shown(finished, draw, digits))", "right)",
      "only digits count"),
-    (PREFERENCES, "(asked < 0) | (bins", "(asked < 0) & (bins", "prompts that name none fail"),
+    (PREFERENCES, "(third < 0) | (bins", "(third < 0) & (bins", "prompts that name none fail"),
     (PREFERENCES, "guidance=1.0", "guidance=1.6", "guided"),
     (PREFERENCES, "a.right != b.right", "a.right | b.right", "pairs of which both are as asked"),
     (PREFERENCES, "losers = torch.where(first, b.latents", "losers = torch.where(~first, b.latents",
@@ -34,6 +34,6 @@ FAULTS_DPO = [
     (STUDY, "lead([0.5] * len(rates), rates)", "lead(rates, [0.5] * len(rates))", "below one half"),
     (STUDY, "mean + spread <= TOLERATED", "mean <= TOLERATED", "without the spread"),
     (STUDY, "mean - spread > TOLERATED", "mean - spread > 0", "any rise refutes"),
-    (STUDY, "add_scores(found[what], network.once(\"judged\", judge), first)",
+    (STUDY, "add_scores(found[what], network.once(\"judged\", measure), first)",
      "add_scores(found[what], first, first)", "the model before in place of the tuned one"),
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 """Mistakes that real programmers make in the DiT of nanosd3/related: network, diffusion, files,
-lessons. Tuples (file, old text, new text, what)."""
+training. Tuples (file, old text, new text, what)."""
 
 DIT, DDPM = "related/dit.py", "related/ddpm.py"
-PUBLISHED, LESSONS = "related/published_dit.py", "related/dit_lessons.py"
+PUBLISHED, TRAIN_DIT = "related/published_dit.py", "related/train_dit.py"
 
 FAULTS_DIT = [
     # dit.py
@@ -95,18 +95,18 @@ FAULTS_DIT = [
      "any size of latents"),
     (PUBLISHED, '"activation_fn": ("gelu-approximate",),', '"activation_fn": ("gelu-approximate",'
      ' "gelu"),', "the exact GELU passes"),
-    # dit_lessons.py
-    (LESSONS, "return noise / (signal + noise)", "return noise", "levels of the circle"),
-    (LESSONS, "times[(u * len(times)).long()]", "times[((1 - u) * len(times)).long()]",
+    # train_dit.py
+    (TRAIN_DIT, "return noise / (signal + noise)", "return noise", "levels of the circle"),
+    (TRAIN_DIT, "times[(u * len(times)).long()]", "times[((1 - u) * len(times)).long()]",
      "steps backwards"),
-    (LESSONS, "schedule.times.to(t)[n], y)", "t, y)", "DDPM is told the flow's time"),
-    (LESSONS, "generator=generator) >= DROPPED_LABELS", "generator=generator) < DROPPED_LABELS",
+    (TRAIN_DIT, "schedule.times.to(t)[n], y)", "t, y)", "DDPM is told the flow's time"),
+    (TRAIN_DIT, "generator=generator) >= LABEL_DROPOUT", "generator=generator) < LABEL_DROPOUT",
      "nine labels in ten are dropped"),
-    (LESSONS, "torch.where(keep, y, null)", "y", "no label is dropped"),
-    (LESSONS, "x0, noise = features.latents_and_noise(",
+    (TRAIN_DIT, "torch.where(keep, y, null)", "y", "no label is dropped"),
+    (TRAIN_DIT, "x0, noise = features.latents_and_noise(",
      "noise, x0 = features.latents_and_noise(",
      "noise for images"),
-    (LESSONS, "[:, : z.shape[1]]", "", "the bound counts as an error"),
-    (LESSONS, "torch.full_like(labels, null)", "labels", "guidance away from the class itself"),
-    (LESSONS, "torch.linspace(1, 0, steps + 1", "torch.linspace(1, 0, steps", "a step too few"),
+    (TRAIN_DIT, "[:, : z.shape[1]]", "", "the bound counts as an error"),
+    (TRAIN_DIT, "torch.full_like(labels, null)", "labels", "guidance away from the class itself"),
+    (TRAIN_DIT, "torch.linspace(1, 0, steps + 1", "torch.linspace(1, 0, steps", "a step too few"),
 ]  # fmt: skip

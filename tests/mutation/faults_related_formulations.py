@@ -19,7 +19,7 @@ FAULTS_FORMULATIONS = [
         FORMULATIONS_FILE,
         "return torch.zeros_like(t), torch.ones_like(t)",
         "return torch.ones_like(t), torch.zeros_like(t)",
-        "asked for the image",
+        "the image predicted",
     ),
     (
         FORMULATIONS_FILE,
@@ -74,9 +74,9 @@ FAULTS_FORMULATIONS = [
     (FORMULATIONS_FILE, "smallest: float = 0.002", "smallest: float = 0.02", "Karras' last level"),
     (
         FORMULATIONS_FILE,
-        "z / deviation(like(t, z)) if self.unit else z",
-        "z if self.unit else z / deviation(like(t, z))",
-        "shown the other way about",
+        "z / deviation(like(t, z)) if self.unit_variance else z",
+        "z if self.unit_variance else z / deviation(like(t, z))",
+        "scaled the other way about",
     ),
     (
         FORMULATIONS_FILE,
@@ -86,8 +86,8 @@ FAULTS_FORMULATIONS = [
     ),
     (
         FORMULATIONS_FILE,
-        "(answer - (a + b) * z) /",
-        "(answer - (a - b) * z) /",
+        "(output - (a + b) * z) /",
+        "(output - (a - b) * z) /",
         "the part of z that is known already",
     ),
     (
@@ -98,14 +98,14 @@ FAULTS_FORMULATIONS = [
     ),
     (
         FORMULATIONS_FILE,
-        "model(self.shown(z, t), t, *others)",
+        "model(self.network_input(z, t), t, *others)",
         "model(z, t, *others)",
-        "a sampler shows z as it is",
+        "a sampler gives z as it is",
     ),
     (
         FORMULATIONS_FILE,
-        "model(self.shown(z, t), t, *others)",
-        "model(self.shown(z, t), t)",
+        "model(self.network_input(z, t), t, *others)",
+        "model(self.network_input(z, t), t)",
         "without text",
     ),
     (
@@ -117,14 +117,14 @@ FAULTS_FORMULATIONS = [
     (FORMULATIONS_FILE, "mean=mean, std=std)", "mean=-mean, std=std)", "EDM's mean, turned"),
     (
         FORMULATIONS_FILE,
-        "asked_velocity, evenly, unit=False)",
-        "asked_velocity, evenly)",
+        "velocity_coefficients, even_steps, unit_variance=False)",
+        "velocity_coefficients, even_steps)",
         "rectified flow at unit variance",
     ),
     (
         FORMULATIONS_FILE,
-        "Formulation(cosmap, asked_v, even_in_angle)",
-        "Formulation(uniform, asked_v, even_in_angle)",
+        "Formulation(cosmap, v_coefficients, even_angles)",
+        "Formulation(uniform, v_coefficients, even_angles)",
         "v with uniform times",
     ),
 ]

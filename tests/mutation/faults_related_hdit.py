@@ -2,8 +2,8 @@
 its training and its sampling."""
 
 ROPE_FILE, NEIGHBOURHOOD_FILE = "related/axial_rope.py", "related/neighbourhood.py"
-HDIT_FILE, LESSONS_FILE = "related/hdit.py", "related/hdit_lessons.py"
-TRAIN_FILE, SAMPLE_FILE = "related/train_hdit.py", "related/sample_command.py"
+HDIT_FILE, TRAIN_FILE = "related/hdit.py", "related/train_hdit.py"
+SYSTEM_FILE, SAMPLE_FILE = "related/hdit_system.py", "related/sample_command.py"
 
 FAULTS_HDIT = [
     # axial_rope.py
@@ -82,25 +82,25 @@ FAULTS_HDIT = [
     (HDIT_FILE, "data_std**2 * soft_min_snr(t, data_std) *", "soft_min_snr(t) *",
      "the data's deviation is ignored"),
     (HDIT_FILE, "torch.zeros(1), pooled)) // 2", "torch.zeros(1), pooled))", "operations"),
-    # hdit_lessons.py
-    (LESSONS_FILE, "(images - self.mean) / self.std", "images / self.std", "the mean stays"),
-    (LESSONS_FILE, "to_uint8(x * self.std + self.mean)", "to_uint8(x)", "pixels as they are"),
-    (LESSONS_FILE, ">= TEXTLESS)", ">= 0)", "text is never dropped"),
-    (LESSONS_FILE, "pooled[captions] * keep[:, None]", "pooled[captions]", "nothing is dropped"),
-    (LESSONS_FILE, "pooled[captions] * keep", "pooled[images % len(pooled)] * keep",
+    # train_hdit.py
+    (TRAIN_FILE, "(images - self.mean) / self.std", "images / self.std", "the mean stays"),
+    (TRAIN_FILE, "to_uint8(x * self.std + self.mean)", "to_uint8(x)", "pixels as they are"),
+    (TRAIN_FILE, ">= TEXT_DROPOUT)", ">= 0)", "text is never dropped"),
+    (TRAIN_FILE, "pooled[captions] * keep[:, None]", "pooled[captions]", "nothing is dropped"),
+    (TRAIN_FILE, "pooled[captions] * keep", "pooled[images % len(pooled)] * keep",
      "text of other images"),
-    (LESSONS_FILE, "logit_normal(u, log(", "logit_normal(u, -log(", "time runs backwards"),
-    (LESSONS_FILE, "without = (torch.zeros_like(text),)", "without = (text,)",
+    (TRAIN_FILE, "logit_normal(u, log(", "logit_normal(u, -log(", "time runs backwards"),
+    (TRAIN_FILE, "without = (torch.zeros_like(text),)", "without = (text,)",
      "guidance away from the prompt itself"),
-    (LESSONS_FILE, "shift(torch.linspace(1, 0, sampling.steps + 1), sampling.shift)",
+    (TRAIN_FILE, "shift(torch.linspace(1, 0, sampling.steps + 1), sampling.shift)",
      "torch.linspace(1, 0, sampling.steps + 1)", "times not moved"),
-    (LESSONS_FILE, "[texts.index(prompt) for prompt in prompts]",
+    (TRAIN_FILE, "[texts.index(prompt) for prompt in prompts]",
      "[i % len(texts) for i in range(len(prompts))]", "texts of other prompts"),
-    # train_hdit.py and sample_command.py
+    # hdit_system.py and sample_command.py
     (SAMPLE_FILE, "steps=args.steps or own.steps", "steps=own.steps", "--steps is ignored"),
     (SAMPLE_FILE, "args.sample for _ in range(args.count)]", "args.sample]", "--count is ignored"),
-    (TRAIN_FILE, "isinstance(flat, bool)", "flat is not None", "a damaged run.json passes"),
-    (TRAIN_FILE, "replace(HDIT_SAMPLING, guidance=args.guidance)", "HDIT_SAMPLING",
+    (SYSTEM_FILE, "isinstance(flat, bool)", "flat is not None", "a damaged run.json passes"),
+    (SYSTEM_FILE, "replace(HDIT_SAMPLING, guidance=args.guidance)", "HDIT_SAMPLING",
      "--guidance is ignored"),
     (SAMPLE_FILE, '!= system.name:', '== "":', "another system's run passes"),
     (SAMPLE_FILE, 'if "samples" not in run.stages:', "if not run.stages:",

@@ -5,11 +5,11 @@ written, and what is wrong with it.
 """
 
 VQ_FILE, MUSE_FILE = "related/vq.py", "related/muse.py"
-MUSE_EDITING_FILE, MUSE_LESSONS_FILE = "related/muse_editing.py", "related/muse_lessons.py"
-TRAIN_MUSE_FILE, USE_MUSE_FILE = "related/train_muse.py", "related/edit_command.py"
+MUSE_EDITING_FILE, TRAIN_MUSE_FILE = "related/muse_editing.py", "related/train_muse.py"
+MUSE_SYSTEM_FILE, USE_MUSE_FILE = "related/muse_system.py", "related/edit_command.py"
 CAUSAL_FILE, SUPER_FILE = "related/autoregressive.py", "related/super_resolution.py"
-CASCADE_LESSONS_FILE, CASCADE_FILE = "related/cascade_lessons.py", "related/train_cascade.py"
-ENCODERS_FILE, TOLD_FILE = "claims/muse_encoders.py", "claims/muse_text.py"
+TRAIN_CASCADE, CASCADE_SYSTEM = "related/train_cascade.py", "related/cascade_system.py"
+ENCODERS_FILE, MUSE_TEXT_FILE = "claims/muse_encoders.py", "claims/muse_text.py"
 
 FAULTS_MUSE = [
     # vq.py
@@ -72,8 +72,8 @@ FAULTS_MUSE = [
     (MUSE_FILE, "(losses * hidden).sum(1) / hidden.sum(1)", "(losses * hidden).mean(1)",
      "images with little hidden hardly count"),
     # muse.py: decoding
-    (MUSE_FILE, "return guided(told, prompt, negative, scale)",
-     "return guided(told, negative, prompt, scale)", "away from the prompt"),
+    (MUSE_FILE, "return guided(without_time, prompt, negative, scale)",
+     "return guided(without_time, negative, prompt, scale)", "away from the prompt"),
     (MUSE_FILE, "return 1 + (guidance - 1) * step / max(1, steps - 1)", "return guidance",
      "guidance does not rise"),
     (MUSE_FILE, "return 1 + (guidance - 1) * step / max(1, steps - 1)",
@@ -121,21 +121,21 @@ FAULTS_MUSE = [
     (MUSE_EDITING_FILE, "return steps if guidance == 1 else 2 * steps - 1",
      "return steps if guidance == 1 else 2 * steps", "the first step counted twice"),
     (MUSE_EDITING_FILE, "padding : x.shape[3] - padding]", "padding:]", "a frame at the right"),
-    # muse_lessons.py, train_muse.py, edit_command.py
-    (MUSE_LESSONS_FILE, "straight_through(z, e)) - x", "e) - x", "the encoder learns no images"),
-    (MUSE_LESSONS_FILE, "step % RESTART_EVERY == 0 and step", "step", "codes restart every step"),
-    (MUSE_LESSONS_FILE, "generator=generator) >= TEXTLESS", "generator=generator) < TEXTLESS",
+    # train_muse.py, muse_system.py, edit_command.py
+    (TRAIN_MUSE_FILE, "straight_through(z, e)) - x", "e) - x", "the encoder learns no images"),
+    (TRAIN_MUSE_FILE, "step % RESTART_EVERY == 0 and step", "step", "codes restart every step"),
+    (TRAIN_MUSE_FILE, "generator=generator) >= TEXT_DROPOUT", "generator=generator) < TEXT_DROPOUT",
      "nine tenths without text"),
-    (MUSE_LESSONS_FILE, "context * keep[:, None, None], pooled * keep[:, None]",
+    (TRAIN_MUSE_FILE, "context * keep[:, None, None], pooled * keep[:, None]",
      "context, pooled * keep[:, None]", "text tokens are never dropped"),
-    (MUSE_LESSONS_FILE, "guess(seen, tokens, x, context, pooled)",
-     "guess(tokens, tokens, x, context, pooled)", "the answer is shown"),
-    (TRAIN_MUSE_FILE, 'own["guidance"] if guidance is None else guidance',
+    (TRAIN_MUSE_FILE, "predict(seen, tokens, x, context, pooled)",
+     "predict(tokens, tokens, x, context, pooled)", "the answer is shown"),
+    (MUSE_SYSTEM_FILE, 'own["guidance"] if guidance is None else guidance',
      'own["guidance"]',
      "--guidance is not heard"),
-    (TRAIN_MUSE_FILE, 'stages["tokens"]["seconds"] + stages[MUSE_STAGE]["seconds"]',
+    (MUSE_SYSTEM_FILE, 'stages["tokens"]["seconds"] + stages[MUSE_STAGE]["seconds"]',
      'stages[MUSE_STAGE]["seconds"]', "the tokens' training is not counted"),
-    (TRAIN_MUSE_FILE, "if not 0 <= temperature < float(\"inf\"):", "if temperature < 0:",
+    (MUSE_SYSTEM_FILE, "if not 0 <= temperature < float(\"inf\"):", "if temperature < 0:",
      "a temperature of NaN passes"),
     (USE_MUSE_FILE, "guidance = FREE_GUIDANCE if args.guidance is None else args.guidance",
      "guidance = FREE_GUIDANCE", "--guidance is not heard without a mask"),
@@ -154,8 +154,8 @@ FAULTS_MUSE = [
      "the past of one image is another's"),
     (CAUSAL_FILE, "causal.load_state_dict(block.attn.state_dict())", "pass",
      "PyTorch's own initial weights"),
-    (CAUSAL_FILE, "guided(told, prompt, negative, guidance)",
-     "guided(told, prompt, prompt, guidance)", "guided nowhere"),
+    (CAUSAL_FILE, "guided(next_logits, prompt, negative, guidance)",
+     "guided(next_logits, prompt, prompt, guidance)", "guided nowhere"),
     # super_resolution.py
     (SUPER_FILE, "x = x + centre_crop(self.pos_embed, *base.shape[1:])", "pass",
      "base tokens do not know where they are"),
@@ -171,20 +171,20 @@ FAULTS_MUSE = [
      "another encoder"),
     (SUPER_FILE, "larger.encoder.requires_grad_(False)", "pass", "the encoder is trained on"),
     (SUPER_FILE, "larger.quantiser.requires_grad_(False)", "pass", "the codes are trained on"),
-    # cascade_lessons.py, train_cascade.py
-    (CASCADE_LESSONS_FILE, "given = base.vq.tokenise(x)",
+    # train_cascade.py, cascade_system.py
+    (TRAIN_CASCADE, "given = base.vq.tokenise(x)",
      "given = torch.zeros_like(base.vq.tokenise(x))", "nothing is learned from base tokens"),
-    (CASCADE_LESSONS_FILE, "(decoding.decode(tokens) - x)", "(vq.decode(tokens) - x)",
+    (TRAIN_CASCADE, "(decoding.decode(tokens) - x)", "(vq.decode(tokens) - x)",
      "the old decoder's error"),
-    (CASCADE_LESSONS_FILE, "given = base[rows]", "given = base[: len(rows)]",
+    (TRAIN_CASCADE, "given = base[rows]", "given = base[: len(rows)]",
      "the first base tokens for all"),
     (MUSE_EDITING_FILE, "self.texts([prompts[i] for i in rows], negative)",
      "self.texts(prompts[: len(rows)], negative)", "the first prompts for all"),
-    (CASCADE_LESSONS_FILE, "(given, *prompt), (given, *without)",
+    (TRAIN_CASCADE, "(given, *prompt), (given, *without)",
      "(given, *prompt), (given, *prompt)", "no guidance"),
-    (CASCADE_FILE, "channels, (codes, width) = config.vae.channels[:-1]",
+    (CASCADE_SYSTEM, "channels, (codes, width) = config.vae.channels[:-1]",
      "channels, (codes, width) = config.vae.channels", "fine tokens as coarse as the others"),
-    (CASCADE_FILE, "CascadePainter(base, network, larger)", "CascadePainter(base, network, vq)",
+    (CASCADE_SYSTEM, "CascadePipeline(base, network, larger)", "CascadePipeline(base, network, vq)",
      "the larger decoder is not used"),
     # claims/muse_encoders.py, claims/muse_text.py
     (ENCODERS_FILE, "parts = LazyModules(dict(encoders.items()), job.device)",
@@ -193,14 +193,14 @@ FAULTS_MUSE = [
      "a vector for each place, not for each word"),
     (ENCODERS_FILE, "return context * text.context_dim**0.5, pooled", "return context, pooled",
      "words eleven times as short as states"),
-    (ENCODERS_FILE, "F.normalize(said, dim=1) * text.pooled_dim**0.5", "said",
+    (ENCODERS_FILE, "F.normalize(counts, dim=1) * text.pooled_dim**0.5", "counts",
      "longer captions are longer vectors"),
-    (ENCODERS_FILE, "[captions.choices] == numerals", "[captions.choices] != numerals",
+    (ENCODERS_FILE, "text)) == numerals", "text)) != numerals",
      "numerals for words"),
-    (ENCODERS_FILE, "half = copy(source)", "half = source", "the source itself loses captions"),
-    (ENCODERS_FILE, 'name=(job.seed, "told", step_rng.name[-1])', "name=step_rng.name",
+    (ENCODERS_FILE, 'name=(job.seed, TEXT_STAGE, step_rng.name[-1])', "name=step_rng.name",
      "each Muse sees other images"),
-    (ENCODERS_FILE, 'name=(job.seed, "told", step_rng.name[-1])', 'name=(job.seed, "told", 0)',
+    (ENCODERS_FILE, "name=(job.seed, TEXT_STAGE, step_rng.name[-1])",
+     "name=(job.seed, TEXT_STAGE, 0)",
      "the same images in all steps"),
     (ENCODERS_FILE, "torch.arange(source.trained, source.count)",
      "torch.arange(source.count - source.trained)", "images that were trained on"),
@@ -208,15 +208,15 @@ FAULTS_MUSE = [
      "visible tokens count"),
     (ENCODERS_FILE, "for i in captions[rows]", "for i in captions[: len(rows)]",
      "the first captions for all"),
-    (ENCODERS_FILE, "for numerals in (False, True))", "for numerals in (False, False))",
+    (ENCODERS_FILE, "in (False, True))", "in (False, False))",
      "numerals are not asked for"),
     (ENCODERS_FILE, "*shares[0], shares[1][0]]", "*shares[1], shares[0][0]]",
-     "heard for unheard"),
-    (TOLD_FILE, "[b / a for a, b in zip(ours, theirs, strict=True)])",
+     "words for numerals"),
+    (MUSE_TEXT_FILE, "[b / a for a, b in zip(ours, theirs, strict=True)])",
      "[a / b for a, b in zip(ours, theirs, strict=True)])", "higher for lower"),
-    (TOLD_FILE, "mean > max(wobble, 0.02)", "mean > max(-wobble, 0.02)", "within the spread"),
-    (TOLD_FILE, "and any(better)", "or any(better)", "either is enough"),
-    (TOLD_FILE, "as_low and as_right)", "as_low)", "shares do not count"),
-    (TOLD_FILE, "u >= h / 2 and r <= u / 2", "u >= h / 2", "as good untrained"),
-    (TOLD_FILE, "all(u < 0.2 or u <= r", "all(u < 0.2 and u <= r", "both are needed"),
+    (MUSE_TEXT_FILE, "mean > max(wobble, 0.02)", "mean > max(-wobble, 0.02)", "within the spread"),
+    (MUSE_TEXT_FILE, "and any(better)", "or any(better)", "either is enough"),
+    (MUSE_TEXT_FILE, "as_low and as_right)", "as_low)", "shares do not count"),
+    (MUSE_TEXT_FILE, "u >= h / 2 and r <= u / 2", "u >= h / 2", "as good untrained"),
+    (MUSE_TEXT_FILE, "all(u < 0.2 or u <= r", "all(u < 0.2 and u <= r", "both are needed"),
 ]  # fmt: skip

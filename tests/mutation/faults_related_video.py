@@ -2,7 +2,7 @@
 training, sampling."""
 
 VIDEO_FILE, MOVING_FILE = "related/video.py", "related/moving_digits.py"
-MOTION_FILE, VIDEO_LESSONS = "related/motion.py", "related/video_lessons.py"
+MOTION_FILE, TRAIN_VIDEO = "related/motion.py", "related/train_video.py"
 PAIRS_FILE = "related/two_digits.py"
 
 FAULTS_VIDEO = [
@@ -68,29 +68,29 @@ FAULTS_VIDEO = [
     (MOTION_FILE, "turned = (along >= STILL) & (across < STILL)", "turned = along.abs() >= STILL",
      "either way is right"),
     (MOTION_FILE, "close = turned & (", "close = turned | (", "any speed is right"),
-    (MOTION_FILE, "seen.digits == labels[:, None]", "seen.digits[:, :1] == seen.digits",
+    (MOTION_FILE, "measured.digits == labels[:, None]", "measured.digits[:, :1] == measured.digits",
      "right if it stays the same"),
     (MOTION_FILE, "size = torch.tensor([H, W])", "size = torch.tensor([W, H])",
      "cut out elsewhere"),
-    # video_lessons.py
-    (VIDEO_LESSONS, "vae.normalise(mean), 1, videos", "mean, 1, videos", "latents not normalised"),
-    (VIDEO_LESSONS, "time_shift(config, (frames, height", "time_shift(config, (1, height",
+    # train_video.py
+    (TRAIN_VIDEO, "vae.normalise(mean), 1, videos", "mean, 1, videos", "latents not normalised"),
+    (TRAIN_VIDEO, "time_shift(config, (frames, height", "time_shift(config, (1, height",
      "the shift does not know the length"),
-    (VIDEO_LESSONS, "t = shift(t, clip_shift(job.config, size))", "t = shift(t, 1.0)",
+    (TRAIN_VIDEO, "t = shift(t, clip_shift(job.config, size))", "t = shift(t, 1.0)",
      "no shift in training"),
-    (VIDEO_LESSONS, "sampling.steps + 1), clip_shift(config, size))",
+    (TRAIN_VIDEO, "sampling.steps + 1), clip_shift(config, size))",
      "sampling.steps + 1), 1.0)",
      "no shift in sampling"),
-    (VIDEO_LESSONS, "u[:, 1] < TEXTLESS", "u[:, 1] < 0", "no text is dropped"),
-    (VIDEO_LESSONS, "moving.captions_of(clips.at(chosen), u[:, 0])",
+    (TRAIN_VIDEO, "u[:, 1] < TEXT_DROPOUT", "u[:, 1] < 0", "no text is dropped"),
+    (TRAIN_VIDEO, "moving.captions_of(clips.at(chosen), u[:, 0])",
      "moving.captions_of(clips.at(chosen.flip(0)), u[:, 0])", "captions of other clips"),
-    (VIDEO_LESSONS, "int(step_rng.name[-1]) % len(sizes)", "0", "one size only"),
-    (VIDEO_LESSONS, "moving=size[0] > 1)", "moving=True)", "pictures have captions of motion"),
-    (VIDEO_LESSONS, "if not path.exists():", "if True:", "encoded anew every time"),
-    (VIDEO_LESSONS, 'rng(seed, "video", i)', 'rng(seed, "video")', "all clips from one noise"),
-    (VIDEO_LESSONS, "guided(network, given, without,", "guided(network, without, given,",
+    (TRAIN_VIDEO, "int(step_rng.name[-1]) % len(sizes)", "0", "one size only"),
+    (TRAIN_VIDEO, "moving=size[0] > 1)", "moving=True)", "pictures have captions of motion"),
+    (TRAIN_VIDEO, "if not path.exists():", "if True:", "encoded anew every time"),
+    (TRAIN_VIDEO, 'rng(seed, "video", i)', 'rng(seed, "video")', "all clips from one noise"),
+    (TRAIN_VIDEO, "guided(network, given, without,", "guided(network, without, given,",
      "away from the text"),
-    (VIDEO_LESSONS, "[:, :, : size[0]]", "", "a picture of two frames"),
+    (TRAIN_VIDEO, "[:, :, : size[0]]", "", "a picture of two frames"),
     # two_digits.py
     (PAIRS_FILE, "torch.stack(each).amax(0)", "torch.stack(each).sum(0)", "ink adds up"),
     (PAIRS_FILE, "videos(one_of(clips, k), size)", "videos(one_of(clips, 0), size)",

@@ -72,12 +72,12 @@ def judge():
             return [int(p[0, 0]) for p in pictures]
 
     lesson = OneImage(None, None, SimpleNamespace(features=features), None, None)
-    painter = SimpleNamespace(
+    pipeline = SimpleNamespace(
         vq=SimpleNamespace(config=SimpleNamespace(codes=5)),
         tokens=lambda x: sample.expand(len(x), -1, -1),
         images=lambda t: np.full((len(t), 28, 28), 3, np.uint8),
     )
-    return alphabet.Judge(lesson, painter)
+    return alphabet.Judge(lesson, pipeline)
 
 
 def test_pairs_are_ordered_and_of_two_kinds(judge):

@@ -10,8 +10,8 @@ from nanosd3.mmdit import MMDiT
 from nanosd3.related.consistency_decoder import ConsistencyDecoder
 from nanosd3.related.dit import DIT_CONFIGS, DiT
 from nanosd3.related.hdit import HDiT
+from nanosd3.related.hdit_system import hdit_config
 from nanosd3.related.solvers import midpoint, rk4
-from nanosd3.related.train_hdit import hdit_config
 from nanosd3.related.video import VideoMMDiT
 from nanosd3.samplers import SAMPLERS, guided
 

@@ -10,18 +10,18 @@ import torch
 from nanosd3.flow import cosmap, interpolate, logit_normal, velocity_target
 from nanosd3.related import formulations
 from nanosd3.related.ddpm import ddim, spaced_steps
-from nanosd3.related.dit_lessons import flow_times
 from nanosd3.related.formulations import (
     FORMULATIONS,
     Formulation,
-    asked_noise,
-    asked_v,
     edm,
-    even_in_angle,
+    even_angles,
     karras,
     latent_diffusion_schedule,
+    noise_coefficients,
+    v_coefficients,
 )
 from nanosd3.related.paths import PATHS
+from nanosd3.related.train_dit import flow_times
 from nanosd3.samplers import euler
 
 NAMES = list(FORMULATIONS)
@@ -35,7 +35,7 @@ def pair(count: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return x0, noise
 
 
-# --- what is asked ------------------------------------------------------------------------------
+# --- what is predicted --------------------------------------------------------------------------
 
 
 @EACH
@@ -54,16 +54,16 @@ def test_rectified_flow_is_the_core(name):
     t = torch.linspace(0.05, 0.9, 5).double()
     target = FORMULATIONS[name].target(x0, noise, t)
     torch.testing.assert_close(target, velocity_target(x0, noise))
-    assert torch.equal(FORMULATIONS[name].shown(x0, t), x0)
+    assert torch.equal(FORMULATIONS[name].network_input(x0, t), x0)
 
 
 @EACH
-def test_what_the_network_is_shown_has_unit_variance(name):
+def test_the_networks_input_has_unit_variance(name):
     """Of all but rectified flow's, for data that has it: at t = 1/2, z has half."""
     x0, noise = torch.randn(2, 4000, 1, generator=torch.Generator().manual_seed(0)).unsqueeze(-1)
     t = torch.full((4000,), 0.5)
-    shown = FORMULATIONS[name].shown(interpolate(x0, noise, t), t)
-    assert shown.var().item() == pytest.approx(0.5 if name.startswith("rf") else 1, rel=0.06)
+    scaled = FORMULATIONS[name].network_input(interpolate(x0, noise, t), t)
+    assert scaled.var().item() == pytest.approx(0.5 if name.startswith("rf") else 1, rel=0.06)
 
 
 def test_cosine_is_the_path_of_that_name():
@@ -71,12 +71,12 @@ def test_cosine_is_the_path_of_that_name():
     path, formulation, (x0, noise) = PATHS["cosine"], FORMULATIONS["v/cos"], pair()
     u = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
     t = formulation.density(u)
-    z = formulation.shown(interpolate(x0, noise, t), t)
+    z = formulation.network_input(interpolate(x0, noise, t), t)
     torch.testing.assert_close(z, path.interpolate(x0, noise, u))
     target = math.pi / 2 * formulation.target(x0, noise, t)
     torch.testing.assert_close(target, path.velocity_target(x0, noise, u))
-    torch.testing.assert_close(even_in_angle(4).double(), cosmap(torch.linspace(1, 0, 5).double()))
-    assert even_in_angle(4)[0] == 1 and even_in_angle(4)[-1] == 0
+    torch.testing.assert_close(even_angles(4).double(), cosmap(torch.linspace(1, 0, 5).double()))
+    assert even_angles(4)[0] == 1 and even_angles(4)[-1] == 0
 
 
 def test_latent_diffusion():
@@ -89,7 +89,7 @@ def test_latent_diffusion():
     assert schedule.betas[-1].item() == pytest.approx(0.012)
     n = torch.tensor([0, 10, 500, 900, 999])
     t = flow_times(schedule)[n]
-    z = formulation.shown(interpolate(x0, noise, t), t)
+    z = formulation.network_input(interpolate(x0, noise, t), t)
     torch.testing.assert_close(z, schedule.add_noise(x0, noise, n))
     torch.testing.assert_close(formulation.density((n + 0.5) / 1000), t.float())
 
@@ -106,7 +106,7 @@ def test_edm_in_its_own_words():
     y = x0 + sigma * noise
     c_in, c_skip = 1 / torch.sqrt(sigma**2 + 1), 1 / (sigma**2 + 1)
     c_out = sigma / torch.sqrt(sigma**2 + 1)
-    torch.testing.assert_close(formulation.shown(interpolate(x0, noise, t), t), c_in * y)
+    torch.testing.assert_close(formulation.network_input(interpolate(x0, noise, t), t), c_in * y)
     torch.testing.assert_close(formulation.target(x0, noise, t), -(x0 - c_skip * y) / c_out)
 
 
@@ -181,7 +181,7 @@ def test_weights_are_those_of_the_paper(name):
 
 def test_weight_of_the_noise_with_cosine():
     """eps/cos: sech of half the log-SNR."""
-    levels, weight = weight_of_noise(Formulation(cosmap, asked_noise, even_in_angle))
+    levels, weight = weight_of_noise(Formulation(cosmap, noise_coefficients, even_angles))
     assert_proportional(weight, 1 / torch.cosh(levels / 2))
 
 
@@ -198,7 +198,7 @@ def test_edm_is_v_with_the_times_of_rectified_flow():
     times = edm(0.0, 1.0).density(U)
     torch.testing.assert_close(times, FORMULATIONS["rf/lognorm(0, 1)"].density(U))
     torch.testing.assert_close(times, logit_normal(U))
-    assert edm(0.0, 1.0).asked is asked_v
+    assert edm(0.0, 1.0).coefficients is v_coefficients
     mode, published = FORMULATIONS["rf/mode(1.29)"].density(U), 1.29
     wanted = 1 - U - published * (torch.cos(math.pi / 2 * U) ** 2 - 1 + U)
     torch.testing.assert_close(mode, wanted)
@@ -208,10 +208,10 @@ def test_edm_is_v_with_the_times_of_rectified_flow():
 
 
 def right_answer(formulation: Formulation, std: float):
-    """The best network for data from N(0, std^2): linear in what it is shown."""
+    """The best network for data from N(0, std^2): linear in its input."""
 
-    def model(shown: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        z = shown * formulations.deviation(t) if formulation.unit else shown
+    def model(scaled: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        z = scaled * formulations.deviation(t) if formulation.unit_variance else scaled
         variance = (1 - t) ** 2 * std**2 + t**2
         return formulation.target((1 - t) * std**2 / variance * z, t / variance * z, t)
 
@@ -252,8 +252,8 @@ def test_euler_in_flow_time_is_ddim():
     formulation, schedule = FORMULATIONS["eps/linear"], latent_diffusion_schedule()
     steps, (_, z) = schedule.respaced(spaced_steps(10)), pair()
 
-    def model(shown, t):
-        return torch.tanh(2 * shown)
+    def model(scaled, t):
+        return torch.tanh(2 * scaled)
 
     times = formulation.steps(10).double()
     signal = steps.alpha_bar[-1].sqrt() + (1 - steps.alpha_bar[-1]).sqrt()

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from nanosd3.related.finished_run import open_finished_run
-from nanosd3.related.motion import centres, fitted_motion, located_digits, look_at, motion_scores
+from nanosd3.related.motion import (
+    centres,
+    fitted_motion,
+    located_digits,
+    measure_clips,
+    motion_scores,
+)
 from nanosd3.related.moving_digits import (
     DIGIT_SIDE,
     MOTIONS,
@@ -185,10 +191,10 @@ def test_scores(moving, finished):
     clips = moving.draw_clips(100, torch.Generator().manual_seed(4))
     labels, velocity = finished.source.labels[clips.digits], velocities(clips.motion)
     videos = moving.videos(clips, size)
-    real = look_at(scorer, moving.videos(clips.at(slice(50, 100)), size)).features
+    real = measure_clips(scorer, moving.videos(clips.at(slice(50, 100)), size)).features
 
     def scores(shown, asked_labels=labels, asked=velocity):
-        return motion_scores(look_at(scorer, shown), asked_labels, asked, real)
+        return motion_scores(measure_clips(scorer, shown), asked_labels, asked, real)
 
     whole = scores(videos)
     assert whole["direction"] > 0.95 and whole["speed"] > 0.95 and whole["line_r2"] > 0.98
@@ -210,7 +216,9 @@ def test_scores(moving, finished):
     one = moving.draw_clips(20, torch.Generator(), moving=False)
     pictures = moving.videos(one, (1, 32, 32))
     zero = velocities(one.motion)
-    found = motion_scores(look_at(scorer, pictures), finished.source.labels[one.digits], zero, real)
+    found = motion_scores(
+        measure_clips(scorer, pictures), finished.source.labels[one.digits], zero, real
+    )
     assert found["direction"] is None and found["line_r2"] is None
 
 

@@ -20,7 +20,8 @@ from nanosd3.pipeline import Pipeline
 from nanosd3.related import __main__ as related
 from nanosd3.related import command as related_command
 from nanosd3.related import train_consistency
-from nanosd3.related.yardsticks import evaluations, in_words
+from nanosd3.related.finished_run import open_finished_run
+from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor, evaluations, in_words
 from nanosd3.storage.files import read_tensors
 from nanosd3.training import stages
 
@@ -65,6 +66,15 @@ def test_what_a_run_leaves(turbo, tiny_run):
     for name in ("autoencoder", "text", "judge"):
         same = (turbo / f"{name}.safetensors", tiny_run / f"{name}.safetensors")
         assert same[0].read_bytes() == same[1].read_bytes()
+
+
+def test_the_ratio_of_real_images_is_one(tiny_run):
+    finished = open_finished_run(tiny_run, None, torch.device("cpu"))
+    draw, floor = draw_and_floor(finished, 40, 3)
+    real = finished.source.images.train_images[draw.chosen]
+    accuracy, ratio = accuracy_and_ratio(finished, real.numpy(), draw, floor)
+    assert ratio == pytest.approx(1) and accuracy == finished.scorer.score(real, draw)[0]
+    assert floor != pytest.approx(1)
 
 
 def test_it_is_a_run_like_any_other(turbo, tmp_path, capsys):

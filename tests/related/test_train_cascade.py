@@ -12,12 +12,12 @@ from support.interruptions import interrupted_after
 
 from nanosd3.cli import run_main
 from nanosd3.related import __main__ as related
-from nanosd3.related import cascade_lessons as lessons
+from nanosd3.related import cascade_system as module
 from nanosd3.related import command as related_command
-from nanosd3.related import muse_editing, muse_lessons
-from nanosd3.related import train_cascade as module
+from nanosd3.related import muse_editing, train_muse
+from nanosd3.related import train_cascade as training
 from nanosd3.related.muse import MASK
-from nanosd3.related.muse_editing import Tokeniser
+from nanosd3.related.muse_editing import VQPipeline
 from nanosd3.storage.files import read_tensors, save_tensors
 from nanosd3.storage.run import Run
 
@@ -141,25 +141,25 @@ def test_what_it_learns_from(tiny_run, muse, tmp_path, monkeypatch, unmeasured):
     """The base tokens of the images whose fine tokens are hidden."""
     seen, images = [], []
 
-    class Watched(lessons.SuperResolution):
+    class Watched(training.SuperResolution):
         def forward(self, *inputs):
             seen.append(inputs)
             return super().forward(*inputs)
 
-    original = muse_lessons.unpadded
-    monkeypatch.setattr(lessons, "SuperResolution", Watched)
+    original = train_muse.unpadded
+    monkeypatch.setattr(training, "SuperResolution", Watched)
     monkeypatch.setattr(
-        muse_lessons, "unpadded", lambda x, p: images.append(original(x, p)) or images[-1]
+        train_muse, "unpadded", lambda x, p: images.append(original(x, p)) or images[-1]
     )
     out = tmp_path / "x"
     assert command("--run", tiny_run, "--muse", muse, "--out", out, "--steps", 1) == 0
     finished = related_command.open_finished_run(tiny_run, None, torch.device("cpu"))
-    painter = module.open_cascade(Run.read(out), finished)
+    pipeline = module.open_cascade(Run.read(out), finished)
     tokens, base, *_ = seen[0]
     x = images[-1]  # of the step, the tokeniser's own are before it
-    assert base.equal(painter.base.tokens(x)) and len(base.unique()) > 1
+    assert base.equal(pipeline.base.tokens(x)) and len(base.unique()) > 1
     known = tokens != MASK
-    assert tokens[known].equal(painter.tokens(x)[known])
+    assert tokens[known].equal(pipeline.tokens(x)[known])
 
 
 def test_samples(cascade, tiny_run, tmp_path):
@@ -184,16 +184,16 @@ def test_samples(cascade, tiny_run, tmp_path):
 def test_what_fine_tokens_are_guessed_from(cascade, tiny_run, monkeypatch):
     """The base tokens of the same image, in both halves of guidance, and its prompt in one."""
     finished = related_command.open_finished_run(tiny_run, None, torch.device("cpu"))
-    painter, given = module.open_cascade(Run.read(cascade), finished), []
-    assert isinstance(painter, Tokeniser) and painter.vq.config.factor == 2
+    pipeline, given = module.open_cascade(Run.read(cascade), finished), []
+    assert isinstance(pipeline, VQPipeline) and pipeline.vq.config.factor == 2
     monkeypatch.setattr(muse_editing, "TOKENS_AT_ONCE", 2)
-    original = painter.network.forward
-    painter.network.forward = lambda *inputs: given.append(inputs) or original(*inputs)
+    original = pipeline.network.forward
+    pipeline.network.forward = lambda *inputs: given.append(inputs) or original(*inputs)
     prompts = ["3", "a bold seven", "8"]
     base = torch.arange(3)[:, None, None].expand(3, 7, 7)
-    fine = painter.refine(base, prompts, 0, 2, 1.5, 8.0)
+    fine = pipeline.refine(base, prompts, 0, 2, 1.5, 8.0)
     assert fine.shape == (3, 14, 14) and MASK < fine.min() and fine.max() < 64
-    (context, pooled), (nothing, _) = painter.texts(prompts, "")
+    (context, pooled), (nothing, _) = pipeline.texts(prompts, "")
     assert len(given) == 4  # two steps, two parts
     for inputs, rows in zip(given, ([0, 1], [0, 1], [2], [2]), strict=True):
         n = len(rows)

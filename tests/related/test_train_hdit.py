@@ -20,12 +20,13 @@ from nanosd3.data.sources import enlarged
 from nanosd3.flow import shift
 from nanosd3.related import __main__ as related
 from nanosd3.related import command as related_command
-from nanosd3.related import train_hdit as train_hdit_module
+from nanosd3.related import hdit_system
 from nanosd3.related.finished_run import open_finished_run
 from nanosd3.related.hdit import HDiT, HDiTConfig, HDiTLevel, hdit_loss
-from nanosd3.related.hdit_lessons import (
+from nanosd3.related.hdit_system import HDIT_RECIPES, HDiTSystem, hdit_config
+from nanosd3.related.train_hdit import (
     MIDDLE_NOISE,
-    STRONGEST,
+    SIGMA_DATA,
     Pixels,
     drawn_images,
     hdit_step,
@@ -33,7 +34,6 @@ from nanosd3.related.hdit_lessons import (
     pooled_text,
     sample_pixels,
 )
-from nanosd3.related.train_hdit import HDIT_RECIPES, HDiTSystem, hdit_config
 from nanosd3.request import seeded_noise
 from nanosd3.storage.run import Run
 from nanosd3.training.loop import StepRNG
@@ -123,7 +123,7 @@ def test_a_step(job, pixels, finished):
     (z,), (t,), (text,) = model.z, model.t, model.text
     noise = rows.noise(z.shape[1:])
     x0 = (z - t.view(-1, 1, 1, 1) * noise) / (1 - t.view(-1, 1, 1, 1))
-    expected = hdit_loss(torch.ones_like(z), x0, noise, t, STRONGEST)
+    expected = hdit_loss(torch.ones_like(z), x0, noise, t, SIGMA_DATA)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
     assert found.shape == (8,)
     images = job.source.draw(8, rows.generator())
@@ -179,7 +179,7 @@ def test_samples_follow_the_guided_velocity(monkeypatch):
         told, untold = model(z, t, text), model(z, t, torch.zeros_like(text))
         z = z + (after - t) * (untold + 1.7 * (told - untold))
     torch.testing.assert_close(sample_pixels(model, noise, text, way), z, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr("nanosd3.related.hdit_lessons.at_once", lambda _: 2)
+    monkeypatch.setattr("nanosd3.related.train_hdit.at_once", lambda _: 2)
     torch.testing.assert_close(sample_pixels(model, noise, text, way), z, rtol=1e-4, atol=1e-4)
 
 
@@ -213,9 +213,9 @@ def quick(monkeypatch):
     """Leave scores and pictures out."""
     scores = {"evaluations": 1, "prompt_accuracy": 0.0, "frechet_ratio_to_real": 0.0}
     monkeypatch.setattr(related_command, "pipeline_scores", lambda *_: scores)
-    monkeypatch.setattr(train_hdit_module, "score_samples", lambda *_: scores)
+    monkeypatch.setattr(hdit_system, "score_samples", lambda *_: scores)
     for name in ("grid_of_prompts", "save_beside_main"):
-        monkeypatch.setattr(train_hdit_module, name, lambda *_: None)
+        monkeypatch.setattr(hdit_system, name, lambda *_: None)
 
 
 def test_resumed_byte_for_byte(hdit_run, tiny_run, tmp_path, monkeypatch):
@@ -252,7 +252,7 @@ def test_every_option_counts(tiny_run, hdit_run, tmp_path, monkeypatch):
 def test_guidance_counts(tiny_run, hdit_run, tmp_path, monkeypatch):
     """It changes no weights, but the samples and their evaluations."""
     for name in ("grid_of_prompts", "save_beside_main"):
-        monkeypatch.setattr(train_hdit_module, name, lambda *_: None)
+        monkeypatch.setattr(hdit_system, name, lambda *_: None)
     before = json.loads((hdit_run / "metrics.json").read_text())
     out = tmp_path / "unguided"
     assert command("--run", tiny_run, "--out", out, "--guidance", 1) == 0
@@ -267,7 +267,7 @@ def test_fresh_leaves_nothing_behind(tiny_run, hdit_run, tmp_path, monkeypatch):
     quick(monkeypatch)
     folder = tmp_path / "again"
     shutil.copytree(hdit_run, folder)
-    monkeypatch.setattr(train_hdit_module, "trained_hdit", lambda *_: 1 / 0)
+    monkeypatch.setattr(hdit_system, "trained_hdit", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command("--run", tiny_run, "--out", folder, "--fresh", "--steps", 1)
     assert not (folder / "hdit.safetensors").exists()

@@ -17,8 +17,8 @@ from nanosd3.cli import run_main
 from nanosd3.data.mnist import from_uint8
 from nanosd3.related import __main__ as related
 from nanosd3.related import command as related_command
-from nanosd3.related import muse_lessons as lessons
-from nanosd3.related import train_muse as module
+from nanosd3.related import muse_system as module
+from nanosd3.related import train_muse as training
 from nanosd3.related.edit_command import image_of
 from nanosd3.related.muse import MASK, Muse
 from nanosd3.related.muse_editing import edit_freely, passes, repaint, unpadded
@@ -77,7 +77,7 @@ def weights(folder):
 
 def test_resumed_byte_for_byte(muse_run, tiny_run, tmp_path, monkeypatch, unmeasured):
     """From a stop in the first stage too, after codes have restarted."""
-    out, calls, original = tmp_path / "stopped", [], lessons.quantising_loss
+    out, calls, original = tmp_path / "stopped", [], training.quantising_loss
 
     def stop_at_the_second(*args):
         calls.append(args)
@@ -86,7 +86,7 @@ def test_resumed_byte_for_byte(muse_run, tiny_run, tmp_path, monkeypatch, unmeas
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lessons, "quantising_loss", stop_at_the_second)
+        patch.setattr(training, "quantising_loss", stop_at_the_second)
         assert command("--run", tiny_run, "--out", out) == 130
         assert not (out / "tokens.safetensors").exists()
         assert command("--run", tiny_run, "--out", out) == 0
@@ -154,14 +154,14 @@ def test_what_the_transformer_learns_from(tiny_run, tmp_path, monkeypatch, unmea
             seen.append((tokens, context, pooled))
             return super().forward(tokens, context, pooled)
 
-    images, original = [], lessons.unpadded
-    monkeypatch.setattr(lessons, "Muse", Watched)
-    monkeypatch.setattr(lessons, "unpadded", lambda x, p: images.append(x) or original(x, p))
+    images, original = [], training.unpadded
+    monkeypatch.setattr(training, "Muse", Watched)
+    monkeypatch.setattr(training, "unpadded", lambda x, p: images.append(x) or original(x, p))
     words = ("--run", tiny_run, "--out", tmp_path / "x", "--batch", 128, "--steps", 4)
     asked = []
-    captions = lessons.Digits.captions
+    captions = training.Digits.captions
     monkeypatch.setattr(
-        lessons.Digits, "captions",
+        training.Digits, "captions",
         lambda self, index, u: asked.append(captions(self, index, u)) or asked[-1])  # fmt: skip
     assert command(*words) == 0
     finished = related_command.open_finished_run(tiny_run, None, torch.device("cpu"))
@@ -188,15 +188,15 @@ def test_what_the_transformer_learns_from(tiny_run, tmp_path, monkeypatch, unmea
 
 def test_the_encoder_learns_from_images(tiny_run, tmp_path, monkeypatch, unmeasured):
     """Past the codes: also without the loss that ties it to them."""
-    start, original = {}, lessons.build
+    start, original = {}, training.build
 
     def watched(job, name, make):
         built = original(job, name, make)
         start[name] = built.encoder.conv_in.weight.detach().clone() if name == "tokens" else None
         return built
 
-    monkeypatch.setattr(lessons, "build", watched)
-    monkeypatch.setattr(lessons, "quantising_loss", lambda z, e: z.new_zeros(len(z)))
+    monkeypatch.setattr(training, "build", watched)
+    monkeypatch.setattr(training, "quantising_loss", lambda z, e: z.new_zeros(len(z)))
     out = tmp_path / "x"
     assert command("--run", tiny_run, "--out", out, "--steps", 1) == 0
     saved = read_tensors(out / "tokens.safetensors")["encoder.conv_in.weight"]
@@ -218,10 +218,10 @@ def test_what_is_kept_is_the_average(tiny_run, tmp_path, monkeypatch, unmeasured
 # --- drawing and editing --------------------------------------------------------------------------
 
 
-def painter_of(lively, tiny_run):
+def pipeline_of(lively, tiny_run):
     finished = related_command.open_finished_run(tiny_run, None, torch.device("cpu"))
     run = Run.read(lively)
-    return module.open_painter(run, finished), *module.muse_sampling(None, None, run.identity)
+    return module.open_muse_pipeline(run, finished), *module.muse_sampling(None, None, run.identity)
 
 
 def digit(tmp_path, name="digit.png"):
@@ -232,18 +232,18 @@ def digit(tmp_path, name="digit.png"):
 
 
 def test_a_finished_muse_is_what_was_trained(lively, tiny_run):
-    painter, guidance, temperature = painter_of(lively, tiny_run)
+    pipeline, guidance, temperature = pipeline_of(lively, tiny_run)
     assert (guidance, temperature) == (module.MUSE_GUIDANCE, module.MUSE_TEMPERATURE)
-    again = Muse(painter.muse.config)
+    again = Muse(pipeline.muse.config)
     load_weights(again, lively / "muse.safetensors")
-    tokens = painter.draw(["3", "a bold seven"], 5)
+    tokens = pipeline.draw(["3", "a bold seven"], 5)
     assert tokens.shape == (2, 7, 7) and tokens.min() >= 0
-    assert painter.draw(["3", "a bold seven"], 5).equal(tokens)
-    context, pooled = painter.pipeline.text.encode(["3", "a bold seven"])
+    assert pipeline.draw(["3", "a bold seven"], 5).equal(tokens)
+    context, pooled = pipeline.main.text.encode(["3", "a bold seven"])
     hidden = torch.full((2, 7, 7), MASK)
     with torch.no_grad():
         expected = again(hidden, context, pooled)
-    found = painter.logits(["3", "a bold seven"])(hidden, 1.0)
+    found = pipeline.logits(["3", "a bold seven"])(hidden, 1.0)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -269,11 +269,11 @@ def test_samples(lively, tiny_run, tmp_path):
 
 def test_repainting_keeps_the_rest(lively, tiny_run, tmp_path, capsys):
     """Tokens outside of the mask are the same, bit by bit."""
-    painter, _, _ = painter_of(lively, tiny_run)
-    tokens = painter.tokens(image_of(digit(tmp_path), painter)).expand(8, -1, -1)
+    pipeline, _, _ = pipeline_of(lively, tiny_run)
+    tokens = pipeline.tokens(image_of(digit(tmp_path), pipeline)).expand(8, -1, -1)
     marked = torch.zeros(7, 7, dtype=torch.bool)
     marked[4:] = True
-    logits = painter.logits(["8"] * 8)
+    logits = pipeline.logits(["8"] * 8)
     new = repaint(logits, tokens, marked, 8, 1.5, 8.0, torch.Generator().manual_seed(0))
     assert new[:, :4].equal(tokens[:, :4]) and not new[:, 4:].equal(tokens[:, 4:])
     mask = np.zeros((28, 28), np.uint8)
@@ -297,8 +297,8 @@ def test_repainting_keeps_the_rest(lively, tiny_run, tmp_path, capsys):
 
 def test_free_editing(lively, tiny_run, tmp_path):
     """A share of the tokens each round, 4 of 49; of the likeliest only."""
-    painter, _, _ = painter_of(lively, tiny_run)
-    tokens = painter.tokens(from_uint8(torch.zeros(6, 1, 28, 28, dtype=torch.uint8)))
+    pipeline, _, _ = pipeline_of(lively, tiny_run)
+    tokens = pipeline.tokens(from_uint8(torch.zeros(6, 1, 28, 28, dtype=torch.uint8)))
     seen = []
 
     def logits(hidden, scale):

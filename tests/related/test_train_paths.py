@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from support.commands import refused
 
+from nanosd3.claims.data_sets import open_latents
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.fm_networks import job_for, open_material
+from nanosd3.claims.fm_networks import path_job
 from nanosd3.cli import run_main
 from nanosd3.flow import flow_loss
 from nanosd3.machine.signals import Interrupted
@@ -35,17 +36,17 @@ from nanosd3.training.loop import StepRNG
 
 
 @pytest.fixture(scope="module")
-def material(tiny_run, tmp_path_factory):
-    return open_material(Conditions((0,), True, tiny_run, tmp_path_factory.mktemp("paths")))
+def data(tiny_run, tmp_path_factory):
+    return open_latents(Conditions((0,), True, tiny_run, tmp_path_factory.mktemp("paths")))
 
 
-def at(material, folder: Path, name: str = "ot"):
-    return job_for(replace(material, conditions=replace(material.conditions, out=folder)), name, 0)
+def at(data, folder: Path, name: str = "ot"):
+    return path_job(replace(data, conditions=replace(data.conditions, out=folder)), name, 0)
 
 
-def test_ot_has_the_losses_of_rectified_flow(material, tmp_path):
+def test_ot_has_the_losses_of_rectified_flow(data, tmp_path):
     """A network that returns zero: the loss is that of velocity zero."""
-    job = at(material, tmp_path)
+    job = at(data, tmp_path)
     seen = {}
 
     class Zero:
@@ -56,7 +57,7 @@ def test_ot_has_the_losses_of_rectified_flow(material, tmp_path):
             return torch.zeros_like(z)
 
     step_rng = StepRNG((0, "flow", 3), range(8))
-    found = path_step(PATHS["ot"], job, material.features, Zero(), step_rng)
+    found = path_step(PATHS["ot"], job, data.features, Zero(), step_rng)
     _, posterior = step_rng.noise((2, *seen["z"].shape[1:])).unbind(1)
     noise, t = step_rng.noise((2, *seen["z"].shape[1:]))[:, 0], seen["t"].view(-1, 1, 1, 1)
     x0 = (seen["z"] - t * noise) / (1 - t)
@@ -66,12 +67,12 @@ def test_ot_has_the_losses_of_rectified_flow(material, tmp_path):
     assert len(seen["t"].unique()) == 8 and posterior.std() > 0
 
 
-def test_times_reach_from_the_first_on(material, tmp_path):
+def test_times_reach_from_the_first_on(data, tmp_path):
     """Uniform; VP never below its first time."""
     times = []
 
     class Zero:
-        config = material.pipeline.config.mmdit
+        config = data.finished.pipeline.config.mmdit
 
         def __call__(self, z, t, context, pooled):
             times.append(t)
@@ -79,16 +80,16 @@ def test_times_reach_from_the_first_on(material, tmp_path):
 
     path = replace(PATHS["vp"], first=0.4)
     for step in range(100):
-        path_step(path, at(material, tmp_path), material.features, Zero(),
+        path_step(path, at(data, tmp_path), data.features, Zero(),
                   StepRNG((0, "flow", step), range(8)))  # fmt: skip
     t = torch.cat(times)
     assert t.min() >= 0.4 and t.max() <= 1
     assert torch.histc(t, 4, 0.4, 1).min() > 0.2 * len(t)
 
 
-def test_pooled_text_reaches_the_velocity(material):
+def test_pooled_text_reaches_the_velocity(data):
     torch.manual_seed(0)
-    model = MMDiT(material.pipeline.config.mmdit)
+    model = MMDiT(data.finished.pipeline.config.mmdit)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     z, pooled = torch.randn(2, 2, 4, 8, 8), torch.randn(2, 2, model.config.pooled_dim)
@@ -96,11 +97,11 @@ def test_pooled_text_reaches_the_velocity(material):
     assert not torch.allclose(a, b)
 
 
-def test_interrupted_and_resumed(material, tmp_path, monkeypatch):
+def test_interrupted_and_resumed(data, tmp_path, monkeypatch):
     """The same bytes as without a stop."""
-    whole = at(material, tmp_path / "whole")
-    train_path(PATHS["vp"], whole, material.features, kept=(2,))
-    job = at(material, tmp_path / "stopped")
+    whole = at(data, tmp_path / "whole")
+    train_path(PATHS["vp"], whole, data.features, kept=(2,))
+    job = at(data, tmp_path / "stopped")
     calls = []
 
     def stop_at_the_second(*args):
@@ -111,8 +112,8 @@ def test_interrupted_and_resumed(material, tmp_path, monkeypatch):
 
     monkeypatch.setattr("nanosd3.related.train_paths.path_step", stop_at_the_second)
     with pytest.raises(Interrupted):
-        train_path(PATHS["vp"], job, material.features, kept=(2,))
-    train_path(PATHS["vp"], job, material.features, kept=(2,))
+        train_path(PATHS["vp"], job, data.features, kept=(2,))
+    train_path(PATHS["vp"], job, data.features, kept=(2,))
     assert len(calls) == job.training.flow.steps
     for name in ("flow.safetensors", "flow-2.safetensors"):
         assert (job.run.folder / name).read_bytes() == (whole.run.folder / name).read_bytes()
@@ -132,24 +133,24 @@ class Rotating:
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_path_latents(material, name):
+def test_path_latents(data, name):
     """Each solver by its own name, from the prior to the path's first time, at the cost asked."""
-    path, model = PATHS[name], Rotating(material.pipeline.config.mmdit)
+    path, model = PATHS[name], Rotating(data.finished.pipeline.config.mmdit)
     z, pooled = torch.randn(2, 2, 4, 8, 8)[0], torch.randn(2, 5)
     velocity = velocity_for(model, pooled)
     for solver, steps in (("euler", 8), ("midpoint", 4), ("rk4", 2)):
         follow = {"euler": euler, "midpoint": midpoint, "rk4": rk4}[solver]
-        out, asked = path_latents(path, model, z, pooled, solver, 8)
-        assert asked == 8 and FIXED_SOLVERS[solver][0] is follow
+        out, evaluations = path_latents(path, model, z, pooled, solver, 8)
+        assert evaluations == 8 and FIXED_SOLVERS[solver][0] is follow
         ts = torch.linspace(1, path.first, steps + 1)
         assert torch.equal(out, follow(velocity, path.prior_std * z, ts))
     counts = []
     for tolerance in (1e-2, 1e-4):
-        out, asked = path_latents(path, model, z, pooled, "dopri5", tolerance)
+        out, evaluations = path_latents(path, model, z, pooled, "dopri5", tolerance)
         ts = torch.tensor([1.0, path.first])
         expected = dopri5(velocity, path.prior_std * z, ts, rtol=tolerance, atol=tolerance)
         assert torch.equal(out, expected)
-        counts.append(asked)
+        counts.append(evaluations)
     assert counts[0] < counts[1]
 
 

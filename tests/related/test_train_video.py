@@ -20,12 +20,10 @@ from nanosd3.flow import flow_loss, shift
 from nanosd3.random_streams import rng
 from nanosd3.related import __main__ as related
 from nanosd3.related import command as related_command
-from nanosd3.related import train_video as train_video_module
+from nanosd3.related import video_system
 from nanosd3.related.finished_run import open_finished_run
 from nanosd3.related.moving_digits import MovingDigits, velocities
-from nanosd3.related.train_video import VideoSystem
-from nanosd3.related.video import VideoMMDiT, inflated
-from nanosd3.related.video_lessons import (
+from nanosd3.related.train_video import (
     CLIP_SIZES,
     FRAMES_IN_PATCH,
     EncodedCaptions,
@@ -38,6 +36,8 @@ from nanosd3.related.video_lessons import (
     sample_video,
     video_step,
 )
+from nanosd3.related.video import VideoMMDiT, inflated
+from nanosd3.related.video_system import VideoSystem
 from nanosd3.storage.run import Run
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job
@@ -252,7 +252,7 @@ def test_samples_follow_the_guided_velocity(job, finished, monkeypatch):
     found = sample_video(network, vae, text, none, size, way, 9)
     assert found.shape == (3, 1, *size)
     torch.testing.assert_close(found, decode_frames(vae, z), atol=1e-3, rtol=1e-3)
-    monkeypatch.setattr("nanosd3.related.video_lessons.CLIPS_AT_ONCE", 2)
+    monkeypatch.setattr("nanosd3.related.train_video.CLIPS_AT_ONCE", 2)
     torch.testing.assert_close(
         sample_video(network, vae, text, none, size, way, 9), found, atol=1e-3, rtol=1e-3
     )
@@ -266,8 +266,8 @@ def test_samples_follow_the_guided_velocity(job, finished, monkeypatch):
 def quick(monkeypatch):
     """Leave scores and pictures out."""
     scores = {"prompt_accuracy": 0.0, "direction": 0.0, "line_r2": 0.0}
-    monkeypatch.setattr(train_video_module, "scores_of_size", lambda *_: scores)
-    monkeypatch.setattr(train_video_module, "draw_strips", lambda *_: None)
+    monkeypatch.setattr(video_system, "scores_of_size", lambda *_: scores)
+    monkeypatch.setattr(video_system, "draw_strips", lambda *_: None)
     main = {"evaluations": 1, "prompt_accuracy": 0.0, "frechet_ratio_to_real": 0.0}
     monkeypatch.setattr(related_command, "pipeline_scores", lambda *_: main)
 

@@ -7,7 +7,7 @@ from nanosd3.few_steps import even_schedule
 from nanosd3.pipeline import Pipeline
 from nanosd3.random_streams import rng
 from nanosd3.related.autoregressive import CausalMuse, write_tokens
-from nanosd3.related.muse_editing import MUSE_GUIDANCE, TokenPainter
+from nanosd3.related.muse_editing import MUSE_GUIDANCE, MusePipeline
 from nanosd3.samplers import euler, guided
 from nanosd3.training.evaluation import Draw
 
@@ -15,7 +15,7 @@ IMAGES_AT_ONCE = 250  # images
 
 
 @torch.no_grad()
-def by_flow(pipeline: Pipeline, draw: Draw, seed: int, steps: int) -> np.ndarray:
+def sample_flow(pipeline: Pipeline, draw: Draw, seed: int, steps: int) -> np.ndarray:
     """Images of the main model in Euler's even steps, with its own guidance."""
     config, found = pipeline.config, []
     side = (config.image_size // config.vae.factor,) * 2
@@ -29,18 +29,18 @@ def by_flow(pipeline: Pipeline, draw: Draw, seed: int, steps: int) -> np.ndarray
     return pipeline.decode(torch.cat(found))
 
 
-def by_muse(painter: TokenPainter, draw: Draw, seed: int, steps: int) -> np.ndarray:
+def sample_muse(pipeline: MusePipeline, draw: Draw, seed: int, steps: int) -> np.ndarray:
     """Images of Muse, with the sampling that its command has."""
-    return painter.images(painter.draw(draw.prompts, seed, steps))
+    return pipeline.images(pipeline.draw(draw.prompts, seed, steps))
 
 
-def token_by_token(
-    painter: TokenPainter, causal: CausalMuse, draw: Draw, seed: int, steps: int
+def sample_causal(
+    pipeline: MusePipeline, causal: CausalMuse, draw: Draw, seed: int, steps: int
 ) -> np.ndarray:
     """Images whose tokens are written one after the other, with Muse's guidance."""
     generator, found = rng(seed, "one by one"), []
     assert steps == causal.config.grid**2
     for i in range(0, len(draw.prompts), IMAGES_AT_ONCE):
-        texts = painter.texts(draw.prompts[i : i + IMAGES_AT_ONCE], "")
+        texts = pipeline.texts(draw.prompts[i : i + IMAGES_AT_ONCE], "")
         found.append(write_tokens(causal, *texts, MUSE_GUIDANCE, generator))
-    return painter.images(torch.cat(found))
+    return pipeline.images(torch.cat(found))

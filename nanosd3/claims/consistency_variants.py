@@ -1,9 +1,9 @@
 """Consistency training without a teacher, as first published and with each later change alone.
 
-The first recipe (arXiv 2303.01469) asks for the answer that a moving average of the network gives,
-by squared distance. The improved one (2310.14189) changes five things, each of which is a switch
-here. The network is a small DiT that is told the label, in the main job's latents; all that differs
-between two ways are the switches.
+The first recipe (arXiv 2303.01469) has a moving average of the network for the target, and squared
+distances. The improved one (2310.14189) changes five things, each of which is a switch here. The
+network is a small class-conditional DiT in the main job's latents; two variants differ in their
+switches alone.
 """
 
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from nanosd3.claims.dit_networks import Classroom
-from nanosd3.claims.material import network_job
+from nanosd3.claims.dit_networks import DiTTrainer
+from nanosd3.claims.runs import network_job
 from nanosd3.config_types import Recipe
 from nanosd3.flow import interpolate
 from nanosd3.related.consistency import (
@@ -29,20 +29,19 @@ from nanosd3.related.consistency import (
     time_of,
 )
 from nanosd3.related.dit import DiT
-from nanosd3.related.yardsticks import drawn
+from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor
 from nanosd3.samplers import euler
 from nanosd3.training.ema import make_ema
-from nanosd3.training.evaluation import to_digits
 from nanosd3.training.loop import StepLoss, StepRNG
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, in_chunks, training_of
 
-WAY_STAGE = "consistency"
-WAY_LEVELS = (2, 8)  # at first, where they double, and at last
+CONSISTENCY_STAGE = "consistency"
+CONSISTENCY_LEVELS = (2, 8)  # at first, where they double, and at last
 TOP = float(time_of(torch.tensor(SIGMA_MAX)))  # the last level, 0.988: samples start there
 
 
 @dataclass(frozen=True)
-class TrainingWay:
+class ConsistencyVariant:
     """The original training with some of the changes."""
 
     huber: bool = False  # pseudo-Huber distance; else the square
@@ -58,74 +57,74 @@ class TrainingWay:
 
 
 @dataclass(frozen=True)
-class TrainedWay:
+class TrainedConsistency:
     """The average of a network's weights, and the seconds of a core that it took."""
 
     network: DiT
     seconds: float
 
 
-def way_loss(
-    job: Job, classroom: Classroom, network: DiT, average: nn.Module, way: TrainingWay
+def variant_loss(
+    job: Job, trainer: DiTTrainer, network: DiT, average: nn.Module, variant: ConsistencyVariant
 ) -> StepLoss:
     """Losses of pairs that are the same image with the same noise, at two levels."""
-    recipe, (first, last) = job.training.flow, WAY_LEVELS
-    target = None if way.itself else average
-    distance = None if way.huber else squared_distance
+    recipe, (first, last) = job.training.flow, CONSISTENCY_LEVELS
+    target = None if variant.itself else average
+    distance = None if variant.huber else squared_distance
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
         generator, step = step_rng.generator(), int(step_rng.name[-1])
-        count = doubling_count(step, recipe.steps, first, last) - 1 if way.doubled else last
+        count = doubling_count(step, recipe.steps, first, last) - 1 if variant.doubled else last
         times = TOP * even_levels(count)
         images = step_rng.take(job.source.draw(recipe.batch, generator))
-        often = lognormal_weights(times) if way.lognormal else None
+        often = lognormal_weights(times) if variant.lognormal else None
         levels = draw_levels(times, recipe.batch, generator, often)
         t, s = (step_rng.take(x) for x in levels)
-        x0, noise = classroom.features.latents_and_noise(images, step_rng)
+        x0, noise = trainer.features.latents_and_noise(images, step_rng)
         z_t, z_s = interpolate(x0, noise, t), interpolate(x0, noise, s)
-        y = classroom.labels[images]
+        y = trainer.labels[images]
         options = {"target_network": target, "distance": distance}
         losses = consistency_loss(network, z_t, t, z_s, s, y, **options)
-        return losses * gap_weight(t, s) if way.weighted else losses, {"levels": count}
+        return losses * gap_weight(t, s) if variant.weighted else losses, {"levels": count}
 
     return loss_of
 
 
-def trained_way(
-    classroom: Classroom, way: TrainingWay, seed: int, steps: int, lr: float
-) -> TrainedWay:
-    """The network of a way and a seed, trained now or before."""
-    conditions, finished = classroom.conditions, classroom.finished
+def trained_consistency(
+    trainer: DiTTrainer, variant: ConsistencyVariant, seed: int, steps: int, lr: float
+) -> TrainedConsistency:
+    """The network of a variant and a seed, trained now or before."""
+    conditions, finished = trainer.conditions, trainer.finished
     steps = min(steps, 4) if conditions.fast else steps
     recipe = Recipe(steps, batch=64, lr=lr, warmup=min(50, steps // 2), weight_decay=0.0)
     training = replace(training_of(finished.config), flow=recipe)
-    config, dit = replace(finished.config, training=training), classroom.config()
+    config, dit = replace(finished.config, training=training), trainer.config()
     dit = replace(dit, learned_variance=False)
-    name = f"way-{way.name}-{steps}"
-    job = network_job(conditions, finished, name, config, seed, dit=asdict(dit), way=way.name)
+    name = f"way-{variant.name}-{steps}"
+    job = network_job(conditions, finished, name, config, seed, dit=asdict(dit), way=variant.name)
     run = job.run
-    network = build(job, WAY_STAGE, lambda: DiT(dit))
+    network = build(job, CONSISTENCY_STAGE, lambda: DiT(dit))
     average = make_ema(network)
-    loss_of = way_loss(job, classroom, network, average, way)
-    decay = target_decay(WAY_LEVELS[1])
-    train = partial(fit_average, job, WAY_STAGE, network, loss_of, decay, average=average)
+    loss_of = variant_loss(job, trainer, network, average, variant)
+    decay = target_decay(CONSISTENCY_LEVELS[1])
+    train = partial(fit_average, job, CONSISTENCY_STAGE, network, loss_of, decay, average=average)
     with run.alone(), torch.enable_grad():
-        if WAY_STAGE not in run.stages:
-            print(f"{way.name}, seed {seed}", flush=True)
-        finish_or_load(job, WAY_STAGE, network, train)
-    return TrainedWay(network, run.stages[WAY_STAGE]["thread_seconds"])
+        if CONSISTENCY_STAGE not in run.stages:
+            print(f"{variant.name}, seed {seed}", flush=True)
+        finish_or_load(job, CONSISTENCY_STAGE, network, train)
+    return TrainedConsistency(network, run.stages[CONSISTENCY_STAGE]["thread_seconds"])
 
 
 @torch.no_grad()
-def samples_scored(
-    classroom: Classroom, network: DiT, seed: int, times: list[float]
+def scores_of_times(
+    trainer: DiTTrainer, network: DiT, seed: int, times: list[float]
 ) -> tuple[float, float]:
     """Share of samples by Euler's steps at these times that are read as asked, and their Frechet
     distance over that of real images. One step from a time to 0 is a consistency model's."""
-    finished = classroom.finished
-    count = 20 if classroom.conditions.fast else 1000
-    draw, floor = drawn(finished, count, 100 + seed)
-    size = classroom.latent_size
+    finished = trainer.finished
+    count = 20 if trainer.conditions.fast else 1000
+    draw, floor = draw_and_floor(finished, count, 100 + seed)
+    size = trainer.latent_size
     noise = times[0] * finished.pipeline.noise(len(draw.labels), seed, (size, size))
     rows = torch.arange(len(noise))
 
@@ -134,6 +133,4 @@ def samples_scored(
         return euler(velocity, noise[row], torch.tensor(times))
 
     latents = in_chunks(sampled, rows)
-    digits = to_digits(torch.from_numpy(finished.pipeline.decode(latents)))
-    accuracy, distance = finished.scorer.score(digits, draw)
-    return accuracy, distance / floor
+    return accuracy_and_ratio(finished, finished.pipeline.decode(latents), draw, floor)

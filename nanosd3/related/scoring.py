@@ -34,20 +34,29 @@ Decode = Callable[[Tensor], Tensor]  # normalised latents (B, c, h, w) to images
 Generate = Callable[[Draw, int], np.ndarray]  # a draw and its seed to samples uint8 (B, H, W[, C])
 
 
-def drawn(finished: FinishedRun, count: int, seed: int) -> tuple[Draw, float]:
+def draw_and_floor(finished: FinishedRun, count: int, seed: int) -> tuple[Draw, float]:
     """Prompts to score samples on, and the distance of as many real images."""
-    key = ("drawn", count, seed)
+    key = ("draw", count, seed)
     if key not in finished.measured:
         draw = draw_prompts(finished.source, count, seed)
         finished.measured[key] = draw, finished.scorer.floor(draw)
     return finished.measured[key]
 
 
+def accuracy_and_ratio(
+    finished: FinishedRun, images: np.ndarray, draw: Draw, floor: float
+) -> tuple[float, float]:
+    """The share of samples uint8 (B, H, W[, C]) of a draw that the classifier reads as prompted,
+    and their Frechet distance over that of real images."""
+    accuracy, distance = finished.scorer.score(to_digits(torch.from_numpy(images)), draw)
+    return accuracy, distance / floor
+
+
 def distance_of_reconstructions(finished: FinishedRun, count: int, seed: int) -> float:
     """The distance of the same real images, encoded and decoded."""
     key = ("reconstructions", count, seed)
     if key not in finished.measured:
-        draw, _ = drawn(finished, count, seed)
+        draw, _ = draw_and_floor(finished, count, seed)
         rebuilt = reconstructions(finished.source, draw.chosen, finished.pipeline)
         finished.measured[key] = finished.scorer.distance(rebuilt)
     return finished.measured[key]
@@ -67,7 +76,7 @@ def score_samples(
     """
     scorer, scores = finished.scorer, []
     for seed in draws:
-        draw, floor = drawn(finished, count, seed)
+        draw, floor = draw_and_floor(finished, count, seed)
         begin = time.perf_counter()
         samples = to_digits(torch.from_numpy(generate(draw, seed)))
         seconds = time.perf_counter() - begin
@@ -166,7 +175,7 @@ def reconstruction_scores(
     """Scores of training images encoded and decoded again: accuracy and distance as for samples,
     the error in decibels (PSNR), the strength of edges relative to real ones, and the speed."""
     scorer, source = finished.scorer, finished.source
-    draw, floor = drawn(finished, count, SCORED_DRAWS[0])
+    draw, floor = draw_and_floor(finished, count, SCORED_DRAWS[0])
     decoded, seconds, errors, edges = [], 0.0, [], torch.zeros(2)
     for index in draw.chosen.split(RECONSTRUCTION_BATCH):
         x = source.pixels(index).to(finished.device)

@@ -1,4 +1,4 @@
-"""What experiments that train start from: a finished main job, encoded once."""
+"""The finished main job that experiments start from, and the runs that their networks train in."""
 
 import hashlib
 from collections.abc import Callable
@@ -20,10 +20,15 @@ from nanosd3.training.stages import Job
 FIRST_DRAWS = 256
 
 
+def open_main_run(conditions: Conditions) -> FinishedRun:
+    """The finished main job, on the CPU. Raises InputError if there is none."""
+    return open_finished_run(conditions.run, None, torch.device("cpu"))
+
+
 def open_encoded(conditions: Conditions, images: bool = True) -> tuple[FinishedRun, Features]:
-    """The finished run, and its latents and text (or text alone), kept in the folder of the
-    records. Raises InputError if it is none."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    """The finished main job, and its latents and text (or text alone), which are kept in the folder
+    of the records. Raises InputError if there is none."""
+    finished = open_main_run(conditions)
     folder, encoders = conditions.out / "cache", finished.encoders(finished.config)
     return finished, encoded(folder, finished.source, encoders, [], SINGLE_PROCESS, images)
 

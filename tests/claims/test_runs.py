@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import first_draws, network_job
-from nanosd3.claims.sd3_captions import told
+from nanosd3.claims.runs import first_draws, network_job
+from nanosd3.claims.sd3_captions import with_kind
 from nanosd3.errors import InputError
 from nanosd3.related.finished_run import FinishedRun, open_finished_run
 
@@ -34,7 +34,7 @@ class Half:
 
 def test_first_draws_tell_sources_apart(finished):
     source = finished.source
-    others = [told(source, "original"), told(source, "rich"), Half(source)]
+    others = [with_kind(source, "original"), with_kind(source, "rich"), Half(source)]
     assert all(other.fingerprint == source.fingerprint for other in others)
     assert len({first_draws(each) for each in (source, *others)}) == 4
     assert first_draws(copy.copy(source)) == first_draws(source)

@@ -4,6 +4,7 @@ Latents are the finished main job's. Pixels are the digits without their border,
 with mean 0 and deviation 1. Both are 16 patches an image, and are read by the same classifier.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanosd3.claims.experiment import Conditions
-from nanosd3.claims.material import open_encoded
+from nanosd3.claims.runs import open_encoded, open_main_run
 from nanosd3.config_types import MMDiTConfig
 from nanosd3.data.mnist import SIDE
+from nanosd3.data.sources import Digits
 from nanosd3.random_streams import rng
-from nanosd3.related.finished_run import FinishedRun, open_finished_run
+from nanosd3.related.finished_run import FinishedRun
 from nanosd3.training.cached_features import Features
 from nanosd3.training.evaluation import Draw, Scorer, draw_prompts, to_digits
 from nanosd3.training.loop import StepRNG
@@ -49,7 +51,7 @@ class HalvedScorer(Scorer):
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """The latents of the finished run's autoencoder."""
+    """The latents of the finished main job's autoencoder."""
 
     conditions: Conditions
     finished: FinishedRun
@@ -114,39 +116,54 @@ class HalvedPixels(Latents):
         return doubled(samples * std + mean)
 
 
-def open_grounds(conditions: Conditions) -> list[Latents]:
+def with_captions(source: Digits, kept: list[bool]) -> Digits:
+    """The same images, with those of their captions whose texts are `kept`: as many of each."""
+    captions = source.described.captions
+    chosen = captions.choices[torch.tensor(kept)[captions.choices]]
+    choices = chosen.view(*captions.choices.shape[:3], -1)
+    other = copy(source)
+    other.described = replace(source.described, captions=replace(captions, choices=choices))
+    return other
+
+
+def open_latents(conditions: Conditions) -> Latents:
+    """The latents, encoded once. Raises InputError if there is no finished run."""
+    return Latents(conditions, *open_encoded(conditions))
+
+
+def open_data_sets(conditions: Conditions) -> list[Latents]:
     """Both data sets. Raises InputError if there is no finished run."""
-    finished, features = open_encoded(conditions)
-    return [kind(conditions, finished, features) for kind in (Latents, HalvedPixels)]
+    latents = open_latents(conditions)
+    return [latents, HalvedPixels(conditions, latents.finished, latents.features)]
 
 
-def open_pixels(conditions: Conditions) -> HalvedPixels:
+def open_pixel_data(conditions: Conditions) -> HalvedPixels:
     """The pixels alone: nothing is encoded. Raises InputError if there is no finished run."""
-    finished = open_finished_run(conditions.run, None, torch.device("cpu"))
+    finished = open_main_run(conditions)
     encoders = finished.encoders(finished.config)
     features = Features(conditions.out / "cache", finished.source, encoders)
     return HalvedPixels(conditions, finished, features)
 
 
 @dataclass(frozen=True)
-class AskedImages:
-    """Prompts, what tells the network of them, noise to start from: the same for all."""
+class SampleInputs:
+    """What samples are drawn from, the same for all networks."""
 
-    draw: Draw
-    pooled: Tensor
+    draw: Draw  # of prompts
+    pooled: Tensor  # their text
     noise: Tensor
-    floor: float
+    floor: float  # Frechet distance of as many real images
 
 
-def asked_of(ground: Latents, seed: int, count: int) -> AskedImages:
-    draw, config = draw_prompts(ground.finished.source, count, seed), ground.mmdit
-    pooled = torch.stack([ground.features[text][1] for text in draw.prompts])
+def sample_inputs(data: Latents, seed: int, count: int) -> SampleInputs:
+    draw, config = draw_prompts(data.finished.source, count, seed), data.mmdit
+    pooled = torch.stack([data.features[text][1] for text in draw.prompts])
     shape = config.latent_channels, *(config.grid_sample * config.patch_size,) * 2
     noise = torch.randn(len(draw.prompts), *shape, generator=rng(seed, "samples"))
-    return AskedImages(draw, pooled, noise, ground.scorer.floor(draw))
+    return SampleInputs(draw, pooled, noise, data.scorer.floor(draw))
 
 
-def judged(ground: Latents, samples: Tensor, what: AskedImages) -> tuple[float, float]:
+def scores_of_samples(data: Latents, samples: Tensor, inputs: SampleInputs) -> tuple[float, float]:
     """Share of samples read as asked, and their Frechet distance over that of real images."""
-    accuracy, distance = ground.scorer.score(ground.to_digits(samples), what.draw)
-    return accuracy, distance / what.floor
+    accuracy, distance = data.scorer.score(data.to_digits(samples), inputs.draw)
+    return accuracy, distance / inputs.floor
