@@ -11,7 +11,7 @@ MNIST_TRAINING = Training(
     autoencoder=Recipe(steps=300, batch=64, lr=2e-3, warmup=50, weight_decay=0.0),
     clip=Recipe(steps=300, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2),
     t5=Recipe(steps=250, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
-    flow=Recipe(steps=2300, batch=128, lr=1e-2, warmup=100, weight_decay=0.0, optimizer="muon"),
+    flow=Recipe(steps=1900, batch=128, lr=1e-2, warmup=100, weight_decay=0.0, optimizer="muon"),
     kl_weight=1e-2,
     time_mean=0.8,  # more towards noise than SD3's 0: there it is decided which digit it is
     time_std=1.0,

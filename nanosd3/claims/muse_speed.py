@@ -161,8 +161,8 @@ FASTER_THAN_FLOW = Experiment(
     decide=decide_faster,
     plot=plot_speed,
     remark="The article compares with models of other sizes and with samplers of 50 "
-    "and more steps. The main model was trained for 2,300 steps of 128, these Muses for 600 of "
-    "32. Here the steps of the two differ in cost: the main model has 16 tokens of "
+    "and more steps. The main model was trained on over ten times as many images as these Muses. "
+    "Here the steps of the two differ in cost: the main model has 16 tokens of "
     "sixteen numbers, Muse 49 of one code each.",
 )
 
