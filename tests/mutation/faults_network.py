@@ -205,7 +205,7 @@ MMDIT = [
      "no norm in the final layer"),
     # MMDiT
     ("Embedder(TIMESTEP_FEATURES, D)\n        self.y_embedder = Embedder(config.pooled_dim, D)",
-     "Embedder(TIMESTEP_FEATURES, D)\n        self.y_embedder = Linear(config.pooled_dim, D)",
+     "Embedder(TIMESTEP_FEATURES, D)\n        self.y_embedder = nn.Linear(config.pooled_dim, D)",
      "pooled text through one linear layer"),
     ("config.grid, config.grid_sample, config.grid_span",
      "config.grid, config.grid, config.grid_span", "the whole grid has the span"),

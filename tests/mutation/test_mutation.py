@@ -38,6 +38,26 @@ def test_faults_fit():
         compile(source.replace(fault.old, fault.new), fault.file, "exec")
 
 
+def test_faults_are_no_misspelt_names(tmp_path):
+    """A fault that ends in a NameError is caught by any test, and says nothing about them."""
+    for i, fault in enumerate(FAULTS):
+        source = SOURCES[fault.file].replace(fault.old, fault.new)
+        (tmp_path / f"{i}.py").write_text(source)
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--isolated",
+        "--no-cache",
+        "--select",
+        "F821",
+    ]
+    done = subprocess.run([*command, "--output-format", "concise", "."], cwd=tmp_path,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_faults_reach_every_function():
     touched = {(f.file, mutation.place(f, SOURCES[f.file])[1]) for f in FAULTS}
     for file in SPINE:
