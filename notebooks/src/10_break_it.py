@@ -165,7 +165,7 @@ right, big, good = restored(runs["A"]), pipeline.mmdit, draw(pipeline.mmdit)
 #
 # The sines of the time embedding were designed for times up to 1000: their angles are
 #
-# $$1000 t 10000^{-k / 128}, \quad k = 0, \ldots, 127$$
+# $$1000 t \cdot 10000^{-k / 128}, \quad k = 0, \ldots, 127$$
 #
 # With $t$ alone, in [0, 1], most of them hardly change. It is the most common mistake in
 # reimplementations: made everywhere (B), or only in sampling, where two conventions meet.

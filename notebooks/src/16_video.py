@@ -420,7 +420,7 @@ images(sevens, "Four of these, frame by frame.")
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Where it goes comes first: after a hundred steps nearly every clip goes as asked. Then it settles
+# Where it goes comes first: after a hundred steps every clip goes as asked. Then it settles
 # down, and wobbles less from frame to frame. Which digit it is comes last, although the network
 # could draw digits (larger ones, always in the middle: perhaps that is why). From 400 steps to 800
 # it gains little; the package's command takes 2,000, on clips of its own sizes.
@@ -452,7 +452,7 @@ print("8 frames, pixels gone ahead since the first:", [round(float(x - ahead[0])
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# In wider and in higher frames nearly every clip goes as asked, and digits are read less often. The
+# In wider and in higher frames every clip goes as asked, and digits are read less often. The
 # positions come from the same buffer and are new at the edges only. Eight frames fail: hardly any
 # clip starts as asked. In the four frames in the middle, at times that it knows, the digit does
 # what it has learned; before and after them it goes the other way. Perhaps that is because the
