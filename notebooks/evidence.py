@@ -1,21 +1,46 @@
 """Drawings for notebook 17: ranks by seed, pairs of results, two scores at once, who beats whom."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from figures import finish, panels, to_numpy
+from matplotlib.axes import Axes
 from torch import Tensor
 
-from nanosd3.training.plot_style import INK, PALE
+from nanosd3.training.plot_style import INK, PALE, SERIES
+
+PLACES = ((0, 9), (0, -9), (0, 20), (0, -20))  # of a name above or below its point
 
 
-def by_seed(ranks: Mapping[str, Sequence[float]], ylabel: str, caption: str) -> None:
-    """A line for each name through its values, seed by seed; 1, the best, on top."""
+def apart(values: Sequence[float], gap: float) -> list[float]:
+    """The values, in the same order but so that neighbours are at least `gap` apart."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    moved = list(values)
+    for _ in range(100):
+        for a, b in pairwise(order):
+            missing = max(0.0, gap - (moved[b] - moved[a]))
+            moved[a] -= missing / 2
+            moved[b] += missing / 2
+    return moved
+
+
+def by_seed(
+    ranks: Mapping[str, Sequence[float]], ylabel: str, caption: str, subject: str = ""
+) -> None:
+    """A line for each name through its values, seed by seed; 1, the best, on top. The line of the
+    subject is green. Names are moved where they would lie on each other."""
     figure, (axis,) = panels(1, 6.4, 3.6)
-    for name, values in ranks.items():
-        seeds = range(len(values))
-        axis.plot(seeds, values, "-o", color=PALE, markerfacecolor=INK, markeredgecolor=INK)
-        axis.text(-0.08, values[0], name, ha="right", va="center")
-        axis.text(len(values) - 0.92, values[-1], name, va="center")
+    everything = [value for values in ranks.values() for value in values]
+    gap = 0.07 * (max(everything) - min(everything))
+    ends = [apart([values[i] for values in ranks.values()], gap) for i in (0, -1)]
+    for (name, values), left, right in zip(ranks.items(), *ends, strict=True):
+        dark, line = (SERIES[1], SERIES[1]) if name == subject else (INK, PALE)
+        seeds, style = range(len(values)), {"markerfacecolor": dark, "markeredgecolor": dark}
+        axis.plot(seeds, values, "-o", color=line, zorder=2 + 0.5 * (name == subject), **style)
+        thin = {"arrowstyle": "-", "color": PALE, "shrinkA": 0, "shrinkB": 4}
+        for x, y, to, side in ((0, left, -0.12, "right"), (seeds[-1], right, 0.12, "left")):
+            axis.annotate(name, (x, values[x]), (x + to, y), color=dark, ha=side, va="center",
+                          arrowprops=thin)  # fmt: skip
     count = max(len(values) for values in ranks.values())
     axis.set_xticks(range(count), [f"seed {seed}" for seed in range(count)])
     axis.set(ylabel=ylabel, xlim=(-0.9, count - 0.1))
@@ -47,16 +72,29 @@ def two_scores(
     points = to_numpy(scores)
     near = points[:, 1] < 1.3 * points[:, 1].min()
     labels = [f"{n}: {k}" for n, k in zip(names, fronts, strict=True)] if fronts else list(names)
-    for i in near.nonzero()[0]:
-        axis.annotate(labels[i], points[i], (0, 6), textcoords="offset points", ha="center")
     for number in sorted(set(fronts or ())):
         own = points[near & (to_numpy(fronts or ()) == number)]
         axis.plot(*own[own[:, 0].argsort()].T, "-", color=PALE)
     axis.plot(*points[near].T, "o", color=INK, linestyle="")
     axis.set(xlabel="share read as asked (more is better)", ylabel="Frechet ratio (less is better)")
     axis.margins(0.15)
+    name_points(axis, {labels[i]: points[i] for i in near.nonzero()[0]})
     far = ", ".join(label for label, close in zip(labels, near, strict=True) if not close)
     finish(figure, f"{caption} Far above: {far}." if far else caption, "Points with names")
+
+
+def name_points(axis: Axes, points: Mapping[str, Sequence[float]]) -> None:
+    """Each name above its point, or where the names before leave room."""
+    axis.figure.draw_without_rendering()  # from here on it is known where things are
+    taken = []
+    for name, point in points.items():
+        label = axis.annotate(name, point, PLACES[0], textcoords="offset points", ha="center",
+                              va="center")  # fmt: skip
+        for place in PLACES:
+            label.set_position(place)
+            if not any(label.get_window_extent().overlaps(box) for box in taken):
+                break
+        taken.append(label.get_window_extent())
 
 
 def who_beats_whom(signs: Tensor, names: Sequence[str], caption: str) -> None:

@@ -21,6 +21,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterMathtext
 from torch import Tensor
 
 from nanosd3.training.plot_style import INK, MEANINGS, PALE, SERIES
@@ -38,7 +39,6 @@ plt.rcParams.update(
         "figure.constrained_layout.use": True,
         "font.size": 9,
         "axes.titlesize": 10,
-        "axes.formatter.min_exponent": 3,  # 0.01 rather than 10^-2
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.prop_cycle": cycler(color=SERIES) + cycler(linestyle=DASHES),
@@ -99,6 +99,25 @@ def to_numpy(x: Tensor | np.ndarray | Sequence) -> np.ndarray:
 # --- curves -------------------------------------------------------------------------------------
 
 
+class PlainLogarithm(LogFormatterMathtext):
+    """Ticks of a logarithmic axis as numbers, 0.01 or 200, unless some would be too long: then all
+    of them as powers."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        label = super().__call__(x, pos)
+        low, high = sorted(self.axis.get_view_interval())
+        return f"{x:g}" if label and low > 9e-5 and high < 1e6 else label
+
+
+def scale(axis: Axes, log: str) -> None:
+    """Make the axes named in `log`, "x", "y" or "xy", logarithmic."""
+    for name in log:
+        axis.set(**{f"{name}scale": "log"})
+        ticks = getattr(axis, f"{name}axis")
+        ticks.set_major_formatter(PlainLogarithm())
+        ticks.set_minor_formatter(PlainLogarithm(minor_thresholds=(1.5, 0.4)))
+
+
 def lines(
     curves: Mapping[str, tuple[Sequence, Sequence]],
     xlabel: str,
@@ -117,11 +136,10 @@ def lines(
         colour = colour_of(name, SERIES[i % len(SERIES)])
         axis.plot(to_numpy(x), to_numpy(y), color=colour, **style)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.set_xscale("log" if "x" in log else "linear")
-    axis.set_yscale("log" if "y" in log else "linear")
+    scale(axis, log)
     if ticks is not None:
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
     if len(curves) > 1:
         axis.legend()
     finish(figure, caption, f"Plot of {ylabel} against {xlabel}: {', '.join(curves)}")
@@ -135,8 +153,7 @@ def curves(
     for axis, (name, (x, y)) in zip(axes, parts.items(), strict=True):
         axis.plot(to_numpy(x), to_numpy(y), "-o" if len(x) <= 20 else "-", color=INK, markersize=4)
         axis.set(xlabel=xlabel, ylabel=name)
-        axis.set_xscale("log" if "x" in log else "linear")
-        axis.set_yscale("log" if "y" in log else "linear")
+        scale(axis, log)
     finish(figure, caption, f"Plots side by side, against {xlabel}: {', '.join(parts)}")
 
 

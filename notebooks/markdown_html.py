@@ -6,8 +6,12 @@ import re
 from latex2mathml.converter import convert as to_mathml
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-# The name of a function, not raised to a power, before what it is taken of, without brackets.
-FUNCTION = re.compile(r"(?<!<msup>)(<mi>(?:sin|cos|ln|log|exp)</mi>)(?=<m(?!o\b))")
+NAME = r"<mi>(?:sin|cos|ln|log|exp)</mi>"
+# The name of a function, not raised to a power, or with its base, before what it is taken of,
+# without brackets.
+FUNCTION = re.compile(
+    rf"((?<!<msup>)(?<!<msub>){NAME}|<msub>{NAME}(?:(?!</?msub>).)*</msub>)(?=<m(?!o\b))"
+)
 
 
 def formula(body: str, display: str) -> str:

@@ -3,28 +3,25 @@
 nbconvert turns the committed .ipynb files, outputs included, into HTML, and markdown_html.py their
 formulas into MathML, which browsers draw themselves. So the pages need no script, no font and no
 network, and open from a disk as well as from a server. Added here: a frame with contents, previous
-and next; the glossary, the claims and the teachers' page; links that lead to pages, and pictures
-that are described in words.
+and next; the glossary, the claims, the related systems and the teachers' page; and what
+finishing.py does to all of them.
 """
 
 import base64
 import html
 import io
 import re
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import build
 import nbformat
-from bs4 import BeautifulSoup, Tag
+from finishing import ROOT, Finisher, Page
 from markdown_html import to_html
 from nbconvert import HTMLExporter
 from PIL import Image, ImageOps
 from pygments.formatters import HtmlFormatter
 
 HERE = Path(__file__).parent.resolve()
-ROOT = HERE.parent
 TITLE = "Stable Diffusion 3 from scratch"
 FRAME = """<!DOCTYPE html>
 <html lang="en">
@@ -46,34 +43,17 @@ FRAME = """<!DOCTYPE html>
 </body>
 </html>
 """
-WIDE = 1000  # pixels of a picture with small letters
 MARGIN = 12  # pixels below a still
-LONG = 40  # characters of a cell that is not to be narrow
 STOP = '<label><input type="checkbox"> stop the film</label>'
 EXTRA = {  # pages made of Markdown: their file, and their name in the menu
     "glossary.html": (HERE / "glossary.md", "Glossary"),
     "claims.html": (ROOT / "nanosd3" / "claims" / "README.md", "Claims"),
+    "related.html": (ROOT / "nanosd3" / "related" / "README.md", "Related systems"),
     "teachers.html": (HERE / "README.md", "For teachers"),
 }
 
 
-@dataclass(frozen=True)
-class Page:
-    """A page of the site."""
-
-    name: str  # of its file
-    source: Path  # the .ipynb or Markdown file, against which its links are read
-    title: str
-    question: str  # "" for pages that are no notebooks
-    body: str
-
-
 # --- from Markdown ------------------------------------------------------------------------------
-
-
-def slug(heading: str) -> str:
-    """The anchor of a heading, as GitHub makes it."""
-    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
 def notebook_page(path: Path) -> Page:
@@ -147,84 +127,6 @@ folder <code>notebooks</code>.</p>
     return Page("index.html", HERE / "README.md", TITLE, "", body)
 
 
-# --- links, pictures, tables --------------------------------------------------------------------
-
-
-class Finisher:
-    """What all pages have in common, applied to one of them after another."""
-
-    def __init__(self, pages: list[Page], out: Path):
-        self.out = out
-        self.names = {page.source: page.name for page in pages if page.name != "index.html"}
-
-    def finish(self, page: Page) -> str:
-        """The body of a page with its headings, links, pictures and tables in order."""
-        soup = BeautifulSoup(page.body, "html.parser")
-        for tag in soup.find_all(["script", "link", "iframe", "img", "video", "source"]):
-            address = str(tag.get("src") or tag.get("href") or "")
-            if re.match(r"(https?:)?//", address):
-                raise ValueError(f"{page.source.name}: loads {address}")
-        for answer in soup.select(".celltag_answer .output_wrapper"):
-            folded = answer.wrap(soup.new_tag("details"))
-            folded.insert(0, soup.new_tag("summary", string=build.COVER))
-        section = page.title
-        for tag in soup.find_all(["h1", "h2", "h3", "a", "img", "table", "pre", "p", "code"]):
-            if tag.name in ("h1", "h2", "h3"):
-                section = tag.get_text()
-                tag["id"] = slug(section)
-            elif tag.name == "a":
-                self.link(tag, page)
-            elif tag.name == "img":
-                self.picture(tag, page, section)
-            elif tag.name == "table":
-                tag.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
-                for cell in tag.find_all("td"):
-                    if len(cell.get_text()) > LONG:
-                        cell["class"] = "long"  # not of one word's width on a telephone
-                    elif re.match(r"\d[\d.,]*%? \(", cell.get_text()):
-                        cell["class"] = "number"  # with its range, in one line there
-            elif tag.name == "pre":
-                tag["tabindex"] = "0"  # may be wider than the page: scrolled by keyboard
-            elif tag.name == "code" and len(tag.get_text()) <= 28:
-                tag["class"] = "short"  # not broken at the hyphens of an option
-            elif page.name == "glossary.html" and isinstance(first := tag.contents[0], Tag):
-                tag["id"] = slug(first.get_text())
-        return str(soup)
-
-    def file(self, target: str, page: Page) -> Path:
-        return (page.source.parent / target).resolve()
-
-    def link(self, tag: Tag, page: Page) -> None:
-        """Links to pages of the site lead there; those to other files of the repository become
-        text; those to the outside stay."""
-        target, _, anchor = str(tag.get("href", "")).partition("#")
-        if re.match(r"[a-z]+:", target) or target.endswith(".html") or not target:
-            return
-        name = self.names.get(self.file(target, page))
-        if name is None:
-            tag.unwrap()
-        else:
-            tag["href"] = f"{name}#{anchor}" if anchor else name
-
-    def picture(self, tag: Tag, page: Page, section: str) -> None:
-        """Files are copied into the site; a picture without a description gets its section's."""
-        source = str(tag["src"])
-        if not str(tag.get("alt", "")).strip() or str(tag["alt"]).startswith("No description"):
-            tag["alt"] = f"Picture in the section: {section}"
-        if source.startswith("data:"):
-            with Image.open(io.BytesIO(base64.b64decode(source.split(",")[-1]))) as picture:
-                if picture.width > WIDE:
-                    tag["class"] = [*tag.get("class", []), "wide"]
-            return
-        path = self.file(source, page)
-        if not path.is_relative_to(ROOT) or not path.is_file():
-            raise FileNotFoundError(f"{page.source.name}: no picture {source}")
-        copied = self.out / "pictures" / "-".join(path.relative_to(ROOT).parts)
-        copied.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copied)
-        tag["src"] = f"pictures/{copied.name}"
-
-
 # --- the site -----------------------------------------------------------------------------------
 
 
@@ -242,10 +144,10 @@ def neighbours(page: Page, pages: list[Page]) -> str:
     links = []
     if i > 0:
         before = pages[i - 1]
-        links.append(f'<a rel="prev" href="{before.name}">← {html.escape(before.title)}</a>')
+        links.append(f'<a rel="prev" href="{before.name}">←\u00a0{html.escape(before.title)}</a>')
     if i + 1 < len(pages):
         after = pages[i + 1]
-        links.append(f'<a rel="next" href="{after.name}">{html.escape(after.title)} →</a>')
+        links.append(f'<a rel="next" href="{after.name}">{html.escape(after.title)}\u00a0→</a>')
     return "\n".join(links)
 
 

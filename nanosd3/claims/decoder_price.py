@@ -118,10 +118,7 @@ def decide_price(results: dict) -> Verdict:
 def plot_price(results: dict, path: Path) -> None:
     figure, (axis,) = new_figure(7, 1)
     rows = [(name, n) for name in results["decoders"] for n in DECODING_STEPS]
-    labels = [
-        f"{AUTOENCODERS_PRICED[name].factor}x smaller latents\n{n} step{'s' * (n > 1)}"
-        for name, n in rows
-    ]
+    labels = [f"for {name},\n{n} step{'s' * (n > 1)}" for name, n in rows]
     for i, (name, n) in enumerate(rows):
         one = results["decoders"][name]
         counted, timed = one["millions"][str(n)] / one["millions"]["0"], one["times"][str(n)]
@@ -131,7 +128,8 @@ def plot_price(results: dict, path: Path) -> None:
     axis.set_yticks(range(len(rows)), labels)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlim(left=0)
-    axis.set_title("Cost of a consistency decoder, the autoencoder's own = 1")
+    axis.set_title("What a consistency decoder costs")
+    axis.set_xlabel("the autoencoder's own decoder = 1")
     axis.legend()
     save_plot(figure, path)
 

@@ -104,6 +104,7 @@ def plot_loss_swap(results: dict, path: Path) -> None:
     plain_logarithm(axes[0])
     axes[0].set(title="Frechet distance / that of real images")
     axes[1].set(title="Read as asked")
+    axes[1].set_ylim(bottom=0.55)  # room for the legend
     axes[1].legend(loc="lower left")
     save_plot(figure, path)
 

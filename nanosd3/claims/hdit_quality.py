@@ -77,11 +77,12 @@ def plot_shapes(results: dict, path: Path) -> None:
         right.plot(one["ratio"], [100 * x for x in one["accuracy"]], line[-1], label=name)
     left.set(xlabel="10^9 multiply-adds of all forward passes",
              ylabel="weighted loss, held out", title="Learning")  # fmt: skip
-    right.axvline(1, color=MEANINGS["data"], linestyle=":")
+    right.axvline(1, color=MEANINGS["data"], linestyle=":", label="real images")
     right.set(xlabel="Frechet distance / that of real images", ylabel="read as asked (%)",
               title="Samples, each seed's")  # fmt: skip
     right.set_xlim(left=0)
     left.legend()
+    right.legend(loc="upper left")
     save_plot(figure, path)
 
 

@@ -66,7 +66,7 @@ def plot_weighting(results: dict, path: Path) -> None:
     left.legend()
     for (name, one), mark in zip(results["weightings"].items(), ("o", "s"), strict=True):
         right.plot(one["ratio"], [100 * x for x in one["accuracy"]], mark, label=name)
-    right.axvline(1, color=MEANINGS["data"], linestyle=":")
+    right.axvline(1, color=MEANINGS["data"], linestyle=":", label="real images")
     right.set(xlabel="Frechet distance / that of real images", ylabel="read as asked (%)",
               title="Samples, each seed's")  # fmt: skip
     right.set_xlim(left=0)

@@ -123,7 +123,7 @@ def section(record: dict, shown_by: str) -> str:
 {remark}
 {table}
 
-![Plot of {record["name"]}](results/{record["name"]}.png)
+![Plot for the claim: {record["claim"]}](results/{record["name"]}.png)
 
 Seeds {seeds}; {seconds} on {machine["processor"]}, torch {machine["torch"]}, commit
 {machine["commit"]}.

@@ -111,7 +111,7 @@ def plot_dpo(results: dict, path: Path) -> None:
     arms = results["arms"]
     shown = (
         ("right", "As asked", ALL_ARMS),
-        ("rate", "Win rate against before", TUNED_ON),
+        ("rate", "Win rate against before (dotted: 0.5)", TUNED_ON),
         ("ratio", "Frechet ratio", ALL_ARMS),
     )
     for axis, (key, title, names) in zip(axes, shown, strict=True):

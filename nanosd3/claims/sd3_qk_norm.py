@@ -85,7 +85,7 @@ def plot_norm(results: dict, path: Path) -> None:
     axes[0].set(title="Largest logit of attention")
     axes[1].set(title="Entropy of attention (1: even)")
     axes[1].set_ylim(0, 1)
-    axes[1].legend(title="precision, QK-norm")
+    axes[1].legend(title="precision, QK-norm", loc="lower right", bbox_to_anchor=(1, 0.12))
     save_plot(figure, path)
 
 

@@ -122,6 +122,7 @@ def plot_scaling(results: dict, path: Path) -> None:
         errors = [sum(each) / len(each) for each in zip(*one["errors"], strict=True)]
         axes[2].plot(FEW, errors, mark, markersize=5, label=f"depth {depth}")
     axes[0].set(title="Validation loss", xlabel="training steps")
+    axes[0].set_ylim(top=1)  # room for the legend
     axes[0].legend()
     axes[1].set(title="Frechet ratio by loss", xlabel="validation loss, each network")
     axes[2].set(title=f"Distance from {MANY} steps", xlabel="steps (Euler)")

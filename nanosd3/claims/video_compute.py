@@ -127,7 +127,7 @@ def plot_clip_compute(results: dict, path: Path) -> None:
     known = zip(references.items(), ("-", "--", ":"), (MEANINGS["data"], *SERIES[:2]), strict=True)
     for (name, distance), line, colour in known:
         left.axhline(distance, color=colour, linestyle=line, label=name)
-    left.set_ylim(bottom=0)
+    left.set_ylim(0, 1.5 * left.dataLim.y1)  # room for the legend
     left.set(ylabel="Frechet distance of clips", title="How near to real clips")
     left.legend()
     names = ("digit read in", "direction right in", "motion explained, R^2")

@@ -141,9 +141,10 @@ for step in range(steps):
 images({"20 steps": pipeline.decode(z)}, "Six latents after twenty steps from noise, decoded.")
 
 # %% [markdown]
-# That is a complete sampler. The package's `samplers.euler` is the same loop over any list of
-# times, with a callback at every step so that we can watch. The assertion below checks that the two
-# agree; from here on we use the package's.
+# That is a complete sampler. Not all it draws are good threes, the fourth looks like an 8: step 4
+# will help. The package's `samplers.euler` is the same loop over any list of times, with a callback
+# at every step so that we can watch. The assertion below checks that the two agree; from here on we
+# use the package's.
 
 # %%
 path = []

@@ -53,6 +53,8 @@ images(rows, "t = 0.05, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9 and 1, from left to right."
 # a smear, the average of all digits. On the way from right to left the model changes its mind: an
 # 8, then a 9, and finally the 4 that it is.
 #
+# ## Both ends, and between them
+#
 # The loss at time $t$ is the mean square error per latent,
 #
 # $$L(t) = E | v - (\epsilon - x_0) |^2$$
@@ -85,8 +87,6 @@ curves = {name: (ts, column) for name, column in zip(names, table.T, strict=True
 lines(curves, "t (0 data, 1 noise)", "loss (mean square of velocity)", "Mean over test images.")
 
 # %% [markdown]
-# ## Both ends, and between them
-#
 # <details><summary>What happened</summary>
 #
 # At $t = 0$ we see $x_0$. The target $\epsilon - x_0$ has one part known, the other unknowable. The

@@ -499,7 +499,7 @@ images({"0 to 9": drawn}, "The upper half is kept from the four; the prompts ask
 print("read as:", lesson.classify(drawn))
 
 # %% [markdown]
-# Half of the ten are read as requested: 0, 2, 4, 7 and 8. A five does not fit the top of a four.
+# Six of the ten are read as requested: 0, 2, 3, 4, 7 and 8. A five does not fit the top of a four.
 
 # %%
 show("repaint")

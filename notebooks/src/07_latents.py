@@ -296,7 +296,7 @@ def small_vae(channels, kl_weight):
 # Errors are given as PSNR, in decibels. Pixels span 2, from -1 to 1, so for a mean square error $e$
 # it is
 #
-# $$10 \log_{10} \frac{2^2}{e}$$
+# $$10 \, \log_{10} \frac{2^2}{e}$$
 #
 # **PREDICT.** 1, 4 or 16 channels of 8 x 8: how will the error change, and will you see it?
 

@@ -165,7 +165,7 @@ right, big, good = restored(runs["A"]), pipeline.mmdit, draw(pipeline.mmdit)
 #
 # The sines of the time embedding were designed for times up to 1000: their angles are
 #
-# $$1000 t 10000^{-k / 128}, \quad k = 0, \ldots, 127$$
+# $$1000 t \cdot 10000^{-k / 128}, \quad k = 0, \ldots, 127$$
 #
 # With $t$ alone, in [0, 1], most of them hardly change. It is the most common mistake in
 # reimplementations: made everywhere (B), or only in sampling, where two conventions meet.
@@ -250,8 +250,6 @@ turn(looked_at, lambda x, caption: images(x, caption, cell=1.0, span=(0, 1)), "A
      "heads: a row for each query, a column for each key; black is 0, white is 1.",
      [{"size": 1.0}, {"size": 8.0}],
      size=(0.5, 16.0, 0.5, 4.0), weight=(0.5, 3.0, 0.1, 1.0))  # fmt: skip
-
-# %%
 show("qk_norm_attention")
 
 
@@ -396,7 +394,6 @@ padding = [i for i in range(conditioning[0].shape[1]) if i not in content]
 kinds = {"no mask": content + padding, "padding masked": content, "words masked": padding}
 compare({name: draw(lambda z, t, context, pooled, k=k: big(z, t, context[:, k], 0 * pooled))
          for name, k in kinds.items()}, "Without the pooled vector.")  # fmt: skip
-show("pool_at_end")
 
 # %% [markdown]
 # <details><summary>What happened</summary>
@@ -407,7 +404,10 @@ show("pool_at_end")
 #
 # </details>
 #
-# Padding is also why CLIP's pooled vector, the task above, is not simply the last one.
+# Padding is also why CLIP's pooled vector, the next task, is not simply the last one.
+
+# %%
+show("pool_at_end")
 
 
 # %%

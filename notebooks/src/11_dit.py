@@ -62,6 +62,19 @@ lines(
     "xy",
     patches,
 )
+
+# %% [markdown]
+# <details><summary>What happened</summary>
+#
+# Four times the tokens: a little more than four times the cost, 4.3 times for S and 4.1 for XL. The
+# linear layers cost as much for each token, however many there are. Only attention has pairs of
+# tokens, and for wide tokens its share is small. In the paper smaller patches make better images at
+# every size, so what counts is the work, not the number of weights: FID falls from 106 to 19 from
+# XL/8 to XL/2, which have nearly the same ones (section 5, at 400,000 steps).
+#
+# </details>
+
+# %%
 show("block_cost")
 
 
@@ -85,16 +98,6 @@ else:
     print("Solve `block_cost`, and this cell draws what a block costs as images grow.")
 
 # %% [markdown]
-# <details><summary>What happened</summary>
-#
-# Four times the tokens: a little more than four times the cost, 4.3 times for S and 4.1 for XL. The
-# linear layers cost as much for each token, however many there are. Only attention has pairs of
-# tokens, and for wide tokens its share is small. In the paper smaller patches make better images at
-# every size, so what counts is the work, not the number of weights: FID falls from 106 to 19 from
-# XL/8 to XL/2, which have nearly the same ones (section 5, at 400,000 steps).
-#
-# </details>
-#
 # ## Four ways to tell it
 #
 # The time $t$ and the class $y$ become two vectors of width $D$; $c$ is their sum. A block of the
@@ -235,9 +238,9 @@ lines(curves, "step", "loss, relative to adaLN-Zero's", f"Means of {width} steps
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The curves are of one seed, so neighbours may change places. With three seeds, 600 steps and width
-# 128 the errors are 0.175 in-context, 0.174 cross-attention, 0.169 adaLN, 0.169 with gates that do
-# not start at zero, and 0.166 adaLN-Zero
+# The curves are of one seed, so neighbours may change places: here `adaln_gates` ends a little
+# below adaLN-Zero. With three seeds, 600 steps and width 128 the errors are 0.175 in-context, 0.174
+# cross-attention, 0.169 adaLN, 0.169 with gates that do not start at zero, and 0.166 adaLN-Zero
 # ([x-dit-1-gates](../nanosd3/claims/README.md#x-dit-1-gates)): the gates alone bring nothing, the
 # zeros do. The paper's networks are far larger and trained for 400,000 steps. Their FIDs are
 # further apart: 35, 26, 25 and 19, in the order of the list above.
@@ -354,6 +357,37 @@ for count in (1000, 50, 10):
     ratio = (some.posterior_variance / some.betas).sqrt()[1:]
     curves[f"{count} steps"] = (some.steps[1:], ratio)
 lines(curves, "step (of 1000)", "deviation of beta~ / of beta", "The two ends.")
+
+
+# %%
+def score(drawn):
+    """Share that is read as asked, and Frechet distance to real digits."""
+    size, seen = pipeline.config.image_size, lesson.classifier.features
+    with torch.no_grad():
+        real, ours = (seen(to_model(torch.as_tensor(x), size)) for x in (test, drawn))
+    right = [a == b for a, b in zip(lesson.classify(drawn), digits.tolist(), strict=True)]
+    return f"read as asked {sum(right) / B:4.0%}, distance {frechet_distance(ours, real):3.0f}"
+
+
+test, ends = lesson.images.test_images[:2000], {"beta": 1.0, "beta~": -1.0}
+rows = {"learned": ours} | {name: backwards(few, mean_of, lambda s, left, n, end=end: learned(
+    torch.full_like(s, end), left, n)) for name, end in ends.items()}  # fmt: skip
+images({name: x[:10] for name, x in rows.items()}, "Ten steps, the same noise.")
+for name, x in rows.items():
+    print(f"{name:8} {score(x)}")
+
+# %% [markdown]
+# <details><summary>What happened</summary>
+#
+# Of 1000 steps the two ends are the same but for the first few: it hardly matters which one takes.
+# Of 10 steps they differ over half of the way, most near the data, where $\beta$ puts on noise that
+# nothing takes away again. The learned variance needs no choice, but here its digits are the
+# farthest from real ones, and those of $\tilde{\beta}$ the nearest. (The scores are of one seed and
+# of 200 digits: a tenth more or less means nothing.)
+#
+# </details>
+
+# %%
 show("log_variance")
 
 
@@ -364,37 +398,15 @@ def log_variance(s, alpha_bar, n):
 
 solved = check("log_variance", log_variance)
 
-
 # %%
-def score(drawn):
-    """Share that is read as asked, and Frechet distance to real digits."""
-    size, seen = pipeline.config.image_size, lesson.classifier.features
-    with torch.no_grad():
-        real, ours = (seen(to_model(torch.as_tensor(x), size)) for x in (test, drawn))
-    right = [a == b for a, b in zip(lesson.classify(drawn), digits.tolist(), strict=True)]
-    return f"{sum(right) / B:.0%}", round(frechet_distance(ours, real))
-
-
-test, ends = lesson.images.test_images[:2000], {"beta": 1.0, "beta~": -1.0}
-rows = {"learned": ours} | {name: backwards(few, mean_of, lambda s, left, n, end=end: learned(
-    torch.full_like(s, end), left, n)) for name, end in ends.items()}  # fmt: skip
 if solved:
-    rows["learned, by yours"] = backwards(few, mean_of, log_variance)
+    yours = backwards(few, mean_of, log_variance)
+    images({"learned, by yours": yours[:10]}, "Ten steps, the same noise, your log_variance.")
+    print(score(yours))
 else:
-    print("Solve `log_variance`, and a row below is drawn with it.")
-images({name: x[:10] for name, x in rows.items()}, "Ten steps, the same noise.")
-print({name: score(x) for name, x in rows.items()})
+    print("Solve `log_variance`, and this cell draws ten digits with it.")
 
 # %% [markdown]
-# <details><summary>What happened</summary>
-#
-# Of 1000 steps the two ends are the same but for the first few: it hardly matters which one takes.
-# Of 10 steps they differ over half of the way, most near the data, where $\beta$ puts on noise that
-# nothing takes away again. The learned variance needs no choice; how much it is worth here, the
-# scores say. (They are of one seed and of 200 digits: a tenth more or less means nothing.)
-#
-# </details>
-#
 # ## The flow instead
 #
 # Now the same network, without the second set of channels, learns the velocity of rectified flow:
@@ -418,7 +430,7 @@ for count in pick((5, 10, 50), (2, 3)):
         rows[f"{name}, {count} evaluations"] = pipeline.decode(z)
 images({name: x[:10] for name, x in rows.items()}, "The same noise and labels.")
 for name, x in rows.items():
-    print(name, *score(x))
+    print(f"{name:20} {score(x)}")
 
 # %% [markdown]
 # <details><summary>What happened</summary>

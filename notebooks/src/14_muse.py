@@ -259,7 +259,7 @@ images({name: pictures[:10] for name, pictures in rows.items()}, "In one step.")
 # decided before it guesses on (MaskGIT, section 3.2; Muse, section 2.8). Of $N$ tokens that are
 # hidden at first, there stay hidden after step $k = 0, 1, \ldots, S - 1$ of $S$
 #
-# $$n_k = \lfloor N \cos(\frac{\pi}{2} \frac{k + 1}{S}) \rfloor$$
+# $$n_k = \lfloor N \cos(\frac{\pi}{2} \cdot \frac{k + 1}{S}) \rfloor$$
 #
 # For 49 and 8 steps: 48, 45, 40, 34, 27, 18, 9 and 0. At first, when a guess knows least of the
 # others, one is kept; in the last step nine are.

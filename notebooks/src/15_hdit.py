@@ -81,9 +81,10 @@ lines(curves, "pixels on a side", "multiply-adds (10^6)", "One pass, one image."
 # The slope of cost over pixels, both as logarithms, is 1 where they grow alike. The flat network
 # goes towards 2: with twice the side it has four times the tokens and sixteen times the pairs. The
 # hourglass stays just below 1, since its middle does not grow. At 32 pixels there is little between
-# them; at 64 the hourglass costs a quarter, at 256 a fiftieth. Measured in seconds it is 12 times
+# them; at 64 the hourglass costs a quarter, at 256 a fiftieth. Measured in seconds it is 16 times
 # faster at 256, not 49 times: attention in small pieces keeps a processor less busy
-# ([x-hd-1](../nanosd3/claims/README.md#x-hd-1), where a U-Net of convolutions is faster than both).
+# ([x-hd-1](../nanosd3/claims/README.md#x-hd-1), where a U-Net of convolutions needs at 256 pixels
+# two thirds of the hourglass's time, and at 64 as much).
 #
 # </details>
 #
@@ -547,9 +548,11 @@ for way, far in (found := record["results"])["generated"].items():
 # %% [markdown]
 # Both are supported, the second by a comparison that has to be chosen with care: guidance makes
 # samples more alike, so with it they are further from real digits, and beside that distance the
-# autoencoder's loss looks small. It keeps 256 numbers of 784 pixels, roomy beside those of large
-# models. Without latents there is no autoencoder to train; the price is a wider range of noise to
-# learn and, on an ordinary processor, attention that is slower than its count.
+# autoencoder's loss looks small. (16% is a ratio of means over seeds. The table of
+# [x-hd-3](../nanosd3/claims/README.md#x-hd-3) has the mean of the seeds' ratios, 18%.) It keeps 256
+# numbers of 784 pixels, roomy beside those of large models. Without latents there is no autoencoder
+# to train; the price is a wider range of noise to learn and, on an ordinary processor, attention
+# that is slower than its count.
 #
 # **Open questions.** Take patches of 2 and one level more: does it pay in equal seconds? Add the
 # skip in place of mixing it (FID 28.4 instead of 27.7 in the paper's table of ablations): does $f$

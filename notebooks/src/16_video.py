@@ -101,6 +101,19 @@ guess("...")
 for frames, p_t in ((1, 1), (4, 1), (16, 1), (16, 2), (16, 4)):
     N = (frames // p_t) * 4 * 4
     print(f"{frames:2} frames, p_t = {p_t}: {N:4} tokens, {N * N:6} products a head")
+
+# %% [markdown]
+# <details><summary>What happened</summary>
+#
+# Tokens grow with the frames, products with their square: 16 frames have 16 times the tokens of an
+# image and 256 times the products. With $p_t = 4$ it is 4 and 16 times. But then one token has to
+# tell a whole motion, as a moving edge puts something else into every frame of the box. We keep
+# $p_t = 1$: the tokens of a frame are then those of the image model, and our clips of 4 frames have
+# 64 of them. The package's command trains with $p_t = 2$.
+#
+# </details>
+
+# %%
 show("patchify_video")
 
 
@@ -120,16 +133,6 @@ else:
     print("Solve `patchify_video`, and this cell shows what four tokens hold, frame by frame.")
 
 # %% [markdown]
-# <details><summary>What happened</summary>
-#
-# Tokens grow with the frames, products with their square: 16 frames have 16 times the tokens of an
-# image and 256 times the products. With $p_t = 4$ it is 4 and 16 times. But then one token has to
-# tell a whole motion, as a moving edge puts something else into every frame of the box. We keep
-# $p_t = 1$: the tokens of a frame are then those of the image model, and our clips of 4 frames have
-# 64 of them. The package's command trains with $p_t = 2$.
-#
-# </details>
-#
 # ## When and where
 #
 # A transformer sees a set, so each token is told its row and column (notebook 03), and now its
@@ -244,6 +247,20 @@ noise, t = torch.randn(8, 16, 20, 20, generator=rng("frames")), torch.tensor(0.6
 one, mean = (interpolate(still, noise[:, :n], t).mean(1) / (1 - t) for n in (1, 16))
 images({"one frame, t = 0.6": one, "mean of 16, t = 0.6": mean}, "As bright as the digit.",
        span=(-2, 2))  # fmt: skip
+
+# %% [markdown]
+# <details><summary>What happened</summary>
+#
+# One frame is hard to read, the mean of 16 is plain. At $t = 0.6$ a network that is given 16 frames
+# has an easy task: what they show is decided at times nearer to noise, where it would get too
+# little training. The shift repairs this: $\alpha = 4$ moves 0.6 to 0.86. Our clips have 4 times
+# the pixels of the images, so training and sampling use $\alpha = 2$. (In the package's pilots
+# digits were read as asked in 28% of frames without the shift, in 36% with it:
+# [LOG.md](../LOG.md).)
+#
+# </details>
+
+# %%
 show("clip_times")
 
 
@@ -265,17 +282,6 @@ else:
     print("Solve `clip_times`, and this cell shows means of 1, 4 and 16 frames, equally hard.")
 
 # %% [markdown]
-# <details><summary>What happened</summary>
-#
-# One frame is hard to read, the mean of 16 is plain. At $t = 0.6$ a network that is given 16 frames
-# has an easy task: what they show is decided at times nearer to noise, where it would get too
-# little training. The shift repairs this: $\alpha = 4$ moves 0.6 to 0.86. Our clips have 4 times
-# the pixels of the images, so training and sampling use $\alpha = 2$. (In the package's pilots
-# digits were read as asked in 28% of frames without the shift, in 36% with it:
-# [LOG.md](../LOG.md).)
-#
-# </details>
-#
 # ## How to see motion
 #
 # A network that draws the right digit and lets it stand still would be read as asked in every
@@ -420,7 +426,7 @@ images(sevens, "Four of these, frame by frame.")
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Where it goes comes first: after a hundred steps nearly every clip goes as asked. Then it settles
+# Where it goes comes first: after a hundred steps every clip goes as asked. Then it settles
 # down, and wobbles less from frame to frame. Which digit it is comes last, although the network
 # could draw digits (larger ones, always in the middle: perhaps that is why). From 400 steps to 800
 # it gains little; the package's command takes 2,000, on clips of its own sizes.
@@ -452,7 +458,7 @@ print("8 frames, pixels gone ahead since the first:", [round(float(x - ahead[0])
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# In wider and in higher frames nearly every clip goes as asked, and digits are read less often. The
+# In wider and in higher frames every clip goes as asked, and digits are read less often. The
 # positions come from the same buffer and are new at the edges only. Eight frames fail: hardly any
 # clip starts as asked. In the four frames in the middle, at times that it knows, the digit does
 # what it has learned; before and after them it goes the other way. Perhaps that is because the

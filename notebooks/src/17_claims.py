@@ -33,7 +33,7 @@ from nanosd3.related.formulations import FORMULATIONS
 records = committed(EXPERIMENTS)
 about_sd3 = {name: record for name, record in records.items() if name.startswith("x-sd3")}
 for name, record in about_sd3.items():
-    print(f"{name}: {record['claim']}")
+    print(textwrap.fill(f"{name}: {record['claim']}", 100, subsequent_indent="    "))
 
 # %% [markdown]
 # These are claims of the paper of Stable Diffusion 3 (arXiv 2403.03206) and of its announcement,
@@ -77,7 +77,7 @@ guess("...")
 
 # %%
 ranks = best["results"]["ranks"]["all"]
-by_seed(ranks, "average rank", "Eight formulations, three seeds.")
+by_seed(ranks, "average rank", "Three seeds; edm(0, 0.6) in green.", "edm(0, 0.6)")
 
 # %% [markdown]
 # <details><summary>What happened</summary>

@@ -1,8 +1,10 @@
 """The plots of the claims have the palette of the notebooks, and can be told apart in it."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
@@ -50,6 +52,31 @@ def test_what_a_legend_tells_apart_differs(axes, name):
         looks = {(line.get_linestyle(), line.get_marker(), line.get_markerfacecolor() == "white")
                  for line in labelled}  # fmt: skip
         assert len(looks) == len(labelled)
+
+
+def pixels_of(line) -> np.ndarray:
+    """Points along a line, as drawn."""
+    points = line.get_transform().transform(np.column_stack(line.get_data()).astype(float))
+    if line.get_linestyle() in ("None", "") or len(points) == 1:
+        return points
+    return np.concatenate([np.linspace(a, b, 40) for a, b in pairwise(points)])
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_titles_fit_and_a_legend_covers_no_line(axes, name):
+    for axis in axes[name]:
+        axis.figure.draw_without_rendering()
+        title = axis.title.get_window_extent()
+        assert title.x0 >= 0 and title.x1 <= axis.figure.bbox.x1, axis.get_title()
+        if legend := axis.get_legend():
+            box = legend.get_window_extent()
+            for line in axis.get_lines():
+                assert not box.count_contains(pixels_of(line)), line.get_label()
+
+
+@pytest.mark.parametrize("name", ["x-hd-2", "x-hd-4"])
+def test_the_line_of_real_images_is_named(axes, name):
+    assert "real images" in [text.get_text() for text in axes[name][1].get_legend().texts]
 
 
 def hollow(lines) -> bool:

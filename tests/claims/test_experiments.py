@@ -247,7 +247,7 @@ def test_page_of_toys(wing, capsys):
         "| [x-toy-1](#x-toy-1) | Three is odd. | **supported** |",
         "**Rule.** Supported if",
         "*(Euclid)*",
-        "![Plot of x-toy-1](results/x-toy-1.png)",
+        "![Plot for the claim: Three is odd.](results/x-toy-1.png)",
         "| 3 |",
         "Seeds 0, 1, 2;",
     )

@@ -2,15 +2,18 @@
 
 import io
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 from nanosd3.training.grids_and_gifs import CELL
+from nanosd3.training.plot_style import SERIES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 
@@ -75,6 +78,28 @@ def test_the_best_rank_is_on_top(shown):
     assert bottom > 3 and top < 1
     assert ticks(axis, "x") == ["seed 0", "seed 1", "seed 2"]
     assert texts(axis) == ["a", "a", "b", "b"]
+
+
+def test_names_do_not_lie_on_each_other(shown):
+    """Of equal values at either end, and of points side by side; that of the subject is green."""
+    ranks = {"rf": [1.0, 3.0], "cosmap": [1.0, 3.0], "edm": [1.1, 1.0], "v": [4.0, 2.9]}
+    evidence.by_seed(ranks, "rank", "caption", "edm")
+    axis = shown[0][0].axes[0]
+    green = {line.get_color() for line in axis.get_lines()} & {SERIES[1]}
+    assert green and [t.get_text() for t in axis.texts if t.get_color() == SERIES[1]] == ["edm"] * 2
+    names = ["rf/lognorm(0, 1)", "rf/mode(1.29)", "v/cos"]
+    evidence.two_scores(torch.tensor([[0.43, 29.5], [0.44, 29.4], [0.46, 31]]), names, "caption")
+    for figure, _, _ in shown:
+        figure.draw_without_rendering()
+        boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_what_is_moved_apart_keeps_its_order():
+    assert evidence.apart([3.0, 1.0, 2.0], 0.5) == [3.0, 1.0, 2.0]
+    moved = evidence.apart([2.0, 2.0, 2.1, 9.0], 0.5)
+    assert moved[0] < moved[1] < moved[2] and moved[3] == 9
+    assert np.allclose(np.diff(moved[:3]), 0.5, atol=1e-6) and np.isclose(sum(moved[:3]), 6.1)
 
 
 def test_a_line_joins_what_one_seed_gave(shown):

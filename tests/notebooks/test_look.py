@@ -108,6 +108,26 @@ def test_all_kinds_are_labelled_and_described(shown):
     assert shown[-1][0].axes[0].get_images()[0].get_clim()[0] == 0
 
 
+def tick_labels(axis, limits) -> list[str]:
+    """Of a logarithmic y axis between two limits, those that are seen."""
+    axis.set_ylim(*limits)
+    axis.figure.draw_without_rendering()
+    ticks = axis.yaxis.get_major_ticks() + axis.yaxis.get_minor_ticks()
+    seen = [tick for tick in ticks if limits[0] <= tick.get_loc() <= limits[1]]
+    return [text for tick in seen if (text := tick.label1.get_text())]
+
+
+def test_logarithmic_axes_have_labels_of_one_style(shown):
+    """Where the ticks of x are given, too."""
+    figures.lines({"": ([1, 4], [0.1, 0.2])}, "x", "y", "caption", "xy", [1, 4])
+    axis = shown[0][0].axes[0]
+    assert tick_labels(axis, (0.0004, 0.3)) == ["0.001", "0.01", "0.1"]
+    assert {"0.06", "0.1", "0.2"} <= {*tick_labels(axis, (0.055, 0.26))}
+    assert all("10^" in label for label in tick_labels(axis, (1e-7, 0.3)))
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "4"]
+    assert not axis.xaxis.get_minor_ticks()
+
+
 def test_without_a_notebook_a_figure_is_shown(monkeypatch):
     monkeypatch.setattr(plt, "show", lambda: calls.append(1))
     calls: list[int] = []

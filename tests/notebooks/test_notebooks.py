@@ -96,6 +96,15 @@ def test_shape(notebook, source):
                 assert names == EXERCISES[node.name].names
 
 
+def test_tasks_stand_open_above_their_stubs(notebook):
+    """What `show` prints is not folded with the answer to a prediction."""
+    code = build.code_cells(notebook)
+    for cell, after in pairwise(code):
+        for name in re.findall(r'^show\("(\w+)"\)$', cell.source, re.MULTILINE):
+            assert not cell.metadata.get("jupyter"), name
+            assert f"def {name}(" in after.source, name
+
+
 def test_stubs_overwrite_nothing(notebook):
     """A cell above still works when it is run again after the exercises."""
     bound: list[str] = []

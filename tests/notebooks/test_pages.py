@@ -25,12 +25,13 @@ from markdown_html import to_html
 FIRST = r"""# 01 · One & two
 
 **Does a page
-survive?** See [the next](02_two.ipynb), [flow](../nanosd3/flow.py), [a
-paper](https://arxiv.org/abs/2403.03206#section-2) and [its glossary](glossary.md#velocity).
+survive?** See [the next](02_two.ipynb), [flow](../nanosd3/flow.py), [the
+code](../nanosd3/samplers.py), [a paper](https://arxiv.org/abs/2403.03206#section-2) and
+[its glossary](glossary.md#velocity).
 
-## A formula & a drawing
+## A formula & a drawing of adaLN-Zero
 
-With $z_t = (1-t)\,x_0 + t\,\epsilon$ and
+With ($z_t = (1-t)\,x_0 + t\,\epsilon$), where $t$ is a time, and
 
 $$\mathcal{L} = \mathbb{E}\left[\lVert v_\theta(z_t, t) - v \rVert^2\right]$$
 
@@ -81,7 +82,7 @@ def soups(site: Path) -> dict[str, BeautifulSoup]:
 
 def test_pages(site):
     found = soups(site)
-    others = ["claims.html", "glossary.html", "index.html", "teachers.html"]
+    others = ["claims.html", "glossary.html", "index.html", "related.html", "teachers.html"]
     assert [*found] == ["01_one.html", "02_two.html", *others]
     assert found["01_one.html"].title.get_text() == f"01 · One & two · {pages.TITLE}"
     listed = found["index.html"].select_one("ol.contents").get_text()
@@ -117,7 +118,7 @@ def test_links_lead_somewhere(site):
     assert [a["href"] for a in one.select("p > a")] == [
         "02_two.html", "https://arxiv.org/abs/2403.03206#section-2", "glossary.html#velocity",
     ]  # fmt: skip
-    assert "flow" in one.get_text()  # of which there is no page: text
+    assert "flow, the\ncode (samplers.py)," in one.get_text()  # of which there are no pages: text
 
 
 def test_pictures_are_there_and_described(site):
@@ -127,7 +128,7 @@ def test_pictures_are_there_and_described(site):
             assert image.get("alt", "").strip(), name
             assert image["src"].startswith("data:") or (site / image["src"]).is_file()
     words = [image["alt"] for image in found["01_one.html"].find_all("img")]
-    section = "Picture in the section: A formula & a drawing"
+    section = "Picture in the section: A formula & a drawing of adaLN-Zero"
     assert words == ["The whole model", "Nine digits & a caption.", section, "Moves"]
 
 
@@ -154,7 +155,7 @@ def test_what_would_be_fetched_is_an_error(tmp_path):
 
 def test_formulas_are_mathml(site):
     one = soups(site)["01_one.html"].main
-    assert len(one.find_all("math")) == 2 and one.select_one(".formula math")["display"] == "block"
+    assert len(one.find_all("math")) == 3 and one.select_one(".formula math")["display"] == "block"
     assert "$" not in one.get_text() and "\\" not in one.get_text()
 
 
@@ -172,6 +173,40 @@ def test_wide_pictures_stay_legible(tmp_path):
 def test_functions_have_room():
     assert '<mi>ln</mi><mspace width="0.17em"/><mfrac>' in to_html(r"$\ln \frac{a}{b}$")
     assert "mspace" not in to_html(r"$\ln(x) + \cos^2 x$")
+    assert '</msub><mspace width="0.17em"/><mfrac>' in to_html(r"$\log_{10} \frac{a}{b}$")
+
+
+CHILDREN = {
+    "msub": 2,
+    "msup": 2,
+    "mfrac": 2,
+    "munder": 2,
+    "mover": 2,
+    "msubsup": 3,
+    "munderover": 3,
+}
+
+
+def test_formulas_are_well_formed():
+    """Those of the notebooks and of the glossary: what is raised or lowered has its two parts."""
+    files = [*sorted((pages.HERE / "src").glob("*.py")), pages.HERE / "glossary.md"]
+    for file in files:
+        text = re.sub(r"^# ?", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for found in re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", text, re.DOTALL):
+            for tag in BeautifulSoup(to_html(found), "html.parser").find_all(list(CHILDREN)):
+                assert len(tag.find_all(True, recursive=False)) == CHILDREN[tag.name], found
+
+
+def test_no_new_line_after_a_formula_or_in_a_word_of_a_heading(site):
+    one = soups(site)["01_one.html"].main
+    word, first = one.select(".whole")
+    assert first.get_text().startswith("(z") and first.get_text().endswith("),")
+    assert word.get_text() == "adaLN-Zero" and word.parent["id"].endswith("-of-adaln-zero")
+
+
+def test_tables_of_the_teachers_show_asterisks(site):
+    page = soups(site)["teachers.html"]
+    assert "(B, N, p*p*C)" in page.get_text() and not page.select("td em")
 
 
 def test_wide_things_are_scrolled_by_keyboard_too(site):
