@@ -115,7 +115,7 @@ def scale(axis: Axes, log: str) -> None:
         axis.set(**{f"{name}scale": "log"})
         ticks = getattr(axis, f"{name}axis")
         ticks.set_major_formatter(PlainLogarithm())
-        ticks.set_minor_formatter(PlainLogarithm(minor_thresholds=(1.5, 0.4)))
+        ticks.set_minor_formatter(PlainLogarithm(minor_thresholds=(2, 0.4)))
 
 
 def lines(
