@@ -12,6 +12,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image, ImageColor
 
@@ -161,7 +162,7 @@ def page(tmp_path) -> str:
 
 
 def test_the_site_has_the_still_beside_the_film(page):
-    soup = pages.BeautifulSoup(page, "html.parser")
+    soup = BeautifulSoup(page, "html.parser")
     film, still = soup.select(".film img")
     assert film["class"] == ["moving"] and still["class"] == ["still"]
     assert [film["alt"], still["alt"]] == ["Two & more", "Still: Two & more"]

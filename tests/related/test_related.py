@@ -283,3 +283,16 @@ def test_what_a_student_learns_from(tiny_run, tmp_path, monkeypatch):
     assert all(saved[name].equal(average[name]) for name in saved)
     (t, s) = seen["t"]
     assert (t > s).all() and (s >= 0).all()
+
+
+def test_a_distilled_student_starts_from_its_teacher(tiny_run, tmp_path, monkeypatch):
+    """With its teacher's weights; without a teacher from weights of its own."""
+    ema, first = stages.make_ema, []
+    copied = lambda net: {name: x.clone() for name, x in net.state_dict().items()}  # noqa: E731
+    monkeypatch.setattr(stages, "make_ema", lambda net: first.append(copied(net)) or ema(net))
+    for method in ("distillation", "training"):
+        words = ("--method", method, "--steps", 1, "--out", tmp_path / method)
+        assert command("consistency", "--run", tiny_run, *words) == 0
+    teacher = read_tensors(tiny_run / "flow.safetensors")
+    assert all(first[0][name].equal(teacher[name]) for name in teacher)
+    assert not first[1]["x_embedder.proj.weight"].equal(teacher["x_embedder.proj.weight"])
