@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 INK, GREY, PALE = "black", "0.6", "0.8"  # of lines in plots
 MEANINGS = {"data": "#0072B2", "noise": "#8C8C8C", "prompt": "#C77F00", "prediction": "#A3004F"}
 SERIES = (INK, "#009E73", "#CC79A7", "#56B4E9")  # of other curves, Okabe and Ito's
+DPI = 110  # of saved plots
 
 
 def save_plot(figure: "Figure", path: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     write_file(path, buffer.getvalue())
 
 

@@ -10,10 +10,11 @@ from nanosd3.data import mnist
 
 
 def observe_less(patch: pytest.MonkeyPatch) -> None:
-    """One thread, and of everything in the log and the report only a little. For all tests, so that
-    runs of different tests and processes can be compared."""
+    """One thread, small plots, and of everything in the log and the report only a little. For all
+    tests, so that runs of different tests and processes can be compared."""
     patch.setattr("nanosd3.machine.device.cores", lambda: 1)
     patch.setattr("nanosd3.training.train_flow.VALIDATION_TIMES", 2)
+    patch.setattr("nanosd3.training.plot_style.DPI", 30)
     patch.setattr("nanosd3.training.report.EXACT_STEPS", 8)
     patch.setattr("nanosd3.training.report.SOLVER_EVALUATIONS", (3, 5))
 
