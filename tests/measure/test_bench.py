@@ -76,8 +76,9 @@ def test_table(capsys):
     assert capsys.readouterr().out.splitlines()[1].split()[-3:] == ["1", "8", "64"]
 
 
-def test_growth(capsys, tmp_path):
+def test_growth(capsys, tmp_path, monkeypatch):
     """Every point is printed, measured memory is near the formula, and the plot exists."""
+    monkeypatch.setattr("nanosd3.training.plot_style.DPI", 110)
     out = tmp_path / "growth.png"
     largest = ["--size", "32", "--depth", "2", "--batch", "3", "--repeats", "1", "--threads", "1"]
     assert bench.main(["growth", "--config", "tiny", *largest, "--out", str(out)]) == 0

@@ -296,3 +296,23 @@ def test_a_distilled_student_starts_from_its_teacher(tiny_run, tmp_path, monkeyp
     teacher = read_tensors(tiny_run / "flow.safetensors")
     assert all(first[0][name].equal(teacher[name]) for name in teacher)
     assert not first[1]["x_embedder.proj.weight"].equal(teacher["x_embedder.proj.weight"])
+
+
+def test_images_and_noise_keep_their_places(tiny_run, tmp_path, monkeypatch):
+    module, places = train_consistency, set()
+    drawn, interpolate = module.Features.latents_and_noise, module.interpolate
+
+    def marked(self, images, step_rng):
+        x0, noise = drawn(self, images, step_rng)
+        return torch.zeros_like(x0), torch.ones_like(noise)
+
+    def watched(x0, noise, t):
+        places.add((x0.max().item(), noise.min().item()))
+        return interpolate(x0, noise, t)
+
+    monkeypatch.setattr(module.Features, "latents_and_noise", marked)
+    monkeypatch.setattr(module, "interpolate", watched)
+    for method in ("distillation", "training"):
+        words = ("--method", method, "--steps", 1, "--out", tmp_path / method)
+        assert command("consistency", "--run", tiny_run, *words) == 0
+    assert places == {(0.0, 1.0)}

@@ -14,7 +14,7 @@ def observe_less(patch: pytest.MonkeyPatch) -> None:
     tests, so that runs of different tests and processes can be compared."""
     patch.setattr("nanosd3.machine.device.cores", lambda: 1)
     patch.setattr("nanosd3.training.train_flow.VALIDATION_TIMES", 2)
-    patch.setattr("nanosd3.training.plot_style.DPI", 30)
+    patch.setattr("nanosd3.training.plot_style.DPI", 60)
     patch.setattr("nanosd3.training.report.EXACT_STEPS", 8)
     patch.setattr("nanosd3.training.report.SOLVER_EVALUATIONS", (3, 5))
 

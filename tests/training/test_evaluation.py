@@ -91,7 +91,8 @@ def test_every_guidance_scale_sees_the_same_prompts_and_noise(scorer):
 QUICK = ["--draws", "1", "--count", "20", "--threads", "1", "--guidance"]
 
 
-def test_the_command(tiny_run, tmp_path, capsys):
+def test_the_command(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("nanosd3.training.plot_style.DPI", 110)
     out = tmp_path / "frontier.png"
     assert bench.main(["frontier", str(tiny_run), "--out", str(out), *QUICK, "2", "1", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
