@@ -43,18 +43,9 @@ def test_faults_are_no_misspelt_names(tmp_path):
     for i, fault in enumerate(FAULTS):
         source = SOURCES[fault.file].replace(fault.old, fault.new)
         (tmp_path / f"{i}.py").write_text(source)
-    command = [
-        sys.executable,
-        "-m",
-        "ruff",
-        "check",
-        "--isolated",
-        "--no-cache",
-        "--select",
-        "F821",
-    ]
-    done = subprocess.run([*command, "--output-format", "concise", "."], cwd=tmp_path,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    words = "ruff check --isolated --no-cache --select F821 --output-format concise ."
+    command = [sys.executable, "-m", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

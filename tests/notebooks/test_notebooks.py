@@ -29,6 +29,7 @@ SOURCES = build.sources()
 NAMES = [source.stem for source in SOURCES]
 NUMBERS = [f"{i:02d}" for i in range(18)]
 TURN = re.compile(r"^turn\(", re.MULTILINE)
+SHOW = re.compile(r'^show\("(\w+)"\)$', re.MULTILINE)
 CHECK = re.compile(r'^(?:\w+ = )?check\("(\w+)", (\w+)\)$', re.MULTILINE)
 
 
@@ -100,7 +101,7 @@ def test_tasks_stand_open_above_their_stubs(notebook):
     """What `show` prints is not folded with the answer to a prediction."""
     code = build.code_cells(notebook)
     for cell, after in pairwise(code):
-        for name in re.findall(r'^show\("(\w+)"\)$', cell.source, re.MULTILINE):
+        for name in SHOW.findall(cell.source):
             assert not cell.metadata.get("jupyter"), name
             assert f"def {name}(" in after.source, name
 
@@ -259,8 +260,9 @@ def test_runs(notebook, source, client):
         assert any(f"Solve `{name}`" in output.get("text", "") for output in cell.outputs), name
         assert any("image/png" in output.get("data", {}) for output in cell.outputs), name
     for cell in notebook.cells:
-        if TURN.search(cell.source):  # without controls: one picture, and a task in words
-            data = [output.data for output in cell.outputs if output.output_type != "stream"]
-            assert ["image/png" in each for each in data] == [True]
-    for match in re.finditer(r'^show\("(\w+)"\)$', source.read_text(), re.MULTILINE):
-        assert EXERCISES[match[1]].signature in printed
+        if TURN.search(cell.source):  # without controls: one picture, then the task that it shows
+            picture, *tasks = cell.outputs
+            assert "image/png" in picture.data
+            assert [task.text.split(":")[0] for task in tasks] == SHOW.findall(cell.source)
+    for name in SHOW.findall(source.read_text()):
+        assert EXERCISES[name].signature in printed

@@ -1,11 +1,12 @@
 """The Consistency Decoder: the published constants, its network, decoding in steps, its command."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from support.commands import refused
+from support.commands import refused, status
 from support.interruptions import interrupted_after
 
 from nanosd3 import generate
@@ -110,8 +111,7 @@ def test_steps(decoder):
 # --- the command ----------------------------------------------------------------------------------
 
 
-def command(*arguments: object) -> int:
-    return run_main(lambda: related.main(["consistency-decoder", *map(str, arguments)]))
+command = partial(status, related.main, "consistency-decoder")
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,19 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 from PIL import Image
-from support.commands import refused
+from support.commands import refused, status
 from support.interruptions import interrupted_after
 
-from nanosd3.cli import run_main
 from nanosd3.related import __main__ as related
 from nanosd3.related import command as related_command
 from nanosd3.related import dit_system
 from nanosd3.related.dit import BLOCKS
 
-
-def command(*arguments: object) -> int:
-    return run_main(lambda: related.main([str(a) for a in arguments]))
+command = partial(status, related.main)
 
 
 @pytest.fixture(scope="module")

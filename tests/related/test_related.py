@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.commands import refused
+from support.commands import refused, status
 from support.interruptions import interrupted_after
 
 from nanosd3 import generate
@@ -25,9 +26,7 @@ from nanosd3.related.scoring import accuracy_and_ratio, draw_and_floor, evaluati
 from nanosd3.storage.files import read_tensors
 from nanosd3.training import stages
 
-
-def command(*arguments: object) -> int:
-    return run_main(lambda: related.main([str(a) for a in arguments]))
+command = partial(status, related.main)
 
 
 @pytest.fixture(scope="module")
@@ -285,22 +284,15 @@ def test_what_a_student_learns_from(tiny_run, tmp_path, monkeypatch):
     assert (t > s).all() and (s >= 0).all()
 
 
-def test_a_distilled_student_starts_from_its_teacher(tiny_run, tmp_path, monkeypatch):
-    """With its teacher's weights; without a teacher from weights of its own."""
-    ema, first = stages.make_ema, []
-    copied = lambda net: {name: x.clone() for name, x in net.state_dict().items()}  # noqa: E731
-    monkeypatch.setattr(stages, "make_ema", lambda net: first.append(copied(net)) or ema(net))
-    for method in ("distillation", "training"):
-        words = ("--method", method, "--steps", 1, "--out", tmp_path / method)
-        assert command("consistency", "--run", tiny_run, *words) == 0
-    teacher = read_tensors(tiny_run / "flow.safetensors")
-    assert all(first[0][name].equal(teacher[name]) for name in teacher)
-    assert not first[1]["x_embedder.proj.weight"].equal(teacher["x_embedder.proj.weight"])
+def test_what_a_student_starts_from(tiny_run, tmp_path, monkeypatch):
+    """A distilled one from its teacher's weights, another from its own; images and noise keep their
+    places in both."""
+    module, first, places = train_consistency, [], set()
+    ema, drawn, interpolate = stages.make_ema, module.Features.latents_and_noise, module.interpolate
 
-
-def test_images_and_noise_keep_their_places(tiny_run, tmp_path, monkeypatch):
-    module, places = train_consistency, set()
-    drawn, interpolate = module.Features.latents_and_noise, module.interpolate
+    def copied(net):
+        first.append({name: x.clone() for name, x in net.state_dict().items()})
+        return ema(net)
 
     def marked(self, images, step_rng):
         x0, noise = drawn(self, images, step_rng)
@@ -310,9 +302,13 @@ def test_images_and_noise_keep_their_places(tiny_run, tmp_path, monkeypatch):
         places.add((x0.max().item(), noise.min().item()))
         return interpolate(x0, noise, t)
 
+    monkeypatch.setattr(stages, "make_ema", copied)
     monkeypatch.setattr(module.Features, "latents_and_noise", marked)
     monkeypatch.setattr(module, "interpolate", watched)
     for method in ("distillation", "training"):
         words = ("--method", method, "--steps", 1, "--out", tmp_path / method)
         assert command("consistency", "--run", tiny_run, *words) == 0
+    teacher = read_tensors(tiny_run / "flow.safetensors")
+    assert all(first[0][name].equal(teacher[name]) for name in teacher)
+    assert not first[1]["x_embedder.proj.weight"].equal(teacher["x_embedder.proj.weight"])
     assert places == {(0.0, 1.0)}

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.commands import refused
+from support.commands import refused, status
 from support.interruptions import interrupted_after
 
 from nanosd3.cli import run_main
@@ -28,8 +29,7 @@ def main(words: list[str]) -> int:
     return related.main(["muse-cascade", *words])
 
 
-def command(*words: object) -> int:
-    return run_main(lambda: main([str(word) for word in words]))
+command = partial(status, main)
 
 
 @pytest.fixture(scope="module")

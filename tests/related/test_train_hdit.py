@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -10,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.commands import refused
+from support.commands import refused, status
 from support.interruptions import interrupted_after
 
-from nanosd3.cli import run_main
 from nanosd3.config import CONFIGS
 from nanosd3.config_types import Sampling
 from nanosd3.data.sources import enlarged
@@ -39,9 +39,7 @@ from nanosd3.storage.run import Run
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job
 
-
-def command(*arguments: object) -> int:
-    return run_main(lambda: related.main(["hdit", *(str(a) for a in arguments)]))
+command = partial(status, related.main, "hdit")
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,16 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from support.commands import refused
+from support.commands import refused, status
 from support.interruptions import interrupted_after
 
-from nanosd3.cli import run_main
 from nanosd3.data.mnist import from_uint8
 from nanosd3.related import __main__ as related
 from nanosd3.related import command as related_command
@@ -30,8 +30,7 @@ def main(words: list[str]) -> int:
     return related.main(["muse", *words])
 
 
-def command(*words: object) -> int:
-    return run_main(lambda: main([str(word) for word in words]))
+command = partial(status, main)
 
 
 @pytest.fixture(scope="module")

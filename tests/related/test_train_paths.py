@@ -5,17 +5,17 @@ import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from support.commands import refused
+from support.commands import refused, status
 
 from nanosd3.claims.data_sets import open_latents
 from nanosd3.claims.experiment import Conditions
 from nanosd3.claims.fm_networks import path_job
-from nanosd3.cli import run_main
 from nanosd3.flow import flow_loss
 from nanosd3.machine.signals import Interrupted
 from nanosd3.mmdit import MMDiT
@@ -170,8 +170,7 @@ def main(words: list[str]) -> int:
     return related.main(["paths", *words])
 
 
-def command(*words: object) -> int:
-    return run_main(lambda: main([str(word) for word in words]))
+command = partial(status, main)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -11,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.commands import refused
+from support.commands import refused, status
 from support.interruptions import interrupted_after
 
-from nanosd3.cli import run_main
 from nanosd3.config_types import Sampling
 from nanosd3.flow import flow_loss, shift
 from nanosd3.random_streams import rng
@@ -42,9 +42,7 @@ from nanosd3.storage.run import Run
 from nanosd3.training.loop import StepRNG
 from nanosd3.training.stages import Job
 
-
-def command(*arguments: object) -> int:
-    return run_main(lambda: related.main(["video", *(str(a) for a in arguments)]))
+command = partial(status, related.main, "video")
 
 
 @pytest.fixture(scope="module")

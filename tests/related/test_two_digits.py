@@ -2,15 +2,15 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.commands import refused
+from support.commands import refused, status
 from support.interruptions import interrupted_after
 
-from nanosd3.cli import run_main
 from nanosd3.config import CONFIGS
 from nanosd3.related import __main__ as related
 from nanosd3.related.finished_run import open_finished_run
@@ -108,8 +108,7 @@ def test_frames_that_fit():
 # --- the command --------------------------------------------------------------------------------
 
 
-def command(*arguments: object) -> int:
-    return run_main(lambda: related.main(["video", *(str(a) for a in arguments)]))
+command = partial(status, related.main, "video")
 
 
 @pytest.fixture(scope="module")
