@@ -16,7 +16,7 @@ from torch import Tensor
 from nanosd3.errors import InputError, shortened, shown
 from nanosd3.official.pickles import DENSE, Call, NotData, PickledTensor, Storage, follow
 from nanosd3.official.tensors import StoredTensor
-from nanosd3.storage.mapped import Place
+from nanosd3.storage.mapped import Parts, Place
 
 LARGEST_PICKLE = 2**24  # bytes; that of the largest released model has a thirtieth of it
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -37,6 +37,7 @@ class Archive:
     path: Path
     content: object = None
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    parts: Parts = field(default_factory=Parts, repr=False)
 
     def stored(self, name: str, tensor: PickledTensor | Call) -> StoredTensor:
         """A tensor, to be read on demand. Raises InputError if it is not dense, or not all of its
@@ -55,7 +56,7 @@ class Archive:
             raise InputError(
                 f"{self.path}: tensor {shown(name)} is cut short (its storage has {size} bytes)"
             )
-        place = Place(self.path, start, (used,), dtype)
+        place = Place(self.path, start, (used,), dtype, self.parts)
 
         def read() -> Tensor:
             return place.read().as_strided(shape, stride, offset if used else 0)

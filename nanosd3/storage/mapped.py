@@ -3,13 +3,16 @@
 A private writable mapping counts as memory before anything is read: mapping a checkpoint of 28 GB
 in one piece failed on a machine with 24 GB. So opening reads names, shapes and offsets only, and a
 tensor that is read maps the part of the file around it, of which pages are loaded as they are used.
+
+The tensors of one opening share its mappings. Two openings share nothing: a model whose weights
+were changed in place leaves the next one that is loaded from its file as the file has it.
 """
 
 import math
 import mmap
 import os
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,7 +36,7 @@ DTYPES = {
 }
 
 PART = 2**30  # bytes mapped together, so that a thousand tensors do not hold a thousand files open
-_parts: weakref.WeakValueDictionary[tuple, mmap.mmap] = weakref.WeakValueDictionary()
+Parts = weakref.WeakValueDictionary[tuple, mmap.mmap]  # mapped while some tensor lies in them
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Place:
     start: int  # bytes
     shape: tuple[int, ...]
     dtype: torch.dtype
+    parts: Parts = field(repr=False, compare=False)  # of this opening of the file
 
     def read(self) -> Tensor:
         """The tensor, memory-mapped; writing to it leaves the file as it is.
@@ -70,10 +74,10 @@ class Place:
                 if end < self.start + size:
                     raise InputError(f"{self.file}: has become shorter since it was opened")
                 key = (status.st_dev, status.st_ino, status.st_mtime_ns, begin, end)
-                if (part := _parts.get(key)) is None:
+                if (part := self.parts.get(key)) is None:
                     length, access = end - begin, mmap.ACCESS_COPY
                     part = mmap.mmap(file.fileno(), length, access=access, offset=begin)
-                    _parts[key] = part
+                    self.parts[key] = part
         except (OSError, MemoryError, OverflowError) as error:
             raise InputError(f"{self.file}: {cannot_map(error)}") from None
         return part, self.start - begin
@@ -102,12 +106,12 @@ def places(path: Path) -> dict[str, Place]:
         raise InputError(f"{path}: damaged or not a safetensors file ({reason})") from None
     entries = parse_json(header, path)
     assert isinstance(entries, dict)  # the library has checked it
-    found = {}
+    found, parts = {}, Parts()
     for key, entry in entries.items():
         if key == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
             raise InputError(f"{path}: tensor {shown(key)} has unsupported dtype {entry['dtype']}")
         start, dtype = begin + entry["data_offsets"][0], DTYPES[entry["dtype"]]
-        found[key] = Place(path, start, tuple(entry["shape"]), dtype)
+        found[key] = Place(path, start, tuple(entry["shape"]), dtype, parts)
     return found

@@ -472,6 +472,14 @@ def test_same_dtype_is_mapped_not_copied(official_file):
     assert any(low <= table.data_ptr() < high for low, high in spans)
 
 
+def test_changed_weights_stay_in_their_pipeline(official_file):
+    """Whoever breaks a model on purpose and loads it again has it whole."""
+    broken, whole = weights.load(official_file), weights.load(official_file).mmdit
+    broken.mmdit.context_embedder.weight.zero_()
+    for again in (whole, weights.load(official_file).mmdit):
+        assert again.context_embedder.weight.abs().sum() > 0
+
+
 def test_convolutions_are_channels_last(official_file):
     vae = weights.load(official_file).vae
     assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
