@@ -5,7 +5,7 @@ place, by subclasses that compute the same function (up to the last bits of floa
 
     Linear    float32 products through oneDNN where it is faster (matmul)
     MLP, Stream    cheap intermediate results are recomputed in the backward pass, not saved
-    MLP, GatedMLP, Attention    without gradients, activations and norms overwrite their inputs
+    MLP, GatedMLP, Attention, ResBlock    without gradients, activations and norms overwrite inputs
     Encoder, Decoder, GroupNorm, Up    the autoencoder in channels-last memory (channels_last)
 
 Importing the model gives the plain one; training, the pipeline and the benchmarks accelerate the
@@ -29,11 +29,12 @@ from nanosd3.machine.channels_last import (
     ChannelsLastEncoder,
     ChannelsLastGroupNorm,
     ChannelsLastUp,
+    InPlaceResBlock,
 )
 from nanosd3.machine.matmul import eager, linear
 from nanosd3.mmdit import QKV, Attention, Modulation, Stream
 from nanosd3.t5 import GatedMLP
-from nanosd3.vae import Decoder, Encoder, Up
+from nanosd3.vae import Decoder, Encoder, ResBlock, Up
 
 Layout = tuple[torch.Size, tuple[int, ...]]  # shape and strides
 
@@ -150,6 +151,7 @@ FASTER = {
     Encoder: ChannelsLastEncoder,
     Decoder: ChannelsLastDecoder,
     nn.GroupNorm: ChannelsLastGroupNorm,
+    ResBlock: InPlaceResBlock,
     Up: ChannelsLastUp,
 }
 

@@ -2,6 +2,7 @@
 
 Encoder, Decoder    convert their input
 GroupNorm           moments without cancellation
+ResBlock            its second norm in place
 Up                  upsampling with 4/9 of the multiplications
 """
 
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosd3.vae import Decoder, Encoder, Up
+from nanosd3.vae import Decoder, Encoder, ResBlock, Up, silu
 
 SQUARES_PER_SUM = 2**16  # numbers whose squares are summed in float32: they fit in a core's cache
+MULTIPLICATIONS = 2**18  # by a tap of an image's upsampling: fewer are not worth the trouble
 
 
 class ChannelsLastEncoder(Encoder):
@@ -60,7 +62,8 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
     digits are lost, and more the larger the image.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Group norm of `x`; into the memory of `out`, if that is given and can be."""
         usual = x.device.type != "cpu" or x.dtype == torch.float64 or x.dim() != 4
         if usual or x.is_contiguous():
             return super().forward(x)
@@ -74,11 +77,22 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         scale = self.spread((variance + self.eps).rsqrt()) * self.weight  # (B, C)
         shift = self.bias - self.spread(mean) * scale
         scale, shift = (a.to(x.dtype)[:, :, None, None] for a in (scale, shift))
-        return torch.addcmul(shift, x, scale)
+        return torch.addcmul(shift, x, scale, out=out)
 
     def spread(self, each: Tensor) -> Tensor:
         """A value for each group (B, groups) as one for each channel (B, C)."""
         return each.repeat_interleave(self.num_channels // self.num_groups, 1)
+
+
+class InPlaceResBlock(ResBlock):
+    """A block whose second norm overwrites its input when no gradient is needed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h, out=h)))
+        return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 # --- upsampling -----------------------------------------------------------------------------------
@@ -109,10 +123,13 @@ def merge_taps(weight: Tensor, dim: int, odd: int) -> Tensor:
 
 
 class ChannelsLastUp(Up):
-    """`Up` by `convolve_repeated` where that is faster: on a CPU, with enough channels."""
+    """`Up` by `convolve_repeated` where that is faster: on a CPU, with enough to multiply."""
 
     def forward(self, x: Tensor) -> Tensor:
-        worth_it = x.shape[1] >= 64 and x.device.type == "cpu" and not torch.is_grad_enabled()
-        if worth_it and x.dtype in (torch.float32, torch.float64):
+        C, H, W = x.shape[1:]
+        worth_it = C >= 32 and C * C * H * W >= MULTIPLICATIONS
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+            worth_it = False
+        if worth_it and not torch.is_grad_enabled():
             return convolve_repeated(x, self.conv.weight, self.conv.bias)
         return super().forward(x)

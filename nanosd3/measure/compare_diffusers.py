@@ -86,8 +86,11 @@ def require_diffusers() -> None:
 
 
 def reference_model(config: Config, part: str, ours: nn.Module) -> nn.Module:
-    """The same part in diffusers or transformers, sharing memory with the weights of `ours` where
-    the layouts allow it."""
+    """The same part in diffusers or transformers, sharing memory with the weights of `ours`.
+
+    It has copies of those of convolutions in the usual layout: from ours it would take the faster
+    one.
+    """
     import diffusers
     import transformers
 
@@ -104,7 +107,8 @@ def reference_model(config: Config, part: str, ours: nn.Module) -> nn.Module:
             )
     state = {k: in_memory(k, t, Path()) for k, t in ours.state_dict().items()}
     device = next(ours.parameters()).device
-    weights = {key: t.read().to(device) for key, t in diffusers_state(part, state).items()}
+    stored = diffusers_state(part, state)
+    weights = {key: tensor.read().to(device).contiguous() for key, tensor in stored.items()}
     if part == "t5":  # tied weights, expected under both names
         weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
     other.load_state_dict(weights, assign=True)

@@ -11,6 +11,7 @@ from nanosd3.components import on_meta
 from nanosd3.config_types import Config
 from nanosd3.errors import InputError
 from nanosd3.machine.accelerate import accelerate
+from nanosd3.pipeline import images_at_once
 from nanosd3.text import ENCODERS
 from nanosd3.vae import AutoencoderKL
 
@@ -76,8 +77,8 @@ def random_inputs(
 ) -> tuple[Tensor, ...]:
     """Random inputs of a part, with the device and dtype of `like`.
 
-    mmdit: latents, time, context and pooled text for images of `size` pixels; vae: one latent
-    image; text encoders: token ids.
+    mmdit: latents, time, context and pooled text for images of `size` pixels; vae: as many latents
+    of the batch as the pipeline decodes at once; text encoders: token ids.
     """
     text, mmdit = config.text, config.mmdit
     side = patches_per_side(config, size) * mmdit.patch_size
@@ -91,7 +92,7 @@ def random_inputs(
         context, pooled = random(text_tokens(config), mmdit.context_dim), random(mmdit.pooled_dim)
         return latents, torch.full((batch,), 0.5, device=like.device), context, pooled
     if part == "vae":
-        return (latents[:1],)
+        return (latents[: images_at_once(config.vae, (side * config.vae.factor) ** 2)],)
     encoder = getattr(text, part)
     ids = torch.randint(encoder.vocab - 1, (batch, encoder.length), generator=generator)
     if part != "t5":

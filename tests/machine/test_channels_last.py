@@ -12,7 +12,7 @@ from nanosd3.config import CONFIGS
 from nanosd3.machine import channels_last
 from nanosd3.machine.accelerate import accelerate
 from nanosd3.machine.channels_last import ChannelsLastGroupNorm, group_moments
-from nanosd3.vae import AutoencoderKL, Up, norm
+from nanosd3.vae import AutoencoderKL, ResBlock, Up, norm
 
 LAST = torch.channels_last
 
@@ -130,25 +130,55 @@ def test_the_autoencoder_agrees_and_stays_in_that_layout():
     assert layouts and all(layouts)
 
 
+@pytest.mark.parametrize("channels", [(32, 32), (32, 64)])
+@pytest.mark.parametrize("size", [6, 48])
+def test_a_block_in_place_leaves_its_input(channels, size):
+    """The same function, with and without gradients; what others may still read is not touched."""
+    torch.manual_seed(0)
+    plain = ResBlock(*channels, groups=8)
+    fast = accelerate(copy.deepcopy(plain))
+    x = draw(2, 32, size, size, mean=5)
+    original = x.clone()
+    expected = plain(x.contiguous())
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(x, original)
+
+
+@torch.no_grad()
+def test_the_second_norm_of_a_block_is_in_place():
+    """Its input and its output are one tensor; those of the first are two."""
+    block, places = accelerate(ResBlock(32, 32, groups=8)), []
+    for layer in (block.norm1, block.norm2):
+        layer.register_forward_hook(lambda _, x, y: places.append(x[0].data_ptr() == y.data_ptr()))
+    block(draw(2, 32, 48, 48))
+    assert places == [False, True]
+
+
 def test_the_plain_autoencoder_is_in_the_usual_layout():
     weight = on_meta(CONFIGS["tiny"], "vae").decoder.conv_in.weight
     assert weight.is_contiguous() and not weight.is_contiguous(memory_format=LAST)
 
 
 @pytest.mark.parametrize(
-    ("channels", "dtype", "device", "grad", "merged"),
+    ("channels", "size", "dtype", "device", "grad", "merged"),
     [
-        (64, torch.float32, "cpu", False, True),
-        (64, torch.float64, "cpu", False, True),
-        (32, torch.float32, "cpu", False, False),
-        (64, torch.bfloat16, "cpu", False, False),
-        (64, torch.float32, "meta", False, False),
-        (64, torch.float32, "cpu", True, False),
+        (64, (10, 7), torch.float32, "cpu", False, True),
+        (64, (10, 7), torch.float64, "cpu", False, True),
+        (32, (18, 15), torch.float32, "cpu", False, True),
+        (32, (15, 15), torch.float32, "cpu", False, False),
+        (16, (40, 40), torch.float32, "cpu", False, False),
+        (64, (10, 7), torch.bfloat16, "cpu", False, False),
+        (64, (10, 7), torch.float32, "meta", False, False),
+        (64, (10, 7), torch.float32, "cpu", True, False),
     ],
 )
-def test_taps_are_merged_where_it_is_faster(monkeypatch, channels, dtype, device, grad, merged):
-    """Without gradients, on a CPU, with enough channels, and not in bfloat16, whose sums of taps
-    would be rounded."""
+def test_taps_are_merged_where_it_is_faster(
+    monkeypatch, channels, size, dtype, device, grad, merged
+):
+    """Without gradients, on a CPU, with enough channels and pixels, and not in bfloat16, whose sums
+    of taps would be rounded."""
     calls = []
 
     def listening(x, *weights, convolve=channels_last.convolve_repeated):
@@ -158,7 +188,7 @@ def test_taps_are_merged_where_it_is_faster(monkeypatch, channels, dtype, device
     monkeypatch.setattr(channels_last, "convolve_repeated", listening)
     plain = Up(channels).to(device, dtype)
     fast = accelerate(copy.deepcopy(plain))
-    x = draw(2, channels, 5, 4).to(device, dtype)
+    x = draw(2, channels, *size).to(device, dtype)
     with torch.set_grad_enabled(grad):
         out, expected = fast(x), plain(x)
     assert len(calls) == merged and out.shape == expected.shape

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from PIL import Image
 from support import tiny_official
 
@@ -10,6 +11,7 @@ from nanosd3 import bench
 from nanosd3.config import CONFIGS
 from nanosd3.errors import InputError
 from nanosd3.measure import compare_diffusers, growth, training_memory
+from nanosd3.measure.random_models import random_inputs, random_model
 
 
 def test_bench_forward(capsys):
@@ -22,6 +24,25 @@ def test_bench_forward(capsys):
     for row in rows:
         assert float(row[4]) > 0 and float(row[6]) > 0 and float(row[7]) < 1e-4
     assert bench.main(["forward", "--parts", "vae", *arguments]) == 0
+
+
+def test_the_reference_keeps_its_layout():
+    """Given weights in channels-last memory, PyTorch would convolve in it for diffusers too."""
+    pytest.importorskip("diffusers")
+    config, device = CONFIGS["tiny"], torch.device("cpu")
+    ours = random_model(config, "vae", device, torch.float32)
+    theirs = compare_diffusers.reference_model(config, "vae", ours)
+    weights = [model.decoder.conv_in.weight for model in (ours, theirs)]
+    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [True, False]
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "at_once"), [("mnist", 32, 128), ("sd3-d15", 512, 2), ("sd3-d15", 1024, 1)]
+)
+def test_as_many_images_are_decoded_as_in_the_pipeline(name, size, at_once):
+    (latents,) = random_inputs(CONFIGS[name], "vae", size, 128, like=torch.zeros(()))
+    assert len(latents) == at_once
 
 
 @pytest.mark.parametrize("what", ["forward", "train"])

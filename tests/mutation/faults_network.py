@@ -343,7 +343,15 @@ CHANNELS_LAST = [
     ("[first + middle, last] if odd", "[first + last, middle] if odd", "the wrong taps are added"),
     ("(torch.float32, torch.float64)", "(torch.float32, torch.float64, torch.bfloat16)",
      "sums of taps rounded to bfloat16"),
-    ('x.device.type == "cpu" and ', "", "other devices convolve four times"),
+    ('x.device.type != "cpu" or x.dtype not in', "x.dtype not in",
+     "other devices convolve four times"),
     (" and not torch.is_grad_enabled()", "", "training takes the other convolution too"),
-    ("x.shape[1] >= 64", "x.shape[1] >= 1", "small images pay for it"),
+    ("C >= 32 and ", "", "few channels pay for it"),
+    (" and C * C * H * W >= MULTIPLICATIONS", "", "small images pay for it"),
+    # InPlaceResBlock
+    ("self.norm2(h, out=h)", "self.norm1(h, out=h)", "the first norm twice"),
+    ("self.norm2(h, out=h)", "self.norm2(h)", "not in place"),
+    ("silu(self.norm1(x))", "silu(self.norm1(x, out=x))", "the block's input is lost"),
+    ("h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))",
+     "h.add_(0 * x if self.nin_shortcut is None else self.nin_shortcut(x))", "no skip"),
 ]  # fmt: skip
