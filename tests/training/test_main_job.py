@@ -32,8 +32,12 @@ def test_main_job(tmp_path):
     assert metrics["peak_memory_gb"] is None or metrics["peak_memory_gb"] < 3
     held_out = [e for e in read(run / "log.jsonl") if "validation" in e]
     assert [len(held_out), held_out[-1]["validation_ema"]] == [5, metrics["validation_ema"]]
-    first, last = (np.mean(e["validation_ema"]) for e in (held_out[0], held_out[-1]))
-    assert last < 0.95 * first and last < np.mean(metrics["validation"])
+    raw, averaged = (
+        np.array([np.mean(e[key]) for e in held_out]) for key in ("validation", "validation_ema")
+    )
+    assert raw[-1] == np.mean(metrics["validation"]) and averaged[-1] < 0.95 * averaged[0]
+    # The average leads while the rate is high; as that falls to a hundredth the weights catch up.
+    assert (averaged[:3] < 0.98 * raw[:3]).all() and averaged[-1] < 1.005 * raw[-1]
     losses = [e["loss"] for e in read(run / "log.jsonl") if e["stage"] == "flow" and "loss" in e]
     medians = [np.median(losses[i - 50 : i]) for i in range(50, len(losses))]
     assert max(np.array(losses[50:]) / medians) < 1.15  # no spikes
