@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from support import short_runs, tiny_official, without_posix
 
 import train_mnist
@@ -18,6 +19,11 @@ from nanosd3.storage.files import read_json, write_json
 from nanosd3.training import options, train_flow
 
 torch.set_num_threads(1)  # the models here are too small to share
+# The same examples every time, and no clock: a busy machine fails no test.
+settings.register_profile(
+    "same", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nanosd3"
@@ -121,6 +122,12 @@ def test_files_of_tests_have_names_of_their_own():
     """Pytest imports them by these names alone."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names))
+
+
+def test_drawn_examples_are_the_same_and_have_no_deadline():
+    current = settings()
+    assert current.deadline is None and current.derandomize
+    assert HealthCheck.too_slow in current.suppress_health_check
 
 
 def test_sizes():
