@@ -42,6 +42,7 @@ Modules, each of which imports only from those above it:
     sd3_channels        x-sd3-channels, -size: how many channels latents should have
     consistency_students   students of several seeds, and their samples
     consistency_steps   x-cm-0, x-cm-1: distillation, and whether more steps help
+    consistency_progressive   x-cm-5: against progressive distillation
     hdit_detail         x-hd-3: what latents lose of an image
     consistency_pixels  unconditional consistency models of pixels
     edit_tasks          tasks of editing, and their scores

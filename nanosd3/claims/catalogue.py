@@ -2,6 +2,7 @@
 
 from nanosd3.claims.consistency_alone import ALONE_AT_ALL, EACH_CHANGE, IMPROVED
 from nanosd3.claims.consistency_edits import MORE_EDIT_STEPS, ZERO_SHOT
+from nanosd3.claims.consistency_progressive import PROGRESSIVE, PROGRESSIVE_STEPS
 from nanosd3.claims.consistency_steps import CONSISTENT, DISTILLATION, MORE_STEPS
 from nanosd3.claims.decoder_drop_in import DROP_IN
 from nanosd3.claims.decoder_price import PRICE
@@ -62,7 +63,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         *(IDENTITY, FEW_STEPS, TRAINING_SPEED, STRAIGHTNESS, STEPS),  # Flow Matching
         *(LIKELIHOOD, ADAPTIVE, ORDER),
         *(CONSISTENT, DISTILLATION, MORE_STEPS, ALONE_AT_ALL),  # Consistency Models
-        *(IMPROVED, EACH_CHANGE, ZERO_SHOT, MORE_EDIT_STEPS),
+        *(IMPROVED, EACH_CHANGE, ZERO_SHOT, MORE_EDIT_STEPS, PROGRESSIVE, PROGRESSIVE_STEPS),
         *(BETTER_DECODING, SECOND_STEP, PRICE, DROP_IN),  # the Consistency Decoder
         *(COSTS, SHAPE, DETAIL, WEIGHTING),  # HDiT
         *(OTHER_SIZES_KEPT, LENGTHS, FRAMING, CLIP_COMPUTE, COHERENCE),  # spacetime patches

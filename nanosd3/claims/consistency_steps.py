@@ -39,18 +39,24 @@ def decide_consistent(results: dict) -> Verdict:
     return verdict(all(gain >= 10 for gain in gains), all(gain < 2 for gain in gains))
 
 
-def plot_steps(results: dict, path: Path) -> None:
+def plot_steps(
+    results: dict,
+    path: Path,
+    labels: dict[str, str] = STUDENT_SAMPLERS,
+    styles: dict[str, str] = SAMPLER_STYLES,
+    counts: tuple[int, ...] = TEACHER_STEPS,
+    steps_are: str = "steps (the teacher's have two evaluations)",
+) -> None:
+    """Distance and accuracy against steps, means over seeds."""
     figure, axes = new_figure(9, 2)
     for sampler, by_steps in results["scores"].items():
         steps = [int(n) for n in by_steps]
         for axis, i, unit in ((axes[0], 1, 1), (axes[1], 0, 100)):
             means = [unit * sum(s[i] for s in found) / len(found) for found in by_steps.values()]
-            axis.plot(
-                steps, means, SAMPLER_STYLES[sampler], markersize=5, label=STUDENT_SAMPLERS[sampler]
-            )
+            axis.plot(steps, means, styles[sampler], markersize=5, label=labels[sampler])
     for axis in axes:
-        label_counts(axis, TEACHER_STEPS)
-        axis.set_xlabel("steps (the teacher's have two evaluations)")
+        label_counts(axis, counts)
+        axis.set_xlabel(steps_are)
     plain_logarithm(axes[0])
     axes[0].set(ylabel="Frechet distance / that of real images", title="Frechet distance")
     axes[1].set(ylabel="samples read as asked (%)", title="Accuracy")

@@ -8,9 +8,34 @@ PRICE_FILE, TWO_FILE, QUALITY = (
     f"claims/decoder_{name}.py" for name in ("price", "networks", "quality")
 )
 DROPPED_IN = "claims/decoder_drop_in.py"
+HALVING = "claims/consistency_progressive.py"
 SWITCHES, ALONE_FILE = "claims/consistency_variants.py", "claims/consistency_alone.py"
 
 FAULTS_CLAIMS_CONSISTENCY = [
+    # consistency_progressive.py
+    (
+        HALVING,
+        "per_image(s - middle, z) * velocity(half, middle)",
+        "per_image(s - middle, z) * velocity(z, t)",
+        "the second step repeats the first",
+    ),
+    (HALVING, "slope = (z - end)", "slope = (half - end)", "the second step alone"),
+    (HALVING, "torch.maximum((1 - t) ** 2, t**2)", "(1 - t) ** 2", "pure noise does not count"),
+    (HALVING, "        student.load_state_dict(weights)\n", "", "students start from nothing"),
+    (
+        HALVING,
+        "student_teacher(student), student.state_dict()",
+        "teacher, student.state_dict()",
+        "the main model teaches all",
+    ),
+    (HALVING, "halved[steps] if name", "halved[1] if name", "one student at all steps"),
+    (
+        HALVING,
+        "any(not any(by_seed) for by_seed in wins)",
+        "not any(map(any, wins))",
+        "refuted only if beaten at both",
+    ),
+    (HALVING, "enough and all(map(all, wins))", "all(map(all, wins))", "one seed decides"),
     # consistency_pixels.py
     (
         PIXELS,
