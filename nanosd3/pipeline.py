@@ -30,7 +30,7 @@ from nanosd3.data.mnist import to_uint8
 from nanosd3.errors import InputError, shown
 from nanosd3.few_steps import ALL_SAMPLERS, consistency, inpainting_afresh
 from nanosd3.flow import interpolate
-from nanosd3.lazy_modules import LazyModules
+from nanosd3.lazy_modules import LazyModules, usual_settings
 from nanosd3.machine.accelerate import accelerate
 from nanosd3.machine.device import at_once, device_of
 from nanosd3.mmdit import MMDiT
@@ -87,6 +87,7 @@ class Pipeline:
     def vae(self) -> AutoencoderKL:
         return cast(AutoencoderKL, self.parts["vae"])
 
+    @usual_settings()
     def encode_text(
         self,
         prompts: str | Collection[str],
@@ -101,9 +102,10 @@ class Pipeline:
         prompts, drop = check_prompts(prompts), dropped_encoders(drop)
         length = check_t5_length(t5_length)
         for message in [*self.text.absent(drop), *self.text.truncated(prompts, length, drop)]:
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=3)  # past the decorator
         return rows_of(self.encode_each(list(dict.fromkeys(prompts)), drop, length), prompts)
 
+    @usual_settings()
     def noise(self, count: int, seed: int, size: tuple[int, int]) -> Tensor:
         """The noise (count, C, h, w) of a seed."""
         return seeded_noise((count, self.config.mmdit.latent_channels, *size), seed)
@@ -138,6 +140,7 @@ class Pipeline:
         return torch.cat(images).numpy()
 
     @torch.no_grad()
+    @usual_settings()
     def __call__(
         self,
         prompts: str | Collection[str],
@@ -177,7 +180,7 @@ class Pipeline:
         request = make_request(self.config, **given)
         prompts = list(dict.fromkeys([*request.prompts, request.negative]))
         for message in self.text.remarks(prompts, request.t5_length, request.drop):
-            warnings.warn(message, stacklevel=3)  # past no_grad's wrapper
+            warnings.warn(message, stacklevel=4)  # past two decorators
         latents = self.generate_latents(request)
         if request.output == "latent":
             return latents
