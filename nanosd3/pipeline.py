@@ -172,9 +172,9 @@ class Pipeline:
         seeded noise. `image`, one for all prompts or one for each, is uint8 (H, W[, C]) or a
         Pillow image; it is noised to the fraction `strength` of the way (0.6, or 1 with a mask)
         and sampled from there. `mask`, bool or uint8 (H, W), marks what is repainted.
-        `skip_layers` are left out in skip-layer guidance. `callback` sees every step of every
-        batch of images; `progress` shows a bar. Warns of words that no caption had and of prompts
-        that are cut. Raises InputError for invalid values.
+        `skip_layers` are left out in skip-layer guidance. `callback` gets copies of
+        every step of every batch of images; `progress` shows a bar. Warns of words that no caption
+        had and of prompts that are cut. Raises InputError for invalid values.
         """
         given = {name: value for name, value in locals().items() if name != "self"}
         request = make_request(self.config, **given)
@@ -235,29 +235,29 @@ class Pipeline:
         def watch(step: int, t: Tensor, z: Tensor, x0: Tensor) -> None:
             bar.update(step > 0)  # a step is done when the next begins
             if request.callback:
-                request.callback(step, t, z, x0)
+                request.callback(step, t.clone(), z.clone(), x0.clone())
 
         results, sampler = [], ALL_SAMPLERS[sampling.sampler]
-        for rows in batches:
-            prompts = [request.prompts[i] for i in rows]
-            prompt = negative = rows_of(text, prompts)
-            if sampling.guidance != 1:
-                negative = rows_of(text, [request.negative] * len(prompts))
-            velocity = guided(model, prompt, negative, sampling.guidance, request.skip)
-            z = eps = noise[rows].to(device, solver_dtype)
-            if known is not None:
-                x0 = known[rows].to(eps)
-                z = interpolate(x0, eps, times[0])
-                if request.mask is not None:
-                    mask = request.mask.to(eps)
-                    if sampler is consistency:
-                        velocity = inpainting_afresh(velocity, mask, x0)
-                    else:
-                        velocity = inpainting(velocity, mask, x0, eps)
-            more = {"noise": eps} if sampler is consistency else {}
-            results.append(sampler(velocity, z, times, watch, **more))
-            bar.update()
-        bar.close()
+        with bar:  # closed after errors, too, which would leave its line to the next one
+            for rows in batches:
+                prompts = [request.prompts[i] for i in rows]
+                prompt = negative = rows_of(text, prompts)
+                if sampling.guidance != 1:
+                    negative = rows_of(text, [request.negative] * len(prompts))
+                velocity = guided(model, prompt, negative, sampling.guidance, request.skip)
+                z = eps = noise[rows].to(device, solver_dtype)
+                if known is not None:
+                    x0 = known[rows].to(eps)
+                    z = interpolate(x0, eps, times[0])
+                    if request.mask is not None:
+                        mask = request.mask.to(eps)
+                        if sampler is consistency:
+                            velocity = inpainting_afresh(velocity, mask, x0)
+                        else:
+                            velocity = inpainting(velocity, mask, x0, eps)
+                more = {"noise": eps} if sampler is consistency else {}
+                results.append(sampler(velocity, z, times, watch, **more))
+                bar.update()
         return finite(torch.cat(results), "the latents")
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from nanosd3 import weights
 from nanosd3.lazy_modules import usual_settings
@@ -94,3 +95,49 @@ def test_warnings_name_the_callers_line(pipeline, call):
     with pytest.warns(UserWarning, match="too long for") as warned:
         call(pipeline, "seven " * 20)
     assert {warning.filename for warning in warned} == {__file__}
+
+
+# --- what a caller does with what it gets ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("start", [{}, {"strength": 1.0}, {"mask": np.eye(28, dtype=bool)}])
+def test_callbacks_may_write_to_what_they_see(pipeline, image, sampler, start, monkeypatch):
+    """To show it, for example; neither this batch of images nor the next takes notice."""
+    monkeypatch.setattr("nanosd3.pipeline.latents_at_once", lambda *_: 1)
+    options = {"steps": 6, "sampler": sampler} | start | ({"image": image[0]} if start else {})
+
+    def spoil(step: int, t: torch.Tensor, z: torch.Tensor, x0: torch.Tensor) -> None:
+        for tensor in (t, z, x0):
+            tensor.mul_(0.5)
+
+    prompts = [PROMPT, "a thin two"]
+    spoilt = pipeline(prompts, **options, callback=spoil)
+    assert np.array_equal(spoilt, pipeline(prompts, **options))
+
+
+def test_nothing_given_or_returned_is_shared(pipeline, image):
+    """Arguments stay as they are, and results are the caller's to change."""
+    noise, start, mask = pipeline.noise(1, 0, (8, 8)), image[0].copy(), np.eye(28, dtype=bool)
+    for options in {"noise": noise}, {"image": start}, {"image": start, "mask": mask}:
+        latents = pipeline(PROMPT, output="latent", **options)
+        before = latents.clone()
+        first = pipeline.decode(latents)
+        assert torch.equal(latents, before)
+        results = [latents, first, *pipeline.encode_text(PROMPT), pipeline(PROMPT)]
+        for result in results:
+            result *= 0
+    assert torch.equal(noise, pipeline.noise(1, 0, (8, 8)))
+    assert np.array_equal(start, image[0]) and np.array_equal(mask, np.eye(28, dtype=bool))
+    assert np.array_equal(pipeline(PROMPT), image)
+
+
+def test_an_error_half_way_ends_the_bar(pipeline):
+    """Bars that stay open push the next ones down, and the notebook keeps the error's frames."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as kept:
+        pipeline(PROMPT, progress=True, callback=stop)
+    assert kept and "sampling" not in [bar.desc for bar in tqdm._instances]

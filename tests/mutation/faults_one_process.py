@@ -3,6 +3,7 @@ Tuples (file, old text, new text, what)."""
 
 TOKENIZERS = "tokenizers.py"
 PIPELINE, LAZY = "pipeline.py", "lazy_modules.py"
+LOOP = "training/loop.py"
 ROPE, TILES = "related/axial_rope.py", "related/neighbourhood.py"
 TENSORS, OWN_RUNS = "official/tensors.py", "official/own_runs.py"
 
@@ -27,4 +28,14 @@ FAULTS_ONE_PROCESS = [
      "    @torch.no_grad()\n    def __call__(", "an image by the caller's settings"),
     (ROPE, "@usual_settings()  # who calls it later may train\n", "", "angles of inference mode"),
     (TILES, "@usual_settings()  # who calls it later may train\n", "", "tiles of inference mode"),
+    # what the caller does with what it gets, and what it did before
+    (PIPELINE, "t.clone(), z.clone(), x0.clone()", "t.clone(), z.clone(), x0",
+     "a callback changes the last estimate"),
+    (PIPELINE, "t.clone(), z.clone(), x0.clone()", "t.clone(), z, x0.clone()",
+     "a callback changes the noise of inpainting"),
+    (PIPELINE, "t.clone(), z.clone(), x0.clone()", "t, z.clone(), x0.clone()",
+     "a callback changes the times of later images"),
+    (PIPELINE, "        with bar:  #", "        if True:  #", "a bar stays open after an error"),
+    (LOOP, "    module.zero_grad()  # gradients of whatever the caller did before\n", "",
+     "gradients left by an interruption"),
 ]  # fmt: skip
