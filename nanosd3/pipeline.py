@@ -30,7 +30,7 @@ from nanosd3.data.mnist import to_uint8
 from nanosd3.errors import InputError, shown
 from nanosd3.few_steps import ALL_SAMPLERS, consistency, inpainting_afresh
 from nanosd3.flow import interpolate
-from nanosd3.lazy_modules import LazyModules
+from nanosd3.lazy_modules import LazyModules, usual_settings
 from nanosd3.machine.accelerate import accelerate
 from nanosd3.machine.device import at_once, device_of
 from nanosd3.mmdit import MMDiT
@@ -87,6 +87,7 @@ class Pipeline:
     def vae(self) -> AutoencoderKL:
         return cast(AutoencoderKL, self.parts["vae"])
 
+    @usual_settings()
     def encode_text(
         self,
         prompts: str | Collection[str],
@@ -101,9 +102,10 @@ class Pipeline:
         prompts, drop = check_prompts(prompts), dropped_encoders(drop)
         length = check_t5_length(t5_length)
         for message in [*self.text.absent(drop), *self.text.truncated(prompts, length, drop)]:
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=3)  # past the decorator
         return rows_of(self.encode_each(list(dict.fromkeys(prompts)), drop, length), prompts)
 
+    @usual_settings()
     def noise(self, count: int, seed: int, size: tuple[int, int]) -> Tensor:
         """The noise (count, C, h, w) of a seed."""
         return seeded_noise((count, self.config.mmdit.latent_channels, *size), seed)
@@ -138,6 +140,7 @@ class Pipeline:
         return torch.cat(images).numpy()
 
     @torch.no_grad()
+    @usual_settings()
     def __call__(
         self,
         prompts: str | Collection[str],
@@ -169,15 +172,15 @@ class Pipeline:
         seeded noise. `image`, one for all prompts or one for each, is uint8 (H, W[, C]) or a
         Pillow image; it is noised to the fraction `strength` of the way (0.6, or 1 with a mask)
         and sampled from there. `mask`, bool or uint8 (H, W), marks what is repainted.
-        `skip_layers` are left out in skip-layer guidance. `callback` sees every step of every
-        batch of images; `progress` shows a bar. Warns of words that no caption had and of prompts
-        that are cut. Raises InputError for invalid values.
+        `skip_layers` are left out in skip-layer guidance. `callback` gets copies of
+        every step of every batch of images; `progress` shows a bar. Warns of words that no caption
+        had and of prompts that are cut. Raises InputError for invalid values.
         """
         given = {name: value for name, value in locals().items() if name != "self"}
         request = make_request(self.config, **given)
         prompts = list(dict.fromkeys([*request.prompts, request.negative]))
         for message in self.text.remarks(prompts, request.t5_length, request.drop):
-            warnings.warn(message, stacklevel=3)  # past no_grad's wrapper
+            warnings.warn(message, stacklevel=4)  # past two decorators
         latents = self.generate_latents(request)
         if request.output == "latent":
             return latents
@@ -232,29 +235,29 @@ class Pipeline:
         def watch(step: int, t: Tensor, z: Tensor, x0: Tensor) -> None:
             bar.update(step > 0)  # a step is done when the next begins
             if request.callback:
-                request.callback(step, t, z, x0)
+                request.callback(step, t.clone(), z.clone(), x0.clone())
 
         results, sampler = [], ALL_SAMPLERS[sampling.sampler]
-        for rows in batches:
-            prompts = [request.prompts[i] for i in rows]
-            prompt = negative = rows_of(text, prompts)
-            if sampling.guidance != 1:
-                negative = rows_of(text, [request.negative] * len(prompts))
-            velocity = guided(model, prompt, negative, sampling.guidance, request.skip)
-            z = eps = noise[rows].to(device, solver_dtype)
-            if known is not None:
-                x0 = known[rows].to(eps)
-                z = interpolate(x0, eps, times[0])
-                if request.mask is not None:
-                    mask = request.mask.to(eps)
-                    if sampler is consistency:
-                        velocity = inpainting_afresh(velocity, mask, x0)
-                    else:
-                        velocity = inpainting(velocity, mask, x0, eps)
-            more = {"noise": eps} if sampler is consistency else {}
-            results.append(sampler(velocity, z, times, watch, **more))
-            bar.update()
-        bar.close()
+        with bar:  # closed after errors, too, which would leave its line to the next one
+            for rows in batches:
+                prompts = [request.prompts[i] for i in rows]
+                prompt = negative = rows_of(text, prompts)
+                if sampling.guidance != 1:
+                    negative = rows_of(text, [request.negative] * len(prompts))
+                velocity = guided(model, prompt, negative, sampling.guidance, request.skip)
+                z = eps = noise[rows].to(device, solver_dtype)
+                if known is not None:
+                    x0 = known[rows].to(eps)
+                    z = interpolate(x0, eps, times[0])
+                    if request.mask is not None:
+                        mask = request.mask.to(eps)
+                        if sampler is consistency:
+                            velocity = inpainting_afresh(velocity, mask, x0)
+                        else:
+                            velocity = inpainting(velocity, mask, x0, eps)
+                more = {"noise": eps} if sampler is consistency else {}
+                results.append(sampler(velocity, z, times, watch, **more))
+                bar.update()
         return finite(torch.cat(results), "the latents")
 
 

@@ -115,7 +115,10 @@ class BPE:
         self.ids = {symbol: i for i, symbol in enumerate(symbols)}
         self.symbols = dict(enumerate(symbols))
         self.rank = {pair: i for i, pair in enumerate(merges)}
-        self.encode_word = lru_cache(65536)(self._encode_word)
+        self._cached = lru_cache(65536)(self._encode_word)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.merges, self.vocab)  # without the cache, which is this object's
 
     @classmethod
     def official(cls) -> "BPE":
@@ -142,14 +145,18 @@ class BPE:
             words = {merge_pair(symbols, best): count for symbols, count in words.items()}
         return cls(merges, vocab)
 
-    def _encode_word(self, word: str) -> list[int]:
+    def encode_word(self, word: str) -> list[int]:
+        """The ids of one word."""
+        return list(self._cached(word))
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
         symbols = word_symbols(word)
         while len(symbols) > 1:
             best = min(pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf))
             if best not in self.rank:
                 break
             symbols = merge_pair(symbols, best)
-        return [self.ids[symbol] for symbol in symbols]
+        return tuple(self.ids[symbol] for symbol in symbols)
 
     def encode(self, text: str) -> list[int]:
         """Start, the text's ids, end."""
@@ -209,7 +216,10 @@ class Unigram:
         self.score = {p: (s, i) for i, (p, s) in enumerate(pieces) if p not in self.controls}
         self.longest = max(map(len, self.score))
         self.unknown_score = min(s for s, _ in self.score.values()) - 10
-        self.encode_word = lru_cache(65536)(self._encode_word)
+        self._cached = lru_cache(65536)(self._encode_word)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.pieces, self.lower_case)
 
     @classmethod
     def official(cls) -> "Unigram":
@@ -229,7 +239,11 @@ class Unigram:
         """The id of <extra_id_n>, which stands for the n-th removed span."""
         return self.controls[f"<extra_id_{n}>"]
 
-    def _encode_word(self, word: str) -> list[int]:
+    def encode_word(self, word: str) -> list[int]:
+        """The ids of one word, behind its SPACE."""
+        return list(self._cached(word))
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
         """The most probable split. best[j]: (score, start of the last piece, its id)."""
         best = [(0.0, 0, -1)] + [(-math.inf, 0, -1)] * len(word)
         for j in range(1, len(word) + 1):
@@ -246,7 +260,7 @@ class Unigram:
             if not (piece == UNKNOWN and ids and ids[-1] == UNKNOWN):  # a run of them is one
                 ids.append(piece)
             j = i
-        return ids[::-1]
+        return tuple(ids[::-1])
 
     def encode(self, text: str) -> list[int]:
         """The text's ids, end."""

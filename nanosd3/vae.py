@@ -29,9 +29,10 @@ def conv3(c_in: int, c_out: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
-def silu(x: Tensor) -> Tensor:
-    """x sigmoid(x); where no gradient is asked for, in the memory of x, which is not needed."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+def silu(x: Tensor, kept: Tensor | None = None) -> Tensor:
+    """x sigmoid(x); where no gradient is asked for, in the memory of x, which is not needed: unless
+    it is `kept`, the input of a block whose norm someone has taken out."""
+    return F.silu(x, inplace=x is not kept and not torch.is_grad_enabled())
 
 
 class ResBlock(nn.Module):
@@ -44,7 +45,7 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv1(silu(self.norm1(x), x))
         h = self.conv2(silu(self.norm2(h)))
         return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 

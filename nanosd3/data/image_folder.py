@@ -110,8 +110,8 @@ def read_folder(root: Path) -> ImageFolder:
             f"(first: {skipped[0]})"
         )
     hide = True if len(captions) < PROGRESS_FROM else None  # None: unless it is a terminal
-    bar = tqdm(captions, "images", leave=False, disable=hide)
-    pictures = read_each(bar, lambda path: read_picture(path, captions[path]), skipped)
+    with tqdm(captions, "images", leave=False, disable=hide) as bar:
+        pictures = read_each(bar, lambda path: read_picture(path, captions[path]), skipped)
     if not pictures:
         raise InputError(f"{root}: none of {len(paths)} images can be used (first: {skipped[0]})")
     known = {*paths, *captioned.named}

@@ -9,7 +9,8 @@ place, by subclasses that compute the same function (up to the last bits of floa
     Encoder, Decoder, GroupNorm, Up    the autoencoder in channels-last memory (channels_last)
 
 Importing the model gives the plain one; training, the pipeline and the benchmarks accelerate the
-models they build. State dictionaries do not change. Whole blocks are checkpointed
+models they build. State dictionaries do not change. Without gradients a forward hook must copy the
+output that it keeps: the next layer may overwrite it. Whole blocks are checkpointed
 (`checkpoint_blocks`) and compiled (`compile_blocks`) on request.
 """
 

@@ -61,7 +61,7 @@ class Archive:
         def read() -> Tensor:
             return place.read().as_strided(shape, stride, offset if used else 0)
 
-        return StoredTensor(name, self.path, shape, dtype, read)
+        return StoredTensor(name, self.path, shape, dtype, read, self.parts)
 
 
 def is_other_tensor(value: object) -> TypeGuard[Call]:

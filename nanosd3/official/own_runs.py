@@ -68,7 +68,10 @@ def open_run_transformer(run: Run) -> tuple[Config, State]:
     width, grid = config.mmdit.width, config.mmdit.grid
     positions = sincos_positions(width, grid, config.mmdit.grid_sample, config.mmdit.grid_span)
     averages["pos_embed"] = positions  # a buffer, which no state holds
-    return config, {name: in_memory(name, tensor, folder) for name, tensor in averages.items()}
+    return config, {
+        name: replace(in_memory(name, tensor, folder), read=tensor.clone)  # anew for each network
+        for name, tensor in averages.items()
+    }
 
 
 def open_run_encoders(run: Run, config: Config) -> dict[str, State]:

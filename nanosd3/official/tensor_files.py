@@ -66,7 +66,7 @@ def open_safetensors(path: Path) -> State:
     found = places(path)
     check_names(found, path)
     return {
-        name: StoredTensor(name, path, place.shape, place.dtype, place.read)
+        name: StoredTensor(name, path, place.shape, place.dtype, place.read, place.parts)
         for name, place in found.items()
     }
 

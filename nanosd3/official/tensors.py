@@ -8,13 +8,14 @@ network is ever in memory twice.
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from nanosd3.errors import InputError
+from nanosd3.storage.mapped import Parts
 
 State = dict[str, "StoredTensor"]
 
@@ -31,6 +32,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    parts: Parts = field(default_factory=Parts, repr=False, compare=False)  # mapped to read it
 
     @property
     def nbytes(self) -> int:
@@ -90,9 +92,11 @@ def fill(
 ) -> nn.Module:
     """Load weights into a module on the meta device, cast to `dtype` (None: as stored), frozen.
 
-    Buffers (the position grid) keep their stored dtype. Raises InputError naming the first tensor
-    that holds NaN or infinity.
+    Buffers (the position grid) keep their stored dtype. Modules share nothing.
+    Raises InputError naming the first tensor that holds NaN or infinity.
     """
+    for tensor in state.values():
+        tensor.parts.clear()
     buffers = {name for name, _ in module.named_buffers()}
     loaded = {
         key: cast(state[key], target, device, None if key in buffers else dtype)

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from nanosd3.lazy_modules import usual_settings
+
 Grid = tuple[int, int]  # rows, columns
 
 
@@ -33,6 +35,7 @@ def axial_frequencies(heads: int, head_dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@usual_settings()  # who calls it later may train
 def rotation(
     grid: Grid, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

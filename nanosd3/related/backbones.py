@@ -160,7 +160,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(F.silu(c))[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv1(silu(self.norm1(x), x))
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         return x + self.conv2(silu(h))  # (B, channels, H, W)
 

@@ -41,7 +41,7 @@ class TimedBlock(nn.Module):
         self.shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.conv1(silu(self.norm1(x))) + self.time(time)[:, :, None, None]
+        h = self.conv1(silu(self.norm1(x), x)) + self.time(time)[:, :, None, None]
         return self.conv2(silu(self.norm2(h))) + self.shortcut(x)
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanosd3.lazy_modules import usual_settings
 from nanosd3.related.axial_rope import Grid
 
 TILE = 4  # queries on a side of a tile
@@ -79,6 +80,7 @@ def axis_tiles(n: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @lru_cache(maxsize=32)
+@usual_settings()  # who calls it later may train
 def grid_tiles(
     grid: Grid, window: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -131,9 +131,10 @@ def encoded_clips(
     path = job.run.folder / "cache" / f"clips-{size_name(size)}.safetensors"
     if not path.exists():
         latents, batches = [], range(-(-count // CLIPS_AT_ONCE))
-        for i in progress(batches, f"clips {size_name(size)}", len(batches)):
-            some = clips.at(slice(i * CLIPS_AT_ONCE, (i + 1) * CLIPS_AT_ONCE))
-            latents.append(encode_frames(vae, moving.videos(some, size).to(job.device)).half())
+        with progress(batches, f"clips {size_name(size)}", len(batches)) as bar:
+            for i in bar:
+                some = clips.at(slice(i * CLIPS_AT_ONCE, (i + 1) * CLIPS_AT_ONCE))
+                latents.append(encode_frames(vae, moving.videos(some, size).to(job.device)).half())
         save_tensors({"latents": torch.cat(latents).cpu()}, path)
     return clips, read_tensors(path)["latents"]
 

@@ -4,8 +4,8 @@ A private writable mapping counts as memory before anything is read: mapping a c
 in one piece failed on a machine with 24 GB. So opening reads names, shapes and offsets only, and a
 tensor that is read maps the part of the file around it, of which pages are loaded as they are used.
 
-The tensors of one opening share its mappings. Two openings share nothing: a model whose weights
-were changed in place leaves the next one that is loaded from its file as the file has it.
+The tensors of one network share its mappings. Two networks share nothing, opened twice or read
+again: one whose weights were changed in place leaves the next one as the file has it.
 """
 
 import math
@@ -47,7 +47,7 @@ class Place:
     start: int  # bytes
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parts: Parts = field(repr=False, compare=False)  # of this opening of the file
+    parts: Parts = field(repr=False, compare=False)  # shared with other tensors of the file
 
     def read(self) -> Tensor:
         """The tensor, memory-mapped; writing to it leaves the file as it is.

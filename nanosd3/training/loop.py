@@ -139,8 +139,9 @@ def fit(
     param_groups = [g for optimizer in optimizers for g in optimizer.param_groups]
     trained = [p for param_group in param_groups for p in param_group["params"]]
     start, skipped = restore(run, stage, tensors, parallel)
-    with interruptible() as stopped:
-        bar = progress(range(start, recipe.steps), stage, recipe.steps, group.is_main)
+    module.zero_grad()  # gradients of whatever the caller did before
+    steps = range(start, recipe.steps)
+    with interruptible() as stopped, progress(steps, stage, recipe.steps, group.is_main) as bar:
         for step in bar:
             for param_group in param_groups:
                 param_group["lr"] = param_group["lr_scale"] * learning_rate(step, recipe)
@@ -172,7 +173,6 @@ def fit(
             if signum:
                 done = f"{stage}: stopped after step {step + 1} of {recipe.steps}"
                 raise Interrupted(f"{done}; rerun the same command to resume", signum)
-        bar.close()
     report_skipped(run, stage)
 
 

@@ -146,6 +146,19 @@ def test_a_block_in_place_leaves_its_input(channels, size):
         assert torch.equal(x, original)
 
 
+@pytest.mark.parametrize("missing", ["norm1", "norm2"])
+@pytest.mark.parametrize("faster", [accelerate, lambda block: block])
+def test_a_block_without_a_norm(faster, missing):
+    """Who takes one out, to see what it is for, gets the same without gradients."""
+    torch.manual_seed(0)
+    block, x = faster(ResBlock(32, 32, groups=8)), draw(2, 32, 48, 48)
+    setattr(block, missing, torch.nn.Identity())
+    expected, original = block(x), x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, original)
+
+
 @torch.no_grad()
 def test_the_second_norm_of_a_block_is_in_place():
     """Its input and its output are one tensor; those of the first are two."""

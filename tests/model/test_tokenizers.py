@@ -1,7 +1,9 @@
 """Both tokenizers: known ids, round trips, training, and agreement with the published ones."""
 
+import copy
 import gzip
 import itertools
+import pickle
 import random
 import string
 import unicodedata
@@ -252,3 +254,20 @@ def test_t5_agrees_with_tokenizers():
     for text in compared:
         assert UNIGRAM_FULL.encode(text) == reference.encode(text).ids, ascii(text)
     assert normalise_t5("\uff5e\u2003ﬁ") == "\uff5e fi"
+
+
+@pytest.mark.parametrize("tokenizer", [BPE_TINY, UNIGRAM_TINY], ids=["bpe", "unigram"])
+def test_results_are_the_callers(tokenizer):
+    """Who changes the ids of a word changes no later ones."""
+    before = tokenizer.encode("seven"), tokenizer.encode_word("seven")
+    tokenizer.encode_word("seven").append(0)
+    assert (tokenizer.encode("seven"), tokenizer.encode_word("seven")) == before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_have_a_cache_of_their_own(copied):
+    for tokenizer in (BPE_TINY, UNIGRAM_TINY):
+        other, text = copied(tokenizer), "A bold seven leaning right"
+        assert other.encode(text) == tokenizer.encode(text)
+        assert vars(other).keys() == vars(tokenizer).keys()
+        assert other._cached is not tokenizer._cached

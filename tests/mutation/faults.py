@@ -18,6 +18,7 @@ from mutation.faults_claims_sd3_data import FAULTS_CLAIMS_SD3_DATA
 from mutation.faults_dpo import FAULTS_DPO
 from mutation.faults_given import FAULTS_GIVEN
 from mutation.faults_network import ACCELERATE, CHANNELS_LAST, EMBEDDINGS, LAYERS, MATMUL, MMDIT
+from mutation.faults_one_process import FAULTS_ONE_PROCESS
 from mutation.faults_related_consistency import FAULTS_CONSISTENCY
 from mutation.faults_related_dit import FAULTS_DIT
 from mutation.faults_related_fm import FAULTS_FM
@@ -252,6 +253,6 @@ FAULTS = [
     for entry in entries
 ] + [
     Fault(*entry)
-    for family in (*RELATED, *CLAIMS, FAULTS_GIVEN, FAULTS_TRAINING)
+    for family in (*RELATED, *CLAIMS, FAULTS_GIVEN, FAULTS_ONE_PROCESS, FAULTS_TRAINING)
     for entry in family
 ]

@@ -351,7 +351,9 @@ CHANNELS_LAST = [
     # InPlaceResBlock
     ("self.norm2(h, out=h)", "self.norm1(h, out=h)", "the first norm twice"),
     ("self.norm2(h, out=h)", "self.norm2(h)", "not in place"),
-    ("silu(self.norm1(x))", "silu(self.norm1(x, out=x))", "the block's input is lost"),
+    ("silu(self.norm1(x), x)", "silu(self.norm1(x, out=x), x)", "the block's input is lost"),
+    ("silu(self.norm1(x), x)", "silu(self.norm1(x))", "the input is lost without a norm"),
+    (" or not isinstance(self.norm2, ChannelsLastGroupNorm)", "", "only its own norm"),
     ("h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))",
      "h.add_(0 * x if self.nin_shortcut is None else self.nin_shortcut(x))", "no skip"),
 ]  # fmt: skip

@@ -22,7 +22,8 @@ from nanosd3.official.key_names import PREFIXES, from_diffusers, to_diffusers
 from nanosd3.official.missing_keys import check, report
 from nanosd3.official.tensor_files import read_file_metadata
 from nanosd3.official.tensors import fill, in_memory
-from nanosd3.pipeline import Pipeline
+from nanosd3.pipeline import Pipeline, open_pipeline
+from nanosd3.storage.training_state import AVERAGE, save_state
 
 PROMPTS = ["a photo of a cat", "hello world!"]
 SMALL = {"height": 64, "width": 96, "steps": 3, "guidance": 3.0}
@@ -478,6 +479,28 @@ def test_changed_weights_stay_in_their_pipeline(official_file):
     broken.mmdit.context_embedder.weight.zero_()
     for again in (whole, weights.load(official_file).mmdit):
         assert again.context_embedder.weight.abs().sum() > 0
+
+
+@pytest.fixture
+def training_run(run_before_flow, tiny_run, tmp_path):
+    """A run whose transformer is still being trained."""
+    run, trained = shutil.copytree(run_before_flow, tmp_path / "run"), weights.load(tiny_run).mmdit
+    so_far = {f"{AVERAGE}{name}": parameter for name, parameter in trained.named_parameters()}
+    save_state(run, "flow", 3, so_far, skipped=0)
+    return run
+
+
+@pytest.mark.parametrize("model", ["official_file", "training_run"])
+def test_networks_of_a_checkpoint_share_nothing(request, model):
+    """Two pipelines of one opened model, and a network that is freed and read again while others
+    are in memory."""
+    checkpoint = open_checkpoint(request.getfixturevalue(model))
+    broken, whole = (open_pipeline(checkpoint, "cpu", None, staged=False) for _ in range(2))
+    broken.parts.load()
+    broken.mmdit.context_embedder.weight.zero_()
+    assert whole.mmdit.context_embedder.weight.abs().sum() > 0
+    broken.parts.free("mmdit")
+    assert broken.mmdit.context_embedder.weight.abs().sum() > 0
 
 
 def test_convolutions_are_channels_last(official_file):

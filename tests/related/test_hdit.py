@@ -23,6 +23,7 @@ from nanosd3.related.hdit import (
     soft_min_snr,
     split,
 )
+from nanosd3.related.neighbourhood import grid_tiles
 
 CPU = torch.device("cpu")
 LEVELS = (HDiTLevel(16, 1, 3), HDiTLevel(32, 2, 3), HDiTLevel(48, 2, None))
@@ -43,6 +44,20 @@ def inputs(size: tuple[int, int] = (24, 16), batch: int = 3) -> tuple[Tensor, Te
     z = torch.randn(batch, 2, *size, generator=generator, dtype=torch.float64)
     pooled = torch.randn(batch, 10, generator=generator, dtype=torch.float64)
     return z, torch.tensor([0.2, 0.5, 0.9][:batch]), pooled
+
+
+@pytest.mark.parametrize("setting", [torch.inference_mode, lambda: torch.device("meta")])
+def test_training_after_looking(setting):
+    """Angles and tiles are kept, and those made in inference mode could not be trained with; the
+    first caller may have another default device, too."""
+    rotation.cache_clear()
+    grid_tiles.cache_clear()
+    model, (z, t, pooled) = shaken_network(), inputs()
+    with setting():
+        seen = model(z, t, pooled)
+    trained = model(z, t, pooled)
+    trained.sum().backward()
+    assert torch.equal(trained, seen) and rotation.cache_info().hits
 
 
 # --- positions ----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import train_mnist
 from nanosd3.cli import run_main
@@ -278,6 +279,22 @@ def test_counting_resumes_after_an_interruption(tmp_path):
         fit(tmp_path, net(), spoil)
     with pytest.raises(InputError, match="steps 2 to 4 are not finite"):
         fit(tmp_path, net(), lambda step, x: x * torch.nan)
+
+
+def test_a_restart_in_the_same_process(tmp_path):
+    """Gradients that are left, such as those of an interrupted step, are not part of the first;
+    and the progress bar of the interrupted training makes room."""
+    whole, module = net(), net()
+    fit(tmp_path / "whole", whole)
+    module(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(KeyboardInterrupt) as kept:
+        fit(tmp_path / "run", module, watch=stop_at(2))
+    assert kept and "x" not in [bar.desc for bar in tqdm._instances]
+    module(torch.ones(1, 3)).sum().backward()
+    module.load_state_dict(net().state_dict())
+    fit(tmp_path / "run", module)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), module.parameters(),
+                                                 strict=True))  # fmt: skip
 
 
 def test_log_of_a_killed_run_is_readable(tmp_path):

@@ -1,0 +1,41 @@
+"""Mistakes by which one call or object leaves something to the next in a process that lives long.
+Tuples (file, old text, new text, what)."""
+
+TOKENIZERS = "tokenizers.py"
+PIPELINE, LAZY = "pipeline.py", "lazy_modules.py"
+LOOP = "training/loop.py"
+ROPE, TILES = "related/axial_rope.py", "related/neighbourhood.py"
+TENSORS, OWN_RUNS = "official/tensors.py", "official/own_runs.py"
+
+FAULTS_ONE_PROCESS = [
+    (TOKENIZERS, '"""The ids of one word."""\n        return list(', '"""The ids of one word."""\n'
+     "        return (", "the cached ids of a word"),
+    (TOKENIZERS, "return type(self), (self.pieces, self.lower_case)",
+     "return type(self), (self.pieces,)", "a copy keeps capitals"),
+    (TENSORS, "        tensor.parts.clear()\n", "        tensor.parts.copy()\n",
+     "two networks of one opened file"),
+    (OWN_RUNS, "read=tensor.clone)", "read=tensor.detach)", "two networks of a run in training"),
+    # what the caller has set
+    (LAZY, "            stack.enter_context(torch.no_grad())\n", "",
+     "gradients on where they were off"),
+    (LAZY, "            stack.callback(torch.set_default_dtype, dtype)\n", "",
+     "the caller's dtype is gone"),
+    (LAZY, 'if torch.get_default_device().type != "cpu":', "if False:", "the caller's device"),
+    (LAZY, "            with usual_settings():\n", "            if name in self.makers:\n",
+     "networks of inference mode"),
+    (PIPELINE, "    @usual_settings()\n    def noise(", "    def noise(", "noise of another type"),
+    (PIPELINE, "    @torch.no_grad()\n    @usual_settings()\n    def __call__(",
+     "    @torch.no_grad()\n    def __call__(", "an image by the caller's settings"),
+    (ROPE, "@usual_settings()  # who calls it later may train\n", "", "angles of inference mode"),
+    (TILES, "@usual_settings()  # who calls it later may train\n", "", "tiles of inference mode"),
+    # what the caller does with what it gets, and what it did before
+    (PIPELINE, "t.clone(), z.clone(), x0.clone()", "t.clone(), z.clone(), x0",
+     "a callback changes the last estimate"),
+    (PIPELINE, "t.clone(), z.clone(), x0.clone()", "t.clone(), z, x0.clone()",
+     "a callback changes the noise of inpainting"),
+    (PIPELINE, "t.clone(), z.clone(), x0.clone()", "t, z.clone(), x0.clone()",
+     "a callback changes the times of later images"),
+    (PIPELINE, "        with bar:  #", "        if True:  #", "a bar stays open after an error"),
+    (LOOP, "    module.zero_grad()  # gradients of whatever the caller did before\n", "",
+     "gradients left by an interruption"),
+]  # fmt: skip
