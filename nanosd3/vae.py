@@ -29,12 +29,6 @@ def conv3(c_in: int, c_out: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
-def silu(x: Tensor, kept: Tensor | None = None) -> Tensor:
-    """x sigmoid(x); where no gradient is asked for, in the memory of x, which is not needed: unless
-    it is `kept`, the input of a block whose norm someone has taken out."""
-    return F.silu(x, inplace=x is not kept and not torch.is_grad_enabled())
-
-
 class ResBlock(nn.Module):
     """Two convolutions around a skip; the skip is a 1x1 convolution if the channels change."""
 
@@ -45,8 +39,8 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(silu(self.norm1(x), x))
-        h = self.conv2(silu(self.norm2(h)))
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
         return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
@@ -140,7 +134,7 @@ class Encoder(nn.Module):
             for step in level.steps():
                 x = step(x)
         x = self.mid(x)
-        return self.conv_out(silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -164,7 +158,7 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             for step in level.steps():
                 z = step(z)
-        return self.conv_out(silu(self.norm_out(z)))
+        return self.conv_out(F.silu(self.norm_out(z)))
 
 
 class AutoencoderKL(nn.Module):

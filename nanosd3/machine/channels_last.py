@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanosd3.vae import Decoder, Encoder, ResBlock, Up, silu
+from nanosd3.vae import Decoder, Encoder, ResBlock, Up
 
 SQUARES_PER_SUM = 2**16  # numbers whose squares are summed in float32: they fit in a core's cache
 MULTIPLICATIONS = 2**18  # by a tap of an image's upsampling: fewer are not worth the trouble
@@ -85,13 +85,15 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
 
 
 class InPlaceResBlock(ResBlock):
-    """A block whose second norm overwrites its input when no gradient is needed."""
+    """A block that overwrites what nobody reads again, if no gradient is needed: all but its input,
+    which a block without norms, taken out by someone, would have in their place."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not isinstance(self.norm2, ChannelsLastGroupNorm):
+        normed = all(isinstance(norm, ChannelsLastGroupNorm) for norm in (self.norm1, self.norm2))
+        if torch.is_grad_enabled() or not normed:
             return super().forward(x)
-        h = self.conv1(silu(self.norm1(x), x))
-        h = self.conv2(silu(self.norm2(h, out=h)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h, out=h), inplace=True))
         return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 

@@ -38,7 +38,7 @@ from nanosd3.embeddings import batch_times, timestep_embedding
 from nanosd3.layers import HEAD_DIM, RMSNorm, attention
 from nanosd3.mmdit import MMDiT, Modulation, Stream, feed_forward, initialise, join_streams
 from nanosd3.related.dit import CrossAttention, separate_heads
-from nanosd3.vae import conv3, norm, silu
+from nanosd3.vae import conv3, norm
 
 Tokens = tuple[Tensor, Tensor | None]  # image (B, N, D), text (B, M, D): none after the last block
 
@@ -160,9 +160,9 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(F.silu(c))[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(silu(self.norm1(x), x))
+        h = self.conv1(F.silu(self.norm1(x)))
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return x + self.conv2(silu(h))  # (B, channels, H, W)
+        return x + self.conv2(F.silu(h))  # (B, channels, H, W)
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class UViT(Backbone):
         h = h + super().forward(h, t, context, pooled, skip)
         for block in self.up_blocks:
             h = block(h, c)
-        return self.conv_out(silu(self.norm_out(h)))  # (B, C, H, W)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)
 
 
 def initialise_backbone(model: Backbone) -> None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanosd3.embeddings import TIMESTEP_FEATURES, Embedder, batch_times, timestep_embedding
-from nanosd3.vae import Down, Up, conv3, norm, silu
+from nanosd3.vae import Down, Up, conv3, norm
 
 DECODING_TIMES = (0.978, 0.504, 0.0)  # the published decoder's two levels, in our time
 GROUPS = 8
@@ -41,8 +41,8 @@ class TimedBlock(nn.Module):
         self.shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.conv1(silu(self.norm1(x), x)) + self.time(time)[:, :, None, None]
-        return self.conv2(silu(self.norm2(h))) + self.shortcut(x)
+        h = self.conv1(F.silu(self.norm1(x))) + self.time(time)[:, :, None, None]
+        return self.conv2(F.silu(self.norm2(h))) + self.shortcut(x)
 
 
 class ConsistencyDecoder(nn.Module):
@@ -67,7 +67,7 @@ class ConsistencyDecoder(nn.Module):
         """Velocity (B, C, H, W) of noisy images z (B, C, H, W) at t (B,), or () for all alike,
         given normalised latents (B, c, H/f, W/f)."""
         time = timestep_embedding(batch_times(t, z)).to(z.dtype)  # (B, 256)
-        time = silu(self.embedder(time))  # (B, features)
+        time = F.silu(self.embedder(time))  # (B, features)
         enlarged = F.interpolate(latents, z.shape[2:], mode="nearest")
         x = self.conv_in(torch.cat([z, enlarged], dim=1))  # (B, widths[0], H, W)
         skips = []
@@ -79,7 +79,7 @@ class ConsistencyDecoder(nn.Module):
         for i, block in enumerate(self.up_blocks):
             x = block(torch.cat([x, skips.pop()], dim=1), time)
             x = self.ups[i](x) if i < len(self.ups) else x
-        return self.conv_out(silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 def decode_in_steps(

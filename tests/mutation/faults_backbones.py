@@ -49,7 +49,7 @@ FAULTS_BACKBONES = [
         "texts change places in every block",
     ),
     (BACKBONES_FILE, "self.norm2(h), 1 + scale)", "self.norm2(h), scale)", "a closed scale"),
-    (BACKBONES_FILE, "return x + self.conv2(silu(h))", "return self.conv2(silu(h))", "no skip"),
+    (BACKBONES_FILE, "return x + self.conv2(F.silu(h))", "return self.conv2(F.silu(h))", "no skip"),
     (
         BACKBONES_FILE,
         "h = h + super().forward(h, t, context, pooled, skip)",

@@ -351,9 +351,11 @@ CHANNELS_LAST = [
     # InPlaceResBlock
     ("self.norm2(h, out=h)", "self.norm1(h, out=h)", "the first norm twice"),
     ("self.norm2(h, out=h)", "self.norm2(h)", "not in place"),
-    ("silu(self.norm1(x), x)", "silu(self.norm1(x, out=x), x)", "the block's input is lost"),
-    ("silu(self.norm1(x), x)", "silu(self.norm1(x))", "the input is lost without a norm"),
-    (" or not isinstance(self.norm2, ChannelsLastGroupNorm)", "", "only its own norm"),
+    ("F.silu(self.norm1(x), inplace=True)", "F.silu(self.norm1(x, out=x), inplace=True)",
+     "the block's input is lost"),
+    ("torch.is_grad_enabled() or not normed", "torch.is_grad_enabled()",
+     "the input is lost without a norm"),
+    ("for norm in (self.norm1, self.norm2)", "for norm in (self.norm1,)", "a norm without `out`"),
     ("h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))",
      "h.add_(0 * x if self.nin_shortcut is None else self.nin_shortcut(x))", "no skip"),
 ]  # fmt: skip
