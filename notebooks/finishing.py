@@ -36,7 +36,7 @@ def slug(heading: str) -> str:
 def keep_together(soup: BeautifulSoup, formula: Tag) -> None:
     """No new line between a formula and the comma after it, or the bracket before it."""
     before, after = formula.previous_sibling, formula.next_sibling
-    start = re.search(r"\S*$", before)[0] if isinstance(before, NavigableString) else ""
+    start = re.search(r"\S*\Z", before)[0] if isinstance(before, NavigableString) else ""
     end = re.match(r"\S*", after)[0] if isinstance(after, NavigableString) else ""
     if not start and not end:
         return

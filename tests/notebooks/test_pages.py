@@ -31,7 +31,8 @@ code](../nanosd3/samplers.py), [a paper](https://arxiv.org/abs/2403.03206#sectio
 
 ## A formula & a drawing of adaLN-Zero
 
-With ($z_t = (1-t)\,x_0 + t\,\epsilon$), where $t$ is a time, and
+Above, a long line ends before
+$N$ and with ($z_t = (1-t)\,x_0 + t\,\epsilon$), where $t$ is a time, and
 
 $$\mathcal{L} = \mathbb{E}\left[\lVert v_\theta(z_t, t) - v \rVert^2\right]$$
 
@@ -155,7 +156,7 @@ def test_what_would_be_fetched_is_an_error(tmp_path):
 
 def test_formulas_are_mathml(site):
     one = soups(site)["01_one.html"].main
-    assert len(one.find_all("math")) == 3 and one.select_one(".formula math")["display"] == "block"
+    assert len(one.find_all("math")) == 4 and one.select_one(".formula math")["display"] == "block"
     assert "$" not in one.get_text() and "\\" not in one.get_text()
 
 
@@ -202,6 +203,11 @@ def test_no_new_line_after_a_formula_or_in_a_word_of_a_heading(site):
     word, first = one.select(".whole")
     assert first.get_text().startswith("(z") and first.get_text().endswith("),")
     assert word.get_text() == "adaLN-Zero" and word.parent["id"].endswith("-of-adaln-zero")
+
+
+def test_a_word_stands_whole_before_a_formula_of_the_next_line(site):
+    """The new line is the space between them: no letter is taken for it."""
+    assert "ends before\nN and with" in soups(site)["01_one.html"].main.get_text()
 
 
 def test_tables_of_the_teachers_show_asterisks(site):
