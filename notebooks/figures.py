@@ -64,6 +64,11 @@ def mixture(t: float) -> str:
     return to_hex((1 - t) * data + t * noise)
 
 
+def in_words(description: str, caption: str) -> str:
+    """Both as sentences. A description may end with the colon before names, of which none is."""
+    return " ".join(part.rstrip(".: ") + "." for part in (description, caption) if part)
+
+
 def even_lines(text: str, width: int) -> list[str]:
     """The text in as few lines of at most `width` characters as it needs, of about one length."""
     fewest = textwrap.wrap(text, width, break_on_hyphens=False)
@@ -91,7 +96,7 @@ def finish(figure: Figure, caption: str, description: str = "") -> None:
     if ipython is None or ipython.get_ipython() is None:
         plt.show()
         return
-    words = " ".join(part.rstrip(".") + "." for part in (description, caption) if part)
+    words = in_words(description, caption)
     ipython.display.display(figure, metadata={"image/png": {"alt": words}})
     plt.close(figure)
 

@@ -145,6 +145,12 @@ def test_lines_of_captions_are_of_about_one_length():
     assert [len(line) for line in figures.even_lines("x" * 50, 20)] == [20, 20, 10]
 
 
+def test_descriptions_are_sentences():
+    """A curve without a name is not named."""
+    assert figures.in_words("Plot of y against x: ", "Seven.") == "Plot of y against x. Seven."
+    assert figures.in_words("", "Two, a and b") == "Two, a and b."
+
+
 def test_labels_of_rows_break_at_colons_and_commas():
     for label, lines in {
         "CLIPs only: 100% correct": "CLIPs only: 100% correct",
