@@ -13,7 +13,7 @@ from bs4 import BeautifulSoup, NavigableString, Tag
 from PIL import Image
 
 ROOT = Path(__file__).parent.resolve().parent
-WIDE = 1000  # pixels of a picture with small letters
+LEGIBLE = 0.75  # of its size, which a picture with letters keeps on a telephone
 LONG = 40  # characters of a cell that is not to be narrow
 
 
@@ -129,8 +129,7 @@ class Finisher:
             tag["alt"] = f"Picture in the section: {section}"
         if source.startswith("data:"):
             with Image.open(io.BytesIO(base64.b64decode(source.split(",")[-1]))) as picture:
-                if picture.width > WIDE:
-                    tag["class"] = [*tag.get("class", []), "wide"]
+                tag["style"] = f"--least: {LEGIBLE * picture.width:.0f}px"
             return
         path = self.file(source, page)
         if not path.is_relative_to(ROOT) or not path.is_file():

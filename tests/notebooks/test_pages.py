@@ -161,14 +161,18 @@ def test_formulas_are_mathml(site):
 
 
 def test_wide_pictures_stay_legible(tmp_path):
-    """On a telephone they are scrolled further."""
+    """On a telephone they are scrolled further; narrow ones are seen as a whole."""
     cell = new_code_cell("1")
-    cell.outputs = [output(600), output(1100)]
+    cell.outputs = [output(400), output(1100)]
     path = tmp_path / "01_one.ipynb"
     nbformat.write(new_notebook(cells=[new_markdown_cell("# 01 · One"), cell]), path)
     pages.make(tmp_path, tmp_path / "site")
     pictures = soups(tmp_path / "site")["01_one.html"].select(".output_subarea img")
-    assert ["wide" in picture.get("class", []) for picture in pictures] == [False, True]
+    assert [picture["style"] for picture in pictures] == ["--least: 300px", "--least: 825px"]
+    assert ".output_subarea img {" in (css := pages.style())
+    assert (
+        "max-width: max(100%, var(--least));" in css.split(".output_subarea img {")[1].split("}")[0]
+    )
 
 
 def test_functions_have_room():
