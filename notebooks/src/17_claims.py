@@ -48,7 +48,7 @@ guess("...")
 
 # %%
 counts = Counter(record["verdict"] for record in about_sd3.values())
-print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+print(", ".join(f"{count} {word}" for word, count in counts.items()))
 for name, record in about_sd3.items():
     print(f"{record['verdict']:10} {name}")
 best = records["x-sd3-formulations"]
@@ -116,8 +116,9 @@ def lead_slowly(better, worse):
     return mean, square**0.5
 
 
-choice = ranks["rf/lognorm(0, 1)"]
-for name, theirs in ranks.items():
+others = dict(ranks)
+choice = others.pop("rf/lognorm(0, 1)")
+for name, theirs in others.items():
     m, s = lead_slowly(choice, theirs)
     torch.testing.assert_close((m, s), experiment.lead(choice, theirs))
     print(f"SD3's choice leads {name:17} by {m:5.2f}, spread {s:.2f}")
