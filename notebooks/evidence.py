@@ -110,13 +110,11 @@ def who_beats_whom(signs: Tensor, names: Sequence[str], caption: str) -> None:
 def bars_and_line(
     centres: Sequence[float], bars: Sequence[float], line: Sequence[float], caption: str
 ) -> None:
-    """Shares of draws as bars, and a line of what is left to learn, on axes of their own."""
-    figure, (axis,) = panels(1, 6.4, 3.2)
-    axis.bar(centres, to_numpy(bars), width=0.11, color=PALE, label="share of draws")
-    axis.set(xlabel="t (0 data, 1 noise)", ylabel="share of draws (bars)", xlim=(0, 1))
-    other = axis.twinx()
-    other.plot(centres, to_numpy(line), "-o", color=INK, markersize=4)
-    other.set_ylabel("left to learn (line)")
-    other.set_ylim(bottom=0)
-    other.spines["right"].set_visible(True)
-    finish(figure, caption, "Bars and a line over eight intervals of t")
+    """Shares of draws as bars and, beside them, what is left to learn as a line."""
+    figure, axes = panels(2, 3.2, 2.8)
+    axes[0].bar(centres, to_numpy(bars), width=0.11, color=PALE)
+    axes[1].plot(centres, to_numpy(line), "-o", color=INK, markersize=4)
+    for axis, ylabel in zip(axes, ("share of draws", "left to learn"), strict=True):
+        axis.set(xlabel="t (0 data, 1 noise)", ylabel=ylabel, xlim=(0, 1))
+        axis.set_ylim(bottom=0)
+    finish(figure, caption, "Bars, and beside them a line, over eight intervals of t")

@@ -27,6 +27,7 @@ from torch import Tensor
 from nanosd3.training.plot_style import INK, MEANINGS, PALE, SERIES
 
 DASHES, MARKS = ("-", "--", ":", "-."), "os^vDxP*"
+LABEL = 24  # characters in a line of a row's label
 WORDS = {  # in a label, and what they stand for
     "data": "data", "real": "data", "noise": "noise", "prompt": "prompt", "text": "prompt",
     "prediction": "prediction", "predicted": "prediction", "samples": "prediction",
@@ -63,15 +64,39 @@ def mixture(t: float) -> str:
     return to_hex((1 - t) * data + t * noise)
 
 
+def in_words(description: str, caption: str) -> str:
+    """Both as sentences. A description may end with the colon before names, of which none is."""
+    return " ".join(part.rstrip(".: ") + "." for part in (description, caption) if part)
+
+
+def even_lines(text: str, width: int) -> list[str]:
+    """The text in as few lines of at most `width` characters as it needs, of about one length."""
+    fewest = textwrap.wrap(text, width, break_on_hyphens=False)
+    for narrower in range(max(map(len, text.split()), default=width), width):
+        lines = textwrap.wrap(text, narrower, break_on_hyphens=False)
+        if len(lines) == len(fewest):
+            return lines
+    return fewest
+
+
+def label_lines(label: str) -> str:
+    """The label of a row in lines that end, where that is enough, with a colon or a comma."""
+    lines = [""]
+    for part in re.split(r"(?<=[:,]) ", label):
+        longer = f"{lines[-1]} {part}".strip()
+        lines = [*lines[:-1], longer] if len(longer) <= LABEL else [*lines, part]
+    return "\n".join(short for line in lines for short in even_lines(line, LABEL))
+
+
 def finish(figure: Figure, caption: str, description: str = "") -> None:
     """Add the caption below and show the figure. Who cannot see it gets the description."""
     width = int(figure.get_size_inches()[0] * 16)
-    figure.supxlabel(textwrap.fill(caption, width), fontsize=9, style="italic")
+    figure.supxlabel("\n".join(even_lines(caption, width)), fontsize=9, style="italic")
     ipython = sys.modules.get("IPython")
     if ipython is None or ipython.get_ipython() is None:
         plt.show()
         return
-    words = " ".join(part.rstrip(".") + "." for part in (description, caption) if part)
+    words = in_words(description, caption)
     ipython.display.display(figure, metadata={"image/png": {"alt": words}})
     plt.close(figure)
 
@@ -227,7 +252,7 @@ def images(
         for axis, picture in zip(line, pictures, strict=False):
             axis.imshow(picture, vmin=low, vmax=high, interpolation="nearest")
         style = {"transform": line[0].transAxes, "ha": "right", "va": "center"}
-        line[0].text(-0.15, 0.5, textwrap.fill(label, 22), **style)
+        line[0].text(-0.15, 0.5, label_lines(label), **style)
     finish(figure, caption, f"Rows of images: {', '.join(rows)}")
 
 
@@ -252,7 +277,8 @@ def maps(
     low = min(float(a.min()) for a in arrays.values()) if low is None else low
     high = max(float(a.max()) for a in arrays.values()) if high is None else high
     width = 2.6 if not xticks else max(2.6, 0.26 * len(xticks))
-    figure, axes = panels(len(arrays), width, 2.9 if not xticks else 3.4)
+    with_scale = width + 0.9 / len(arrays)
+    figure, axes = panels(len(arrays), with_scale, 2.9 if not xticks else 3.4)
     for axis, (name, array) in zip(axes, arrays.items(), strict=True):
         heatmap = axis.imshow(
             array, cmap="gray_r", vmin=low, vmax=high, interpolation="nearest", aspect="auto"

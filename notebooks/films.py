@@ -6,7 +6,6 @@ moments side by side. Pillow draws it, in the look of figures.py.
 """
 
 import io
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from unittest.mock import patch
 import matplotlib
 import numpy as np
 import torch
-from figures import show_bytes, to_numpy
+from figures import even_lines, show_bytes, to_numpy
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from nanosd3.training.plot_style import INK, MEANINGS
 WIDTH, GAP, LINE = 720, 6, 22  # of a page, between pictures, of a line of text, in pixels
 LABEL = 124  # the width of labels beside pictures
 MILLISECONDS, HOLD = 200, 2000  # how long each frame is shown, and the last
-MOMENTS = 5  # in the still
+MOMENTS = 5  # in the still, the last of as many parts
 STRONGEST = 0.8  # share of the prompt's colour where the tint is 1
 
 
@@ -62,15 +61,17 @@ class Film:
             if x is not None and x.shape[:2] != count:
                 raise ValueError(f"{x.shape[:2]} moments and pictures, {count} titles and names")
 
-    def picture(self, moment: int, number: int, scale: int) -> Image.Image:
-        """One picture at one moment, enlarged."""
+    def picture(self, moment: int, number: int, side: int) -> Image.Image:
+        """One picture at one moment, with sides of this many pixels."""
         pixels = np.repeat(self.frames[moment, number, ..., None].astype(float), 3, axis=-1)
         if self.tint is not None:
             tint = self.tint[moment, number]
             share = np.kron(tint, np.ones([pixels.shape[0] // tint.shape[0]] * 2))[..., None]
             pixels += STRONGEST * share * (ImageColor.getrgb(MEANINGS["prompt"]) - pixels)
         small = Image.fromarray(pixels.round().astype(np.uint8))
-        return small.resize([scale * side for side in small.size], Image.Resampling.NEAREST)
+        sharp = side % small.width == 0  # all pixels are of one size
+        way = Image.Resampling.NEAREST if sharp else Image.Resampling.BICUBIC
+        return small.resize((side, side), way)
 
 
 def letters(size: int, style: str = "") -> ImageFont.FreeTypeFont:
@@ -108,7 +109,7 @@ class Page:
         self.y += LINE
 
     def caption(self, text: str) -> None:
-        for line in textwrap.wrap(text, 88):
+        for line in even_lines(text, 88):
             self.line([(WIDTH / 2, line)], 14, "-Oblique")
 
 
@@ -127,25 +128,28 @@ def draw_frame(film: Film, i: int, caption: str) -> Page:
     for start in range(0, count, columns):
         row = range(start, min(start + columns, count))
         page.line([*zip(middles(len(row), side, left), film.names[start:], strict=False)])
-        page.row([film.picture(i, j, scale) for j in row], left)
+        page.row([film.picture(i, j, side) for j in row], left)
     page.time_line(i / max(1, len(film.frames) - 1))
     page.caption(caption)
     return page
 
 
 def draw_still(film: Film, caption: str) -> Page:
-    """A few moments: a column for each, or a row if there are many pictures."""
-    page, size = Page(), film.frames.shape[-1]
-    moments = np.linspace(0, len(film.frames) - 1, MOMENTS).round().astype(int).tolist()
+    """A few moments, not the first, often only noise: a column for each, or a row if there are many
+    pictures."""
+    page = Page()
+    moments = np.linspace(0, len(film.frames) - 1, MOMENTS + 1)[1:].round().astype(int).tolist()
     upright = len(film.names) > MOMENTS
     columns = len(film.names) if upright else MOMENTS
-    scale = max(1, ((WIDTH - LABEL) // columns - GAP) // size)
+    side = (WIDTH - LABEL) // columns - GAP
+    if side > film.frames.shape[-1] * 3:  # large enough for pixels of one size
+        side -= side % film.frames.shape[-1]
     above = film.names if upright else [film.titles[i] for i in moments]
-    page.line([*zip(middles(columns, scale * size, LABEL), above, strict=True)])
+    page.line([*zip(middles(columns, side, LABEL), above, strict=True)])
     for k in range(MOMENTS if upright else len(film.names)):
         cells = [(moments[k], j) if upright else (moments[j], k) for j in range(columns)]
         label = film.titles[moments[k]] if upright else film.names[k]
-        page.row([film.picture(*cell, scale) for cell in cells], LABEL, label)
+        page.row([film.picture(*cell, side) for cell in cells], LABEL, label)
     page.caption(caption)
     return page
 

@@ -13,7 +13,7 @@ from bs4 import BeautifulSoup, NavigableString, Tag
 from PIL import Image
 
 ROOT = Path(__file__).parent.resolve().parent
-WIDE = 1000  # pixels of a picture with small letters
+LEGIBLE = 0.75  # of its size, which a picture with letters keeps on a telephone
 LONG = 40  # characters of a cell that is not to be narrow
 
 
@@ -36,7 +36,7 @@ def slug(heading: str) -> str:
 def keep_together(soup: BeautifulSoup, formula: Tag) -> None:
     """No new line between a formula and the comma after it, or the bracket before it."""
     before, after = formula.previous_sibling, formula.next_sibling
-    start = re.search(r"\S*$", before)[0] if isinstance(before, NavigableString) else ""
+    start = re.search(r"\S*\Z", before)[0] if isinstance(before, NavigableString) else ""
     end = re.match(r"\S*", after)[0] if isinstance(after, NavigableString) else ""
     if not start and not end:
         return
@@ -129,8 +129,7 @@ class Finisher:
             tag["alt"] = f"Picture in the section: {section}"
         if source.startswith("data:"):
             with Image.open(io.BytesIO(base64.b64decode(source.split(",")[-1]))) as picture:
-                if picture.width > WIDE:
-                    tag["class"] = [*tag.get("class", []), "wide"]
+                tag["style"] = f"--least: {LEGIBLE * picture.width:.0f}px"
             return
         path = self.file(source, page)
         if not path.is_relative_to(ROOT) or not path.is_file():

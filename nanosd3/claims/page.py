@@ -80,13 +80,16 @@ def page(experiments: Mapping[str, Experiment], records: Mapping[str, dict]) -> 
         else:
             rows.append(f"| {name} | {experiment.claim} | not run yet |")
     overview = ["| | claim | verdict |", "| --- | --- | --- |", *rows]
-    first: dict[str, str] = {}  # which experiment shows a table, of those that share it
-    for name, record in records.items():
-        first.setdefault(str(record["results"]["table"]), name)
-    sections = [
-        section(record, first[str(record["results"]["table"])]) for record in records.values()
-    ]
+    tables = first_alike({name: str(r["results"]["table"]) for name, r in records.items()})
+    plots = first_alike({name: paths_of(RESULTS, name)[1].read_bytes() for name in records})
+    sections = [section(record, tables[name], plots[name]) for name, record in records.items()]
     return "\n".join([HEAD, "\n".join(overview) + "\n", *sections])
+
+
+def first_alike(contents: Mapping[str, str | bytes]) -> dict[str, str]:
+    """For each name the first one that has the same content."""
+    first: dict[str | bytes, str] = {}
+    return {name: first.setdefault(content, name) for name, content in contents.items()}
 
 
 def figures_of(table: dict) -> str:
@@ -96,14 +99,19 @@ def figures_of(table: dict) -> str:
     return "\n".join(lines)
 
 
-def section(record: dict, shown_by: str) -> str:
-    """One experiment: what was said, the verdict, the figures and the plot. A table that another
-    experiment shows already is linked."""
-    machine = record["machine"]
+def section(record: dict, shown_by: str, drawn_by: str) -> str:
+    """One experiment: what was said, the verdict, the figures and the plot. A table or a plot that
+    another experiment shows already is linked."""
+    machine, name = record["machine"], record["name"]
     table = (
         figures_of(record["results"]["table"])
-        if shown_by == record["name"]
+        if shown_by == name
         else f"Measured together with [{shown_by}](#{shown_by}), whose table has the figures."
+    )
+    plot = (
+        f"![Plot for the claim: {record['claim']}](results/{name}.png)"
+        if drawn_by == name
+        else f"The plot of [{drawn_by}](#{drawn_by}) shows this, too."
     )
     seconds = f"{record['thread_seconds']:.0f} s of one core"
     if "training_seconds" in record["results"]:
@@ -111,7 +119,7 @@ def section(record: dict, shown_by: str) -> str:
         seconds += f" (training its networks, now or before: {trained:.0f} s)"
     seeds = ", ".join(map(str, record["seeds"]))
     remark = f"\n{record['remark']}\n" if record["remark"] else ""
-    return f"""## {record["name"]}
+    return f"""## {name}
 
 **Claim.** {record["claim"]} *({record["source"]})*
 
@@ -123,7 +131,7 @@ def section(record: dict, shown_by: str) -> str:
 {remark}
 {table}
 
-![Plot for the claim: {record["claim"]}](results/{record["name"]}.png)
+{plot}
 
 Seeds {seeds}; {seconds} on {machine["processor"]}, torch {machine["torch"]}, commit
 {machine["commit"]}.

@@ -207,7 +207,8 @@ quadratic = config.depth * count**2 * 4 * D / 1e12
 curves = {"linear layers": (patches, linear), "attention": (patches, quadratic)}
 lines(curves, "patch size p (latents)", "10^12 operations",
       "SD3 uses p = 2: 4,096 image tokens and 154 text tokens.", log="y")  # fmt: skip
-print(dict(zip(patches, (linear + quadratic).round(decimals=1).tolist(), strict=True)))
+for p, total in zip(patches, linear + quadratic, strict=True):
+    print(f"p = {p:2}: {total:4.1f} times 10^12 operations")
 
 # %% [markdown]
 # ## A set has no order
@@ -240,7 +241,7 @@ no_positions, z = copy.deepcopy(pipeline.mmdit), pipeline.noise(4, 1, (8, 8))
 no_positions.pos_embed.zero_()
 for name, model in {"with positions": pipeline.mmdit, "without": no_positions}.items():
     before, after = velocity(model, shuffled(z)), shuffled(velocity(model, z))
-    print(f"{name}: largest difference {(before - after).abs().max():.6f}")
+    print(f"{name}: largest difference {(before - after).abs().max():.4f}")
 torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-3)
 
 # %% [markdown]
@@ -429,7 +430,9 @@ guess("...")
 
 # %%
 numbers = torch.arange(64.0).view(1, 64, 1)
-print("positions used by 3 x 6:", package.centre_crop(numbers, 3, 6).view(3, 6).int().tolist())
+print("positions used by 3 x 6:")
+for row in package.centre_crop(numbers, 3, 6).view(3, 6).int():
+    print(*row.tolist())
 for_square = package.centre_crop(pipeline.mmdit.pos_embed, 4, 4).view(4, 4, 128)
 for_wide = package.centre_crop(pipeline.mmdit.pos_embed, 4, 8).view(4, 8, 128)
 torch.testing.assert_close(for_wide[:, 2:6], for_square)

@@ -197,7 +197,7 @@ training = job.config.training
 x0, noise, t, conditioning = batch(StepRNG((0, "flow", 0), range(6)))
 two_rows = StepRNG((0, "flow", 0), range(2, 4))
 assert torch.equal(two_rows.noise((2, *x0.shape[1:]))[:, 0], noise[2:4]), "the same numbers"
-print("x0", tuple(x0.shape), "t", [round(x, 2) for x in t.tolist()])
+print("x0", tuple(x0.shape), "at t =", ", ".join(f"{x:.2f}" for x in t))
 
 # %% [markdown]
 # `encoder_dropout` drops each text encoder independently with probability 0.464, so that about a
@@ -293,7 +293,7 @@ run = Run.open(CACHE / "eight-steps", {"config": {"name": "eight"}}, fresh=True)
 fit(run, "flow", model, loss_of, short, seed=0, ema=make_ema(model), ema_decay=0.999)
 logged = [entry["loss"] for entry in run.read_log("flow")]
 assert logged == by_hand, "the same losses, bit for bit"
-print([round(x, 4) for x in logged])
+print("the losses of both:", ", ".join(f"{x:.3f}" for x in logged))
 
 # %% [markdown]
 # ### Exercises: two parts of the loop
@@ -422,8 +422,8 @@ with torch.no_grad():
 torch.testing.assert_close(torch.stack(by_hand), torch.tensor(log[-1]), atol=1e-3, rtol=0)
 curves = {"after a fifth of the run": (ts, log[0]), "at the end": (ts, log[-1])}
 lines(curves, "t (0 data, 1 noise)", "velocity loss (per latent)", "Held-out images.")
-maps({"held-out loss": torch.tensor(log).T}, "evaluation", "eighth of t (0 data, 7 noise)",
-     "The same, for every evaluation in the run.", "loss")  # fmt: skip
+maps({"held-out loss": torch.tensor(log).T}, "evaluation", "t (0 data, 1 noise)",
+     "The same, for all evaluations.", "loss", yticks=[f"{t:.2f}" for t in ts])  # fmt: skip
 
 # %% [markdown]
 # <details><summary>What happened</summary>
@@ -442,11 +442,10 @@ maps({"held-out loss": torch.tensor(log).T}, "evaluation", "eighth of t (0 data,
 
 # %%
 many = [f"the digit {i % 10}" for i in range(pick(500, 20))]
-accuracy = {}
-for name, network in (("600 steps", average), ("trained model", pipeline.mmdit)):
-    digits = lesson.classify(lesson.pipeline_with(network)(many, seed=9))
-    accuracy[name] = sum(digit == i % 10 for i, digit in enumerate(digits)) / len(many)
-print({name: f"{value:.1%}" for name, value in accuracy.items()})
+for name, network in (("after 600 steps", average), ("the trained model", pipeline.mmdit)):
+    drawn = lesson.pipeline_with(network)(many, seed=9)
+    share = lesson.right(drawn, [i % 10 for i in range(len(many))])
+    print(f"{name:17} {share:.1%} are read as the requested digit")
 
 # %% [markdown]
 # Why does the decay $d$ of the average *increase* during training? With a fixed decay of 0.999,

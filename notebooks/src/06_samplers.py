@@ -16,7 +16,8 @@
 # %%
 import numpy as np
 import torch
-from lab import finish, images, lines, panels, pick, trained, turn
+from lab import curves as plots
+from lab import images, lines, pick, trained, turn
 
 from nanosd3 import flow, samplers
 from nanosd3.data.mnist import measure_strokes, to_model
@@ -30,7 +31,8 @@ pipeline = lesson.pipeline
 digits = [f"the digit {i % 10}" for i in range(pick(300, 20))]
 rows = {}
 for n in pick((1, 2, 4, 8, 32), (1, 2)):
-    rows[f"Euler, {n} steps"] = pipeline(digits[:10], sampler="euler", steps=n, seed=2)
+    label = f"Euler, {n} step" + "s" * (n > 1)
+    rows[label] = pipeline(digits[:10], sampler="euler", steps=n, seed=2)
 images(rows, "The same noise in each column, with more and more steps. Where would you stop?")
 
 # %% [markdown]
@@ -60,7 +62,8 @@ def exact_velocity(z, t, m=1.0, s=0.5):
 
 
 results = {"exact": end, "Euler": euler(exact_velocity, start, ts)}
-print({name: z.numpy().round(2).tolist() for name, z in results.items()})
+for name, z in results.items():
+    print(f"{name:5}", "".join(f"{x:8.2f}" for x in z))
 
 # %% [markdown]
 # Eight steps leave errors of up to 0.17. Euler uses the velocity at the start of a step for the
@@ -74,7 +77,8 @@ print({name: z.numpy().round(2).tolist() for name, z in results.items()})
 
 # %%
 results["Heun"] = samplers.heun(exact_velocity, start, ts)
-print({name: (z - end).abs().max().item() for name, z in results.items()})
+for name in ("Euler", "Heun"):
+    print(f"largest error of {name}: {(results[name] - end).abs().max():.3f}")
 assert (results["Heun"] - end).abs().max() < (results["Euler"] - end).abs().max() / 2
 
 text, nothing = pipeline.encode_text(digits[:10]), pipeline.encode_text([""] * 10)
@@ -160,7 +164,8 @@ problem = (exact_velocity, start, end, (4, 8, 16, 32, 64, 128, 256), even)
 curves = {name: error_curve(name, *problem) for name in SAMPLERS}
 lines(curves, "evaluations", "error at t = 0", "The exact field, evenly spaced times.", "xy")
 ratio = {name: errors[-2] / errors[-1] for name, (_, errors) in curves.items()}
-print("from 128 to 256 the error is divided by", {k: round(v, 2) for k, v in ratio.items()})
+print("from 128 to 256 the error is divided by",
+      ", ".join(f"{by:.2f} ({name})" for name, by in ratio.items()))  # fmt: skip
 
 # %% [markdown]
 # <details><summary>What happened</summary>
@@ -188,7 +193,8 @@ problem = (velocity, noise, reference, pick((2, 4, 8, 16, 32, 64), (2, 4)))
 curves = {name: error_curve(name, *problem, flow.schedule) for name in SAMPLERS}
 lines(curves, "evaluations", "error in latents (deviation 1)", "The trained network.", "xy")
 schedules = {"official": flow.schedule(4), "even": even(4)}
-print({name: [round(float(t), 3) for t in times] for name, times in schedules.items()})
+for name, times in schedules.items():
+    print(f"{name:8} times of four steps:", ", ".join(f"{t:.3f}" for t in times))
 
 # %% [markdown]
 # <details><summary>What happened</summary>
@@ -242,7 +248,7 @@ for name in SAMPLERS:
     steps = [n // 2 + 1 if name == "heun" else n for n in pick((2, 4, 8, 16), (2, 4))]
     scores = [quality(pipeline(digits, sampler=name, steps=n, seed=2)) for n in steps]
     curves[name] = ([2 * n - 1 if name == "heun" else n for n in steps], [d for _, d in scores])
-    print(f"{name:9} accuracy:", [f"{accuracy:.1%}" for accuracy, _ in scores])
+    print(f"{name:8} accuracy" + "".join(f"{accuracy:8.1%}" for accuracy, _ in scores))
 lines(curves, "evaluations", "Frechet distance", "300 samples against the test images.", "x")
 
 # %% [markdown]
@@ -346,12 +352,9 @@ for scale in scales:
     variety = torch.stack([x[d::10].var(0).mean() for d in range(10)]).mean()
     scores.append((*quality(drawn), variety))
 images(rows, "Threes at five scales; the same noise in each column.")
-figure, axes = panels(3, 2.4)
 names = ("accuracy", "Frechet distance", "pixel variance within a digit")
-for axis, name, values in zip(axes, names, zip(*scores, strict=True), strict=True):
-    axis.plot(scales, values, "-o", markersize=4)
-    axis.set(xlabel="guidance scale", ylabel=name)
-finish(figure, "Three measures of 300 samples at each scale.")
+measures = {name: (scales, v) for name, v in zip(names, zip(*scores, strict=True), strict=True)}
+plots(measures, "guidance scale", "Three measures of 300 samples at each scale.")
 
 # %% [markdown]
 # <details><summary>What happened</summary>
@@ -444,7 +447,7 @@ for digit in (9, 2):
     for strength in strengths:
         drawn.append(pipeline(f"the digit {digit}", image=four, strength=strength, seed=5))
     rows[f"'the digit {digit}'"] = torch.from_numpy(np.concatenate(drawn))
-    print(digit, "requested, read as", lesson.classify(rows[f"'the digit {digit}'"].numpy()))
+    print(f"{digit} requested, read as", *lesson.classify(rows[f"'the digit {digit}'"].numpy()))
 images(rows, f"The four, then strengths {', '.join(map(str, strengths))}.")
 
 # %% [markdown]
@@ -496,7 +499,7 @@ torch.testing.assert_close(z, package, atol=1e-3, rtol=1e-3)
 lower = torch.arange(28)[:, None].expand(28, 28) >= 14
 drawn = pipeline(digits[:10], image=four, mask=lower, seed=6)
 images({"0 to 9": drawn}, "The upper half is kept from the four; the prompts ask for 0 to 9.")
-print("read as:", lesson.classify(drawn))
+print("read as", *lesson.classify(drawn))
 
 # %% [markdown]
 # Six of the ten are read as requested: 0, 2, 3, 4, 7 and 8. A five does not fit the top of a four.

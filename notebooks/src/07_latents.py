@@ -47,8 +47,8 @@ sides = torch.tensor([256, 512, 1024, 2048])
 pixels, latents = (((sides / factor / 2) ** 2) ** 2 for factor in (1, 8))
 curves = {"patches of pixels": (sides, pixels), "patches of latents": (sides, latents)}
 lines(curves, "side of the image (pixels)", "pairs in one attention", "Every token with every "
-      "token.", "xy")  # fmt: skip
-print("pairs of pixels' patches for each of latents' patches:", float(pixels[0] / latents[0]))
+      "token.", "xy", sides.tolist())  # fmt: skip
+print(f"pairs of pixels' patches for each of latents' patches: {pixels[0] / latents[0]:,.0f}")
 
 # %% [markdown]
 # <details><summary>What happened</summary>
@@ -157,7 +157,7 @@ print(f"deviation of the means {mean.std():.2f}, of the noise (average) {deviati
 g = torch.Generator().manual_seed(0)
 m, s = torch.zeros(3, requires_grad=True), torch.ones(3, requires_grad=True)
 torch.normal(m, s, generator=g).square().sum().backward()
-print("gradient of the mean:", m.grad.tolist(), "of the deviation:", s.grad.tolist())
+print("gradient of the mean:", *m.grad.tolist(), "and of the deviation:", *s.grad.tolist())
 
 # %% [markdown]
 # Zero: the draw is not differentiable. The solution is to draw the noise $\epsilon$ from $N(0, 1)$
@@ -236,7 +236,8 @@ running = log_ratio.cumsum(0) / count
 curves = {"mean over draws": (count, running), "closed form": (count, exact.expand(3000))}
 lines(curves, "draws", "KL of one image (nats)", "A mean over more and more draws.", "x")
 off = 100 * (running / exact - 1)
-print("off, in percent, after 1, 10, 100, 1000 draws:", off[[0, 9, 99, 999]].tolist())
+for n in (1, 10, 100, 1000):
+    print(f"off after {n:4} draw{'s' * (n > 1)}: {off[n - 1]:5.2f}%")
 
 # %% [markdown]
 # <details><summary>What happened</summary>
@@ -312,7 +313,8 @@ for c in channels:
     rows[f"{c * 64} latents"] = to_uint8(decoded[:10])
     psnr.append(10 * (4 / (decoded - test).square().mean()).log10())
 images(rows, "The same ten digits through 1, 4 and 16 channels.")
-lines({"": (channels, psnr)}, "latent channels", "PSNR (dB)", f"Of {len(test)} test images.", "x")
+caption = f"Of {len(test)} test images."
+lines({"": (channels, psnr)}, "latent channels", "PSNR (dB)", caption, "x", channels)
 
 # %% [markdown]
 # <details><summary>What happened</summary>
@@ -344,9 +346,9 @@ for weight in (0.0, 1e-2, 1.0):
         m, v = net.encode(test)
         deviation, decoded, from_noise = (0.5 * v).exp(), net.decode(m), net.decode(noise)
     rows[f"KL weight {weight:g}"] = to_uint8(torch.cat([decoded[:5], from_noise]))
-    spread = [round(float(d), 2) for d in m.std((0, 2, 3))]
-    print(f"{weight:4}: error {(decoded - test).square().mean():.4f}, mean {m.mean():.2f},",
-          f"deviation per channel {spread}, noise {deviation.mean():.2f}")  # fmt: skip
+    spread = " ".join(f"{d:.2f}" for d in m.std((0, 2, 3)))
+    print(f"  with KL weight {weight:g}: error {(decoded - test).square().mean():.4f}, deviations",
+          f"of channels {spread}, of the noise {deviation.mean():.2f}")  # fmt: skip
 images(rows, "Five decoded digits, then six decoded noise samples.")
 
 # %% [markdown]

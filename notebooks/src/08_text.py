@@ -51,10 +51,10 @@ for word, count in counts.items():
     symbols = [*word[:-1], word[-1] + "</w>"]
     for pair in pairwise(symbols):
         pairs[pair] += count
-print("the most frequent pairs:", pairs.most_common(5))
+print("the most frequent pairs:", ", ".join(f"{a} {b} ({n})" for (a, b), n in pairs.most_common(5)))
 learned = BPE.train(captions.texts, 514 + 40).merges
 assert pairs[learned[0]] == max(pairs.values())
-print("the first merges:", learned[:10])
+print("the first merges:", ", ".join(" ".join(pair) for pair in learned[:10]))
 show("merge_pair")
 
 
@@ -367,7 +367,7 @@ guess("...")
 
 # %%
 maps({"": t5.distance_buckets(48)}, "key", "query", "The bucket of each distance.", "bucket")
-print("distances 5, 6, 24, 30: buckets", t5.distance_buckets(48)[[5, 6, 24, 30], 0].tolist())
+print("distances 5, 6, 24, 30: buckets", *t5.distance_buckets(48)[[5, 6, 24, 30], 0].tolist())
 
 # %% [markdown]
 # <details><summary>What happened</summary>

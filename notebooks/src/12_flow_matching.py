@@ -314,7 +314,8 @@ for name, (solver, calls) in methods.items():
     grids = [torch.linspace(1, 0, n // calls + 1, dtype=torch.float64) for n in budgets]
     curves[name] = budgets, [rms(solver(velocity, start, ts) - exact) for ts in grids]
 lines(curves, "evaluations", "error at the end (r.m.s.)", "Three solvers.", "xy", budgets)
-print("with 64 evaluations:", {name: f"{errors[4]:.1e}" for name, (_, errors) in curves.items()})
+for name, (_, errors) in curves.items():
+    print(f"error with 64 evaluations: {errors[4]:.5f} ({name})")
 
 # %% [markdown]
 # <details><summary>What happened</summary>

@@ -47,7 +47,8 @@ for name, record in about_sd3.items():
 guess("...")
 
 # %%
-print(dict(Counter(record["verdict"] for record in about_sd3.values())))
+counts = Counter(record["verdict"] for record in about_sd3.values())
+print(", ".join(f"{count} {word}" for word, count in counts.items()))
 for name, record in about_sd3.items():
     print(f"{record['verdict']:10} {name}")
 best = records["x-sd3-formulations"]
@@ -115,8 +116,9 @@ def lead_slowly(better, worse):
     return mean, square**0.5
 
 
-choice = ranks["rf/lognorm(0, 1)"]
-for name, theirs in ranks.items():
+others = dict(ranks)
+choice = others.pop("rf/lognorm(0, 1)")
+for name, theirs in others.items():
     m, s = lead_slowly(choice, theirs)
     torch.testing.assert_close((m, s), experiment.lead(choice, theirs))
     print(f"SD3's choice leads {name:17} by {m:5.2f}, spread {s:.2f}")
@@ -169,7 +171,8 @@ for n in seeds:
     wrong["mean above spread"].append((d.mean(1).abs() > d.std(1)).double().mean())
 lines({rule: (seeds, shares) for rule, shares in wrong.items()}, "seeds",
       "share of studies that decide", "A method against itself.", ticks=seeds)  # fmt: skip
-print({rule: f"{shares[1]:.0%} with three seeds" for rule, shares in wrong.items()})
+for rule, shares in wrong.items():
+    print(f"with three seeds: {rule} in {shares[1]:.0%} of the studies")
 
 # %% [markdown]
 # <details><summary>What happened</summary>
@@ -237,7 +240,7 @@ if solved:
     shares = share_of_draws(torch.linspace(0, 1, 9))
     bars_and_line(middle["times"], shares, left, "Your shares, and what is left to learn.")
 else:
-    print("Solve `share_of_draws`, and this cell draws its bars behind what is left to learn.")
+    print("Solve `share_of_draws`, and this cell draws its bars beside what is left to learn.")
 
 # %% [markdown]
 # ## Two scores at once
@@ -276,7 +279,7 @@ for name, (accuracy, distance) in zip(names, rows, strict=True):
 guess("...")
 
 # %%
-print("first front:", [names[i] for i in first_front_slowly(rows)])
+print("first front:", ", ".join(names[i] for i in first_front_slowly(rows)))
 two_scores(scores, names, "Formulations of pixels, 50 steps.")
 
 # %% [markdown]

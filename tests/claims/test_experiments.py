@@ -257,6 +257,7 @@ def test_page_of_toys(wing, capsys):
     shared = "Measured together with [x-toy-1](#x-toy-1), whose table has the figures."
     assert text.count("| 3 |") == text.count(shared) == 1  # both have the same
     assert text.index("| 3 |") < text.index("## x-toy-2") < text.index(shared)
+    assert text.count("![Plot") == text.count("The plot of [x-toy-1](#x-toy-1) shows this") == 1
     assert (page_module.RESULTS / "x-toy-1.png").exists()
     page_module.PAGE.unlink()
     assert claims("page") == 0 and page_module.PAGE.read_text() == text
@@ -273,9 +274,10 @@ def test_page_takes_no_fast_results(wing, capsys):
 def test_page_says_what_training_cost(wing):
     claims("x-toy-1", "--out", wing)
     record = json.loads((wing / "x-toy-1.json").read_text()) | {"remark": ""}
-    assert "training" not in page_module.section(record, "x-toy-1")
+    assert "training" not in page_module.section(record, "x-toy-1", "x-toy-1")
     record["results"]["training_seconds"] = 41.7
-    assert "(training its networks, now or before: 42 s)" in page_module.section(record, "x-toy-1")
+    text = page_module.section(record, "x-toy-1", "x-toy-1")
+    assert "(training its networks, now or before: 42 s)" in text
 
 
 def test_the_page_is_that_of_the_records():

@@ -17,7 +17,8 @@ FAULTS_CLAIMS_SD3 = [
     (RUNS_FILE, "torch.stack([index, captions])", "index", "other captions are not seen"),
     (RUNS_FILE, "        **also,\n", "", "what else it depends on is forgotten"),
     (PAGE_FILE, "if name in records:", "if name in records or name:", "none has not run"),
-    (PAGE_FILE, 'if shown_by == record["name"]', "if shown_by", "each table again"),
+    (PAGE_FILE, "if shown_by == name", "if shown_by", "each table again"),
+    (PAGE_FILE, "if drawn_by == name", "if drawn_by", "each plot again"),
     (MIDDLE_FILE, "ndtr(torch.logit(ends))", "ndtr(ends)", "shares of a normal t"),
     (MIDDLE_FILE, "by_time[QUARTER:-QUARTER]", "by_time[QUARTER:]", "noise's end in the middle"),
     (

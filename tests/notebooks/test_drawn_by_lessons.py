@@ -130,9 +130,10 @@ def test_the_winner_of_a_pair_is_black(shown):
     axis.set(xlabel="column", ylabel="row")
 
 
-def test_bars_and_line_share_their_places(shown):
+def test_bars_and_line_stand_side_by_side(shown):
     evidence.bars_and_line([0.25, 0.75], [0.4, 0.6], [1.0, 2.0], "caption")
     axis, other = shown[0][0].axes
+    assert axis.get_position().x1 < other.get_position().x0  # two scales are not laid on each other
     assert [bar.get_height() for bar in axis.patches] == [0.4, 0.6]
     assert list(other.get_lines()[0].get_xdata()) == [0.25, 0.75]
 

@@ -111,8 +111,20 @@ def test_a_film_has_all_frames_and_a_still():
         assert (a != b).any()
 
 
+def test_a_still_of_many_pictures_fills_the_page_with_later_moments():
+    """Ten in a row, in pixels of no whole size; the first of six moments is left out."""
+    frames = np.zeros((6, 10, 28, 28), np.uint8)
+    frames[0] = 255
+    film = films.Film(frames, list("0123456789"), [f"step {i}" for i in range(6)], None)
+    page = films.draw_still(film, "caption")
+    dark = (np.asarray(page.image)[:, films.LABEL :] == 0).all(-1)
+    assert dark.mean(0)[-3 * films.GAP :].any()  # up to the right
+    picture = (films.WIDTH - films.LABEL) // 10 - films.GAP
+    assert dark.sum() == pytest.approx(5 * 10 * picture**2, rel=0.02)  # and letters
+
+
 def test_pictures_are_as_bright_as_their_numbers():
-    pixels = np.asarray(shown().picture(0, 0, 3))
+    pixels = np.asarray(shown().picture(0, 0, 24))
     assert pixels.shape == (24, 24, 3)
     assert (pixels[3:6, 6:9] == 255).all() and pixels.sum() == 9 * 3 * 255
 
@@ -124,7 +136,7 @@ def test_a_patch_is_tinted_where_its_weight_is():
     tint = films.stacked({"left": weights, "right": weights / 2})
     assert tint.shape == (3, 2, 2, 2) and np.allclose(tint[1, 0], [[0, 0.25], [0.5, 1]])
     assert np.allclose(tint[:, 0], tint[:, 1])  # each its own scale
-    pixels = np.asarray(shown(tint=tint).picture(1, 0, 1)).astype(int)
+    pixels = np.asarray(shown(tint=tint).picture(1, 0, 8)).astype(int)
     full = films.STRONGEST * np.array(ImageColor.getrgb(MEANINGS["prompt"]))
     for (row, column), share in {(0, 0): 0, (0, 4): 0.25, (4, 0): 0.5, (7, 7): 1}.items():
         assert np.abs(pixels[row, column] - share * full).max() <= 1

@@ -137,6 +137,30 @@ def test_without_a_notebook_a_figure_is_shown(monkeypatch):
     plt.close("all")
 
 
+def test_lines_of_captions_are_of_about_one_length():
+    """No word is left alone in the last line, and no line is longer than asked."""
+    words = "The same for every evaluation in the run of nine"
+    assert figures.even_lines(words, 40) == ["The same for every evaluation", "in the run of nine"]
+    assert figures.even_lines(words, 60) == [words] and figures.even_lines("", 60) == []
+    assert [len(line) for line in figures.even_lines("x" * 50, 20)] == [20, 20, 10]
+
+
+def test_descriptions_are_sentences():
+    """A curve without a name is not named."""
+    assert figures.in_words("Plot of y against x: ", "Seven.") == "Plot of y against x. Seven."
+    assert figures.in_words("", "Two, a and b") == "Two, a and b."
+
+
+def test_labels_of_rows_break_at_colons_and_commas():
+    for label, lines in {
+        "CLIPs only: 100% correct": "CLIPs only: 100% correct",
+        "steps = 2, shift = 0.3: read 3333333333": "steps = 2, shift = 0.3:\nread 3333333333",
+        "a bold 3: weight 21.8, cosine 1.00": "a bold 3: weight 21.8,\ncosine 1.00",
+        "a label without any of these signs": "a label without\nany of these signs",
+    }.items():
+        assert figures.label_lines(label) == lines
+
+
 def test_no_two_curves_look_alike(shown):
     """More curves than colours: the dashes differ."""
     figures.lines({f"curve {i}": (range(30), range(30)) for i in range(8)}, "x", "y", "caption")

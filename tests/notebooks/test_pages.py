@@ -31,7 +31,8 @@ code](../nanosd3/samplers.py), [a paper](https://arxiv.org/abs/2403.03206#sectio
 
 ## A formula & a drawing of adaLN-Zero
 
-With ($z_t = (1-t)\,x_0 + t\,\epsilon$), where $t$ is a time, and
+Above, a long line ends before
+$N$ and with ($z_t = (1-t)\,x_0 + t\,\epsilon$), where $t$ is a time, and
 
 $$\mathcal{L} = \mathbb{E}\left[\lVert v_\theta(z_t, t) - v \rVert^2\right]$$
 
@@ -155,19 +156,23 @@ def test_what_would_be_fetched_is_an_error(tmp_path):
 
 def test_formulas_are_mathml(site):
     one = soups(site)["01_one.html"].main
-    assert len(one.find_all("math")) == 3 and one.select_one(".formula math")["display"] == "block"
+    assert len(one.find_all("math")) == 4 and one.select_one(".formula math")["display"] == "block"
     assert "$" not in one.get_text() and "\\" not in one.get_text()
 
 
 def test_wide_pictures_stay_legible(tmp_path):
-    """On a telephone they are scrolled further."""
+    """On a telephone they are scrolled further; narrow ones are seen as a whole."""
     cell = new_code_cell("1")
-    cell.outputs = [output(600), output(1100)]
+    cell.outputs = [output(400), output(1100)]
     path = tmp_path / "01_one.ipynb"
     nbformat.write(new_notebook(cells=[new_markdown_cell("# 01 · One"), cell]), path)
     pages.make(tmp_path, tmp_path / "site")
     pictures = soups(tmp_path / "site")["01_one.html"].select(".output_subarea img")
-    assert ["wide" in picture.get("class", []) for picture in pictures] == [False, True]
+    assert [picture["style"] for picture in pictures] == ["--least: 300px", "--least: 825px"]
+    assert ".output_subarea img {" in (css := pages.style())
+    assert (
+        "max-width: max(100%, var(--least));" in css.split(".output_subarea img {")[1].split("}")[0]
+    )
 
 
 def test_functions_have_room():
@@ -202,6 +207,11 @@ def test_no_new_line_after_a_formula_or_in_a_word_of_a_heading(site):
     word, first = one.select(".whole")
     assert first.get_text().startswith("(z") and first.get_text().endswith("),")
     assert word.get_text() == "adaLN-Zero" and word.parent["id"].endswith("-of-adaln-zero")
+
+
+def test_a_word_stands_whole_before_a_formula_of_the_next_line(site):
+    """The new line is the space between them: no letter is taken for it."""
+    assert "ends before\nN and with" in soups(site)["01_one.html"].main.get_text()
 
 
 def test_tables_of_the_teachers_show_asterisks(site):
