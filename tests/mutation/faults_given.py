@@ -2,6 +2,7 @@
 new text, what)."""
 
 FOLDERS, RUN, USER_FILES = "official/folders.py", "storage/run.py", "storage/user_files.py"
+FIND_PARTS = "official/find_parts.py"
 MNIST, CLASSES = "data/mnist.py", "data/class_names.py"
 PICTURES = "data/pictures.py"
 RATES = "training/throughput.py"
@@ -30,6 +31,13 @@ FAULTS_GIVEN = [
     (PICTURES, "array.astype(array.dtype.newbyteorder(\"=\"))", "array.copy()",
      "arrays of another machine's byte order"),
     (PICTURES, "except TypeError:", "except KeyError:", "arrays of texts"),
+    (FOLDERS, 'return not known or ".index." in path.name', "return not known",
+     "an index without its shards"),
+    (FOLDERS, " if not path.is_dir()}", "}", "empty folders are weights"),
+    (FOLDERS, "or path.stem in TEXT_NAMES", "", "a licence is weights"),
+    (FIND_PARTS, "if name in file.lower() or", "if name in file or", "T5 in capitals"),
+    (FIND_PARTS, "or subfolder in Path(file.lower()).parts[:-1]", "", "folders in capitals"),
+    (FIND_PARTS, "if Path(name).parts[0] not in subfolders]", "]", "each part is all parts"),
     ("arguments.py", "if value is np.ma.masked:", "if False:", "a masked number is 0"),
     ("arguments.py", "    values = scalar(values)  # 0-d", "    pass  # 0-d",
      "an array of one text is its characters"),
