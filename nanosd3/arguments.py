@@ -18,7 +18,9 @@ LARGEST = 14_000  # bits of a whole number; Python does not write out integers m
 
 
 def scalar(value: object) -> object:
-    """The Python number in a NumPy number or in an array or tensor (); anything else as it is."""
+    """The Python value in a NumPy value or in an array or tensor (); anything else as it is."""
+    if value is np.ma.masked:
+        return value
     if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
         with contextlib.suppress(RuntimeError):  # a tensor on the meta device holds none
             return value.item()
@@ -60,9 +62,9 @@ def path_of(name: str, value: object) -> Path:
 def several(name: str, values: object, what: str) -> list:
     """The values as a list; a single string becomes a list of one. Raises InputError for anything
     that cannot be iterated over, and for bytes and mappings."""
+    values = scalar(values)  # 0-d arrays and tensors define __iter__, but raise
     if isinstance(values, str):
         return [values]
-    values = scalar(values)  # 0-d arrays and tensors define __iter__, but raise
     if not isinstance(values, Iterable) or isinstance(values, bytes | Mapping):
         raise InputError(f"{name} must be {what}, got {shown(values)}")
     return list(values)

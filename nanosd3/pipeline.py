@@ -275,7 +275,8 @@ def open_pipeline(
     checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype | None, staged: bool
 ) -> Pipeline:
     """A Pipeline of a checkpoint, see `open_networks`."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    kind = dtype or torch.float32
+    if not (isinstance(kind, torch.dtype) and kind.is_floating_point and kind.itemsize > 1):
         raise InputError(f"dtype must be such as torch.bfloat16, got {shown(dtype)}")
     networks = open_networks(checkpoint, device_of(device), dtype, staged)
     return Pipeline(checkpoint.config, checkpoint.tokenizers, networks)

@@ -24,6 +24,7 @@ from nanosd3.text import check_prompts, check_t5_length, dropped_encoders
 
 STRENGTH = 0.6  # default of image to image
 SKIP_SCALE = 2.5  # default scale of skip-layer guidance (diffusers has 2.8)
+MAX_STEPS = 100_000  # float32 tells the times of hardly more apart
 SKIP_RANGE = (0.01, 0.2)  # the fraction of the steps in which skip-layer guidance acts
 
 
@@ -128,6 +129,8 @@ def sampling_of(
     solver = usual.sampler if sampler is None else sampler
     if count < 1:
         raise InputError(f"steps must be at least 1, got {count}")
+    if count > MAX_STEPS:
+        raise InputError(f"steps must be at most {MAX_STEPS}, got {shown(count)}")
     if not 0 <= scale < float("inf"):
         raise InputError(f"guidance must be a number from 0 up, got {scale}")
     if not 0 < alpha < float("inf"):
@@ -175,11 +178,13 @@ def seeded_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 def check_noise(noise: object, shape: tuple[int, ...]) -> Tensor:
     """The noise as a tensor. Raises InputError if it is not a tensor of this shape."""
-    noise = to_tensor(noise, "noise") if isinstance(noise, np.ndarray) else noise
+    if isinstance(noise, np.ndarray | Tensor):
+        noise = to_tensor(noise, "noise")
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
         raise InputError(f"noise: expected a tensor of floating-point numbers, got {shown(noise)}")
     if tuple(noise.shape) != shape:
         raise InputError(f"noise: has shape {tuple(noise.shape)}, expected {shape}")
+    noise = noise.float() if noise.dtype.itemsize == 1 else noise
     if not torch.isfinite(noise).all():
         raise InputError("noise: holds NaN or infinity")
     return noise
@@ -268,12 +273,12 @@ def skip_layer_guidance(
     given = several("skip_layers", layers, "a list of whole numbers")
     layers = tuple(whole_number("a layer in skip_layers", layer) for layer in given)
     scale = real_number("skip_scale", scale)
+    if not 0 < scale < float("inf"):
+        raise InputError(f"skip_scale must be a number above 0, got {scale}")
     if not layers:
         return None
     if wrong := [layer for layer in layers if not 0 <= layer < depth]:
         raise InputError(f"skip_layers: no layer {wrong[0]}; this model has 0 to {depth - 1}")
-    if not 0 < scale < float("inf"):
-        raise InputError(f"skip_scale must be a number above 0, got {scale}")
     steps = len(times) - 1
     first, last = (fraction * steps for fraction in SKIP_RANGE)
     inside = [float(t) for i, t in enumerate(times[:-1]) if first < i < last]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanosd3.arguments import path_of
+from nanosd3.arguments import path_of, truth_value
 from nanosd3.cli import Parser, run_main
 from nanosd3.errors import InputError
 from nanosd3.official.checkpoint import open_checkpoint
@@ -50,7 +50,7 @@ def load(
     files = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
     place = None if weights is None else path_of("weights", weights)
     checkpoint = open_checkpoint(path_of("path", path), files, place)
-    pipeline = open_pipeline(checkpoint, device, dtype, staged)
+    pipeline = open_pipeline(checkpoint, device, dtype, truth_value("staged", staged))
     if not staged:
         pipeline.parts.load()
     return pipeline

@@ -190,9 +190,14 @@ def to_pixels(image: object, channels: int) -> Tensor:
 
 def to_tensor(array: object, name: str) -> Tensor:
     """A tensor as it is, or a copy of a NumPy array, in whatever byte order. Raises InputError for
-    anything else, such as an array of texts."""
+    anything else, such as an array of texts, or a tensor that does not hold every number."""
     if isinstance(array, Tensor):
+        if array.is_meta or array.layout != torch.strided:
+            kind = "on the meta device" if array.is_meta else f"of layout {array.layout}"
+            raise InputError(f"{name}: expected a dense tensor, got one {kind}")
         return array
+    if isinstance(array, np.ma.MaskedArray):
+        raise InputError(f"{name}: expected an array without masked values; fill them first")
     if not isinstance(array, np.ndarray):
         raise InputError(
             f"{name}: expected an array of pixels or a Pillow image, got a {type(array).__name__}"

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from nanosd3.errors import InputError, shown
+from nanosd3.errors import InputError, shortened, shown
 
 PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 MAX_ACTIVATIONS = 2**26  # elements in the largest activation of transformer or decoder
 BATCH = 250  # images at once, at most
+MAX_THREADS = 1024  # systems refuse more, and OpenMP then ends the process
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -90,9 +91,13 @@ def default_threads(name: str = "OMP_NUM_THREADS") -> int:
     for variable in dict.fromkeys((name, "OMP_NUM_THREADS")):
         if text := os.environ.get(variable, "").strip():
             first = text.split(",")[0]  # OpenMP takes a list, a number for each level of nesting
-            if not first.isdecimal() or int(first) == 0:
-                raise InputError(f"{variable}={text}: expected a number of threads, at least 1")
-            return int(first)
+            number = int(first) if first.isdecimal() and len(first) < 10 else 0
+            if not 1 <= number <= MAX_THREADS:
+                raise InputError(
+                    f"{variable}={shortened(text)}: expected a number of threads, 1 to "
+                    f"{MAX_THREADS}"
+                )
+            return number
     return min(cores(), 8)
 
 
@@ -104,7 +109,7 @@ def torchrun_number(name: str) -> int | None:
     """
     numbers = {key: os.environ.get(key, "") for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", name)}
     address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
-    if not address or not all(number.isdecimal() for number in numbers.values()):
+    if not address or not all(n.isdecimal() and len(n) < 10 for n in numbers.values()):
         return None
     return int(numbers[name])
 
@@ -144,6 +149,8 @@ def set_up(threads: int | None = None) -> torch.device:
     by_torchrun = local_processes > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
     if threads is not None:
         reason = "as requested"
+        if threads > MAX_THREADS:
+            raise InputError(f"--threads {shown(threads)}: expected at most {MAX_THREADS}")
     elif os.environ.get("OMP_NUM_THREADS") and not by_torchrun:
         threads, reason = default_threads(), "as OMP_NUM_THREADS says"
     else:

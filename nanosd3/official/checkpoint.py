@@ -140,8 +140,8 @@ def open_base(run: Run, weights: Path | None) -> Checkpoint:
         except InputError as error:
             problems.append(str(error))
     raise InputError(
-        f"{run.folder}: was trained on the encoders of {'; '.join(problems)}; name the file or "
-        "folder where they are now: --weights PATH"
+        f"{run.folder}: was trained on the encoders of {'; '.join(problems)}; put the file or "
+        "folder beside the run, or name it where the command has --weights PATH"
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nanosd3.errors import InputError
 from nanosd3.official.detect import UNET, refuse_foreign
-from nanosd3.official.folders import first_few, open_file, open_folder
+from nanosd3.official.folders import first_few, open_file, open_folder, weight_like_files
 from nanosd3.official.key_names import FOLDERS, PREFIXES, from_diffusers, is_known_extra
 from nanosd3.official.tensors import State
 from nanosd3.text import ENCODERS
@@ -142,7 +142,26 @@ def open_diffusers(folder: Path, skip: Collection[str]) -> dict[str, State]:
             parts[name] = only_component(name, state, place)
         elif name in ("mmdit", "vae"):
             raise InputError(f"{place}: holds no {stem}.safetensors and no index")
+    refuse_misplaced_encoders(folder, [name for name in ENCODERS if name not in (*parts, *skip)])
     return parts
+
+
+def refuse_misplaced_encoders(folder: Path, absent: Collection[str]) -> None:
+    """Raise InputError if weights elsewhere in a diffusers folder may be an absent text encoder."""
+    subfolders = [subfolder for subfolder, _ in FOLDERS.values()]
+    files = weight_like_files(folder, "*", "*/*")
+    others = [name for name in files if Path(name).parts[0] not in subfolders]
+    for name in absent:
+        subfolder, _ = FOLDERS[name]
+        if found := [
+            file
+            for file in others
+            if name in file.lower() or subfolder in Path(file.lower()).parts[:-1]
+        ]:
+            raise InputError(
+                f"{folder}: has no weights in {subfolder}, but {first_few(found)}; name the file "
+                f"or folder: --{name.replace('_', '-')}"
+            )
 
 
 def unwrapped(state: State, path: Path) -> State:

@@ -20,10 +20,12 @@ STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 FILE_TYPES = ("safetensors", "bin")  # the better first
 SHARD_NUMBER = re.compile(r"-(\d{5})-of-(\d{5})(?=\.)")
 
-WEIGHT_SUFFIXES = frozenset(
-    ".bin .ckpt .flashpack .gguf .h5 .msgpack .npz .onnx .pb .pkl .pt .pth .safetensors .sft "
-    ".tflite".split()
+# What lies beside weights; any other file may hold them, in whatever format.
+TEXT_SUFFIXES = frozenset(
+    ".csv .db .gif .html .ini .jinja .jpeg .jpg .json .jsonl .lock .log .md .model .pdf .png .py "
+    ".rst .sh .svg .toml .tsv .txt .vocab .webp .xml .yaml .yml".split()
 )
+TEXT_NAMES = frozenset(("license", "licence", "notice", "readme"))
 
 WHOLE, INDEX, NUMBERED = range(3)  # forms of the weights, the better first
 
@@ -56,8 +58,7 @@ def open_folder(folder: Path, stem: str) -> State:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
     if name := choose_file(names, stem, folder):
         return open_file(folder / name)
-    inside = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-    if others := [name for name in inside if is_weight_like(name) and not name.startswith(".")]:
+    if others := weight_like_files(folder, "**/*"):
         raise InputError(
             f"{folder}: holds no {stem}.safetensors or .bin, whole or in shards, but "
             f"{first_few(others)}; rename the weights, or name their file with its own option"
@@ -96,9 +97,18 @@ def model_names(path: Path) -> list[str]:
     return names
 
 
+def weight_like_files(folder: Path, *patterns: str) -> list[str]:
+    """The files in a folder, hidden ones aside, that may hold weights or say where they are."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()}
+    names = sorted(str(path.relative_to(folder)) for path in found)
+    return [name for name in names if is_weight_like(name) and not name.startswith(".")]
+
+
 def is_weight_like(name: str) -> bool:
     """Whether a file may hold weights, a part of them, or where they are."""
-    return not WEIGHT_SUFFIXES.isdisjoint(Path(name.lower()).suffixes)
+    path = Path(name.lower())
+    known = path.suffix in TEXT_SUFFIXES or path.stem in TEXT_NAMES
+    return not known or ".index." in path.name
 
 
 def open_file(path: Path) -> State:

@@ -66,7 +66,8 @@ def test_a_number_of_any_kind_is_its_value(value):
     assert real_number("shift", value) == 5 and type(real_number("shift", value)) is float
 
 
-@pytest.mark.parametrize("value", ["5", None, True, [5], torch.tensor([5.0]), 1j, 10**400])
+@pytest.mark.parametrize("value", ["5", None, True, [5], torch.tensor([5.0]), 1j, 10**400,
+                                   np.ma.masked])  # fmt: skip
 def test_what_is_no_number_is_refused(value):
     with pytest.raises(InputError, match=r"^shift must be a number, got .+$"):
         real_number("shift", value)
@@ -74,6 +75,7 @@ def test_what_is_no_number_is_refused(value):
 
 def test_one_text_is_one():
     assert several("drop", "t5", "names") == ["t5"]
+    assert several("drop", np.array("t5"), "names") == ["t5"]
     assert several("drop", (name for name in ("t5", "clip_l")), "names") == ["t5", "clip_l"]
     for value in (None, 1, np.array(1), torch.tensor(1), b"t5", {"t5": 1}):
         with pytest.raises(InputError, match=r"^drop must be names, got "):

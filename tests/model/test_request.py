@@ -37,6 +37,7 @@ def test_a_number_is_its_value(pipeline):
         {"steps": i(6), "height": f(32), "width": np.array(32), "t5_length": i(77)},
         {"drop": "t5", "skip_layers": (n for n in (0,)), "skip_scale": np.float16(2)},
         {"drop": (name for name in ("t5",)), "output": np.str_("latent")},
+        {"drop": np.array("t5"), "guidance": np.array(3, dtype=object)},
     ):
         common = {"seed": 1, "guidance": 3, "shift": 2, "skip_layers": [0], "skip_scale": 2,
                   "t5_length": 77, "drop": ["t5"]}  # fmt: skip
@@ -46,6 +47,8 @@ def test_a_number_is_its_value(pipeline):
     swapped = noise.numpy().astype(">f4")  # the other byte order, and backwards in memory
     for same in (swapped, swapped[:, :, ::-1].copy()[:, :, ::-1]):
         assert torch.equal(drawn(pipeline, noise=same), drawn(pipeline, seed=3))
+    eighths = noise.to(torch.float8_e4m3fn)
+    assert torch.equal(drawn(pipeline, noise=eighths), drawn(pipeline, noise=eighths.float()))
     near = (drawn(pipeline, image=PHOTO, strength=s) for s in (0.5, np.float32(0.5), f(0.5)))
     a, b, c = near
     assert torch.equal(a, b) and torch.equal(a, c)
@@ -76,6 +79,17 @@ def test_a_number_is_its_value(pipeline):
         ({"drop": [5]}, "drop: no encoder 5"),
         ({"steps": "4"}, "steps must be a whole number, got '4'"),
         ({"steps": True}, "steps must be a whole number, got True"),
+        ({"steps": 10**30}, "steps must be at most 100000, got 1000"),
+        ({"guidance": np.ma.masked}, "guidance must be a number, got masked"),
+        ({"skip_scale": float("nan")}, "skip_scale must be a number above 0, got nan"),
+        ({"drop": np.array("bert")}, "drop: no encoder 'bert'"),
+        ({"noise": torch.zeros(1, 16, 4, 4, device="meta")}, "noise: expected a dense tensor, go"),
+        ({"noise": torch.zeros(1, 16, 4, 4).to_sparse()}, "got one of layout torch.sparse_coo"),
+        ({"noise": torch.zeros(1, 16, 4, 4).to_mkldnn()}, "noise: expected a dense tensor, got o"),
+        ({"noise": np.ma.zeros((1, 16, 4, 4))}, "noise: expected an array without masked values"),
+        ({"image": torch.zeros(32, 32, 3, device="meta")}, "image: expected a dense tensor, got o"),
+        ({"image": np.ma.array(PHOTO)}, "image: expected an array without masked values; fill"),
+        ({"image": PHOTO, "mask": torch.ones(32, 32, device="meta")}, "mask: expected a dense te"),
         ({"height": "32"}, "height must be a whole number, got '32'"),
         ({"height": 0, "image": PHOTO}, "image: is 32x32 (height x width), but 0x32"),
         ({"height": 32.0, "image": PHOTO}, "height must be a whole number, got 32.0"),
@@ -167,6 +181,8 @@ def test_long_prompts_give_short_warnings(pipeline, tiny_run):
         ({"t5": 5}, "t5 must be a path, got 5"),
         ({"weights": 1.5}, "weights must be a path, got 1.5"),
         ({"dtype": torch.int8}, "dtype must be such as torch.bfloat16, got torch.int8"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype must be such as torch.bfloat16, got torch.float8"),
+        ({"staged": "no"}, "staged must be True or False, got 'no'"),
     ],
 )
 def test_loading(official_file, options, message):

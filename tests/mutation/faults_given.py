@@ -2,6 +2,7 @@
 new text, what)."""
 
 FOLDERS, RUN, USER_FILES = "official/folders.py", "storage/run.py", "storage/user_files.py"
+FIND_PARTS = "official/find_parts.py"
 MNIST, CLASSES = "data/mnist.py", "data/class_names.py"
 PICTURES = "data/pictures.py"
 RATES = "training/throughput.py"
@@ -30,6 +31,27 @@ FAULTS_GIVEN = [
     (PICTURES, "array.astype(array.dtype.newbyteorder(\"=\"))", "array.copy()",
      "arrays of another machine's byte order"),
     (PICTURES, "except TypeError:", "except KeyError:", "arrays of texts"),
+    (FOLDERS, 'return not known or ".index." in path.name', "return not known",
+     "an index without its shards"),
+    (FOLDERS, " if not path.is_dir()}", "}", "empty folders are weights"),
+    (FOLDERS, "or path.stem in TEXT_NAMES", "", "a licence is weights"),
+    (FIND_PARTS, "if name in file.lower() or", "if name in file or", "T5 in capitals"),
+    (FIND_PARTS, "or subfolder in Path(file.lower()).parts[:-1]", "", "folders in capitals"),
+    (FIND_PARTS, "if Path(name).parts[0] not in subfolders]", "]", "each part is all parts"),
+    (DEVICE, "if threads > MAX_THREADS:", "if False:", "more threads than a system gives"),
+    (DEVICE, "1 <= number <= MAX_THREADS", "1 <= number", "the same of the environment"),
+    (DEVICE, "n.isdecimal() and len(n) < 10 for n", "n.isdecimal() for n", "a rank of any length"),
+    ("arguments.py", "if value is np.ma.masked:", "if False:", "a masked number is 0"),
+    ("arguments.py", "    values = scalar(values)  # 0-d", "    pass  # 0-d",
+     "an array of one text is its characters"),
+    ("request.py", "    if count > MAX_STEPS:\n", "    if False:\n", "any number of steps"),
+    ("request.py", "noise.float() if noise.dtype.itemsize == 1 else noise", "noise",
+     "noise in 8 bits"),
+    (PICTURES, "if array.is_meta or array.layout != torch.strided:", "if array.is_meta:",
+     "sparse tensors"),
+    (PICTURES, "if isinstance(array, np.ma.MaskedArray):", "if False:", "masks are ignored"),
+    ("pipeline.py", " and kind.itemsize > 1", "", "computing in 8 bits"),
+    ("weights.py", 'truth_value("staged", staged)', "staged", "staged='no' is staged"),
     ("generate.py", "if name not in read and getattr(args, name) != usual:",
      "if getattr(args, name) != usual:", "no report at all"),
     ("generate.py", "        check_report(args)\n", "", "options of a report without effect"),

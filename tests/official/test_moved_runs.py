@@ -11,7 +11,7 @@ import torch
 from support.commands import refused
 
 import train_mnist
-from nanosd3 import generate, weights
+from nanosd3 import bench, generate, weights
 from nanosd3.errors import InputError
 from nanosd3.official.checkpoint import open_checkpoint, open_transformer
 from nanosd3.official.own_runs import base_places
@@ -124,7 +124,11 @@ def test_what_was_looked_for_is_said(capsys, run, base, tmp_path):
     line = refused(capsys, generate.main, "7", "--run", run, "--out", tmp_path / "x.png")
     for place in base_places(Run.read(run)):
         assert f"{place}: no such file or folder" in line
-    assert f"{run}: was trained on the encoders of {base}: " in line and "--weights PATH" in line
+    assert f"{run}: was trained on the encoders of {base}: " in line
+    advice = "; put the file or folder beside the run, or name it where the command has --weights"
+    assert advice in line
+    line = refused(capsys, bench.main, "frontier", run)  # which has no such option
+    assert advice in line
     none = tmp_path / "none"
     line = refused(capsys, generate.main, "7", "--run", run, "--weights", none,
                    "--out", tmp_path / "x.png")  # fmt: skip

@@ -106,10 +106,14 @@ def test_an_index_without_its_shards_does_not_count(tmp_path):
     "name",
     ["t5xxl_fp16.safetensors", "model.gguf", "flax_model.msgpack", "tf_model.h5", "model.onnx",
      "onnx/model.onnx", "weights.pth", "MODEL.SAFETENSORS", "model.safetensors.incomplete",
-     "adapter_model.safetensors", "openvino_model.bin", "model.ckpt"],
+     "adapter_model.safetensors", "openvino_model.bin", "model.ckpt", "model.safetensors (1)",
+     "t5.tar.gz", "rust_model.ot", "__0_0.distcp", "q8_0", "model.onnx_data",
+     "w.data-00000-of-00001", "t5xxl.safetensors.index.json", "Data/model.plan"],
 )  # fmt: skip
 def test_weights_under_other_names_are_refused(tmp_path, name):
-    (tmp_path / "config.json").write_text("{}")
+    for text in ("config.json", "README.md", "LICENSE", "spiece.model", "merges.v1.2.txt"):
+        (tmp_path / text).write_text("{}")
+    (tmp_path / "onnx").mkdir()
     assert open_folder(tmp_path, "model") == {}
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"x")
@@ -175,6 +179,26 @@ def test_nothing_is_drawn_or_exported_without_a_t5_that_is_there(capsys, folder,
         assert "text_encoder_3: holds no model.safetensors" in line and "t5xxl.safetensors" in line
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
     t5 = folder / "text_encoder_3/t5xxl.safetensors"
+    assert "t5" in open_checkpoint(folder, {"t5": t5}).parts
+
+
+@pytest.mark.parametrize(
+    "place", ["t5xxl_fp16.safetensors", "text_encoders/t5xxl.gguf", "T5/model.safetensors",
+              "Text_Encoder_3/model.safetensors"],
+)  # fmt: skip
+def test_a_t5_elsewhere_in_the_folder_is_not_absent(capsys, folder, place):
+    (folder / "text_encoders").mkdir()
+    for other in ("text_encoders/clip_l.safetensors", "sd3.safetensors", "T5.md"):
+        (folder / other).write_bytes(b"x")
+    assert "t5" in open_checkpoint(folder).parts
+    t5 = (folder / T5_FILE).resolve()
+    shutil.rmtree(folder / "text_encoder_3")
+    assert "t5" not in open_checkpoint(folder).parts
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).symlink_to(t5)
+    line = refused(capsys, weights.main, "report", folder)
+    assert f"has no weights in text_encoder_3, but {place}; name the file or fol" in line
+    assert "--t5" in line
     assert "t5" in open_checkpoint(folder, {"t5": t5}).parts
 
 
