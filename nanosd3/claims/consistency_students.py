@@ -106,7 +106,7 @@ def consistency_study(conditions: Conditions) -> dict:
 def student_pipeline(
     conditions: Conditions, finished: FinishedRun, features: Features, seed: int
 ) -> tuple[Pipeline, float]:
-    """The student of a seed, trained or loaded, and how long it was trained."""
+    """The student of a seed, trained or loaded, and the seconds of a core that it took."""
     size = ["--config", "tiny"] if conditions.fast else []
     system = Consistency()
     args = parse(system, ["--seed", str(seed), *size])
@@ -114,7 +114,7 @@ def student_pipeline(
     with torch.enable_grad(), study_in(folder, system, args, finished, features) as study:
         assert study is not None
         pipeline = distilled(study)
-        return pipeline, study.job.run.stages["flow"]["seconds"]
+        return pipeline, study.job.run.stages["flow"]["thread_seconds"]
 
 
 def spreads_of(
