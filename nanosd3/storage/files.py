@@ -12,19 +12,22 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanosd3.errors import InputError
+from nanosd3.lazy_modules import usual_settings
 
 # No permission, a failing disk, a lost connection: errors that say nothing about the content.
 UNKNOWN = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+Module = TypeVar("Module", bound=nn.Module)
 JSON_DEPTH = 32  # levels; what this program and others write has four or five
 
 
@@ -254,3 +257,16 @@ def load_weights(module: nn.Module, path: Path) -> None:
     state = read_tensors(path)
     check_state(path, module.state_dict(), state)
     module.load_state_dict(state)
+
+
+def read_module(make: Callable[[], Module], path: Path) -> Module:
+    """A module with the weights in a file, frozen. What `make` draws for its initial weights is not
+    taken from the caller's random numbers.
+
+    Raises InputError naming the file.
+    """
+    with usual_settings(), torch.random.fork_rng(devices=[]):
+        module = make()
+        load_weights(module, path)
+    module.requires_grad_(False).eval()
+    return module

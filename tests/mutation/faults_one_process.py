@@ -3,7 +3,7 @@ Tuples (file, old text, new text, what)."""
 
 TOKENIZERS = "tokenizers.py"
 PIPELINE, LAZY = "pipeline.py", "lazy_modules.py"
-LOOP = "training/loop.py"
+LOOP, FILES = "training/loop.py", "storage/files.py"
 ROPE, TILES = "related/axial_rope.py", "related/neighbourhood.py"
 TENSORS, OWN_RUNS = "official/tensors.py", "official/own_runs.py"
 
@@ -26,6 +26,12 @@ FAULTS_ONE_PROCESS = [
     (PIPELINE, "    @usual_settings()\n    def noise(", "    def noise(", "noise of another type"),
     (PIPELINE, "    @torch.no_grad()\n    @usual_settings()\n    def __call__(",
      "    @torch.no_grad()\n    def __call__(", "an image by the caller's settings"),
+    (PIPELINE, "    @usual_settings()\n    def decode(", "    def decode(", "a decoder elsewhere"),
+    (FILES, "with usual_settings(), torch.random.fork_rng(devices=[]):",
+     "with usual_settings():", "the caller's random numbers for initial weights"),
+    (FILES, "with usual_settings(), torch.random.fork_rng(devices=[]):",
+     "with torch.random.fork_rng(devices=[]):", "modules of inference mode"),
+    ("train.py", "@usual_settings()\n", "", "training in the caller's type"),
     (ROPE, "@usual_settings()  # who calls it later may train\n", "", "angles of inference mode"),
     (TILES, "@usual_settings()  # who calls it later may train\n", "", "tiles of inference mode"),
     # what the caller does with what it gets, and what it did before
