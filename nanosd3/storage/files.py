@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -45,12 +46,12 @@ def unreadable(path: Path, error: OSError | ValueError) -> InputError:
 
 
 def temporary_name(path: Path) -> Path:
-    """The name beside `path` under which this process writes it. Long names are hashed: file
-    systems allow some 255 bytes."""
+    """The name beside `path` under which this thread writes it. Long names are hashed: file systems
+    allow some 255 bytes."""
     name = path.name
     if len(os.fsencode(name)) > 200:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return path.with_name(f".{name}.{os.getpid()}.tmp")
+    return path.with_name(f".{name}.{os.getpid()}-{threading.get_ident()}.tmp")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ Tuples (file, old text, new text, what)."""
 TOKENIZERS = "tokenizers.py"
 PIPELINE, LAZY = "pipeline.py", "lazy_modules.py"
 LOOP, FILES = "training/loop.py", "storage/files.py"
+EXPERIMENT = "claims/experiment.py"
+MAPPED, ARCHIVES = "storage/mapped.py", "official/archives.py"
 ROPE, TILES = "related/axial_rope.py", "related/neighbourhood.py"
 TENSORS, OWN_RUNS = "official/tensors.py", "official/own_runs.py"
 
@@ -44,4 +46,15 @@ FAULTS_ONE_PROCESS = [
     (PIPELINE, "        with bar:  #", "        if True:  #", "a bar stays open after an error"),
     (LOOP, "    module.zero_grad()  # gradients of whatever the caller did before\n", "",
      "gradients left by an interruption"),
+    # claims
+    (EXPERIMENT, " or kept[key][0] != content", "", "results of a run that is gone"),
+    (EXPERIMENT, "if key not in kept or", "if not kept or", "results of other conditions"),
+    # files that change, and threads
+    (MAPPED, "            parts.check(path, os.fstat(content.fileno()))\n", "",
+     "tensors of a file that has replaced another"),
+    (ARCHIVES, "            archive.parts.check(path, os.fstat(file.fileno()))\n", "",
+     "the same of a checkpoint"),
+    (MAPPED, "        self.file = now\n", "        self.file = None\n", "any file will do"),
+    (MAPPED, "except FileNotFoundError:", "except KeyError:", "no memory for a file that is gone"),
+    (FILES, "-{threading.get_ident()}", "", "threads write one file"),
 ]  # fmt: skip
