@@ -15,6 +15,7 @@ from nanosd3.data.mnist import load_images
 from nanosd3.data.scenes import SCENE_CONFIGS
 from nanosd3.data.sources import Digits
 from nanosd3.errors import shown
+from nanosd3.lazy_modules import usual_settings
 from nanosd3.related.command import RECIPE_SIZES
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.scoring import in_words
@@ -48,6 +49,7 @@ def percent(attribute: dict) -> str:
     return "-" if attribute["accuracy"] is None else f"{attribute['accuracy']:.0%}"
 
 
+@usual_settings()
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     plan = make_plan(args)

@@ -124,6 +124,7 @@ class Pipeline:
         size = images_at_once(self.config.vae, pixels[0, 0].numel())
         return self.vae.normalise(torch.cat([self.posterior(x)[0] for x in padded.split(size)]))
 
+    @usual_settings()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Normalised latents (B, C, h, w) to images uint8 (B, H, W) or (B, H, W, C)."""
         vae, cut = self.vae, self.config.padding

@@ -1,6 +1,5 @@
 """x-cm-2, x-cm-3: consistency training without a teacher, and what made it better."""
 
-from functools import cache
 from pathlib import Path
 
 from nanosd3.claims.consistency_variants import (
@@ -11,7 +10,7 @@ from nanosd3.claims.consistency_variants import (
 )
 from nanosd3.claims.dit_loss_swap import middle_levels
 from nanosd3.claims.dit_networks import DiTTrainer
-from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, once, table_of, verdict
 from nanosd3.related.train_dit import DiTLoss
 from nanosd3.training.plot_style import INK, MEANINGS, new_figure, save_plot
 
@@ -40,7 +39,7 @@ def table_of_scores(found: dict[str, list[tuple[float, float]]]) -> dict:
     return table_of(["", "read as asked", "Frechet ratio"], rows)
 
 
-@cache
+@once
 def variants_study(conditions: Conditions) -> dict:
     """Scores of one step of each variant, by seed."""
     trainer, seconds = DiTTrainer(conditions), 0.0
@@ -56,7 +55,7 @@ def variants_study(conditions: Conditions) -> dict:
     return {"scores": found, "training_seconds": seconds, "table": table_of_scores(found)}
 
 
-@cache
+@once
 def alone_study(conditions: Conditions) -> dict:
     """Scores of one step of a consistency model and of one and two of a flow, by seed."""
     trainer = DiTTrainer(conditions)

@@ -1,6 +1,5 @@
 """x-cm-4: edits that a consistency model was not trained for (arXiv 2303.01469, algorithm 4)."""
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from nanosd3.claims.consistency_pixels import PixelModel, pixel_model
 from nanosd3.claims.data_sets import HalvedPixels, open_pixel_data
 from nanosd3.claims.edit_tasks import Edited, constant_model, tasks
-from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, once, table_of, verdict
 from nanosd3.random_streams import rng
 from nanosd3.related.editing import denoise
 from nanosd3.training.plot_style import label_counts, new_figure, plain_logarithm, save_plot
@@ -22,7 +21,7 @@ EXACT = 1e-4  # how far known coordinates may be off, in deviations of a pixel
 EDIT_STYLES = {"repainted": "-o", "enlarged": "--s"}
 
 
-@cache
+@once
 @torch.no_grad()
 def edit_study(conditions: Conditions) -> dict:
     """Scores of edits by task, by model or number of steps, and seed."""

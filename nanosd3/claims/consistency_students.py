@@ -1,13 +1,13 @@
 """Students distilled from the main model, several seeds, and their samples in few steps: what the
 experiments on consistency models share."""
 
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanosd3.claims.experiment import Conditions, table_of
+from nanosd3.claims.experiment import Conditions, once, table_of
 from nanosd3.claims.runs import open_encoded
 from nanosd3.few_steps import FRESH, consistency, even_schedule
 from nanosd3.pipeline import Pipeline
@@ -60,7 +60,7 @@ def velocity_of(
     return guided(pipeline.mmdit, rows_of(text, prompts), negative, scale)
 
 
-@cache
+@once
 @torch.no_grad()
 def consistency_study(conditions: Conditions) -> dict:
     """Students of several seeds and their teacher: scores by steps, and how consistent they are."""

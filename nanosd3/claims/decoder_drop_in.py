@@ -1,13 +1,12 @@
 """x-cdec-3: the Consistency Decoder on latents that a generator has made (OpenAI, 2023)."""
 
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nanosd3.claims.decoder_networks import DECODER_SHORT, decoder_job
-from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, once, table_of, verdict
 from nanosd3.claims.runs import open_main_run
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.finished_run import FinishedRun
@@ -37,7 +36,7 @@ def consistent_pipeline(
     return other, job.run.stages["decoder"]["thread_seconds"]
 
 
-@cache
+@once
 def drop_in_study(conditions: Conditions) -> dict:
     """Shares read as asked and distances of the same latents decoded both ways, by seed."""
     finished = open_main_run(conditions)

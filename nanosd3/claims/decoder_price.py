@@ -36,6 +36,7 @@ AUTOENCODERS_PRICED: dict[str, VAEConfig] = {
 Decoding = Callable[[], Tensor]
 
 
+@torch.random.fork_rng(devices=[])
 def ways_to_decode(config: VAEConfig, count: int, seed: int) -> dict[int, Decoding]:
     """The same latents decoded by the autoencoder, 0, and by a consistency decoder in 1 and 2
     steps; on the current device, with weights from the seed."""

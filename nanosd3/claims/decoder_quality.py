@@ -1,6 +1,5 @@
 """x-cdec-1: a generative decoder for strongly compressed latents (OpenAI, 2023)."""
 
-from functools import cache
 from pathlib import Path
 
 from nanosd3.claims.decoder_networks import (
@@ -8,7 +7,7 @@ from nanosd3.claims.decoder_networks import (
     compressing_autoencoder,
     two_decoders,
 )
-from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, once, table_of, verdict
 from nanosd3.claims.runs import open_main_run
 from nanosd3.related.scoring import Decode, reconstruction_scores
 from nanosd3.related.train_consistency_decoder import decoding
@@ -31,7 +30,7 @@ def by_itself(vae: AutoencoderKL) -> Decode:
     return lambda latents: vae.decode(vae.denormalise(latents))
 
 
-@cache
+@once
 def decoder_study(conditions: Conditions) -> dict:
     """Scores of reconstructions by way of decoding and seed."""
     finished = open_main_run(conditions)

@@ -9,8 +9,9 @@ seed would change.
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -35,6 +36,27 @@ class Conditions:
     def networks(self) -> Path:
         """Where small networks are kept, beside the records."""
         return self.records / "networks"
+
+
+Key = TypeVar("Key", Conditions, Path)
+Found = TypeVar("Found")
+
+
+def once(study: Callable[[Key], Found]) -> Callable[[Key], Found]:
+    """A study that several experiments share, or the opening of a run: once in a process for each
+    conditions or run, and again when another run is in the folder."""
+    kept: dict[Key, tuple[bytes, Found]] = {}
+
+    @wraps(study)
+    def ask(key: Key) -> Found:
+        folder = key.run if isinstance(key, Conditions) else key
+        index = folder / "run.json"
+        content = index.read_bytes() if index.is_file() else b""
+        if key not in kept or kept[key][0] != content:
+            kept[key] = content, study(key)
+        return kept[key][1]
+
+    return ask
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def flat_for(side: int) -> DiTConfig:
     return DiTConfig(4, 64, 2, COST_PATCH, side, 1, 10, False, "adaln_zero", None)
 
 
+@torch.random.fork_rng(devices=[])
 def pass_of(name: str, side: int, seed: int) -> Pass:
     """One forward pass on one image of random numbers, on the current device."""
     torch.manual_seed(seed)

@@ -1,12 +1,11 @@
 """x-muse-4, x-muse-5: repainting a part of an image, and editing without a mask."""
 
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, once, table_of, verdict
 from nanosd3.claims.muse_networks import MUSE_TRAINED, SHORT_STEPS, TrainedMuse, trained_muse
 from nanosd3.data.mnist import from_uint8, plain_captions
 from nanosd3.random_streams import rng
@@ -27,7 +26,7 @@ ROUNDS_MADE = (5, 9, 13, 17, 25, 40)
 EDITED, EDITED_AT_ONCE = 300, 150  # images
 
 
-@cache
+@once
 @torch.no_grad()
 def muse_edits(conditions: Conditions) -> dict:
     """Shares of edits read as asked, and of tokens kept, by seed."""

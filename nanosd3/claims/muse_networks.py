@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanosd3.claims.experiment import Conditions
+from nanosd3.claims.experiment import Conditions, once
 from nanosd3.config_types import Recipe
 from nanosd3.related.autoregressive import CausalMuse
 from nanosd3.related.command import Study, parse, study_in
@@ -38,13 +37,13 @@ class TrainedMuse:
     seconds: float
 
 
-@cache
+@once
 def opened(run: Path) -> FinishedRun:
     """A finished main job, opened once."""
     return open_finished_run(run, None, torch.device("cpu"))
 
 
-@cache
+@once
 def encoded_captions(run: Path) -> Conditioning:
     """The encodings of its captions."""
     finished = opened(run)

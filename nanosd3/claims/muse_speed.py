@@ -1,12 +1,12 @@
 """x-muse-2: how many steps Muse needs, and whether that is faster than following a flow."""
 
 import time
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, once, table_of, verdict
 from nanosd3.claims.muse_networks import MUSE_TRAINED, SHORT_STEPS, trained_causal, trained_muse
 from nanosd3.claims.muse_samplers import sample_causal, sample_flow, sample_muse
 from nanosd3.related.finished_run import FinishedRun
@@ -25,7 +25,7 @@ SPEED_SAMPLERS = {
 SAMPLER_MARKERS = {"muse": "-o", "flow": "--s", "causal": "^"}
 
 
-@cache
+@once
 def muse_speed(conditions: Conditions) -> dict:
     """Accuracy, Frechet ratio and milliseconds an image of both, by steps and seed."""
     count, seconds = 20 if conditions.fast else 1000, 0.0

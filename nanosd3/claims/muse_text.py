@@ -7,10 +7,9 @@ word, "a bold seven", and none by its numeral, so of "a bold 7" it can know only
 has made of it.
 """
 
-from functools import cache
 from pathlib import Path
 
-from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, table_of, verdict
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, lead, once, table_of, verdict
 from nanosd3.claims.muse_encoders import (
     ENCODER_SCORES,
     TEXT_ENCODERS,
@@ -26,7 +25,7 @@ ENCODER_SAMPLES = 500
 ENCODER_TICKS = ("trained\nencoders", "the same,\nuntrained", "a table\nof words")  # of the plot
 
 
-@cache
+@once
 def text_study(conditions: Conditions) -> dict:
     """By encoder, the scores of each seed."""
     count = 20 if conditions.fast else ENCODER_SAMPLES

@@ -1,13 +1,12 @@
 """Spacetime patches (Sora, OpenAI's technical report of 2024): videos of any size and length by one
 network, and whether frames need each other."""
 
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, once, table_of, verdict
 from nanosd3.claims.runs import open_main_run
 from nanosd3.related.command import parse, study_in
 from nanosd3.related.finished_run import FinishedRun
@@ -55,7 +54,7 @@ def frame_by_frame(model: TrainedVideo, clips: Clips, size: ClipSize) -> Tensor:
     return torch.cat([model.draw(clips, short, seed=1 + part) for part in parts], dim=2)
 
 
-@cache
+@once
 @torch.no_grad()
 def video_study(conditions: Conditions) -> dict:
     """Scores of every size and length, and of frames drawn by themselves; a list over seeds."""

@@ -6,6 +6,7 @@ pickles in a row with the storages behind them. The pickles are parsed, not exec
 
 import contextlib
 import io
+import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,9 @@ def read_archive(path: Path) -> Archive:
     """Open a checkpoint. Raises InputError if it is damaged or holds more than data."""
     try:
         with open(path, "rb") as file:
-            return (read_zip if file.read(2) == b"PK" else read_legacy)(path, file)
+            archive = (read_zip if file.read(2) == b"PK" else read_legacy)(path, file)
+            archive.parts.check(path, os.fstat(file.fileno()))
+            return archive
     except InputError:
         raise
     except NotData as error:

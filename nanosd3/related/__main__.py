@@ -4,6 +4,7 @@ import sys
 
 from nanosd3.cli import run_main
 from nanosd3.errors import InputError, shown
+from nanosd3.lazy_modules import usual_settings
 from nanosd3.related.cascade_system import CascadeSystem
 from nanosd3.related.command import System, run_system
 from nanosd3.related.dit_system import DiTSystem
@@ -44,6 +45,7 @@ def system_of(name: str) -> System:
     return SYSTEMS[name]
 
 
+@usual_settings()
 def main(arguments: list[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["list"]
     if name in ("list", "-h", "--help"):

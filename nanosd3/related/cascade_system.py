@@ -43,7 +43,7 @@ from nanosd3.related.train_cascade import (
 )
 from nanosd3.related.train_muse import train_tokens
 from nanosd3.related.vq import VQAutoencoder, VQConfig
-from nanosd3.storage.files import load_weights, sha256, write_file
+from nanosd3.storage.files import read_module, sha256, write_file
 from nanosd3.storage.run import Run
 from nanosd3.text import check_prompts
 from nanosd3.training.grids_and_gifs import png, side_by_side
@@ -83,12 +83,13 @@ def open_cascade(run: Run, finished: FinishedRun) -> CascadePipeline:
     base = open_muse_pipeline(run, finished, COPIES)
     size, config = run.identity["size"], finished.config
     fine = fine_vq_config(config, size)
-    vq = VQAutoencoder(replace(fine, decoder_channels=larger_channels(fine)))
-    sizes = fine_config(base.muse.config, size)
-    network = SuperResolution(sizes, base.muse.config, FINE_SIZES[size][2])
-    for name, module in ((LARGER_DECODER, vq), (SUPER_RESOLUTION, network)):
-        load_weights(module, run.folder / f"{name}.safetensors")
-        accelerate(module.requires_grad_(False).eval().to(finished.device))
+    paths = (run.folder / f"{name}.safetensors" for name in (LARGER_DECODER, SUPER_RESOLUTION))
+    larger = replace(fine, decoder_channels=larger_channels(fine))
+    vq = read_module(lambda: VQAutoencoder(larger), next(paths))
+    sizes, layers = fine_config(base.muse.config, size), FINE_SIZES[size][2]
+    network = read_module(lambda: SuperResolution(sizes, base.muse.config, layers), next(paths))
+    for module in (vq, network):
+        accelerate(module.to(finished.device))
     return CascadePipeline(base, network, vq)
 
 

@@ -47,7 +47,7 @@ from nanosd3.related.train_hdit import (
     pooled_text,
     trained_hdit,
 )
-from nanosd3.storage.files import load_weights
+from nanosd3.storage.files import read_module
 from nanosd3.storage.run import Run
 from nanosd3.training.evaluation import Draw
 from nanosd3.training.stages import training_of
@@ -133,9 +133,9 @@ class HDiTSystem(SamplingSystem):
         config = limited_config(run.identity["config"], run.folder / "run.json")
         sampling = with_sampling(config, args).sampling
         warn_of(finished.pipeline, args.sample)
-        model = HDiT(network_of(run, finished)).to(finished.device)
-        load_weights(model, run.folder / "hdit.safetensors")
-        accelerate(model.requires_grad_(False).eval())
+        sizes = network_of(run, finished)
+        model = read_module(lambda: HDiT(sizes), run.folder / "hdit.safetensors")
+        accelerate(model.to(finished.device))
         pixels = normalised_pixels(finished.source, config)
         return drawn_images(
             model, pixels, finished.pipeline, repeated_prompts(args), args.seed, sampling

@@ -44,7 +44,7 @@ from nanosd3.related.scoring import (
 )
 from nanosd3.related.train_muse import train_muse, train_tokens
 from nanosd3.related.vq import VQAutoencoder, VQConfig, perplexity
-from nanosd3.storage.files import load_weights
+from nanosd3.storage.files import read_module
 from nanosd3.storage.run import Run
 from nanosd3.text import check_prompts
 from nanosd3.training.evaluation import to_digits
@@ -130,10 +130,11 @@ def open_muse_pipeline(
     config, size = limited_config(run.identity["config"], index), run.identity.get("size")
     if size not in MUSE_SIZES:
         raise InputError(f"{index}: damaged: no size")
-    vq, muse = VQAutoencoder(vq_config(config, size)), Muse(muse_config(config, size))
-    for name, module in (("tokens", vq), (MUSE_STAGE, muse)):
-        load_weights(module, run.folder / f"{files[name]}.safetensors")
-        accelerate(module.requires_grad_(False).eval().to(finished.device))
+    paths = (run.folder / f"{files[name]}.safetensors" for name in ("tokens", MUSE_STAGE))
+    vq = read_module(lambda: VQAutoencoder(vq_config(config, size)), next(paths))
+    muse = read_module(lambda: Muse(muse_config(config, size)), next(paths))
+    for module in (vq, muse):
+        accelerate(module.to(finished.device))
     return MusePipeline(vq, muse, finished.pipeline)
 
 

@@ -41,7 +41,7 @@ from nanosd3.related.scoring import (
     pipeline_scores,
     reconstruction_scores,
 )
-from nanosd3.storage.files import load_weights, sha256
+from nanosd3.storage.files import read_module, sha256
 from nanosd3.storage.run import Run
 from nanosd3.training.loop import StepLoss, StepRNG
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average
@@ -132,9 +132,8 @@ def open_decoder(folder: Path, model: Path, device: torch.device) -> Decode:
             f"--decoder {folder}: is for the latents of another autoencoder than that of {model}"
         )
     config = limited_config(run.identity["config"], folder / "run.json")
-    decoder = empty_decoder(config).to(device)
-    load_weights(decoder, folder / "decoder.safetensors")
-    return decoding(decoder.requires_grad_(False).eval(), config.vae.factor)
+    decoder = read_module(lambda: empty_decoder(config), folder / "decoder.safetensors")
+    return decoding(decoder.to(device), config.vae.factor)
 
 
 class ConsistencyDecoding(System):

@@ -57,7 +57,7 @@ from nanosd3.related.two_digits import (
     check_pairs,
 )
 from nanosd3.related.video import VideoMMDiT, fold_time
-from nanosd3.storage.files import load_weights, write_file
+from nanosd3.storage.files import read_module, write_file
 from nanosd3.storage.run import Run
 from nanosd3.training.grids_and_gifs import gif, grid_of, png, side_by_side, to_image
 from nanosd3.training.stages import training_of
@@ -209,9 +209,10 @@ class VideoSystem(SamplingSystem):
         check_size(size, config)
         config = with_sampling(config, args)
         pipeline = encoders_of(run, config, finished.device)
-        network = VideoMMDiT(config.mmdit, FRAMES_IN_PATCH).to(finished.device)
-        load_weights(network, run.folder / "video.safetensors")
-        accelerate(network.requires_grad_(False).eval())
+        network = read_module(
+            lambda: VideoMMDiT(config.mmdit, FRAMES_IN_PATCH), run.folder / "video.safetensors"
+        )
+        accelerate(network.to(finished.device))
         warn_of(pipeline, args.sample)
         prompts = repeated_prompts(args)
         text, no_text = (pipeline.text.encode(x) for x in (prompts, [""] * len(prompts)))

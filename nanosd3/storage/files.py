@@ -12,19 +12,23 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanosd3.errors import InputError
+from nanosd3.lazy_modules import usual_settings
 
 # No permission, a failing disk, a lost connection: errors that say nothing about the content.
 UNKNOWN = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+Module = TypeVar("Module", bound=nn.Module)
 JSON_DEPTH = 32  # levels; what this program and others write has four or five
 
 
@@ -42,12 +46,12 @@ def unreadable(path: Path, error: OSError | ValueError) -> InputError:
 
 
 def temporary_name(path: Path) -> Path:
-    """The name beside `path` under which this process writes it. Long names are hashed: file
-    systems allow some 255 bytes."""
+    """The name beside `path` under which this thread writes it. Long names are hashed: file systems
+    allow some 255 bytes."""
     name = path.name
     if len(os.fsencode(name)) > 200:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return path.with_name(f".{name}.{os.getpid()}.tmp")
+    return path.with_name(f".{name}.{os.getpid()}-{threading.get_ident()}.tmp")
 
 
 @contextlib.contextmanager
@@ -254,3 +258,16 @@ def load_weights(module: nn.Module, path: Path) -> None:
     state = read_tensors(path)
     check_state(path, module.state_dict(), state)
     module.load_state_dict(state)
+
+
+def read_module(make: Callable[[], Module], path: Path) -> Module:
+    """A module with the weights in a file, frozen. What `make` draws for its initial weights is not
+    taken from the caller's random numbers.
+
+    Raises InputError naming the file.
+    """
+    with usual_settings(), torch.random.fork_rng(devices=[]):
+        module = make()
+        load_weights(module, path)
+    module.requires_grad_(False).eval()
+    return module

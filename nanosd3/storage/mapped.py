@@ -36,7 +36,19 @@ DTYPES = {
 }
 
 PART = 2**30  # bytes mapped together, so that a thousand tensors do not hold a thousand files open
-Parts = weakref.WeakValueDictionary[tuple, mmap.mmap]  # mapped while some tensor lies in them
+
+
+class Parts(weakref.WeakValueDictionary[tuple, mmap.mmap]):
+    """The parts of a file that are mapped, while some tensor lies in them."""
+
+    file: tuple[int, ...] | None = None  # which it was when it was opened
+
+    def check(self, path: Path, status: os.stat_result) -> None:
+        """Raise InputError if this is not the file that was opened."""
+        now = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        if self.file not in (None, now):
+            raise InputError(f"{path}: has changed since it was opened; open it again")
+        self.file = now
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Place:
     def read(self) -> Tensor:
         """The tensor, memory-mapped; writing to it leaves the file as it is.
 
-        Raises InputError if the file has become shorter or cannot be mapped.
+        Raises InputError if it cannot be mapped, or the file is not what was opened.
         """
         size = math.prod(self.shape) * self.dtype.itemsize
         if not size:
@@ -73,11 +85,16 @@ class Place:
                 end = min(math.ceil((self.start + size) / PART) * PART, status.st_size)
                 if end < self.start + size:
                     raise InputError(f"{self.file}: has become shorter since it was opened")
-                key = (status.st_dev, status.st_ino, status.st_mtime_ns, begin, end)
-                if (part := self.parts.get(key)) is None:
+                self.parts.check(self.file, status)
+                if (part := self.parts.get((begin, end))) is None:
                     length, access = end - begin, mmap.ACCESS_COPY
                     part = mmap.mmap(file.fileno(), length, access=access, offset=begin)
-                    self.parts[key] = part
+                    self.parts[begin, end] = part
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.file}: is no longer there, but was opened to be read when it is needed; "
+                "load the model with staged=False to have all of it in memory"
+            ) from None
         except (OSError, MemoryError, OverflowError) as error:
             raise InputError(f"{self.file}: {cannot_map(error)}") from None
         return part, self.start - begin
@@ -95,6 +112,8 @@ def places(path: Path) -> dict[str, Place]:
         with safe_open(path, framework="np") as file:  # checks the header; maps to read only
             del file
         with open(path, "rb") as content:
+            parts = Parts()
+            parts.check(path, os.fstat(content.fileno()))
             header = content.read(int.from_bytes(content.read(8), "little"))
             begin = content.tell()
     except MemoryError as error:
@@ -106,7 +125,7 @@ def places(path: Path) -> dict[str, Place]:
         raise InputError(f"{path}: damaged or not a safetensors file ({reason})") from None
     entries = parse_json(header, path)
     assert isinstance(entries, dict)  # the library has checked it
-    found, parts = {}, Parts()
+    found = {}
     for key, entry in entries.items():
         if key == "__metadata__":
             continue

@@ -26,7 +26,7 @@ from nanosd3.data.sources import Digits
 from nanosd3.errors import InputError
 from nanosd3.pipeline import Pipeline
 from nanosd3.random_streams import rng
-from nanosd3.storage.files import load_weights
+from nanosd3.storage.files import read_module
 from nanosd3.storage.run import Run
 from nanosd3.training.classifier import CLASSIFIER_SIZE, ConvNet, thumbnails
 from nanosd3.training.metrics import frechet_distance
@@ -127,9 +127,9 @@ def open_scorer(run: Run, data: Path | None, device: torch.device) -> Scorer:
     source = Digits(load_images(data).first(training.train_images, training.test_images), config)
     if source.fingerprint != run.identity["data"]:
         raise InputError(f"{run.folder}: trained on other images; name their folder with --data")
-    classifier = ConvNet(len(source.images.names))
-    load_weights(classifier, run.folder / "judge.safetensors")
-    return Scorer(source, classifier.requires_grad_(False).eval().to(device), device)
+    classes = len(source.images.names)
+    classifier = read_module(lambda: ConvNet(classes), run.folder / "judge.safetensors")
+    return Scorer(source, classifier.to(device), device)
 
 
 # --- the frontier ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from nanosd3.data.scene_prompts import COLOURS, DIGIT_SIZES, PlacedDigit
 from nanosd3.data.scenes import SCENE_CONFIGS, STRING_CELL, Scenes
 from nanosd3.errors import InputError
 from nanosd3.random_streams import rng
-from nanosd3.storage.files import load_weights
+from nanosd3.storage.files import read_module
 from nanosd3.storage.run import Run
 from nanosd3.training.classifier import CLASSIFIER_SIZE, ConvNet
 from nanosd3.training.loop import StepRNG, fit
@@ -156,6 +156,5 @@ def open_scene_judge(run: Run, device: torch.device) -> tuple[Scenes, SceneJudge
     source = Scenes(load_images(), config)
     if source.fingerprint != run.identity["data"]:
         raise InputError(f"{run.folder}: trained on other digits than the packaged ones")
-    classifier = ConvNet(10)
-    load_weights(classifier, run.folder / "judge.safetensors")
-    return source, SceneJudge(classifier.requires_grad_(False).eval().to(device), device)
+    classifier = read_module(lambda: ConvNet(10), run.folder / "judge.safetensors")
+    return source, SceneJudge(classifier.to(device), device)

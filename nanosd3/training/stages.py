@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +14,12 @@ from nanosd3.machine.accelerate import accelerate
 from nanosd3.machine.distributed import SINGLE_PROCESS, Compute, ProcessGroup
 from nanosd3.random_streams import rng
 from nanosd3.storage import training_state
-from nanosd3.storage.files import load_weights, save_weights
+from nanosd3.storage.files import Module, load_weights, save_weights
 from nanosd3.storage.run import Run
 from nanosd3.training.ema import make_ema
 from nanosd3.training.loop import StepLoss, fit
 
 CHUNK = 500  # small images per inference batch
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def training_of(config: Config) -> Training:

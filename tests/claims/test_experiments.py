@@ -11,7 +11,7 @@ from nanosd3.claims import __main__ as command
 from nanosd3.claims import catalogue, records
 from nanosd3.claims import page as page_module
 from nanosd3.claims.catalogue import EXPERIMENTS
-from nanosd3.claims.experiment import Conditions, Experiment, cell, lead, table_of, verdict
+from nanosd3.claims.experiment import Conditions, Experiment, cell, lead, once, table_of, verdict
 from nanosd3.claims.page import PAGE, committed, copy_results, page
 from nanosd3.claims.records import RESULTS, carry_out, finished, paths_of
 from nanosd3.cli import run_main
@@ -100,6 +100,25 @@ def test_declares_before_it_runs(wing, capsys):
     with pytest.raises(InputError):
         carry_out(replace(TOY, run=fails), Conditions((0,), False, wing, wing))
     assert not list(wing.glob("*.json"))
+
+
+def test_a_shared_study_runs_once_for_a_run(tmp_path, monkeypatch):
+    """Conditions that are equal share it, until another run is at the same place."""
+    asked = []
+    shared = once(lambda conditions: asked.append(conditions) or len(asked))
+    monkeypatch.chdir(tmp_path)
+
+    def conditions(seeds: int = 2) -> Conditions:
+        return Conditions(tuple(range(seeds)), True, Path("run"), tmp_path)
+
+    assert [shared(conditions()), shared(conditions()), shared(conditions(1))] == [1, 1, 2]
+    Path("run").mkdir()
+    for stages in {}, {"flow": {}}:
+        Path("run/run.json").write_text(json.dumps(stages))
+        made = len(asked)
+        assert shared(conditions()) == shared(conditions()) == made + 1
+    shared_opening = once(lambda run: asked.append(run) or len(asked))
+    assert shared_opening(Path("run")) == shared_opening(Path("run")) == len(asked)
 
 
 @pytest.mark.parametrize(("seeds", "word"), [(1, "undecided"), (2, "refuted"), (3, "supported")])

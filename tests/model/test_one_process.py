@@ -9,9 +9,18 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from nanosd3 import weights
+import train_mnist
+from nanosd3 import train, weights
+from nanosd3.claims import __main__ as claims
+from nanosd3.claims.decoder_price import ways_to_decode
+from nanosd3.claims.hdit_costs import pass_of
+from nanosd3.config import CONFIGS
+from nanosd3.errors import InputError
 from nanosd3.lazy_modules import usual_settings
 from nanosd3.pipeline import Pipeline
+from nanosd3.related import __main__ as related
+from nanosd3.related.finished_run import open_finished_run
+from nanosd3.storage.files import read_module, save_weights
 
 PROMPT = "a bold seven"
 
@@ -95,6 +104,70 @@ def test_warnings_name_the_callers_line(pipeline, call):
     with pytest.warns(UserWarning, match="too long for") as warned:
         call(pipeline, "seven " * 20)
     assert {warning.filename for warning in warned} == {__file__}
+
+
+@pytest.mark.parametrize(
+    ("module", "first", "words"),
+    [
+        (train_mnist, "make_plan", []),
+        (train, "make_plan", ["--data", "x"]),
+        (related, "run_system", ["dit"]),
+        (claims, "set_up", ["x-fm-1"]),
+    ],
+)
+def test_commands_compute_as_in_a_process_of_their_own(monkeypatch, module, first, words):
+    def stop(*_: object) -> None:
+        assert set_now()[:2] == (torch.float32, torch.device("cpu"))
+        raise InputError("far enough")
+
+    monkeypatch.setattr(module, first, stop)
+    with default_dtype(torch.float64), torch.device("meta"):
+        with pytest.raises(InputError, match="far enough"):
+            module.main(words)
+
+
+def test_a_decoder_of_ones_own_too(pipeline, setting):
+    drawn = []
+    pipeline.decoder = lambda z: drawn.append(torch.ones(1)) or z[:, :1].repeat(1, 1, 4, 4)
+    try:
+        with setting():
+            pipeline.decode(pipeline.noise(1, 0, (8, 8)))
+    finally:
+        pipeline.decoder = None
+    assert drawn[0].dtype == torch.float32 and drawn[0].device.type == "cpu"
+
+
+# --- the caller's random numbers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Pipeline.load,
+        lambda run: weights.load(run)(PROMPT),
+        lambda run: open_finished_run(run, None, torch.device("cpu")),
+        lambda run: pass_of("HDiT", 32, 0),
+        lambda run: ways_to_decode(CONFIGS["tiny"].vae, 1, 0),
+    ],
+    ids=["load", "call", "run", "pass", "decode"],
+)
+def test_random_numbers_of_the_caller_go_on(tiny_run, call):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    call(tiny_run)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_modules_that_are_read(tmp_path, setting):
+    save_weights(torch.nn.Linear(3, 3), tmp_path / "m.safetensors")
+    before = torch.get_rng_state()
+    with setting():
+        module = read_module(lambda: torch.nn.Linear(3, 3), tmp_path / "m.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not module.training and not any(p.requires_grad for p in module.parameters())
+    x = torch.ones(1, 3, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad is not None
 
 
 # --- what a caller does with what it gets ---------------------------------------------------------

@@ -3,7 +3,9 @@ Tuples (file, old text, new text, what)."""
 
 TOKENIZERS = "tokenizers.py"
 PIPELINE, LAZY = "pipeline.py", "lazy_modules.py"
-LOOP = "training/loop.py"
+LOOP, FILES = "training/loop.py", "storage/files.py"
+EXPERIMENT = "claims/experiment.py"
+MAPPED, ARCHIVES = "storage/mapped.py", "official/archives.py"
 ROPE, TILES = "related/axial_rope.py", "related/neighbourhood.py"
 TENSORS, OWN_RUNS = "official/tensors.py", "official/own_runs.py"
 
@@ -26,6 +28,12 @@ FAULTS_ONE_PROCESS = [
     (PIPELINE, "    @usual_settings()\n    def noise(", "    def noise(", "noise of another type"),
     (PIPELINE, "    @torch.no_grad()\n    @usual_settings()\n    def __call__(",
      "    @torch.no_grad()\n    def __call__(", "an image by the caller's settings"),
+    (PIPELINE, "    @usual_settings()\n    def decode(", "    def decode(", "a decoder elsewhere"),
+    (FILES, "with usual_settings(), torch.random.fork_rng(devices=[]):",
+     "with usual_settings():", "the caller's random numbers for initial weights"),
+    (FILES, "with usual_settings(), torch.random.fork_rng(devices=[]):",
+     "with torch.random.fork_rng(devices=[]):", "modules of inference mode"),
+    ("train.py", "@usual_settings()\n", "", "training in the caller's type"),
     (ROPE, "@usual_settings()  # who calls it later may train\n", "", "angles of inference mode"),
     (TILES, "@usual_settings()  # who calls it later may train\n", "", "tiles of inference mode"),
     # what the caller does with what it gets, and what it did before
@@ -38,4 +46,15 @@ FAULTS_ONE_PROCESS = [
     (PIPELINE, "        with bar:  #", "        if True:  #", "a bar stays open after an error"),
     (LOOP, "    module.zero_grad()  # gradients of whatever the caller did before\n", "",
      "gradients left by an interruption"),
+    # claims
+    (EXPERIMENT, " or kept[key][0] != content", "", "results of a run that is gone"),
+    (EXPERIMENT, "if key not in kept or", "if not kept or", "results of other conditions"),
+    # files that change, and threads
+    (MAPPED, "            parts.check(path, os.fstat(content.fileno()))\n", "",
+     "tensors of a file that has replaced another"),
+    (ARCHIVES, "            archive.parts.check(path, os.fstat(file.fileno()))\n", "",
+     "the same of a checkpoint"),
+    (MAPPED, "        self.file = now\n", "        self.file = None\n", "any file will do"),
+    (MAPPED, "except FileNotFoundError:", "except KeyError:", "no memory for a file that is gone"),
+    (FILES, "-{threading.get_ident()}", "", "threads write one file"),
 ]  # fmt: skip

@@ -150,6 +150,23 @@ def test_a_file_replaced_by_another(tmp_path):
     assert open_weights(path)["a"].read().sum() == 3 and old.sum() == 0
 
 
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+def test_a_file_that_is_no_longer_what_was_opened(tmp_path, form):
+    """Networks are read when they are used: none of a new file among those of the old one."""
+    path, save = tmp_path / f"m.{form}", save_file if form == "safetensors" else torch.save
+    save({"a": torch.zeros(3)}, path)
+    opened = open_weights(path)["a"]
+    kept = open_weights(path)["a"].read()
+    save({"a": torch.ones(3)}, tmp_path / "new")
+    shutil.move(tmp_path / "new", path)
+    with pytest.raises(InputError, match=r"has changed since it was opened; open it again$"):
+        opened.read()
+    path.unlink()
+    with pytest.raises(InputError, match="is no longer there, but was opened"):
+        opened.read()
+    assert kept.tolist() == [0, 0, 0]
+
+
 def test_report_of_a_pipe_or_a_folder(capsys, tmp_path):
     """A pipe is not opened, which would wait forever."""
     if hasattr(os, "mkfifo"):

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,16 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, tiny_run):
     for name, mode in found.items():
         whole = 0o777 if (tmp_path / name).is_dir() else 0o666
         assert mode == whole & ~umask, (name, oct(mode))
+
+
+def test_two_threads_that_write_a_file(tmp_path):
+    """Each has a temporary name of its own, so none publishes half of what the other writes."""
+    path = tmp_path / "x"
+    with ThreadPoolExecutor(1) as pool, files.replacing(path) as temporary:
+        temporary.write_text("mine")
+        pool.submit(files.write_file, path, b"the other's").result()
+        assert temporary.read_text() == "mine" and path.read_text() == "the other's"
+    assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
