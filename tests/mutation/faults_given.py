@@ -38,6 +38,8 @@ FAULTS_GIVEN = [
     (FIND_PARTS, "if name in file.lower() or", "if name in file or", "T5 in capitals"),
     (FIND_PARTS, "or subfolder in Path(file.lower()).parts[:-1]", "", "folders in capitals"),
     (FIND_PARTS, "if Path(name).parts[0] not in subfolders]", "]", "each part is all parts"),
+    ("cli.py", "if number > largest:", "if False:", "numbers of any size"),
+    ("cli.py", "return positive(text, MOST_IMAGES)", "return positive(text)", "any count"),
     (DEVICE, "if threads > MAX_THREADS:", "if False:", "more threads than a system gives"),
     (DEVICE, "1 <= number <= MAX_THREADS", "1 <= number", "the same of the environment"),
     (DEVICE, "n.isdecimal() and len(n) < 10 for n", "n.isdecimal() for n", "a rank of any length"),
