@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanosd3.cli import Parser, positive, run_main
+from nanosd3.cli import Parser, image_count, positive, run_main
 from nanosd3.components import COMPONENTS
 from nanosd3.config import CONFIGS
 from nanosd3.config_types import Config
@@ -265,7 +265,7 @@ def parsers() -> dict[str, Parser]:
     add("frontier", "--data", type=Path, help="the run's images (default: the packaged MNIST)")
     add("frontier", "--guidance", type=float, nargs="+", default=(1.2, 1.4, 1.6, 1.8), help=default)
     add("frontier", "--draws", type=positive, default=3, help=f"of prompts and noise {default}")
-    add("frontier", "--count", type=positive, default=1000, help=f"samples of a draw {default}")
+    add("frontier", "--count", type=image_count, default=1000, help=f"samples of a draw {default}")
     add("frontier", "--out", type=Path, metavar="FILE.png", help="(default: in the run folder)")
     add(
         "forward train growth frontier",

@@ -32,15 +32,26 @@ def unicode_text(text: str) -> str:
         raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {text!r}") from None
 
 
-def positive(text: str) -> int:
+LARGEST_OPTION = 10**9  # what asks for more would run for years, or out of memory
+MOST_IMAGES = 100_000  # of a prompt, in one command
+
+
+def positive(text: str, largest: int = LARGEST_OPTION) -> int:
     """Parse an integer of at least 1; an argparse `type`."""
     try:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {shown(text)}") from None
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {shown(number)}")
+    if number > largest:
+        raise argparse.ArgumentTypeError(f"must be at most {largest}, got {shown(number)}")
     return number
+
+
+def image_count(text: str) -> int:
+    """Parse a number of images; an argparse `type`."""
+    return positive(text, MOST_IMAGES)
 
 
 def command_line(*words: object) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanosd3.cli import Parser, positive, run_main, unicode_text
+from nanosd3.cli import Parser, image_count, positive, run_main, unicode_text
 from nanosd3.data.pictures import read_image, read_mask
 from nanosd3.errors import InputError, shown
 from nanosd3.few_steps import ALL_SAMPLERS
@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=".png: one image, or a captioned grid; .npy: the uint8 array (default: digits.png for "
         "a model trained here, else image.png)",
     )
-    add("--count", type=positive, help="images per prompt (default: 8 for a run, else 1)")
+    add("--count", type=image_count, help="images per prompt (default: 8 for a run, else 1)")
     add_sampling(parser)
     text = "negative prompt (default: empty)"
     add("--negative", type=unicode_text, default="", help=text)

@@ -36,6 +36,10 @@ def log_as_deviation(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     return mean + logvar * noise
 
 
+def half_the_log(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    return mean + 0.5 * logvar * noise
+
+
 def inverse_deviation(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     return mean + torch.exp(-0.5 * logvar) * noise
 
@@ -69,6 +73,7 @@ POSTERIOR = Exercise(
             "exp(logvar) is the variance; multiply the noise by its square root.",
         ),
         Mutant(log_as_deviation, "logvar is a logarithm; the logarithm of what?"),
+        Mutant(half_the_log, "Half of logvar is the logarithm of the deviation: exp is missing."),
         Mutant(inverse_deviation, "A larger logvar should mean more noise; yours means less."),
         Mutant(mean_only, "That is the mean; a sample needs the noise too."),
         Mutant(

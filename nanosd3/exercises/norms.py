@@ -41,6 +41,10 @@ def divided_by_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True) * weight
 
 
+def rms_norm_as_it_comes(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight)
+
+
 def squares_summed(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() * weight
 
@@ -94,6 +98,7 @@ RMS_NORM = Exercise(
             divided_by_norm,
             "The mean of the squares, not their sum: the two norms differ by sqrt(D).",
         ),
+        Mutant(rms_norm_as_it_comes, "1e-6 under the root; F.rms_norm by default has less."),
         Mutant(squares_summed, "Divide the sum of the squares by their number, D."),
         Mutant(weight_plus_one, "Multiply by the weight itself; 1 + weight is another convention."),
         Mutant(no_root, "Divide by the root of the mean square: the result has size about 1."),

@@ -46,6 +46,10 @@ def mirrored(u: Tensor, mean: float, std: float) -> Tensor:
     return flow.logit_normal(u, -mean, std)
 
 
+def tanh_instead(u: Tensor, mean: float, std: float) -> Tensor:
+    return torch.tanh(mean + std * torch.special.ndtri(u))
+
+
 def no_sigmoid(u: Tensor, mean: float, std: float) -> Tensor:
     return mean + std * torch.special.ndtri(u)
 
@@ -83,6 +87,7 @@ LOGIT_NORMAL = Exercise(
         Mutant(std_forgotten, "The standard deviation is not used."),
         Mutant(variance_for_std, "std is a standard deviation, not a variance."),
         Mutant(mirrored, "A positive mean should favour noise, t near 1."),
+        Mutant(tanh_instead, "tanh reaches from -1 to 1; t lies between 0 and 1."),
         Mutant(no_sigmoid, "A normal variable can take any value; what squeezes it into (0, 1)?"),
         Mutant(normal_density, "u is uniform; turn it into a normal variable first."),
         Mutant(uniform_for_normal, "u is uniform; ndtri turns it into a normal variable."),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanosd3.cli import Parser, positive, unicode_text
+from nanosd3.cli import Parser, image_count, positive, unicode_text
 from nanosd3.config_types import Config
 from nanosd3.errors import InputError
 from nanosd3.machine.device import set_up
@@ -64,7 +64,7 @@ def add_drawing_options(parser: Parser, system: SamplingSystem) -> None:
     text = f"{kind}: one, or a captioned grid; {array}: the array (default: %(default)s)"
     add("--out", type=Path, default=Path(f"{system.name}{kind}"), metavar="FILE", help=text)
     text = f"{system.drawn} a prompt (default: %(default)s)"
-    add("--count", type=positive, default=system.count, help=text)
+    add("--count", type=image_count, default=system.count, help=text)
     add("--steps", type=positive, help="steps of drawing (default: the run's)")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--threads", type=positive, help="CPU threads (default: the usable cores, at most 8)")

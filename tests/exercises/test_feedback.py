@@ -199,7 +199,8 @@ def test_the_network_is_not_called_in_vain():
 
 NAMED = """
 patchify split_by_view rest_cut_off / unpatchify unpatchify_transposed / sincos_positions
-quarter_minus_one base_1000 / rms_norm over_all_axes weight_forgotten / attention
+quarter_minus_one base_1000 / rms_norm over_all_axes weight_forgotten
+rms_norm_as_it_comes / attention
 divided_by_root_of_width / qk_norm_attention values_for_keys values_normed_too normed_after_softmax
 one_weight_for_both / gated_mlp gate_before_mlp bias_not_gated shift_and_scale_exchanged /
 timestep_embedding half_precision bfloat16_precision angles_in_half_precision / mode
@@ -302,7 +303,17 @@ def multiplied_once(context, pooled, keep, dl, length):
     return tuple(part / 0.536 for part in parts)
 
 
+def layer_norm_as_it_comes(x, weight):
+    return torch.nn.functional.layer_norm(x, weight.shape, weight)
+
+
+def normalised_by_torch(x, weight):
+    return torch.nn.functional.normalize(x, dim=-1) * weight
+
+
 @pytest.mark.parametrize(("name", "answer", "sentence"), [
+    ("rms_norm", layer_norm_as_it_comes, "that would be LayerNorm"),
+    ("rms_norm", normalised_by_torch, "The mean of the squares, not their sum"),
     ("patchify", unfolded, "Within a token the channel should vary fastest."),
     ("patchify", with_rearranged_view, "A view takes whole rows of the image"),
     ("rms_norm", divided_twice, "The mean of the squares, not their sum"),

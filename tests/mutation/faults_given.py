@@ -3,6 +3,7 @@ new text, what)."""
 
 FOLDERS, RUN, USER_FILES = "official/folders.py", "storage/run.py", "storage/user_files.py"
 FIND_PARTS = "official/find_parts.py"
+CHECKER = "exercises/grader/checker.py"
 MNIST, CLASSES = "data/mnist.py", "data/class_names.py"
 PICTURES = "data/pictures.py"
 RATES = "training/throughput.py"
@@ -38,6 +39,9 @@ FAULTS_GIVEN = [
     (FIND_PARTS, "if name in file.lower() or", "if name in file or", "T5 in capitals"),
     (FIND_PARTS, "or subfolder in Path(file.lower()).parts[:-1]", "", "folders in capitals"),
     (FIND_PARTS, "if Path(name).parts[0] not in subfolders]", "]", "each part is all parts"),
+    (CHECKER, "len(shared) == len(results) - 1 and", "False and", "another epsilon"),
+    ("cli.py", "if number > largest:", "if False:", "numbers of any size"),
+    ("cli.py", "return positive(text, MOST_IMAGES)", "return positive(text)", "any count"),
     (DEVICE, "if threads > MAX_THREADS:", "if False:", "more threads than a system gives"),
     (DEVICE, "1 <= number <= MAX_THREADS", "1 <= number", "the same of the environment"),
     (DEVICE, "n.isdecimal() and len(n) < 10 for n", "n.isdecimal() for n", "a rank of any length"),
