@@ -242,14 +242,13 @@ else:
 guess("...")
 
 # %%
-rows, accuracy = {}, {}
+rows = {}
 digits = [f"the digit {i % 10}" for i in range(40)]
 for scale in (1.0, 1.6, 3.0, 6.0):
     drawn = pipeline(digits, guidance=scale, seed=2)
     rows[f"scale {scale}"] = drawn[:10]
     correct = [digit == i % 10 for i, digit in enumerate(lesson.classify(drawn))]
-    accuracy[scale] = sum(correct) / len(correct)
-print("share that the classifier reads as the requested digit:", accuracy)
+    print(f"scale {scale}: {sum(correct) / len(correct):.0%} are read as the requested digit")
 images(rows, "The digits 0 to 9 at four guidance scales.")
 
 # %%

@@ -190,10 +190,15 @@ place, half = torch.tensor([0.5, 0.5]), torch.full((400_000,), 0.5)
 many, others = data(400_000, g), torch.randn(400_000, 2, generator=g)
 near = (line(many, others, half) - place).norm(dim=1) < 0.05
 velocities = (others - many)[near]
-torch.set_printoptions(precision=2)
-print(f"{len(velocities)} lines; the first three:", *velocities[:3])
-print("their mean:", velocities.mean(0), "and deviation:", velocities.std(0))
-print("the network:", net(place[None], half[:1])[0].detach())
+
+
+def pair(v):
+    return f"({v[0]:.2f}, {v[1]:.2f})"
+
+
+print(f"{len(velocities)} lines; the first three:", *map(pair, velocities[:3]))
+print("their mean:", pair(velocities.mean(0)), "and deviation:", pair(velocities.std(0)))
+print("the network:", pair(net(place[None], half[:1])[0]))
 
 # %% [markdown]
 # <details><summary>What happened</summary>
@@ -219,8 +224,8 @@ figure, axis = plt.subplots(figsize=(5.5, 2.8))
 window = 30
 mean = torch.tensor(losses).unfold(0, window, 1).mean(1)
 axis.plot(range(window, len(losses) + 1), mean, color="0")
-axis.set(xlabel="step", ylabel="loss (mean square of velocity)", ylim=(0, None))
-finish(figure, f"Loss while training, mean of {window} steps.")
+axis.set(xlabel="step", ylabel="loss", ylim=(0, None))
+finish(figure, f"Loss while training (mean square of velocity), mean of {window} steps.")
 
 # %% [markdown]
 # <details><summary>What happened</summary>
@@ -354,7 +359,7 @@ strays = sample(wrong, start, 50)[-1]
 clouds({"right sign": path[-1], "wrong sign": strays}, "Samples after fifty steps.")
 
 # %%
-few = {f"{n} steps": sample(net, start, n)[-1] for n in (1, 2, 4, 16)}
+few = {f"steps: {n}": sample(net, start, n)[-1] for n in (1, 2, 4, 16)}
 clouds(few, "Right sign, the same start, and fewer steps.")
 
 # %% [markdown]

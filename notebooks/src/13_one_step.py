@@ -325,8 +325,8 @@ learned("alone", untaught, alone, total, lr=5e-3)
 drawn = {"no boundary": free(noise, torch.ones(())), "no teacher": jump(untaught)}
 clouds({"data": data} | drawn, "One evaluation each. A cloud may lie outside.", 2.2)
 losses = [float(loss(rng("held out"), total - 1).mean()) for loss in (unbounded, alone)]
-print("losses", [round(x, 4) for x in losses])
-print({name: round(distance(z, data), 3) for name, z in drawn.items()})
+for (name, z), loss in zip(drawn.items(), losses, strict=True):
+    print(f"{name}: loss {loss:.2f}, distance from the data {distance(z, data):.2f}")
 
 # %% [markdown]
 # <details><summary>What happened</summary>
