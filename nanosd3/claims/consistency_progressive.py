@@ -8,7 +8,7 @@ it; a backward pass counts as two.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from nanosd3.claims.consistency_students import (
     sample_in_steps,
     student_pipeline,
 )
-from nanosd3.claims.experiment import Conditions, Experiment, Verdict, table_of, verdict
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, once, table_of, verdict
 from nanosd3.claims.runs import network_job, open_encoded
 from nanosd3.config_types import Sampling
 from nanosd3.flow import interpolate
@@ -117,7 +117,7 @@ def progressive_students(
     return pipelines, seconds
 
 
-@cache
+@once
 @torch.no_grad()
 def progressive_study(conditions: Conditions) -> dict:
     """Scores by steps of both distillations, seed by seed."""
