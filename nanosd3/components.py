@@ -1,7 +1,8 @@
 """The model's five networks by name, and how to build each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ def on_meta(config: Config, name: str) -> nn.Module:
 
 
 @cache
-def shapes(config: Config, name: str) -> dict[str, tuple[int, ...]]:
+def shapes(config: Config, name: str) -> Mapping[str, tuple[int, ...]]:
     """The shape of each tensor in a component's state dict."""
-    return {key: tuple(t.shape) for key, t in on_meta(config, name).state_dict().items()}
+    found = {key: tuple(t.shape) for key, t in on_meta(config, name).state_dict().items()}
+    return MappingProxyType(found)  # the same for all who ask

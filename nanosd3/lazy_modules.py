@@ -48,6 +48,15 @@ class LazyModules(Mapping[str, nn.Module]):
         if self.staged:
             self.free(name)
 
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Release `name` at the end, after an error or Ctrl-C too: the next call would meet it in
+        memory, beside another network."""
+        try:
+            yield
+        finally:
+            self.release(name)
+
     def free(self, name: str) -> None:
         """Free `name`, if it can be made again."""
         if name in self.makers and name in self.ready:

@@ -185,20 +185,18 @@ class Pipeline:
         latents = self.generate_latents(request)
         if request.output == "latent":
             return latents
-        images = self.decode(latents)
-        self.parts.release("vae")
-        return images
+        with self.parts.using("vae"):
+            return self.decode(latents)
 
     def generate_latents(self, request: Request) -> Tensor:
         """Encode the image to start from and the texts, then sample: latents (B, C, h, w)."""
         known = None
         if request.pixels is not None:
-            known = self.encode(request.pixels).expand(request.noise.shape)
-            self.parts.release("vae")
+            with self.parts.using("vae"):
+                known = self.encode(request.pixels).expand(request.noise.shape)
         text = self.encode_each(request.texts, request.drop, request.t5_length)
-        latents = self.sample(request, text, known)
-        self.parts.release("mmdit")
-        return latents
+        with self.parts.using("mmdit"):
+            return self.sample(request, text, known)
 
     def encode_each(
         self, texts: list[str], drop: Collection[str], t5_length: int | None

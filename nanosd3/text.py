@@ -250,12 +250,12 @@ class TextEncoders:
         if name in drop or name not in self.parts:
             states = torch.zeros(*ids.shape, config.width, device=self.parts.device)
             return states, states[:, 0]
-        encoder = self.parts[name]
         widest = config.hidden if name == "t5" else 4 * config.width
         chunk = max(1, MAX_TEXT_ACTIVATIONS // (ids.shape[1] * widest))
-        outputs = [encoder(part) for part in ids.to(self.parts.device).split(chunk)]
-        del encoder
-        self.parts.release(name)
+        with self.parts.using(name):
+            encoder = self.parts[name]
+            outputs = [encoder(part) for part in ids.to(self.parts.device).split(chunk)]
+            del encoder
         if name == "t5":
             outputs = [(states, states[:, 0]) for states in outputs]
         states, pooled = (torch.cat(parts) for parts in zip(*outputs, strict=True))

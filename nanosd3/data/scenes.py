@@ -78,12 +78,12 @@ class Scene:
 @cache
 def arrangements(
     count: int, canvas: CanvasSize, relation: str = "", place: str = ""
-) -> list[tuple[Corner, ...]]:
+) -> tuple[tuple[Corner, ...], ...]:
     """All ways to put slots on a canvas so that none overlaps another: two of them in a relation,
     or a single one in a place, if there is to be one."""
     rows, columns = (range(0, side - SLOT + 1, STEP) for side in canvas)
     corners = list(product(rows, columns))
-    return [c for c in permutations(corners, count) if suits(c, canvas, relation, place)]
+    return tuple(c for c in permutations(corners, count) if suits(c, canvas, relation, place))
 
 
 def suits(corners: tuple[Corner, ...], canvas: CanvasSize, relation: str, place: str) -> bool:

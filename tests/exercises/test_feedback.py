@@ -57,6 +57,19 @@ def test_the_default_dtype_does_not_matter_and_is_restored():
         torch.set_default_dtype(torch.float32)
 
 
+def test_random_numbers_of_the_notebook_go_on():
+    """Neither what a reference draws for its weights nor an answer that seeds gets there."""
+
+    def seeds(*_: object) -> None:
+        torch.manual_seed(1)
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for exercise, answer in (EXERCISES["resblock"], None), (SOME[0], seeds):
+        judge(exercise, answer or exercise.reference)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 # --- how it is printed ---------------------------------------------------------------------------
 
 

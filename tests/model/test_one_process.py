@@ -14,7 +14,10 @@ from nanosd3 import train, weights
 from nanosd3.claims import __main__ as claims
 from nanosd3.claims.decoder_price import ways_to_decode
 from nanosd3.claims.hdit_costs import pass_of
+from nanosd3.clip import CLIPText
+from nanosd3.components import shapes
 from nanosd3.config import CONFIGS
+from nanosd3.data.scenes import arrangements
 from nanosd3.errors import InputError
 from nanosd3.lazy_modules import usual_settings
 from nanosd3.pipeline import Pipeline
@@ -214,3 +217,26 @@ def test_an_error_half_way_ends_the_bar(pipeline):
     with pytest.raises(KeyboardInterrupt) as kept:
         pipeline(PROMPT, progress=True, callback=stop)
     assert kept and "sampling" not in [bar.desc for bar in tqdm._instances]
+
+
+@pytest.mark.parametrize("where", ["encoding", "sampling", "decoding"])
+def test_an_error_half_way_frees_the_network(tiny_run, monkeypatch, where):
+    """The next call would have the transformer in memory beside T5."""
+    staged = weights.load(tiny_run)
+
+    def stop(*_: object) -> None:
+        assert len(staged.parts.ready) == 1
+        raise KeyboardInterrupt
+
+    if where == "encoding":
+        monkeypatch.setattr(CLIPText, "forward", stop)
+    staged.decoder = stop if where == "decoding" else None
+    with pytest.raises(KeyboardInterrupt):
+        staged(PROMPT, callback=stop if where == "sampling" else None)
+    assert not staged.parts.ready
+
+
+def test_what_is_kept_is_nobodys_to_change():
+    with pytest.raises(TypeError):
+        shapes(CONFIGS["tiny"], "vae")["new"] = (1,)
+    assert isinstance(arrangements(1, (32, 32)), tuple)

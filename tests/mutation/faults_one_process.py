@@ -6,6 +6,7 @@ PIPELINE, LAZY = "pipeline.py", "lazy_modules.py"
 LOOP, FILES = "training/loop.py", "storage/files.py"
 EXPERIMENT = "claims/experiment.py"
 MAPPED, ARCHIVES = "storage/mapped.py", "official/archives.py"
+CHECKER = "exercises/grader/checker.py"
 ROPE, TILES = "related/axial_rope.py", "related/neighbourhood.py"
 TENSORS, OWN_RUNS = "official/tensors.py", "official/own_runs.py"
 
@@ -46,7 +47,16 @@ FAULTS_ONE_PROCESS = [
     (PIPELINE, "        with bar:  #", "        if True:  #", "a bar stays open after an error"),
     (LOOP, "    module.zero_grad()  # gradients of whatever the caller did before\n", "",
      "gradients left by an interruption"),
-    # claims
+    (LAZY, "        try:\n            yield\n        finally:\n            self.release(name)",
+     "        yield\n        self.release(name)", "a network stays after an error"),
+    ("text.py", "        with self.parts.using(name):\n", "        if name in self.parts:\n",
+     "an encoder stays"),
+    (PIPELINE, '        with self.parts.using("vae"):\n            return',
+     "        if latents is not None:\n            return", "the decoder stays"),
+    (PIPELINE, '        with self.parts.using("mmdit"):\n', "        if text:\n",
+     "the transformer stays"),
+    # exercises and claims
+    (CHECKER, "@torch.random.fork_rng(devices=[])\n", "", "an answer seeds the notebook"),
     (EXPERIMENT, " or kept[key][0] != content", "", "results of a run that is gone"),
     (EXPERIMENT, "if key not in kept or", "if not kept or", "results of other conditions"),
     # files that change, and threads

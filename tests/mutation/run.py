@@ -75,11 +75,11 @@ LEFT_OUT = (  # minutes in all, and what they look at is not the core
 NEAR = {  # where a file or folder is tested besides, if not among the neighbours
     "data": ("data/",),
     "few_steps.py": ("related/",),
-    "lazy_modules.py": ("official/test_weights.py", "training/test_cached_features.py"),
+    "lazy_modules.py": ("model/test_one_process.py", "official/test_weights.py", "training/"),
     "measure": ("measure/", "training/"),
     "official": ("official/", "training/"),
-    "storage": ("storage/", "training/"),
-    "training": ("training/", "related/"),
+    "storage": ("storage/", "training/", "official/test_file_size.py", "model/test_one_process.py"),
+    "training": ("training/", "related/", "storage/test_nothing_lost.py"),
     "unigram_training.py": ("model/test_tokenizers.py",),
 }
 NEEDED = 0.98

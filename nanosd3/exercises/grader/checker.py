@@ -50,9 +50,11 @@ class NotAttempted(Exception):
     """The answer is still a stub."""
 
 
+@torch.random.fork_rng(devices=[])
 @default_settings()
 def judge(exercise: Exercise, answer: Callable) -> Verdict:
-    """Check one answer in this process: its values, and if they are right, everything else."""
+    """Check one answer in this process: its values, and if they are right, everything else. What
+    is drawn, or seeded by an answer, leaves the caller's random numbers alone."""
     cases = [case.arguments for case in exercise.drawn()]
     values = record_values(answer, cases)
     verdict = assess(exercise, values, values_only=True)
