@@ -38,7 +38,6 @@ FAULTS_GIVEN = [
     (FOLDERS, "or path.stem in TEXT_NAMES", "", "a licence is weights"),
     (FIND_PARTS, "if name in file.lower() or", "if name in file or", "T5 in capitals"),
     (FIND_PARTS, "or subfolder in Path(file.lower()).parts[:-1]", "", "folders in capitals"),
-    (FIND_PARTS, "if Path(name).parts[0] not in subfolders]", "]", "each part is all parts"),
     ("official/checkpoint.py", "not torch.equal(some_values(ours), some_values(theirs))", "False",
      "two embeddings of T5"),
     (CHECKER, "len(shared) == len(results) - 1 and", "False and", "another epsilon"),
