@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from nanosd3.arguments import path_of
 from nanosd3.components import COMPONENTS
 from nanosd3.config_types import Config
@@ -26,7 +28,7 @@ from nanosd3.official.find_parts import (
 from nanosd3.official.folder_settings import with_folder_settings
 from nanosd3.official.key_names import T5_EMBEDDING, T5_SHARED
 from nanosd3.official.tensor_files import read_file_metadata
-from nanosd3.official.tensors import State, fingerprint
+from nanosd3.official.tensors import State, fingerprint, some_values
 from nanosd3.storage.files import read_json
 from nanosd3.storage.run import WEIGHTS, Run
 from nanosd3.text import ENCODERS, Tokenizers
@@ -157,7 +159,14 @@ def open_transformer(path: Path) -> State:
 
 
 def with_t5_embedding(state: State) -> State:
-    """T5 with its embedding under our name; files use either of two names, or both."""
-    if T5_EMBEDDING not in state and T5_SHARED in state:
-        return state | {T5_EMBEDDING: state[T5_SHARED]}
+    """T5 with its embedding under our name; files use either of two names, or both. Raises
+    InputError if they hold two, of which other programs would read the other one."""
+    ours, theirs = state.get(T5_EMBEDDING), state.get(T5_SHARED)
+    if ours is None or theirs is None:
+        return state if theirs is None else state | {T5_EMBEDDING: theirs}
+    if ours.shape != theirs.shape or not torch.equal(some_values(ours), some_values(theirs)):
+        raise InputError(
+            f"{ours.file}: T5 has two embeddings, {ours.name} and {theirs.name}, which differ; "
+            "remove the wrong one"
+        )
     return state

@@ -102,7 +102,7 @@ def find_shape(state: State, name: str, ndim: int, component: str) -> tuple[int,
     if len(tensor.shape) != ndim or 0 in tensor.shape:
         raise InputError(
             f"{tensor.file}: tensor {tensor.name} has shape {tensor.shape}, expected {ndim} "
-            "dimensions"
+            "dimensions, none of them 0"
         )
     return tensor.shape
 

@@ -148,14 +148,12 @@ def open_diffusers(folder: Path, skip: Collection[str]) -> dict[str, State]:
 
 def refuse_misplaced_encoders(folder: Path, absent: Collection[str]) -> None:
     """Raise InputError if weights elsewhere in a diffusers folder may be an absent text encoder."""
-    subfolders = [subfolder for subfolder, _ in FOLDERS.values()]
     files = weight_like_files(folder, "*", "*/*")
-    others = [name for name in files if Path(name).parts[0] not in subfolders]
     for name in absent:
         subfolder, _ = FOLDERS[name]
         if found := [
             file
-            for file in others
+            for file in files
             if name in file.lower() or subfolder in Path(file.lower()).parts[:-1]
         ]:
             raise InputError(

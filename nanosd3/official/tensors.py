@@ -67,6 +67,13 @@ def in_memory(name: str, tensor: Tensor, file: Path) -> StoredTensor:
     return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
+def some_values(tensor: StoredTensor) -> Tensor:
+    """All values of a vector, some of a larger tensor, in float32."""
+    values = tensor.read().flatten()
+    step = 1 if len(tensor.shape) == 1 else max(1, len(values) // MATRIX_VALUES)
+    return values[::step].float()
+
+
 def fingerprint(parts: dict[str, State], like: str | None = None) -> str:
     """A hash of networks that may be too large to read in full: the name, shape and type of every
     tensor, all values of vectors (biases and norms), which any training changes, and some of every
@@ -81,9 +88,7 @@ def fingerprint(parts: dict[str, State], like: str | None = None) -> str:
         for name, tensor in sorted(parts[part].items()):
             digest.update(f"{part} {name} {tensor.shape} {tensor.dtype}".encode())
             if len(tensor.shape) == 1 or not earlier:
-                values = tensor.read().flatten()
-                step = 1 if len(tensor.shape) == 1 else max(1, len(values) // MATRIX_VALUES)
-                digest.update(values[::step].float().numpy().tobytes())
+                digest.update(some_values(tensor).numpy().tobytes())
     return digest.hexdigest() if earlier else f"{SAMPLED}{digest.hexdigest()}"
 
 

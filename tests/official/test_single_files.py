@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import tiny_official
 
 from nanosd3 import weights
+from nanosd3.errors import InputError
 from nanosd3.official.checkpoint import open_checkpoint
 from nanosd3.official.export import export, write_tensors
 from nanosd3.official.key_names import PREFIXES
@@ -37,6 +39,16 @@ def test_a_correct_official_file_stays_one(official_parts, tmp_path):
     written = load_file(single(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
     assert written.keys() == state.keys()
     assert all(torch.equal(written[key], tensor) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(32128, 256), torch.ones(32128, 8)])
+def test_two_embeddings_of_t5_are_not_one(official_parts, tmp_path, wrong):
+    """Other programs would read the other one."""
+    path = tiny_official.write_single(official_parts, tmp_path / "two.safetensors")
+    save_file(load_file(path) | {SHARED: wrong}, path)
+    with pytest.raises(InputError) as refusal:
+        open_checkpoint(path)
+    assert f"T5 has two embeddings, {OURS} and {SHARED}, which differ" in str(refusal.value)
 
 
 def test_a_pickled_file_with_one_name(official_parts, tmp_path):
