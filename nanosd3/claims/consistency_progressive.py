@@ -18,20 +18,27 @@ from nanosd3.claims.consistency_steps import SAMPLER_STYLES, plot_steps, ratios
 from nanosd3.claims.consistency_students import (
     STUDENT_SAMPLERS,
     STUDENT_STEPS,
-    sample_in_steps,
+    ScoresBySteps,
+    score_in_steps,
     student_pipeline,
+    table_by_steps,
 )
-from nanosd3.claims.experiment import Conditions, Experiment, Verdict, once, table_of, verdict
+from nanosd3.claims.experiment import Conditions, Experiment, Verdict, once, verdict
 from nanosd3.claims.runs import network_job, open_encoded
 from nanosd3.config_types import Sampling
 from nanosd3.flow import interpolate
 from nanosd3.mmdit import MMDiT
 from nanosd3.pipeline import Pipeline
 from nanosd3.related.consistency import even_levels, per_image
-from nanosd3.related.finished_run import FinishedRun, repeated
-from nanosd3.related.scoring import score_samples
-from nanosd3.related.train_consistency import EMA_DECAY, RECIPES, Text, draw_batch
-from nanosd3.samplers import Velocity, guided
+from nanosd3.related.finished_run import FinishedRun
+from nanosd3.related.train_consistency import (
+    EMA_DECAY,
+    RECIPES,
+    Text,
+    draw_batch,
+    guided_teacher,
+)
+from nanosd3.samplers import Velocity
 from nanosd3.training.cached_features import Features
 from nanosd3.training.loop import StepLoss, StepRNG
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
@@ -67,20 +74,6 @@ def halving_loss(
     return loss_of
 
 
-def guided_teacher(finished: FinishedRun, features: Features) -> Teacher:
-    """The main model with its guidance."""
-    model, scale = finished.pipeline.mmdit, finished.config.sampling.guidance
-    context, pooled = features[""]
-
-    def network(z: Tensor, t: Tensor, *text: Tensor) -> Tensor:
-        return model(z, repeated(t, len(z)), *text)  # guidance doubles z, not t
-
-    def teacher(text: Text) -> Velocity:
-        return guided(network, text, (context.expand_as(text[0]), pooled.expand_as(text[1])), scale)
-
-    return teacher
-
-
 def student_teacher(student: MMDiT) -> Teacher:
     """A student, in which guidance is built in."""
     return lambda text: lambda z, t: student(z, t, *text)
@@ -100,7 +93,8 @@ def progressive_students(
     job = network_job(conditions, finished, "progressive", config, seed, guidance=scale)
     encoders = finished.encoders(config)
     own = Features(features.folder.parent, features.source, encoders)
-    teacher, weights = guided_teacher(finished, features), finished.pipeline.mmdit.state_dict()
+    teacher = guided_teacher(finished, features, scale)
+    weights = finished.pipeline.mmdit.state_dict()
     pipelines, seconds = {}, 0.0
     for count in HALVED:
         stage = f"progressive-{count}"
@@ -123,7 +117,7 @@ def progressive_study(conditions: Conditions) -> dict:
     """Scores by steps of both distillations, seed by seed."""
     finished, features = open_encoded(conditions)
     count = 20 if conditions.fast else 1000
-    scores: dict[str, dict[str, list[tuple[float, float]]]] = {
+    scores: ScoresBySteps = {
         name: {str(n): [] for n in STUDENT_STEPS} for name in ("fresh", "kept", "progressive")
     }
     seconds = 0.0
@@ -135,21 +129,13 @@ def progressive_study(conditions: Conditions) -> dict:
             sampler = "teacher" if name == "progressive" else name  # plain Euler, without guidance
             for steps in STUDENT_STEPS:
                 pipeline = halved[steps] if name == "progressive" else consistent
-                generate = partial(
-                    sample_in_steps, pipeline, features, sampler=sampler, steps=steps
+                by_steps[str(steps)].append(
+                    score_in_steps(finished, pipeline, features, seed, sampler, steps, count)
                 )
-                found = score_samples(finished, generate, count, steps, draws=(100 + seed,))
-                pair = found["prompt_accuracy"], found["frechet_ratio_to_real"]
-                by_steps[str(steps)].append(pair)
-    rows = [
-        [f"{PROGRESSIVE_LABELS[name]}, {what}", *[[s[i] for s in by[n]] for n in by]]
-        for name, by in scores.items()
-        for i, what in ((1, "Frechet ratio"), (0, "read as asked"))
-    ]
     return {
         "scores": scores,
         "training_seconds": seconds,
-        "table": table_of(["steps", *map(str, STUDENT_STEPS)], rows),
+        "table": table_by_steps(scores, PROGRESSIVE_LABELS, STUDENT_STEPS),
     }
 
 

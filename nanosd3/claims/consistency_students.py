@@ -24,6 +24,7 @@ from nanosd3.training.evaluation import Draw
 STUDENT_STEPS, TEACHER_STEPS = (1, 2, 4), (1, 2, 4, 16)
 SHIFT = 3.0  # of the times at which noise is kept; the published times are even
 AT_ONCE = 250  # images
+ScoresBySteps = dict[str, dict[str, list[tuple[float, float]]]]  # by name, steps and seed
 STUDENT_SAMPLERS = {
     "teacher": "teacher, Euler",
     "fresh": "student, fresh noise",
@@ -66,8 +67,8 @@ def consistency_study(conditions: Conditions) -> dict:
     """Students of several seeds and their teacher: scores by steps, and how consistent they are."""
     finished, features = open_encoded(conditions)
     count, steps_walked = (20, 20) if conditions.fast else (1000, 100)
-    scores: dict[str, dict[int, list[tuple[float, float]]]] = {
-        sampler: {n: [] for n in (TEACHER_STEPS if sampler == "teacher" else STUDENT_STEPS)}
+    scores: ScoresBySteps = {
+        sampler: {str(n): [] for n in (TEACHER_STEPS if sampler == "teacher" else STUDENT_STEPS)}
         for sampler in STUDENT_SAMPLERS
     }
     spreads: dict[str, list[float]] = {"student": [], "teacher": []}
@@ -78,29 +79,44 @@ def consistency_study(conditions: Conditions) -> dict:
         for sampler, by_steps in scores.items():
             pipeline = finished.pipeline if sampler == "teacher" else student
             for steps, found in by_steps.items():
-                generate = partial(
-                    sample_in_steps, pipeline, features, sampler=sampler, steps=steps
+                found.append(
+                    score_in_steps(finished, pipeline, features, seed, sampler, int(steps), count)
                 )
-                score = score_samples(finished, generate, count, steps, draws=(100 + seed,))
-                found.append((score["prompt_accuracy"], score["frechet_ratio_to_real"]))
         for name, value in spreads_of(finished, student, features, seed, steps_walked).items():
             spreads[name].append(value)
-    rows = [
-        [
-            f"{STUDENT_SAMPLERS[sampler]}, {what}",
-            *[[s[i] for s in by[n]] if n in by else "" for n in TEACHER_STEPS],
-        ]
-        for sampler, by in scores.items()
-        for i, what in ((1, "Frechet ratio"), (0, "read as asked"))
-    ]
     return {
-        "scores": {
-            sampler: {str(n): found for n, found in by.items()} for sampler, by in scores.items()
-        },
+        "scores": scores,
         "spreads": spreads,
         "training_seconds": seconds,
-        "table": table_of(["steps", *map(str, TEACHER_STEPS)], rows),
+        "table": table_by_steps(scores, STUDENT_SAMPLERS, TEACHER_STEPS),
     }
+
+
+def score_in_steps(
+    finished: FinishedRun,
+    pipeline: Pipeline,
+    features: Features,
+    seed: int,
+    sampler: str,
+    steps: int,
+    count: int,
+) -> tuple[float, float]:
+    """Share of a seed's draw of samples that is read as asked, and Frechet distance over that of
+    real images."""
+    generate = partial(sample_in_steps, pipeline, features, sampler=sampler, steps=steps)
+    score = score_samples(finished, generate, count, steps, draws=(100 + seed,))
+    return score["prompt_accuracy"], score["frechet_ratio_to_real"]
+
+
+def table_by_steps(scores: ScoresBySteps, labels: dict[str, str], counts: tuple[int, ...]) -> dict:
+    """A table with a column for each number of steps."""
+    columns = list(map(str, counts))
+    rows = [
+        [f"{labels[name]}, {what}", *[[s[i] for s in by[n]] if n in by else "" for n in columns]]
+        for name, by in scores.items()
+        for i, what in ((1, "Frechet ratio"), (0, "read as asked"))
+    ]
+    return table_of(["steps", *columns], rows)
 
 
 def student_pipeline(

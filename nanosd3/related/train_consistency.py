@@ -8,6 +8,7 @@ step by default. The text encoders and the autoencoder are the finished run's.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -38,7 +39,7 @@ from nanosd3.related.consistency import (
 )
 from nanosd3.related.finished_run import FinishedRun, repeated
 from nanosd3.related.scoring import draw_beside_main, pipeline_scores
-from nanosd3.samplers import guided
+from nanosd3.samplers import Velocity, guided
 from nanosd3.storage.files import read_json
 from nanosd3.storage.run import Run
 from nanosd3.training.cached_features import Features
@@ -84,22 +85,34 @@ def draw_batch(
     return x0.to(job.device), noise.to(job.device), (context, pooled), t, s
 
 
-def distillation_loss(study: Study, features: Features, student: MMDiT) -> StepLoss:
-    """Losses of pairs that the guided teacher makes, by one Heun step from t to s."""
-    job, teacher = study.job, study.finished.pipeline.mmdit
-    scale = guidance_of(study.args, study.finished)
-    levels = even_levels(levels_of(study.args))
-    no_context, no_pooled = (x.to(job.device) for x in features[""])
+def guided_teacher(
+    finished: FinishedRun, features: Features, scale: float
+) -> Callable[[Text], Velocity]:
+    """The main model guided by `scale`: its velocity, with t (B,), for the text of a batch."""
+    model = finished.pipeline.mmdit
+    no_context, no_pooled = (x.to(finished.device) for x in features[""])
 
     def network(z: Tensor, t: Tensor, *text: Tensor) -> Tensor:
-        return teacher(z, repeated(t, len(z)), *text)  # guidance doubles z, not t
+        return model(z, repeated(t, len(z)), *text)  # guidance doubles z, not t
+
+    def velocity_of(text: Text) -> Velocity:
+        no_text = no_context.expand_as(text[0]), no_pooled.expand_as(text[1])
+        return guided(network, text, no_text, scale)
+
+    return velocity_of
+
+
+def distillation_loss(study: Study, features: Features, student: MMDiT) -> StepLoss:
+    """Losses of pairs that the guided teacher makes, by one Heun step from t to s."""
+    job, finished = study.job, study.finished
+    teacher = guided_teacher(finished, features, guidance_of(study.args, finished))
+    levels = even_levels(levels_of(study.args))
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
         x0, noise, text, t, s = draw_batch(job, features, levels, step_rng)
         z_t = interpolate(x0, noise, t)
-        no_text = no_context.expand_as(text[0]), no_pooled.expand_as(text[1])
         with torch.no_grad():
-            z_s = teacher_step(guided(network, text, no_text, scale), z_t, t, s)
+            z_s = teacher_step(teacher(text), z_t, t, s)
         return consistency_loss(student, z_t, t, z_s, s, *text), {}
 
     return loss_of

@@ -64,7 +64,7 @@ def test_a_student_that_knows_where_two_steps_end_has_no_loss(opened):
     assert z.equal(interpolate(*features.latents_and_noise(images, name), t))
 
 
-def test_the_first_teacher_is_guided(opened, monkeypatch):
+def test_the_first_teacher_is_guided(opened):
     """Away from the empty prompt, by the main job's scale."""
     _, finished, features, _ = opened
     context, pooled = features.text(torch.tensor([3, 8]))
@@ -73,12 +73,12 @@ def test_the_first_teacher_is_guided(opened, monkeypatch):
         torch.tensor([0.3, 0.9]),
     )
     model, (no_context, no_pooled) = finished.pipeline.mmdit, features[""]
-    with torch.no_grad():
-        out = progressive.guided_teacher(finished, features)((context, pooled))(z, t)
-        with_text = model(z, t, context, pooled)
-        without = model(z, t, no_context.expand_as(context), no_pooled.expand_as(pooled))
     scale = finished.config.sampling.guidance
     assert scale > 1
+    with torch.no_grad():
+        out = progressive.guided_teacher(finished, features, scale)((context, pooled))(z, t)
+        with_text = model(z, t, context, pooled)
+        without = model(z, t, no_context.expand_as(context), no_pooled.expand_as(pooled))
     torch.testing.assert_close(out, without + scale * (with_text - without), atol=1e-5, rtol=1e-5)
 
 
@@ -92,15 +92,21 @@ def test_as_many_passes_as_the_consistency_model():
 def test_each_student_starts_from_its_teacher(opened, monkeypatch):
     """The first from the main model, the next from the one before; each is what it learned."""
     conditions, finished, features, _ = opened
-    begun, learn = {}, progressive.fit_average
+    begun, learn, scales, teach = {}, progressive.fit_average, [], progressive.guided_teacher
+
+    def guided_by(finished, features, scale):
+        scales.append(scale)
+        return teach(finished, features, scale)
 
     def watched(job, stage, student, *rest):
         begun[stage] = {name: x.clone() for name, x in student.state_dict().items()}
         return learn(job, stage, student, *rest)
 
     monkeypatch.setattr(progressive, "fit_average", watched)
+    monkeypatch.setattr(progressive, "guided_teacher", guided_by)
     pipelines, seconds = progressive.progressive_students(conditions, finished, features, 0)
     assert seconds > 0 and list(pipelines) == [8, 4, 2, 1]
+    assert scales == [finished.config.sampling.guidance]
     folder = conditions.networks / "progressive-0"
     learned = [finished.run.folder / "flow.safetensors"]
     learned += [folder / f"progressive-{n}.safetensors" for n in pipelines]
