@@ -15,11 +15,11 @@ from nanosd3.data.mnist import load_images
 from nanosd3.data.scenes import SCENE_CONFIGS
 from nanosd3.data.sources import Digits
 from nanosd3.errors import shown
-from nanosd3.lazy_modules import usual_settings
 from nanosd3.related.command import RECIPE_SIZES
 from nanosd3.related.finished_run import FinishedRun
 from nanosd3.related.scoring import in_words
 from nanosd3.related.train_consistency import turbo_stage
+from nanosd3.torch_settings import usual_settings
 from nanosd3.training.cached_features import end_job, get_features
 from nanosd3.training.classifier import train_classifier
 from nanosd3.training.encoders import frozen_encoders, trained_encoders

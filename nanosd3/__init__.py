@@ -18,7 +18,7 @@ Layout: modules and folders import only from rows above their own. Inside a fold
 that of its own docstring.
     errors
     arguments
-    random_streams   config_types
+    random_streams   config_types   torch_settings
     recipes
     config   flow   samplers   patchify   embeddings   layers   unigram_training
     tokenizers   lazy_modules   few_steps

@@ -5,15 +5,16 @@ the prompt, then the transformer samples, then the autoencoder decodes. `LazyMod
 on first use and, if `staged`, frees it after use, so that peak memory is that of the largest
 network rather than the sum.
 
-Whoever uses a network first may have set another default dtype or device for tensors of its own, or
-inference mode, for good or for a while. None of that gets into the network (`usual_settings`).
+What a caller has set for tensors of its own does not get into a network (torch_settings.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from nanosd3.torch_settings import usual_settings
 
 
 class LazyModules(Mapping[str, nn.Module]):
@@ -77,24 +78,3 @@ class LazyModules(Mapping[str, nn.Module]):
 
     def __len__(self) -> int:
         return len(self.sources())
-
-
-@contextmanager
-def usual_settings() -> Iterator[None]:
-    """While open, tensors are made in float32, on the CPU and outside of inference mode, unless a
-    call says otherwise: what the caller has set is put aside. Gradients stay on or off.
-
-    As a decorator it keeps that out of a function's results: noise drawn in float64 is other noise,
-    and nothing that was made in inference mode can be trained with.
-    """
-    dtype = torch.get_default_dtype()
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))  # which turns gradients on
-            stack.enter_context(torch.no_grad())
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        if dtype != torch.float32:
-            torch.set_default_dtype(torch.float32)
-            stack.callback(torch.set_default_dtype, dtype)
-        yield

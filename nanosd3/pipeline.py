@@ -30,7 +30,7 @@ from nanosd3.data.mnist import to_uint8
 from nanosd3.errors import InputError, shown
 from nanosd3.few_steps import ALL_SAMPLERS, consistency, inpainting_afresh
 from nanosd3.flow import interpolate
-from nanosd3.lazy_modules import LazyModules, usual_settings
+from nanosd3.lazy_modules import LazyModules
 from nanosd3.machine.accelerate import accelerate
 from nanosd3.machine.device import at_once, device_of
 from nanosd3.mmdit import MMDiT
@@ -46,6 +46,7 @@ from nanosd3.text import (
     dropped_encoders,
     rows_of,
 )
+from nanosd3.torch_settings import usual_settings
 from nanosd3.vae import AutoencoderKL
 
 

@@ -21,7 +21,7 @@ from nanosd3.cli import Parser, run_main, unicode_text
 from nanosd3.data.image_folder import ImageFolder, read_folder
 from nanosd3.data.sources import Pictures
 from nanosd3.errors import shown
-from nanosd3.lazy_modules import usual_settings
+from nanosd3.torch_settings import usual_settings
 from nanosd3.training.cached_features import get_features
 from nanosd3.training.encoders import get_encoders
 from nanosd3.training.options import Plan, add_options, generate_command, job_of, make_plan

@@ -19,9 +19,9 @@ from nanosd3.claims.page import PAGE, committed, copy_results, write_page
 from nanosd3.claims.records import EMPHASIS, carry_out, finished, paths_of, read_record
 from nanosd3.cli import Parser, positive, run_main
 from nanosd3.errors import InputError, shown
-from nanosd3.lazy_modules import usual_settings
 from nanosd3.machine.device import set_up
 from nanosd3.machine.signals import sigterm_interrupts
+from nanosd3.torch_settings import usual_settings
 
 OUT, RUN, SEEDS = Path("runs/claims"), Path("runs/mnist"), 3
 

@@ -4,7 +4,6 @@ import sys
 
 from nanosd3.cli import run_main
 from nanosd3.errors import InputError, shown
-from nanosd3.lazy_modules import usual_settings
 from nanosd3.related.cascade_system import CascadeSystem
 from nanosd3.related.command import System, run_system
 from nanosd3.related.dit_system import DiTSystem
@@ -16,6 +15,7 @@ from nanosd3.related.train_consistency import Consistency
 from nanosd3.related.train_consistency_decoder import ConsistencyDecoding
 from nanosd3.related.train_paths import Paths
 from nanosd3.related.video_system import VideoSystem
+from nanosd3.torch_settings import usual_settings
 
 SYSTEMS: dict[str, System] = {
     system.name: system

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nanosd3.lazy_modules import usual_settings
+from nanosd3.torch_settings import usual_settings
 
 Grid = tuple[int, int]  # rows, columns
 

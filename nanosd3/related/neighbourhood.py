@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanosd3.lazy_modules import usual_settings
 from nanosd3.related.axial_rope import Grid
+from nanosd3.torch_settings import usual_settings
 
 TILE = 4  # queries on a side of a tile
 

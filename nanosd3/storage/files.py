@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanosd3.errors import InputError
-from nanosd3.lazy_modules import usual_settings
+from nanosd3.torch_settings import usual_settings
 
 # No permission, a failing disk, a lost connection: errors that say nothing about the content.
 UNKNOWN = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)

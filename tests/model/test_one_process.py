@@ -19,11 +19,11 @@ from nanosd3.components import shapes
 from nanosd3.config import CONFIGS
 from nanosd3.data.scenes import arrangements
 from nanosd3.errors import InputError
-from nanosd3.lazy_modules import usual_settings
 from nanosd3.pipeline import Pipeline
 from nanosd3.related import __main__ as related
 from nanosd3.related.finished_run import open_finished_run
 from nanosd3.storage.files import read_module, save_weights
+from nanosd3.torch_settings import usual_settings
 
 PROMPT = "a bold seven"
 

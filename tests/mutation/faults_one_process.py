@@ -2,7 +2,7 @@
 Tuples (file, old text, new text, what)."""
 
 TOKENIZERS = "tokenizers.py"
-PIPELINE, LAZY = "pipeline.py", "lazy_modules.py"
+PIPELINE, LAZY, SETTINGS = "pipeline.py", "lazy_modules.py", "torch_settings.py"
 LOOP, FILES = "training/loop.py", "storage/files.py"
 EXPERIMENT = "claims/experiment.py"
 MAPPED, ARCHIVES = "storage/mapped.py", "official/archives.py"
@@ -19,11 +19,11 @@ FAULTS_ONE_PROCESS = [
      "two networks of one opened file"),
     (OWN_RUNS, "read=tensor.clone)", "read=tensor.detach)", "two networks of a run in training"),
     # what the caller has set
-    (LAZY, "            stack.enter_context(torch.no_grad())\n", "",
+    (SETTINGS, "            stack.enter_context(torch.no_grad())\n", "",
      "gradients on where they were off"),
-    (LAZY, "            stack.callback(torch.set_default_dtype, dtype)\n", "",
+    (SETTINGS, "            stack.callback(torch.set_default_dtype, dtype)\n", "",
      "the caller's dtype is gone"),
-    (LAZY, 'if torch.get_default_device().type != "cpu":', "if False:", "the caller's device"),
+    (SETTINGS, 'if torch.get_default_device().type != "cpu":', "if False:", "the caller's device"),
     (LAZY, "            with usual_settings():\n", "            if name in self.makers:\n",
      "networks of inference mode"),
     (PIPELINE, "    @usual_settings()\n    def noise(", "    def noise(", "noise of another type"),
