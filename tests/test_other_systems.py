@@ -22,7 +22,7 @@ import train_mnist
 from nanosd3 import generate
 from nanosd3.errors import InputError
 from nanosd3.exercises import EXERCISES
-from nanosd3.exercises.grader import grading, sandbox
+from nanosd3.exercises.grader import grading, sandbox, workers
 from nanosd3.exercises.grader.grading import missing_limits
 from nanosd3.exercises.grader.notebook_cells import parsed
 from nanosd3.machine import device
@@ -143,20 +143,25 @@ def test_answers_run_where_torch_is_installed_for_one_user(tmp_path, monkeypatch
     """The process finds packages of this user, and nothing else of the environment."""
     started = {}
     monkeypatch.setattr(
-        grading.subprocess, "Popen", lambda command, **o: started.update(o, c=command)
+        workers.subprocess, "Popen", lambda command, **o: started.update(o, c=command)
     )
     monkeypatch.setattr(
         os, "environ", {"APPDATA": "a", "HOME": "h", "PYTHONPATH": "p", "SECRET": "s"}
     )
-    grading.start_worker(tmp_path, False)
-    assert started["env"].keys() == {"APPDATA", "HOME", "OMP_NUM_THREADS", "TMPDIR"}
-    assert {"-E", "-P"} <= set(started["c"]) and not {"-I", "-s"} & set(started["c"])
+    for program in (workers.PROGRAM, workers.FORK_SERVER):
+        workers.start_python([program], tmp_path, {}, 0)
+        assert started["env"].keys() == {"APPDATA", "HOME", "OMP_NUM_THREADS"}
+        assert {"-E", "-P"} <= set(started["c"]) and not {"-I", "-s"} & set(started["c"])
 
 
-def test_a_process_that_does_not_start_is_no_fault_of_the_student(tmp_path, monkeypatch):
-    worker = tmp_path / "worker.py"
-    worker.write_text("raise SystemExit(3)")
-    monkeypatch.setattr(grading, "WORKER", worker)
+@pytest.mark.parametrize("forks", [True, False])
+def test_a_process_that_does_not_start_is_no_fault_of_the_student(tmp_path, monkeypatch, forks):
+    program = tmp_path / "program.py"
+    program.write_text("raise SystemExit(3)")
+    monkeypatch.setattr(workers, "FORK_SERVER" if forks else "PROGRAM", program)
+    monkeypatch.setattr(workers, "_server", [])
+    if not forks:
+        monkeypatch.delattr(os, "fork")
     (tmp_path / "hw.py").write_text("x = 1")
     with pytest.raises(InputError, match=r"did not start within 120 s \(exit status 3\)"):
         grading.grade(tmp_path / "hw.py", [EXERCISES["shift"]])

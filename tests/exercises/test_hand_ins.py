@@ -11,7 +11,7 @@ from support.commands import refused
 
 from nanosd3.errors import InputError
 from nanosd3.exercises import EXERCISES, __main__, guess
-from nanosd3.exercises.grader import grading, progress
+from nanosd3.exercises.grader import grading, progress, workers
 from nanosd3.exercises.grader.checker import Verdict
 from nanosd3.exercises.grader.hand_ins import read_hand_in
 
@@ -477,14 +477,14 @@ def test_a_folder_of_other_files(tmp_path, capsys):
 def test_a_notebook_is_graded_without_posix(tmp_path, capsys, monkeypatch, hidden_posix):
     """Right, wrong, timed out, forbidden, broken: told apart, with the place in the notebook; and
     the limits that the system lacks are said."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(
+    program = tmp_path / "program.py"
+    program.write_text(
         f"import runpy, sys\nsys.path.append({str(Path(__file__).parents[1])!r})\n"
         "import pytest, torch\nfrom support import without_posix\n"
         "without_posix.hide(pytest.MonkeyPatch())\n"
-        f"runpy.run_path({str(grading.WORKER)!r}, run_name='__main__')\n"
+        f"runpy.run_path({str(workers.PROGRAM)!r}, run_name='__main__')\n"
     )
-    monkeypatch.setattr(grading, "WORKER", worker)
+    monkeypatch.setattr(workers, "PROGRAM", program)
     monkeypatch.setattr(grading, "EXERCISE_LIMIT", 4)
     file = notebook(
         tmp_path / "hw.ipynb",

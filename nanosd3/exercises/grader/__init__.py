@@ -8,6 +8,8 @@ Modules, each of which imports only from those above it:
     notebook_cells  reads the cells of notebooks
     predictions     finds the predictions in a notebook
     hand_ins        reads files of answers, Python and notebooks
+    fork_server     has torch loaded and forks the processes that run answers
+    workers         starts these processes
     grading         grades whole files
     gradebook       the grades of a class
     progress        what is done in a folder of notebooks

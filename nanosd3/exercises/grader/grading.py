@@ -7,12 +7,8 @@ prints or patches changes nothing but its own record; and the reference values a
 since the package may be neither imported nor read (closed book).
 """
 
-import contextlib
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,30 +17,17 @@ from pathlib import Path
 
 import torch
 
-from nanosd3.errors import InputError
 from nanosd3.exercises.grader.checker import Verdict, assess
 from nanosd3.exercises.grader.exercise import Exercise
 from nanosd3.exercises.grader.hand_ins import HandIn, read_hand_in
-from nanosd3.exercises.grader.sandbox import PACKAGE
-
-WORKER = Path(__file__).with_name("sandbox.py")
+from nanosd3.exercises.grader.workers import START_LIMIT, Worker, did_not_start, start_worker
 
 # Time limits in seconds
-START_LIMIT = 120  # for Python and torch, on a busy machine
 LOAD_LIMIT = 30  # for running the file itself
 EXERCISE_LIMIT = 10
 FILE_LIMIT = 300  # for one file, including restarts
 
-# Sizes in bytes
-MEMORY_LIMIT = 8 * 2**30  # of address space; torch alone takes about four GiB
-RECORD_LIMIT = 2**26
-
-# What Python, torch and their libraries need to start, on any system. HOME and APPDATA lead to
-# packages installed for one user, which is where pip puts them when it may not write elsewhere.
-ENVIRONMENT = (
-    *("PATH", "LANG", "HOME", "SYSTEMROOT", "WINDIR", "APPDATA", "USERPROFILE", "USERNAME"),
-    *("PROCESSOR_ARCHITECTURE", "NUMBER_OF_PROCESSORS"),
-)
+RECORD_LIMIT = 2**26  # bytes
 
 
 @dataclass(frozen=True)
@@ -107,13 +90,13 @@ def run_worker(
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    process = start_worker(folder, open_book)
+    worker = start_worker(folder, open_book)
 
     def reached(name: str, seconds: float) -> bool:
         """Wait until the worker has written a file; False if it ends or time runs out."""
         end = time.monotonic() + seconds
         while not is_file(folder / name):
-            if process.poll() is not None and not is_file(folder / name):
+            if worker.poll() is not None and not is_file(folder / name):
                 return False
             if time.monotonic() > end:
                 return False
@@ -122,47 +105,21 @@ def run_worker(
 
     try:
         if not reached("begun", START_LIMIT):
-            status = "still starting" if process.poll() is None else f"exit status {process.poll()}"
-            raise InputError(
-                f"the process that runs answers did not start within {START_LIMIT} s ({status}); "
-                "grade again when the machine is less busy"
-            )
+            raise did_not_start(worker.poll())
         if not reached("loaded", LOAD_LIMIT):
-            fail(left, why_stopped(process, LOAD_LIMIT, "running the file itself "), failed)
+            fail(left, why_stopped(worker, LOAD_LIMIT, "running the file itself "), failed)
             return
         for exercise in left:
             if not reached(f"{exercise.name}.pt", EXERCISE_LIMIT):
-                fail([exercise], why_stopped(process, EXERCISE_LIMIT), failed)
+                fail([exercise], why_stopped(worker, EXERCISE_LIMIT), failed)
                 return
-        process.wait(timeout=EXERCISE_LIMIT)
-    except subprocess.TimeoutExpired:  # everything is recorded; no need to wait longer
-        pass
+        worker.wait(EXERCISE_LIMIT)  # everything is recorded; no need to wait longer
     finally:
-        if hasattr(os, "killpg"):  # and its children
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.wait()
+        worker.stop()
 
 
-def start_worker(folder: Path, open_book: bool) -> subprocess.Popen:
-    """Start sandbox.py in its own session, with a minimal environment."""
-    book = "open" if open_book else "closed"
-    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    environment |= {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    return subprocess.Popen(
-        [sys.executable, "-E", "-P", str(WORKER), str(folder), PACKAGE, book, str(MEMORY_LIMIT)],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def why_stopped(process: subprocess.Popen, seconds: int, what: str = "") -> Failure:
-    if process.poll() is None:
+def why_stopped(worker: Worker, seconds: int, what: str = "") -> Failure:
+    if worker.poll() is None:
         return Failure("timed out", f"{what}took more than {seconds} s and was stopped")
     return Failure("wrong", f"{what}ended the program; an answer must return its result")
 

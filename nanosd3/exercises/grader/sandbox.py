@@ -2,14 +2,14 @@
 
 `record` calls an answer on all test cases and stores what happened: return values, exceptions,
 gradients, the inputs after the call, and the results of a second call, with transposed inputs, in
-float64 and on the meta device. checker.py judges from that record alone. Student code can
-therefore run in a separate process, whose main program is this file (it imports nothing from the
-package): whatever an answer patches there changes only the values it claims to return.
+float64 and on the meta device. checker.py judges from that record alone, so `main` can run in a
+separate process (this file imports nothing from the package), where whatever an answer patches
+changes only the values it claims to return.
 
-As a program, the file first restricts its own process: limits on memory and file size, and an
-audit hook, which cannot be removed, that refuses network access, subprocesses, the package
-(unless open book) and writes outside its folder. That stops accidents and the usual tricks, but
-it is not a security boundary: C code is not audited. Grade untrusted files in a container.
+`main` first restricts its own process: limits on memory and file size, and an audit hook, which
+cannot be removed, that refuses network access, subprocesses, the package (unless open book) and
+writes outside its folder. That stops accidents and the usual tricks, but it is no security
+boundary: C code is not audited. Grade untrusted files in a container.
 """
 
 import contextlib
@@ -258,16 +258,19 @@ def restrict_process(folder: str, package: str, open_book: bool, memory: int) ->
     sys.addaudithook(hook)
 
 
-def main() -> None:
-    """sandbox.py FOLDER PACKAGE open|closed MEMORY: record FOLDER/answer.py on FOLDER/cases.pt."""
-    folder, package, book, memory = sys.argv[1:5]
+def load() -> None:
+    """Import what torch imports late, when it is forbidden."""
     torch.set_num_threads(1)
+    2.0 * torch.ones(1, device="meta")
+
+
+def main(folder: str, package: str, book: str, memory: str) -> None:
+    """sandbox.py FOLDER PACKAGE open|closed MEMORY: record FOLDER/answer.py on FOLDER/cases.pt."""
+    load()
     cases = torch.load(os.path.join(folder, "cases.pt"), weights_only=True)
-    path = os.path.join(folder, "answer.py")
-    source = Path(path).read_bytes()  # bytes: Python detects the encoding
+    source = Path(path := os.path.join(folder, "answer.py")).read_bytes()  # of any encoding
     if book == "open":
         sys.path.insert(0, os.path.dirname(package))
-    2.0 * torch.ones(1, device="meta")  # triggers imports that are forbidden from here on
     restrict_process(folder, package, book == "open", int(memory))
     Path(folder, "begun").write_bytes(b"")  # tells the grader how far this process has come
     module = sys.modules["answer"] = types.ModuleType("answer")
@@ -294,4 +297,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:5])

@@ -1,0 +1,156 @@
+"""Start the processes that run files of answers: by fork_server.py where that is possible, and each
+by itself elsewhere."""
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from nanosd3.errors import InputError
+from nanosd3.exercises.grader.sandbox import PACKAGE
+
+PROGRAM = Path(__file__).with_name("sandbox.py")
+FORK_SERVER = Path(__file__).with_name("fork_server.py")
+START_LIMIT = 120  # seconds for Python and torch, on a busy machine
+MEMORY_LIMIT = 8 * 2**30  # bytes of address space; torch alone takes about four GiB
+
+# What Python, torch and their libraries need to start, on any system. HOME and APPDATA lead to
+# packages installed for one user, which is where pip puts them when it may not write elsewhere.
+ENVIRONMENT = (
+    *("PATH", "LANG", "HOME", "SYSTEMROOT", "WINDIR", "APPDATA", "USERPROFILE", "USERNAME"),
+    *("PROCESSOR_ARCHITECTURE", "NUMBER_OF_PROCESSORS"),
+)
+
+
+class Worker:
+    """A process that runs a file of answers."""
+
+    def __init__(self, pid: int, poll: Callable[[], int | None], kill: Callable[[], None]):
+        self.pid = pid
+        self.poll_process, self.kill_process = poll, kill
+        self.status: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        if self.status is None:
+            self.status = self.poll_process()
+        return self.status
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it ends in time."""
+        end = time.monotonic() + seconds
+        while self.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        return self.poll() is not None
+
+    def stop(self) -> None:
+        """End it, and its children."""
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, signal.SIGKILL)
+        if self.poll() is None:
+            with contextlib.suppress(OSError):
+                self.kill_process()
+        self.wait(START_LIMIT)
+
+
+class ForkServer:
+    """A running fork_server.py. Threads may share it."""
+
+    def __init__(self) -> None:
+        pipe, folder = subprocess.PIPE, Path(tempfile.gettempdir())
+        self.process = start_python([FORK_SERVER], folder, {}, pipe)
+        self.turn = threading.Lock()
+        self.failed = False
+        atexit.register(self.close)
+
+    def ask(self, *request: str | int) -> int | None:
+        """The reply to a request. Raises InputError if there is none."""
+        to, replies = self.process.stdin, self.process.stdout
+        assert to and replies
+        with self.turn:
+            try:
+                to.write(json.dumps(request).encode() + b"\n")
+                to.flush()
+                if not select.select([replies], [], [], START_LIMIT)[0]:
+                    raise TimeoutError
+                return json.loads(replies.readline())
+            except BaseException as error:
+                self.failed = True  # a late reply would be taken for that to the next request
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(1)
+                if isinstance(error, OSError | ValueError):
+                    raise did_not_start(self.process.poll()) from error
+                raise
+
+    def start(self, arguments: list[str]) -> Worker:
+        pid = self.ask("start", *arguments)
+        assert pid is not None
+        kill = partial(os.kill, pid, signal.SIGKILL)
+        return Worker(pid, partial(self.ask, "poll", pid), kill)
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        self.process.kill()
+        self.process.communicate()
+
+
+_server: list[ForkServer] = []  # the one in use, if any
+_starting = threading.Lock()
+
+
+def fork_server() -> ForkServer:
+    """The server of this process, started at its first use."""
+    with _starting:
+        if _server and (_server[0].failed or _server[0].process.poll() is not None):
+            _server.pop().close()
+        if not _server:
+            _server.append(ForkServer())
+        return _server[0]
+
+
+def start_worker(folder: Path, open_book: bool) -> Worker:
+    """Run the answers in a folder in a session of their own. Raises InputError if no process can be
+    started."""
+    arguments = [str(folder), PACKAGE, "open" if open_book else "closed", str(MEMORY_LIMIT)]
+    if hasattr(os, "fork") and sys.platform != "darwin":  # libraries of macOS do not survive it
+        return fork_server().start(arguments)
+    environment = {"TMPDIR": str(folder)}
+    process = start_python([PROGRAM, *arguments], folder, environment, subprocess.DEVNULL)
+    return Worker(process.pid, process.poll, process.kill)
+
+
+def start_python(
+    command: Sequence[str | Path], folder: Path, environment: dict[str, str], streams: int
+) -> subprocess.Popen:
+    """Start a Python program in a folder, in a session of its own and with a minimal environment;
+    `streams` are its input and output, as `subprocess` names them."""
+    kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    return subprocess.Popen(
+        [sys.executable, "-E", "-P", *map(str, command)],
+        cwd=folder,
+        env=kept | {"OMP_NUM_THREADS": "1"} | environment,
+        stdin=streams,
+        stdout=streams,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def did_not_start(status: int | None) -> InputError:
+    """The error if a process has ended too early, or has not begun."""
+    how = "still starting" if status is None else f"exit status {status}"
+    return InputError(
+        f"the process that runs answers did not start within {START_LIMIT} s ({how}); "
+        "grade again when the machine is less busy"
+    )

@@ -1,0 +1,120 @@
+"""The processes that run answers are forked, and have nothing in common."""
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from nanosd3 import flow
+from nanosd3.exercises import EXERCISES
+from nanosd3.exercises.grader import grading, workers
+
+ROOT = Path(__file__).parents[2]
+RIGHT = f"import torch\nfrom torch import Tensor\n{inspect.getsource(flow.velocity_target)}"
+TARGET = [EXERCISES["velocity_target"]]
+
+
+@pytest.fixture(scope="module")
+def servers():
+    """A list of this file's own for the server in use; a test that ends one leaves the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "_server", [])
+        yield workers._server
+        for started in workers._server:
+            started.close()
+
+
+@pytest.fixture
+def server(servers):
+    return workers.fork_server()
+
+
+def status_of(folder: Path, source: str) -> str:
+    (folder / "hw.py").write_text(source)
+    return grading.grade(folder / "hw.py", TARGET)[0].status
+
+
+def processes_of(server: workers.ForkServer) -> list[str]:
+    tasks = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    return tasks.read_text().split()
+
+
+def test_all_files_of_a_class_are_run_by_one_server(server, tmp_path):
+    for _ in range(3):
+        assert status_of(tmp_path, RIGHT) == "right"
+    assert workers.fork_server() is server and processes_of(server) == []
+
+
+def test_what_a_file_changes_is_not_there_for_the_next(server, tmp_path):
+    change = "torch.Tensor.__sub__ = lambda a, b: a\nimport os; os.environ['LEFT'] = '1'\n"
+    seen = f"import os\nassert 'LEFT' not in os.environ\n{RIGHT}"
+    assert status_of(tmp_path, RIGHT + change) == "wrong"
+    assert status_of(tmp_path, seen) == "right"
+
+
+def test_random_numbers_of_a_file_do_not_depend_on_those_before(server, tmp_path):
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    texts = []
+    for _ in range(2):
+        report = f"assert False, [float(torch.rand(())), {RIGHT.count('x')}]\n"
+        (tmp_path / "hw.py").write_text(RIGHT.replace("    return", f"    {report}    return"))
+        texts.append(grading.grade(tmp_path / "hw.py", TARGET)[0].message)
+    assert texts[0] == texts[1] and "AssertionError" in texts[0]
+
+
+def test_threads_share_it(server, tmp_path):
+    folders = [tmp_path / str(i) for i in range(6)]
+    for folder in folders:
+        folder.mkdir()
+    wrong = RIGHT.replace("noise - x0", "x0 - noise")
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(status_of, folders, [RIGHT, wrong] * 3))
+    assert found == ["right", "wrong"] * 3 and workers.fork_server() is server
+
+
+def test_another_is_started_if_it_ends(server, tmp_path):
+    server.process.kill()
+    server.process.wait()
+    assert status_of(tmp_path, RIGHT) == "right" and workers.fork_server() is not server
+
+
+def test_an_interrupted_request_is_not_answered_by_the_next_reply(server, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers.select, "select", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            status_of(tmp_path, RIGHT)
+    assert status_of(tmp_path, RIGHT) == "right" and workers.fork_server() is not server
+
+
+def test_it_ends_with_the_grader(tmp_path):
+    """Even if that is killed."""
+    (tmp_path / "hw.py").write_text(RIGHT)
+    code = (
+        "import os, signal\nfrom pathlib import Path\n"
+        "from nanosd3.exercises import EXERCISES\n"
+        "from nanosd3.exercises.grader import grading, workers\n"
+        f"grading.grade(Path({str(tmp_path / 'hw.py')!r}), [EXERCISES['velocity_target']])\n"
+        "print(workers.fork_server().process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    for _ in range(500):  # it ends when it reads the end of its input
+        try:
+            os.kill(int(done.stdout), 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{int(done.stdout)}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.02)
+    raise AssertionError("the server outlived its grader")
