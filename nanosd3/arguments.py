@@ -36,6 +36,22 @@ def whole_number(name: str, value: object) -> int:
     raise InputError(f"{name} must be a whole number, got {shown(value)}")
 
 
+def positive_number(name: str, value: object) -> int:
+    """The value as an int above 0. Raises InputError if it is none."""
+    with contextlib.suppress(InputError):
+        if (number := whole_number(name, value)) > 0:
+            return number
+    raise InputError(f"{name} must be a positive whole number, got {shown(value)}")
+
+
+def two_sides(name: str, value: object) -> tuple[int, int]:
+    """The value as two ints above 0. Raises InputError if it is none."""
+    with contextlib.suppress(ValueError):  # also if there are more or fewer
+        height, width = (positive_number(name, side) for side in several(name, value, ""))
+        return height, width
+    raise InputError(f"{name} must be two positive whole numbers, got {shown(value)}")
+
+
 def real_number(name: str, value: object) -> float:
     """The value as a float. Raises InputError if it is not a number."""
     number = scalar(value)
@@ -50,6 +66,23 @@ def truth_value(name: str, value: object) -> bool:
     if isinstance(flag := scalar(value), bool):
         return flag
     raise InputError(f"{name} must be True or False, got {shown(value)}")
+
+
+def batch_of(name: str, value: object, channels: int, step: int = 1, border: int = 0) -> Tensor:
+    """The value, a tensor (B, channels, H, W) of floating-point numbers whose H and W, with a
+    border, are multiples of `step`. Raises InputError if it is not one."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a tensor, got {shown(value)}")
+    if not value.is_floating_point():
+        raise InputError(f"{name} must be floating-point numbers, got {value.dtype}")
+    if value.ndim != 4 or value.shape[1] != channels or not value.numel():
+        expected = f"(B, {channels}, H, W), none of them 0"
+        raise InputError(f"{name}: has shape {tuple(value.shape)}, expected {expected}")
+    if any((side + border) % step for side in value.shape[2:]):
+        padded = f", with {border} of padding," if border else ""
+        sides = tuple(value.shape[2:])
+        raise InputError(f"{name}: height and width {sides}{padded} must be multiples of {step}")
+    return value
 
 
 def path_of(name: str, value: object) -> Path:

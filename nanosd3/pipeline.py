@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from nanosd3.arguments import path_of
+from nanosd3.arguments import batch_of, path_of, positive_number, two_sides, whole_number
 from nanosd3.config_types import Config, MMDiTConfig, VAEConfig
 from nanosd3.data.mnist import to_uint8
 from nanosd3.errors import InputError, shown
@@ -108,8 +108,10 @@ class Pipeline:
 
     @usual_settings()
     def noise(self, count: int, seed: int, size: tuple[int, int]) -> Tensor:
-        """The noise (count, C, h, w) of a seed."""
-        return seeded_noise((count, self.config.mmdit.latent_channels, *size), seed)
+        """The noise (count, C, h, w) of a seed, for latents of size (h, w)."""
+        channels = self.config.mmdit.latent_channels
+        shape = (positive_number("count", count), channels, *two_sides("size", size))
+        return seeded_noise(shape, whole_number("seed", seed))
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,22 +123,22 @@ class Pipeline:
     def encode(self, pixels: Tensor) -> Tensor:
         """Images (B, channels, H, W) in [-1, 1] to normalised latents (B, C, h, w): the mean of
         the encoder's Gaussian, so that the same image gives the same latents."""
-        padded = F.pad(pixels, (self.config.padding,) * 4, value=-1.0)
-        size = images_at_once(self.config.vae, pixels[0, 0].numel())
+        vae, cut = self.config.vae, self.config.padding
+        pixels = batch_of("pixels", pixels, vae.image_channels, vae.factor, 2 * cut)
+        padded = F.pad(pixels, (cut,) * 4, value=-1.0)
+        size = images_at_once(vae, pixels[0, 0].numel())
         return self.vae.normalise(torch.cat([self.posterior(x)[0] for x in padded.split(size)]))
 
     @usual_settings()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Normalised latents (B, C, h, w) to images uint8 (B, H, W) or (B, H, W, C)."""
+        latents = batch_of("latents", latents, self.config.vae.latent_channels)
         vae, cut = self.vae, self.config.padding
         pixels = latents[0, 0].numel() * self.config.vae.factor**2
         images = []
         for z in latents.split(images_at_once(self.config.vae, pixels)):
-            x = (
-                self.decoder(z)
-                if self.decoder
-                else vae.decode(vae.denormalise(z.to(dtype_of(vae))))
-            )
+            z = z if self.decoder else vae.denormalise(z.to(dtype_of(vae)))
+            x = (self.decoder or vae.decode)(z)
             x = finite(x, "the decoded image")
             images.append(to_uint8(x[:, :, cut : x.shape[2] - cut, cut : x.shape[3] - cut]).cpu())
         return torch.cat(images).numpy()

@@ -50,7 +50,7 @@ guess("...")
 
 # %%
 patches, costs = (8, 4, 2), {}
-for size in ("S", "B", "L", "XL"):
+for size in pick(("S", "B", "L", "XL"), ("S",)):
     cost = [multiply_adds(DIT_CONFIGS[f"DiT-{size}/{p}"]) / 1e9 for p in patches]
     costs[f"DiT-{size}"] = (patches, cost)
     print(f"DiT-{size}:", ", ".join(f"{x:.2f}" for x in cost), f"(4 to 2: {cost[2] / cost[1]:.2f})")

@@ -199,3 +199,38 @@ def test_paths_and_layouts(official_file, tmp_path):
     with pytest.raises(InputError, match="out must be a path, got 3"):
         export(open_checkpoint(official_file), "single", 3)
     assert not list(tmp_path.iterdir())
+
+
+PIXELS, LATENTS = torch.zeros(1, 3, 32, 32), torch.zeros(1, 16, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "message"),
+    [
+        ("encode", ([1],), "pixels must be a tensor, got [1]"),
+        (
+            "encode",
+            (PIXELS.to(torch.uint8),),
+            "pixels must be floating-point numbers, got torch.ui",
+        ),
+        ("encode", (PIXELS[:, :1],), "pixels: has shape (1, 1, 32, 32), expected (B, 3, H, W)"),
+        ("encode", (PIXELS[0],), "pixels: has shape (3, 32, 32), expected (B, 3, H, W)"),
+        ("encode", (PIXELS[:0],), "pixels: has shape (0, 3, 32, 32), expected (B, 3, H, W), none"),
+        ("encode", (PIXELS[..., :31],), "height and width (32, 31) must be multiples of 8"),
+        ("decode", (LATENTS.numpy(),), "latents must be a tensor, got array("),
+        ("decode", (LATENTS[:, :4],), "latents: has shape (1, 4, 4, 4), expected (B, 16, H, W)"),
+        ("decode", (LATENTS.long(),), "latents must be floating-point numbers, got torch.int64"),
+        ("noise", ("2", 0, (4, 4)), "count must be a positive whole number, got '2'"),
+        ("noise", (2, 0.5, (4, 4)), "seed must be a whole number, got 0.5"),
+        ("noise", (2, 0, (4.0, 4)), "size must be two positive whole numbers, got (4.0, 4)"),
+        ("noise", (2, 0, (4, 4, 4)), "size must be two positive whole numbers, got (4, 4, 4)"),
+        ("noise", (2, 0, 4), "size must be two positive whole numbers, got 4"),
+        ("noise", (2, 0, (4, -4)), "size must be two positive whole numbers, got (4, -4)"),
+        ("noise", (-1, 0, (4, 4)), "count must be a positive whole number, got -1"),
+    ],
+)
+def test_arguments_of_the_steps(pipeline, call, arguments, message):
+    """Those that the pipeline takes, one by one."""
+    with pytest.raises(InputError) as raised:
+        getattr(pipeline, call)(*arguments)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
