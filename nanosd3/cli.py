@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from nanosd3.errors import InputError, shortened, shown
+from nanosd3.errors import InputError, elided, shortened, shown
 from nanosd3.machine.device import out_of_memory, torchrun_number
 
 
@@ -94,7 +94,7 @@ def status_of(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {elided(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\n{stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
@@ -111,5 +111,6 @@ def status_of(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # such as a path without permission to look at it
-        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        path = os.fsdecode(error.filename or "file")
+        print(f"error: {elided(f'{path}: {error.strerror or error}')}", file=sys.stderr)
         return 2

@@ -14,6 +14,12 @@ def shortened(text: str, limit: int = SHOWN) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3].rstrip()}..."
 
 
+def elided(text: str, ends: int = 1000) -> str:
+    """A text for display without its middle, if it is longer than both ends: of a path and what is
+    wrong with it, the latter is kept."""
+    return text if len(text) <= 2 * ends else f"{text[:ends]} ... {text[-ends:]}"
+
+
 def shown(value: object) -> str:
     """`repr` for a message: on one line, and cut, with its length, if it is long."""
     try:

@@ -176,6 +176,15 @@ def test_generate(capsys, tiny_run, tmp_path, monkeypatch, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", ["--run", "--weights", "--out", "--decoder", "--init-image"])
+@pytest.mark.parametrize("path", ["x" * 100_000, "x/" * 50_000])
+def test_the_end_of_a_long_message_is_read(capsys, tiny_run, tmp_path, option, path):
+    """What is wrong with a path, not the path."""
+    run = [] if option == "--weights" else ["--run", tiny_run]
+    line = refused(capsys, generate.main, "7", *run, option, tmp_path / path)
+    assert 2000 < len(line) < 2100 and not line.endswith("xxx")
+
+
 def test_no_prompt(capsys, tiny_run):
     assert "PROMPT" in refused(capsys, generate.main, "--run", tiny_run)
 
