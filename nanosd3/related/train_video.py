@@ -2,9 +2,12 @@
 sample with it.
 
 Frames go through a finished autoencoder, one by one. A batch has one size; sizes alternate. An
-image is a video that is still for the length of a patch.
+image is a video that is still for the length of a patch. Patches are half a clip long: a digit's
+shape does not change within one, but from one to the next it does (LOG.md), as it takes attention
+to carry a shape to another time and place.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,7 +43,7 @@ CLIP_SIZES: tuple[ClipSize, ...] = (  # (frames, height, width) of the training 
     (4, 32, 32),
     (1, 32, 32),
 )
-FRAMES_IN_PATCH = 2
+FRAMES_IN_PATCH = 4
 CLIPS_AT_ONCE = 50  # encoded or sampled
 
 
@@ -139,10 +142,9 @@ def encoded_clips(
     return clips, read_tensors(path)["latents"]
 
 
-def filled(latents: Tensor) -> Tensor:
-    """A single frame repeated to the length of a patch."""
-    single = latents.shape[2] == 1
-    return latents.expand(-1, -1, FRAMES_IN_PATCH, -1, -1) if single else latents
+def filled(latents: Tensor, frames: int) -> Tensor:
+    """A single frame repeated to the length of a patch, `frames`."""
+    return latents.expand(-1, -1, frames, -1, -1) if latents.shape[2] == 1 else latents
 
 
 def video_step(
@@ -165,17 +167,17 @@ def video_step(
     t = shift(t, clip_shift(job.config, size))
     index = moving.captions_of(clips.at(chosen), u[:, 0])
     text = captions.of(index.masked_fill(u[:, 1] < TEXT_DROPOUT, -1))
-    x0 = filled(latents[chosen].float())  # (B, C, T, h, w)
+    x0 = filled(latents[chosen].float(), network.frames)  # (B, C, T, h, w)
     noise = step_rng.noise(x0.shape[1:])
     x0, noise, t = (x.to(job.device) for x in (x0, noise, step_rng.take(t)))
     return flow_loss(network(interpolate(x0, noise, t), t, *text), x0, noise)
 
 
-def first_network(job: Job, images: MMDiT) -> VideoMMDiT:
-    """The network before training: a finished one for images, except the layers that read the
-    text."""
-    network = build(job, "video", partial(VideoMMDiT, job.config.mmdit, FRAMES_IN_PATCH))
-    known = inflated(images.state_dict(), FRAMES_IN_PATCH)
+def first_network(job: Job, images: MMDiT, frames: int = FRAMES_IN_PATCH) -> VideoMMDiT:
+    """The network before training, with patches of `frames`: a finished one for images, except the
+    layers that read the text."""
+    network = build(job, "video", partial(VideoMMDiT, job.config.mmdit, frames))
+    known = inflated(images.state_dict(), frames)
     text = ("context_embedder.", "y_embedder.")  # of other encoders
     own = {key: x for key, x in network.state_dict().items() if key.startswith(text)}
     network.load_state_dict(known | own)
@@ -189,9 +191,10 @@ def train_video(
     encoded: dict[ClipSize, Encoded],
     captions: EncodedCaptions,
     sizes: Sequence[ClipSize] = CLIP_SIZES,
+    frames: int = FRAMES_IN_PATCH,
 ) -> VideoMMDiT:
     """The network, trained from one for images or loaded: the moving average of its weights."""
-    network = first_network(job, images)
+    network = first_network(job, images, frames)
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
         return video_step(job, moving, encoded, captions, network, step_rng, sizes), {}
@@ -215,12 +218,13 @@ def sample_video(
     seed: int,
 ) -> Tensor:
     """Videos (B, 1, T, H, W) in [-1, 1] from noise in a grid of this size, by the config's
-    `sampling`."""
+    `sampling`. The frames of the last patch that are not asked for are cut off."""
     B, channels = len(text[0]), vae.config.latent_channels
-    frames = max(size[0], FRAMES_IN_PATCH)
+    frames = math.ceil(size[0] / network.frames) * network.frames
+    timed = size if size[0] == 1 else (frames, *size[1:])  # as in training
     shape = (channels, frames, size[1] // vae.config.factor, size[2] // vae.config.factor)
     noise = torch.stack([torch.randn(shape, generator=rng(seed, "video", i)) for i in range(B)])
-    ts = shift(torch.linspace(1, 0, config.sampling.steps + 1), clip_shift(config, size))
+    ts = shift(torch.linspace(1, 0, config.sampling.steps + 1), clip_shift(config, timed))
     made = []
     for rows in torch.arange(B).split(CLIPS_AT_ONCE):
         given, without = (tuple(x[rows] for x in pair) for pair in (text, no_text))

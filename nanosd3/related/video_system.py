@@ -65,10 +65,11 @@ from nanosd3.vae import AutoencoderKL
 
 UNSEEN: tuple[ClipSize, ...] = ((8, 32, 48), (12, 32, 32))
 MOST_FRAMES = 64
+PATCH_LENGTHS = range(1, 9)  # frames
 FRAME_MILLISECONDS = 100
 STRIPS = 8  # clips in the picture
 VIDEO_RECIPES = {
-    "mnist": Recipe(2000, batch=64, lr=1e-2, warmup=50, weight_decay=0.0, optimizer="muon"),
+    "mnist": Recipe(2500, batch=96, lr=1e-2, warmup=50, weight_decay=0.0, optimizer="muon"),
     "tiny": Recipe(6, batch=4, lr=1e-3, warmup=1, weight_decay=0.0),
 }
 VIDEO_SAMPLING = Sampling(steps=25, guidance=2.5, shift=1.0, sampler="euler")
@@ -79,11 +80,8 @@ VIDEO_EMA = 0.995
 def check_size(size: ClipSize, config: Config) -> None:
     """Raises InputError for a size that does not fit the network."""
     frames, height, width = size
-    if not 1 <= frames <= MOST_FRAMES or (frames > 1 and frames % FRAMES_IN_PATCH):
-        raise InputError(
-            f"--frames must be 1, or a multiple of {FRAMES_IN_PATCH} up to {MOST_FRAMES}, "
-            f"got {frames}"
-        )
+    if not 1 <= frames <= MOST_FRAMES:
+        raise InputError(f"--frames must be from 1 to {MOST_FRAMES}, got {frames}")
     step = config.vae.factor * config.mmdit.patch_size
     for name, pixels in (("height", height), ("width", width)):
         if pixels % step or not 0 < pixels <= config.mmdit.grid * step:
@@ -201,8 +199,8 @@ class VideoSystem(SamplingSystem):
 
     def draw(self, args: argparse.Namespace, run: Run, finished: FinishedRun) -> np.ndarray:
         config = limited_config(run.identity["config"], run.folder / "run.json")
-        recipe = run.identity.get("size")
-        if recipe not in RECIPE_SIZES:
+        recipe, patch = run.identity.get("size"), run.identity.get("frames_in_patch")
+        if recipe not in RECIPE_SIZES or not isinstance(patch, int) or patch not in PATCH_LENGTHS:
             raise InputError(f"{run.folder / 'run.json'}: damaged: no size of a video model")
         frames, height, width = sizes_of(recipe, run.identity.get("two_digits") is True)[0]
         size = (args.frames or frames, args.height or height, args.width or width)
@@ -210,7 +208,7 @@ class VideoSystem(SamplingSystem):
         config = with_sampling(config, args)
         pipeline = encoders_of(run, config, finished.device)
         network = read_module(
-            lambda: VideoMMDiT(config.mmdit, FRAMES_IN_PATCH), run.folder / "video.safetensors"
+            lambda: VideoMMDiT(config.mmdit, patch), run.folder / "video.safetensors"
         )
         accelerate(network.to(finished.device))
         warn_of(pipeline, args.sample)
