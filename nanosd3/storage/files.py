@@ -216,9 +216,10 @@ def sort_metadata(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file. Raises InputError naming the file."""
+    """Read the tensors of a safetensors file, sorted by name, for the library returns them in
+    another order in every process. Raises InputError naming the file."""
     try:
-        return load_safetensors(read_regular(path))
+        return dict(sorted(load_safetensors(read_regular(path)).items()))
     except SafetensorError as error:
         raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
 

@@ -171,3 +171,11 @@ def test_messages_about_tensors_of_long_names_are_short(tmp_path, dtype):
     with pytest.raises(InputError) as error:
         places(path)
     assert len(str(error.value)) < 400 and str(error.value).isprintable()
+
+
+def test_tensors_are_read_in_the_order_of_their_names(tmp_path):
+    """In every process; the library's own order depends on a hash with a random seed."""
+    names = [f"blocks.{i}.weight" for i in range(20)]
+    files.save_tensors({name: torch.zeros(1) for name in reversed(names)}, tmp_path / "x")
+    for _ in range(20):
+        assert list(files.read_tensors(tmp_path / "x")) == sorted(names)
