@@ -69,6 +69,18 @@ def test_random_numbers_of_a_file_do_not_depend_on_those_before(server, tmp_path
     assert texts[0] == texts[1] and "AssertionError" in texts[0]
 
 
+def test_an_answer_may_write_files_of_its_own(server, tmp_path):
+    writes = "import tempfile\nopen('notes.txt', 'w').write('x')\ntempfile.TemporaryFile()\n"
+    assert status_of(tmp_path, writes + RIGHT) == "right"
+    assert [path.name for path in tmp_path.iterdir()] == ["hw.py"]
+
+
+def test_one_that_hangs_is_stopped(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "LOAD_LIMIT", 1)
+    assert status_of(tmp_path, "while True: pass") == "timed out"
+    assert processes_of(server) == []
+
+
 def test_threads_share_it(server, tmp_path):
     folders = [tmp_path / str(i) for i in range(6)]
     for folder in folders:

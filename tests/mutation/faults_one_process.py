@@ -7,6 +7,7 @@ LOOP, FILES = "training/loop.py", "storage/files.py"
 EXPERIMENT = "claims/experiment.py"
 MAPPED, ARCHIVES = "storage/mapped.py", "official/archives.py"
 CHECKER = "exercises/grader/checker.py"
+WORKERS, FORKS = "exercises/grader/workers.py", "exercises/grader/fork_server.py"
 ROPE, TILES = "related/axial_rope.py", "related/neighbourhood.py"
 TENSORS, OWN_RUNS = "official/tensors.py", "official/own_runs.py"
 
@@ -57,6 +58,17 @@ FAULTS_ONE_PROCESS = [
      "the transformer stays"),
     # exercises and claims
     (CHECKER, "@torch.random.fork_rng(devices=[])\n", "", "an answer seeds the notebook"),
+    (WORKERS, "self.failed = True", "self.failed = False", "a late reply is that of another"),
+    (WORKERS, "_server[0].failed or _server[0]", "_server[0]", "a server that failed is kept"),
+    (WORKERS, "_server[0].process.poll() is not None", "False", "a server that ended is kept"),
+    (WORKERS, "                os.killpg(self.pid, signal.SIGKILL)\n",
+     "                os.killpg(self.pid, 0)\n", "an answer that hangs goes on"),
+    (FORKS, "        os.chdir(folder)\n", "", "files of an answer elsewhere"),
+    (FORKS, 'os.environ["TMPDIR"] = tempfile.tempdir = folder', 'os.environ["TMPDIR"] = folder',
+     "temporary files elsewhere"),
+    (FORKS, "        return pid\n", "        return 0\n", "no pid to stop"),
+    (FORKS, "            os.dup2(null, stream)\n", "            os.dup2(null, 2)\n",
+     "answers read the requests"),
     (EXPERIMENT, " or kept[key][0] != content", "", "results of a run that is gone"),
     (EXPERIMENT, "if key not in kept or", "if not kept or", "results of other conditions"),
     # files that change, and threads

@@ -74,6 +74,7 @@ LEFT_OUT = (  # minutes in all, and what they look at is not the core
 )
 NEAR = {  # where a file or folder is tested besides, if not among the neighbours
     "data": ("data/",),
+    "exercises": ("exercises/",),
     "few_steps.py": ("related/",),
     "torch_settings.py": ("model/test_one_process.py",),
     "lazy_modules.py": ("model/test_one_process.py", "official/test_weights.py", "training/"),

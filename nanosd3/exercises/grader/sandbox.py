@@ -226,7 +226,7 @@ def restrict_process(folder: str, package: str, open_book: bool, memory: int) ->
             with contextlib.suppress(AttributeError, ValueError, OSError):  # nor macOS all of them
                 resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
     folder, package = os.path.realpath(folder) + os.sep, os.path.realpath(package) + os.sep
-    write = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    write, sep = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC, os.sep
 
     # Defaults bind everything the hook uses: an answer could rebind the names of this module.
     def hook(
@@ -250,7 +250,7 @@ def restrict_process(folder: str, package: str, open_book: bool, memory: int) ->
         if event == "open" and not is_a(arguments[0], number):
             path = realpath(fsdecode(arguments[0]))
             writes = is_a(arguments[2], number) and arguments[2] & write
-            if writes and not path.startswith(folder):
+            if writes and not (path + sep).startswith(folder):  # unnamed files open the folder
                 raise error(f"writing {path} is not allowed in an answer")
             if path.startswith(package) and not open_book:
                 raise error("closed book: an answer may not read the package nanosd3")
