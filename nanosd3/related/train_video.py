@@ -40,7 +40,9 @@ CLIP_SIZES: tuple[ClipSize, ...] = (  # (frames, height, width) of the training 
     (8, 24, 40),
     (8, 32, 32),
     (8, 40, 24),
+    (8, 32, 32),
     (4, 32, 32),
+    (8, 32, 32),
     (1, 32, 32),
 )
 FRAMES_IN_PATCH = 4
