@@ -1,10 +1,9 @@
 """Short clips of moving digits, and transformers on spacetime patches trained on them, for
 experiments.
 
-A clip has 4 frames in patches of 2, so that three seeds of several networks fit into minutes. The
-text encoders are trained once, on the captions of clips, and the clips are encoded once: networks
-of all seeds see the same, in an order of their own. All start from the finished main job's
-transformer for images.
+A clip has 4 frames, so that three seeds of several networks fit into minutes. The text encoders are
+trained once, on the captions of clips, and the clips are encoded once: networks of all seeds see
+the same, in an order of their own. All start from the finished main job's transformer for images.
 """
 
 from collections.abc import Callable
@@ -30,7 +29,6 @@ from nanosd3.training.stages import Job, training_of
 
 CLIP_BATCH, CLIP_RATE = 32, 1e-2
 CLIPS_TO_TRAIN_ON = 3000
-PATCH = 2  # frames
 SQUARE: ClipSize = (4, 32, 32)
 WIDE: ClipSize = (4, 32, 48)
 DRAWING_STEPS = 10
@@ -110,5 +108,5 @@ class ClipTrainer:
             if "video" not in job.run.stages:
                 print(f"{name}, clips of {size_name(size)}, seed {seed}", flush=True)
             images, captions = self.finished.pipeline.mmdit, self.captions
-            network = train_video(job, images, moving, encoded, captions, (size,), PATCH)
+            network = train_video(job, images, moving, encoded, captions, (size,))
         return TrainedClips(TrainedVideo(network, vae, captions, moving, config), job.run)

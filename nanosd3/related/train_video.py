@@ -2,9 +2,7 @@
 sample with it.
 
 Frames go through a finished autoencoder, one by one. A batch has one size; sizes alternate. An
-image is a video that is still for the length of a patch. Patches are half a clip long: a digit's
-shape does not change within one, but from one to the next it does (LOG.md), as it takes attention
-to carry a shape to another time and place.
+image is a video that is still for the length of a patch.
 """
 
 import math
@@ -40,12 +38,10 @@ CLIP_SIZES: tuple[ClipSize, ...] = (  # (frames, height, width) of the training 
     (8, 24, 40),
     (8, 32, 32),
     (8, 40, 24),
-    (8, 32, 32),
     (4, 32, 32),
-    (8, 32, 32),
     (1, 32, 32),
 )
-FRAMES_IN_PATCH = 4
+FRAMES_IN_PATCH = 2
 CLIPS_AT_ONCE = 50  # encoded or sampled
 
 
@@ -175,11 +171,11 @@ def video_step(
     return flow_loss(network(interpolate(x0, noise, t), t, *text), x0, noise)
 
 
-def first_network(job: Job, images: MMDiT, frames: int = FRAMES_IN_PATCH) -> VideoMMDiT:
-    """The network before training, with patches of `frames`: a finished one for images, except the
-    layers that read the text."""
-    network = build(job, "video", partial(VideoMMDiT, job.config.mmdit, frames))
-    known = inflated(images.state_dict(), frames)
+def first_network(job: Job, images: MMDiT) -> VideoMMDiT:
+    """The network before training: a finished one for images, except the layers that read the
+    text."""
+    network = build(job, "video", partial(VideoMMDiT, job.config.mmdit, FRAMES_IN_PATCH))
+    known = inflated(images.state_dict(), FRAMES_IN_PATCH)
     text = ("context_embedder.", "y_embedder.")  # of other encoders
     own = {key: x for key, x in network.state_dict().items() if key.startswith(text)}
     network.load_state_dict(known | own)
@@ -193,10 +189,9 @@ def train_video(
     encoded: dict[ClipSize, Encoded],
     captions: EncodedCaptions,
     sizes: Sequence[ClipSize] = CLIP_SIZES,
-    frames: int = FRAMES_IN_PATCH,
 ) -> VideoMMDiT:
     """The network, trained from one for images or loaded: the moving average of its weights."""
-    network = first_network(job, images, frames)
+    network = first_network(job, images)
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
         return video_step(job, moving, encoded, captions, network, step_rng, sizes), {}

@@ -17,7 +17,7 @@ from nanosd3.related.moving_digits import MOTIONS, Clips, ClipSize, MovingDigits
 
 TOGETHER = 2  # digits in a clip
 PAIR_SIZES: dict[str, tuple[ClipSize, ...]] = {  # (frames, height, width) by size of the recipe
-    "mnist": ((12, 64, 64), (1, 64, 64)),
+    "mnist": ((10, 64, 64), (1, 64, 64)),
     "tiny": ((4, 48, 48), (1, 48, 48)),
 }
 PAIR_BATCH = {"mnist": 16, "tiny": 4}

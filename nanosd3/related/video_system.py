@@ -69,7 +69,7 @@ PATCH_LENGTHS = range(1, 9)  # frames
 FRAME_MILLISECONDS = 100
 STRIPS = 8  # clips in the picture
 VIDEO_RECIPES = {
-    "mnist": Recipe(2500, batch=96, lr=1e-2, warmup=50, weight_decay=0.0, optimizer="muon"),
+    "mnist": Recipe(2000, batch=64, lr=1e-2, warmup=50, weight_decay=0.0, optimizer="muon"),
     "tiny": Recipe(6, batch=4, lr=1e-3, warmup=1, weight_decay=0.0),
 }
 VIDEO_SAMPLING = Sampling(steps=25, guidance=2.5, shift=1.0, sampler="euler")
