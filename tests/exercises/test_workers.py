@@ -97,6 +97,17 @@ def test_another_is_started_if_it_ends(server, tmp_path):
     assert status_of(tmp_path, RIGHT) == "right" and workers.fork_server() is not server
 
 
+def test_a_fork_of_the_grader_has_a_server_of_its_own(server, tmp_path, monkeypatch):
+    """And leaves the other one alone."""
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "_server", [server])
+        patch.setattr(server, "owner", os.getpid() + 1)
+        own = workers.fork_server()
+        assert own is not server and server.process.poll() is None
+        own.close()
+    assert status_of(tmp_path, RIGHT) == "right" and workers.fork_server() is server
+
+
 def test_an_interrupted_request_is_not_answered_by_the_next_reply(server, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -72,6 +72,7 @@ class ForkServer:
         self.process = start_python([FORK_SERVER], folder, {}, pipe)
         self.turn = threading.Lock()
         self.failed = False
+        self.owner = os.getpid()
         atexit.register(self.close)
 
     def ask(self, *request: str | int) -> int | None:
@@ -99,10 +100,19 @@ class ForkServer:
         kill = partial(os.kill, pid, signal.SIGKILL)
         return Worker(pid, partial(self.ask, "poll", pid), kill)
 
+    def is_usable(self) -> bool:
+        """Whether it runs, and is this process's: a fork of the one that has started it would read
+        the other's replies."""
+        return self.is_own() and not self.failed and self.process.poll() is None
+
+    def is_own(self) -> bool:
+        return self.owner == os.getpid()
+
     def close(self) -> None:
         atexit.unregister(self.close)
-        self.process.kill()
-        self.process.communicate()
+        if self.is_own():
+            self.process.kill()
+            self.process.communicate()
 
 
 _server: list[ForkServer] = []  # the one in use, if any
@@ -112,7 +122,7 @@ _starting = threading.Lock()
 def fork_server() -> ForkServer:
     """The server of this process, started at its first use."""
     with _starting:
-        if _server and (_server[0].failed or _server[0].process.poll() is not None):
+        if _server and not _server[0].is_usable():
             _server.pop().close()
         if not _server:
             _server.append(ForkServer())
