@@ -68,7 +68,6 @@ FAULTS_ONE_PROCESS = [
     (FORKS, "        os.chdir(folder)\n", "", "files of an answer elsewhere"),
     (FORKS, 'os.environ["TMPDIR"] = tempfile.tempdir = folder', 'os.environ["TMPDIR"] = folder',
      "temporary files elsewhere"),
-    (FORKS, "        return pid\n", "        return 0\n", "no pid to stop"),
     (FORKS, "            os.dup2(null, stream)\n", "            os.dup2(null, 2)\n",
      "answers read the requests"),
     (EXPERIMENT, " or kept[key][0] != content", "", "results of a run that is gone"),
