@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanosd3 import flow
+from nanosd3.errors import InputError
 from nanosd3.exercises import EXERCISES
 from nanosd3.exercises.grader import grading, workers
 
@@ -117,6 +119,21 @@ def test_an_interrupted_request_is_not_answered_by_the_next_reply(server, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             status_of(tmp_path, RIGHT)
     assert status_of(tmp_path, RIGHT) == "right" and workers.fork_server() is not server
+
+
+def test_who_still_uses_a_server_that_failed_reads_no_late_reply(server, tmp_path, monkeypatch):
+    """Such as another thread; it can stop its answer all the same."""
+    (tmp_path / "answer.py").write_text("while True: pass")
+    torch.save({}, tmp_path / "cases.pt")
+    worker = workers.start_worker(tmp_path, False)
+    assert worker.poll() is None
+    monkeypatch.setattr(server, "failed", True)
+    with pytest.raises(InputError, match="did not start"):
+        worker.poll()
+    worker.stop()
+    monkeypatch.undo()
+    worker.wait(10)
+    assert worker.poll() == -signal.SIGKILL
 
 
 def test_it_ends_with_the_grader(tmp_path):

@@ -59,6 +59,8 @@ FAULTS_ONE_PROCESS = [
     # exercises and claims
     (CHECKER, "@torch.random.fork_rng(devices=[])\n", "", "an answer seeds the notebook"),
     (WORKERS, "self.failed = True", "self.failed = False", "a late reply is that of another"),
+    (WORKERS, "            if self.failed:\n", "            if False:\n",
+     "a late reply is that of another thread"),
     (WORKERS, "self.is_own() and not self.failed and", "self.is_own() and",
      "a server that failed is kept"),
     (WORKERS, " and self.process.poll() is None", "", "a server that ended is kept"),

@@ -268,16 +268,16 @@ def main(folder: str, package: str, book: str, memory: str) -> None:
     """sandbox.py FOLDER PACKAGE open|closed MEMORY: record FOLDER/answer.py on FOLDER/cases.pt."""
     load()
     cases = torch.load(os.path.join(folder, "cases.pt"), weights_only=True)
-    source = Path(path := os.path.join(folder, "answer.py")).read_bytes()  # of any encoding
+    path = Path(folder, "answer.py")
     if book == "open":
         sys.path.insert(0, os.path.dirname(package))
     restrict_process(folder, package, book == "open", int(memory))
     Path(folder, "begun").write_bytes(b"")  # tells the grader how far this process has come
     module = sys.modules["answer"] = types.ModuleType("answer")
-    module.__file__ = path
+    module.__file__ = str(path)
     missing = {"values": [{"kind": "not attempted"}]}
     try:
-        exec(compile(source, path, "exec"), module.__dict__)
+        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)  # of any encoding
     except BaseException as error:  # answers defined before it still count
         missing = {"values": [{"kind": "broken", "text": describe_error(error)}]}
     Path(folder, "loaded").write_bytes(b"")

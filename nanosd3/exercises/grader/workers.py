@@ -46,22 +46,21 @@ class Worker:
             self.status = self.poll_process()
         return self.status
 
-    def wait(self, seconds: float) -> bool:
-        """Whether it ends in time."""
+    def wait(self, seconds: float) -> None:
+        """Wait until it ends, or for so long."""
         end = time.monotonic() + seconds
         while self.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
-        return self.poll() is not None
 
     def stop(self) -> None:
         """End it, and its children."""
         if hasattr(os, "killpg"):
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
-        if self.poll() is None:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, InputError):  # a server that failed knows nothing of it
+            if self.poll() is None:
                 self.kill_process()
-        self.wait(START_LIMIT)
+            self.wait(START_LIMIT)
 
 
 class ForkServer:
@@ -80,6 +79,8 @@ class ForkServer:
         to, replies = self.process.stdin, self.process.stdout
         assert to and replies
         with self.turn:
+            if self.failed:
+                raise did_not_start(self.process.poll())
             try:
                 to.write(json.dumps(request).encode() + b"\n")
                 to.flush()
@@ -88,11 +89,11 @@ class ForkServer:
                 return json.loads(replies.readline())
             except BaseException as error:
                 self.failed = True  # a late reply would be taken for that to the next request
+                if not isinstance(error, OSError | ValueError):
+                    raise
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(1)
-                if isinstance(error, OSError | ValueError):
-                    raise did_not_start(self.process.poll()) from error
-                raise
+                raise did_not_start(self.process.poll()) from error
 
     def start(self, arguments: list[str]) -> Worker:
         pid = self.ask("start", *arguments)
