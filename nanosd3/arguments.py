@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nanosd3.errors import InputError, shown
@@ -68,11 +69,19 @@ def truth_value(name: str, value: object) -> bool:
     raise InputError(f"{name} must be True or False, got {shown(value)}")
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raises InputError for a tensor that does not hold every number."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+        raise InputError(f"{name}: expected a dense tensor, got one {kind}")
+
+
 def batch_of(name: str, value: object, channels: int, step: int = 1, border: int = 0) -> Tensor:
     """The value, a tensor (B, channels, H, W) of floating-point numbers whose H and W, with a
     border, are multiples of `step`. Raises InputError if it is not one."""
     if not isinstance(value, Tensor):
         raise InputError(f"{name} must be a tensor, got {shown(value)}")
+    check_dense(name, value)
     if not value.is_floating_point():
         raise InputError(f"{name} must be floating-point numbers, got {value.dtype}")
     if value.ndim != 4 or value.shape[1] != channels or not value.numel():

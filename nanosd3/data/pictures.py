@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 from torch import Tensor
 
+from nanosd3.arguments import check_dense
 from nanosd3.data.formats import formats_of, is_deep
 from nanosd3.data.mnist import from_uint8
 from nanosd3.errors import InputError
@@ -192,9 +193,7 @@ def to_tensor(array: object, name: str) -> Tensor:
     """A tensor as it is, or a copy of a NumPy array, in whatever byte order. Raises InputError for
     anything else, such as an array of texts, or a tensor that does not hold every number."""
     if isinstance(array, Tensor):
-        if array.is_meta or array.layout != torch.strided:
-            kind = "on the meta device" if array.is_meta else f"of layout {array.layout}"
-            raise InputError(f"{name}: expected a dense tensor, got one {kind}")
+        check_dense(name, array)
         return array
     if isinstance(array, np.ma.MaskedArray):
         raise InputError(f"{name}: expected an array without masked values; fill them first")

@@ -218,6 +218,8 @@ PIXELS, LATENTS = torch.zeros(1, 3, 32, 32), torch.zeros(1, 16, 4, 4)
         ("encode", (PIXELS[:0],), "pixels: has shape (0, 3, 32, 32), expected (B, 3, H, W), none"),
         ("encode", (PIXELS[..., :31],), "height and width (32, 31) must be multiples of 8"),
         ("decode", (LATENTS.numpy(),), "latents must be a tensor, got array("),
+        ("decode", (LATENTS.to("meta"),), "latents: expected a dense tensor, got one on the meta"),
+        ("encode", (PIXELS.to_sparse(),), "pixels: expected a dense tensor, got one of layout"),
         ("decode", (LATENTS[:, :4],), "latents: has shape (1, 4, 4, 4), expected (B, 16, H, W)"),
         ("decode", (LATENTS.long(),), "latents must be floating-point numbers, got torch.int64"),
         ("noise", ("2", 0, (4, 4)), "count must be a positive whole number, got '2'"),
