@@ -6,6 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+# One thread, in commands and processes that tests start too: the models here are too small to
+# share, and threads that wait for each other take the time of the tests beside them.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 from hypothesis import HealthCheck, settings
 from support import short_runs, tiny_official, without_posix
@@ -19,7 +24,6 @@ from nanosd3.official.export import export
 from nanosd3.storage.files import read_json, write_json
 from nanosd3.training import options, train_flow
 
-torch.set_num_threads(1)  # the models here are too small to share
 # The same examples every time, and no clock: a busy machine fails no test.
 settings.register_profile(
     "same", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -27,10 +31,16 @@ settings.register_profile(
 settings.load_profile("same")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def one_thread():
-    """So that tests take the same time beside other work; and a shorter report of a run. Files need
-    not survive a power cut, so nothing waits for the disk."""
+    """Whatever the tests before have set: with more, some operations take more memory."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def in_short():
+    """A shorter report of a run. Files need not survive a power cut, so nothing waits for the
+    disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         short_runs.observe_less(patch)
@@ -39,7 +49,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory, one_thread) -> Path:
+def tiny_run(tmp_path_factory, in_short) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert train_mnist.main(["--config", "tiny", "--out", str(folder)]) == 0
     return folder
@@ -80,7 +90,7 @@ def unobserved(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def official_parts(one_thread) -> dict[str, dict]:
+def official_parts(in_short) -> dict[str, dict]:
     return tiny_official.parts()
 
 

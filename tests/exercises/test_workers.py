@@ -121,15 +121,21 @@ def test_an_interrupted_request_is_not_answered_by_the_next_reply(server, tmp_pa
     assert status_of(tmp_path, RIGHT) == "right" and workers.fork_server() is not server
 
 
-def test_who_still_uses_a_server_that_failed_reads_no_late_reply(server, tmp_path, monkeypatch):
-    """Such as another thread; it can stop its answer all the same."""
-    (tmp_path / "answer.py").write_text("while True: pass")
+@pytest.mark.parametrize("has_group", [True, False])
+def test_who_still_uses_a_server_that_failed_reads_no_late_reply(
+    server, tmp_path, monkeypatch, has_group
+):
+    """Such as another thread; it can stop its answer all the same, even one that is so young that
+    it has no group of processes yet."""
+    (tmp_path / "answer.py").write_text("for _ in range(10**9): pass")
     torch.save({}, tmp_path / "cases.pt")
     worker = workers.start_worker(tmp_path, False)
     assert worker.poll() is None
     monkeypatch.setattr(server, "failed", True)
     with pytest.raises(InputError, match="did not start"):
         worker.poll()
+    if not has_group:
+        monkeypatch.delattr(workers.os, "killpg")
     worker.stop()
     monkeypatch.undo()
     worker.wait(10)

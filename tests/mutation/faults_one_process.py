@@ -58,6 +58,7 @@ FAULTS_ONE_PROCESS = [
      "the transformer stays"),
     # exercises and claims
     (CHECKER, "@torch.random.fork_rng(devices=[])\n", "", "an answer seeds the notebook"),
+    (WORKERS, "self.kill_process()  #", "pass  #", "a process without a group is not stopped"),
     (WORKERS, "self.failed = True", "self.failed = False", "a late reply is that of another"),
     (WORKERS, "            if self.failed:\n", "            if False:\n",
      "a late reply is that of another thread"),

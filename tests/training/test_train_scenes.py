@@ -32,7 +32,7 @@ def train(folder) -> int:
 
 
 @pytest.fixture(scope="module")
-def scenes_run(tmp_path_factory, one_thread):
+def scenes_run(tmp_path_factory, in_short):
     folder = tmp_path_factory.mktemp("runs") / "scenes"
     with pytest.MonkeyPatch.context() as patch:
         observe_nothing(patch)

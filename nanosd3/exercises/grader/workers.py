@@ -54,12 +54,13 @@ class Worker:
 
     def stop(self) -> None:
         """End it, and its children."""
+        with contextlib.suppress(OSError):
+            if self.status is None:
+                self.kill_process()  # so that it starts no more, and while it has no group yet
         if hasattr(os, "killpg"):
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
-        with contextlib.suppress(OSError, InputError):  # a server that failed knows nothing of it
-            if self.poll() is None:
-                self.kill_process()
+        with contextlib.suppress(InputError):  # a server that failed knows nothing of it
             self.wait(START_LIMIT)
 
 
