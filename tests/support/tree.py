@@ -40,13 +40,11 @@ def folder_lines(folder: Path) -> list[str]:
 
 
 def tree() -> str:
-    """A line for each module and folder; modules with a docstring of one line share the first."""
-    lines: list[str] = [""]
+    """A line for each module and folder."""
+    lines: list[str] = []
     for name in (name for row in listed(PACKAGE / "__init__.py", "Layout") for name in row):
         path = PACKAGE / f"{name}.py"
-        if path.exists() and len(docstring(path).splitlines()) == 1:
-            lines[0] += f"{' ' if lines[0] else '- '}[{name}](nanosd3/{name}.py): {docstring(path)}"
-        elif path.exists():
+        if path.exists():
             lines.append(f"- [{name}](nanosd3/{name}.py): {first_sentence(path)}")
         elif name.count("/") == 1:  # inner folders follow the outer ones
             lines += folder_lines(PACKAGE / name)
