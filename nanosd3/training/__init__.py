@@ -13,7 +13,7 @@ Modules, each of which imports only from those above it:
     throughput          training speed and memory, speed.jsonl
     stages              what a stage needs; train it once, then load it
     classifier          classifies images, for the metrics
-    evaluation          prompted samples scored: accuracy, Frechet distance, the frontier
+    evaluation          scores of prompted samples: accuracy, Frechet distance, the frontier
     train_autoencoder   the autoencoder
     train_text          the text encoders: two CLIPs and a T5
     cached_features     latents and text features, encoded once and kept on disk

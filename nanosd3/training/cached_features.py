@@ -2,8 +2,8 @@
 
 The encoders are frozen while the transformer trains, so their output for an image or a caption
 never changes. It is written to shards (storage/shards.py) and read from there row by row through
-memory maps; the encoders need not stay in memory. Cache keys are made of content: an image that
-changes is encoded again, and outputs of different encoders are never mixed.
+memory maps; the encoders need not stay in memory. Cache keys are derived from content: an image
+that changes is encoded again, and outputs of different encoders are never mixed.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from nanosd3.training.stages import Job
 
 CAPTION_BATCH = 64  # captions encoded at a time
 SHARD = 4096  # rows in a shard, at most
-SHARD_BYTES = 2**28  # in a shard, about: it is in memory twice while it is written
+SHARD_BYTES = 2**28  # of a shard, roughly: it is in memory twice while it is written
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Encoders:
 class Features:
     """The cached encoder outputs for a source's images and captions, and for some prompts.
 
-    As a mapping, text to (context, pooled): what `Pipeline.encoded_text` expects.
+    Also a mapping from text to (context, pooled), as `Pipeline.encoded_text` expects.
     """
 
     def __init__(self, folder: Path, source: Source, encoders: Encoders):
@@ -53,8 +53,8 @@ class Features:
         self.text_rows = Shards(self.folder / "text")
 
     def latents(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and standard deviation (B, C, h, w) of images of one size, by their
-        numbers in the source; not normalised."""
+        """Posterior mean and standard deviation (B, C, h, w) of images of one size, given by index
+        in the source; not normalised."""
         rows = self.latent_rows.rows([self.source.key(i) for i in index.tolist()])
         return rows["mean"].float(), rows["std"].float()
 
@@ -65,7 +65,7 @@ class Features:
 
     def latents_and_noise(self, index: Tensor, step_rng: StepRNG) -> tuple[Tensor, Tensor]:
         """What a training step starts from: normalised latents x0 (B, C, h, w) of images of one
-        size, drawn from their posteriors, and noise like them."""
+        size, drawn from their posteriors, and noise of the same shape."""
         mean, std = self.latents(index)
         noise, posterior = step_rng.noise((2, *mean.shape[1:])).unbind(1)
         return self.normalise(mean + std * posterior), noise
@@ -90,8 +90,8 @@ class Features:
         return self.encoders.open()
 
     def pipeline(self, mmdit: nn.Module, device: torch.device) -> Pipeline:
-        """The full model with this transformer. It reads cached texts from here, so for those no
-        text encoder is read. The autoencoder is read once, for all such pipelines."""
+        """The full model with this transformer. It takes cached texts from here, so they need no
+        text encoder. The autoencoder is read once and shared by all such pipelines."""
         encoders = self.opened
         sources = encoders.parts.sources() | {"mmdit": mmdit, "vae": lambda: encoders.vae}
         parts = LazyModules(sources, device, staged=True)
@@ -114,8 +114,8 @@ def encoded(
     group: ProcessGroup,
     images: bool = True,
 ) -> Features:
-    """The features of a source and some prompts; the main process computes what is missing, of
-    texts alone unless `images`."""
+    """The features of a source and some prompts; the main process computes what is missing (of the
+    texts only, unless `images`)."""
     if group.is_main:
         fill_cache(Features(folder, source, encoders), [*prompts, ""], images)
     group.barrier()
@@ -160,7 +160,7 @@ def fill_cache(features: Features, prompts: list[str], images: bool) -> None:
 
 
 def collected(names: tuple[str, str], parts: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Two tensors of rows, computed some at a time; each part leaves the device at once."""
+    """Two tensors of rows, computed part by part; each part moves to the CPU at once."""
     on_cpu = [(a.cpu(), b.cpu()) for a, b in parts]
     a, b = (torch.cat(rows) for rows in zip(*on_cpu, strict=True))
     return dict(zip(names, (a, b), strict=True))
@@ -188,7 +188,7 @@ def get_features(job: Job, encoders: Encoders, prompts: list[str], images: bool 
 
 
 def end_job(job: Job, features: Features) -> None:
-    """Mark the job as finished, then delete its cache: if that fails, the job is done all the
-    same."""
+    """Mark the job as finished, then delete its cache: if deleting fails, the job still counts as
+    done."""
     job.run.finish("samples", {})
     features.forget()

@@ -1,4 +1,4 @@
-"""A small image classifier, trained on real images, that the metrics of samples are based on.
+"""A small image classifier, trained on real images, on which the metrics of samples are based.
 
 On disk it is called `judge`: the stage in run.json and the log, judge.safetensors, the config field
 `training.judge` and the random streams of its training keep that name, so that existing runs stay
@@ -50,7 +50,7 @@ def thumbnails(x: Tensor) -> Tensor:
 
 
 def train_classifier(job: Job, images: ImageSet) -> ConvNet:
-    """Train the classifier on the training images, or load it; prints its test accuracy."""
+    """Train the classifier on the training images, or load it; print its test accuracy."""
     recipe = job.training.judge
     net = build(job, "judge", lambda: ConvNet(len(images.names))).to(job.device)
 

@@ -1,4 +1,4 @@
-"""The exponential moving average (EMA) of the weights, which samples are drawn with."""
+"""The exponential moving average (EMA) of the weights, which is used for sampling."""
 
 import copy
 

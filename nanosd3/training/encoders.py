@@ -34,7 +34,7 @@ def trained_encoders(job: Job, vae: AutoencoderKL, text: TextEncoders) -> Encode
 
 
 def get_encoders(job: Job, frozen: Checkpoint | None) -> Encoders:
-    """Those of `frozen` if there are any; otherwise this run trains its own, or loads them."""
+    """The encoders of `frozen`, if given; otherwise this run's own, trained or loaded."""
     if frozen:
         return frozen_encoders(job, frozen)
     return trained_encoders(job, train_autoencoder(job), train_text_encoders(job))

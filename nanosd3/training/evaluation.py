@@ -1,12 +1,13 @@
 """How good are prompted samples? Do they match their prompts, and do they look real?
 
-A classifier of real images answers both. Prompt accuracy is the share of samples that it assigns
-to the prompted class. The Frechet distance compares the distribution of its features with that of
-the test images; the same distance of as many training images, the floor, is that of real images.
+A classifier of real images answers both. Prompt accuracy is the share of samples that it assigns to
+the prompted class. The Frechet distance compares the distribution of its features on samples with
+that on the test images; the floor is the same distance for as many training images, that is, real
+ones.
 
 Guidance trades one for the other: more of it raises prompt accuracy and lowers diversity. So a
-single pair of numbers says little about a model; the frontier, both along the guidance scale, says
-more.
+single pair of numbers says little about a model; the frontier, which traces both along the guidance
+scale, says more.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -52,7 +53,7 @@ def balanced(labels: Tensor, classes: int, count: int, generator: torch.Generato
 
 @dataclass(frozen=True)
 class Draw:
-    """Training images drawn at random, equally many of each class, and a caption of each."""
+    """Training images drawn at random, the same number from each class, and a caption for each."""
 
     chosen: Tensor  # their indices
     labels: Tensor
@@ -76,7 +77,7 @@ class Scorer:
 
     @cached_property
     def test(self) -> Tensor:
-        """Features (n, F) of the test images, computed when they are first compared with."""
+        """Features (n, F) of the test images, computed on first use."""
         return self.features(self.source.images.test_images)
 
     @torch.no_grad()
@@ -91,7 +92,7 @@ class Scorer:
 
     @torch.no_grad()
     def read(self, features: Tensor) -> Tensor:
-        """The label (B,) of each digit, by its features (B, F)."""
+        """The predicted label (B,) of each digit, from its features (B, F)."""
         head: Callable[[Tensor], Tensor] = self.classifier.head
         return in_chunks(head, features.to(self.device)).argmax(1).cpu()
 
@@ -105,7 +106,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, digits: Tensor, draw: Draw) -> tuple[float, float]:
-        """Accuracy and distance of a sample of each prompt of a draw, uint8 (B, 28, 28)."""
+        """Accuracy and distance of digits uint8 (B, 28, 28), a sample for each prompt of a draw."""
         features = self.features(digits)
         accuracy = (self.read(features) == draw.labels).float().mean().item()
         return accuracy, frechet_distance(features, self.test)
@@ -114,7 +115,7 @@ class Scorer:
 def open_scorer(run: Run, data: Path | None, device: torch.device) -> Scorer:
     """The classifier of a finished run of train_mnist.py, with the images it was trained on.
 
-    Raises InputError if the run is not one, is not finished, or has other data.
+    Raises InputError if the run is of another kind, not finished, or trained on other data.
     """
     if "judge" not in run.stages or "samples" not in run.stages:
         raise InputError(f"{run.folder}: expected a finished run of train_mnist.py")
@@ -137,7 +138,7 @@ def open_scorer(run: Run, data: Path | None, device: torch.device) -> Scorer:
 
 @dataclass(frozen=True)
 class Point:
-    """Scores at one guidance scale, each draw's and their mean."""
+    """Scores at one guidance scale: those of each draw, and their mean."""
 
     guidance: float
     accuracies: list[float]
@@ -159,8 +160,8 @@ def frontier(
     count: int = 1000,
     seeds: Iterable[int] = (1, 2, 3),
 ) -> Iterator[Point]:
-    """Scores along the guidance scale; every seed is another draw of prompts and noise, the same
-    at every scale."""
+    """Scores along the guidance scale. Each seed is a draw of prompts and noise, the same at every
+    scale."""
     draws = {seed: draw_prompts(scorer.source, count, seed) for seed in seeds}
     floors = {seed: scorer.floor(draw) for seed, draw in draws.items()}
     for guidance in guidances:
@@ -175,7 +176,7 @@ def frontier(
 
 def at_accuracy(points: list[Point], accuracy: float) -> tuple[float, float] | None:
     """Guidance and distance, relative to the floor, where the frontier first reaches an accuracy;
-    between two scales both are interpolated. None if it is out of the measured range."""
+    between two scales both are interpolated. None if it is outside the measured range."""
     for a, b in pairwise(points):
         if a.accuracy < accuracy <= b.accuracy:
             share = (accuracy - a.accuracy) / (b.accuracy - a.accuracy)

@@ -5,8 +5,8 @@ answer them; its score is the mean over the six. Here the questions are those of
 and the answers a judge's (scene_judge.py). *All at once* asks for everything in one caption, and
 *typography* for digits in order: the share of strings that are right, and of their characters.
 
-No score of a model can be higher than the judge is right, so real scenes with the same prompts are
-scored too; that is the ceiling. Scenes encoded and decoded again say what the autoencoder loses.
+No model can score higher than the judge's own accuracy, so real scenes with the same prompts are
+scored too, as the ceiling. Scenes encoded and decoded again show what the autoencoder loses.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ RECONSTRUCTED_AT_ONCE = 50
 
 
 def draw_questions(source: Scenes, count: int, seed: int) -> Questions:
-    """About `count` questions, equally many of each kind."""
+    """About `count` questions, the same number of each kind."""
     return {
         kind: source.questions(kind, max(2, count // len(QUESTION_KINDS)), seed)
         for kind in QUESTION_KINDS
@@ -82,7 +82,7 @@ def reconstructed(hand: Handwriting, pipeline: Pipeline) -> Drawn:
 
 
 def drawn_by(pipeline: Pipeline, seed: int, guidance: float | None = None) -> Drawn:
-    """What a model draws for their prompts."""
+    """What a model draws for the scenes' prompts."""
 
     def drawn(scenes: list[Scene]) -> Tensor:
         prompts = [scene.prompt.text for scene in scenes]
@@ -105,7 +105,7 @@ def sample_scenes(
 
 
 def in_a_table(scores: dict[str, dict]) -> str:
-    """Scores by name, such as "samples", as lines of text: a row a kind, in percent."""
+    """Scores by name, such as "samples", as lines of text: one row per kind, in percent."""
     rows = [("", *scores)]
     rows += [(kind, *(s[kind] for s in scores.values())) for kind in (*GENEVAL, "nano_geneval")]
     rows.append((ALL_AT_ONCE, *(s[ALL_AT_ONCE] for s in scores.values())))

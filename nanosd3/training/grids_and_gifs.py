@@ -17,8 +17,8 @@ SHADES = " .:-=+*#%@"  # characters from dark to light, on a dark terminal
 
 @cache
 def font(size: int, ascii_only: bool = True) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, which knows little more than ASCII, or DejaVu Sans, which matplotlib
-    brings along: it knows many alphabets, and draws a box for other characters."""
+    """Pillow's own font, which covers little more than ASCII, or DejaVu Sans, which comes with
+    matplotlib: it covers many alphabets, and draws a box for other characters."""
     if ascii_only:
         return ImageFont.load_default(size)
     import matplotlib
@@ -35,8 +35,8 @@ def to_image(image: np.ndarray) -> Image.Image:
 
 
 def caption_lines(text: str, width: int, size: int) -> list[str]:
-    """Wrap a caption into at most LINES lines of at most `width` pixels, between words if they are
-    not too long; "..." stands for the rest."""
+    """Wrap a caption into at most LINES lines of at most `width` pixels, between words unless they
+    are too long; "..." stands for the rest."""
     length = font(size, text.isascii()).getlength
     lines, line = [], ""
     for word in text[: LINES * width].split():  # no character is narrower than a pixel
@@ -87,13 +87,13 @@ def grid(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
 
 
 def grid_of(captions: Sequence[str], images: np.ndarray) -> Image.Image:
-    """A row for each caption, with equally many of the images (n, H, W) or (n, H, W, 3)."""
+    """A row for each caption, with an equal share of the images (n, H, W) or (n, H, W, 3)."""
     rows = zip(captions, np.split(images, len(captions)), strict=True)
     return grid([(caption or "(no text)", row) for caption, row in rows])
 
 
 def side_by_side(columns: list[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures beside each other, each under its title."""
+    """Pictures side by side, each under its title."""
     size, top = 17, 30
     width = sum(picture.width for _, picture in columns)
     canvas = Image.new("RGB", (width, top + max(p.height for _, p in columns)), "white")
@@ -128,7 +128,7 @@ def drawn_picture(images: np.ndarray, captions: Sequence[str]) -> bytes:
 
 
 def gif(frames: list[Image.Image], milliseconds: list[int]) -> bytes:
-    """The content of a looping greyscale GIF that shows each frame for some time."""
+    """The content of a looping greyscale GIF that shows each frame for the given time."""
     buffer = io.BytesIO()
     first, *rest = [frame.convert("L").quantize(16) for frame in frames]
     first.save(buffer, "gif", save_all=True, append_images=rest, duration=milliseconds, loop=0)
@@ -137,7 +137,7 @@ def gif(frames: list[Image.Image], milliseconds: list[int]) -> bytes:
 
 def shades(images: np.ndarray) -> str:
     """Greyscale images (n, H, W) side by side as characters, for a terminal."""
-    small = images[:, ::2, :].astype(int)  # a character is about twice as high as wide
+    small = images[:, ::2, :].astype(int)  # a character is about twice as tall as it is wide
     index = small * len(SHADES) // 256
     rows = [
         "  ".join("".join(SHADES[v] for v in row) for row in line) for line in index.swapaxes(0, 1)

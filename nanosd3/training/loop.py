@@ -1,9 +1,9 @@
 """The training loop shared by all stages.
 
-A stage supplies a module and a function that returns the losses of a part of a step's batch.
-`fit` does the rest: the optimizers, warm-up and decay of the learning rate, gradients accumulated
-over microbatches and averaged over ranks, clipping, EMA, the log, a progress bar, checkpoints.
-Ctrl-C and SIGTERM stop it after the current step, with a checkpoint saved.
+A stage supplies a module and a function that returns the losses of part of a step's batch. `fit`
+does the rest: the optimizers, warm-up and decay of the learning rate, gradients accumulated over
+microbatches and averaged over ranks, clipping, EMA, the log, a progress bar, checkpoints. Ctrl-C
+and SIGTERM stop it after the current step, with a checkpoint saved.
 
 Resuming is exact because no hidden state is carried from step to step. Everything random in a step
 (which images, noise, timesteps) comes from generators named after the step, and everything else
@@ -63,7 +63,7 @@ class StepRNG:
         return batch[self.rows.start : self.rows.stop]
 
     def noise(self, shape: Sequence[int]) -> Tensor:
-        """Gaussian noise (rows, *shape) for this microbatch, from a stream for each row."""
+        """Gaussian noise (rows, *shape) for this microbatch, from one stream per row."""
         return torch.stack([torch.randn(*shape, generator=rng(*self.name, i)) for i in self.rows])
 
 
@@ -102,7 +102,7 @@ def microbatches(parallel: ParallelModel, name: tuple[int | str, ...], batch: in
 def gradients(
     parallel: ParallelModel, loss_of: StepLoss, name: tuple[int | str, ...], batch: int
 ) -> tuple[float, dict]:
-    """Accumulate the gradients of one step; its mean loss over the batch, and values to log."""
+    """Accumulate one step's gradients; return its mean loss over the batch, and values to log."""
     group, parts = parallel.group, microbatches(parallel, name, batch)
     computed = []
     for i, part in enumerate(parts):
@@ -196,7 +196,7 @@ def restore(
     if numbers:
         print(f"  resuming from step {step}")
     if parallel.group.is_main:
-        if not numbers:  # leftovers of a finished stage, killed before it deleted them
+        if not numbers:  # left by a finished stage that was killed before deleting them
             training_state.forget(run.folder)
         run.rewind_log(stage, step)
     parallel.group.barrier()

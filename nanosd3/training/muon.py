@@ -1,21 +1,21 @@
 """Muon: steps of equal length in all directions of a weight matrix.
 
-The gradient of a matrix is dominated by few directions: its largest singular values are far above
-the rest, and a step along it changes little else. Muon (Jordan 2024) takes the momentum, U S V^T by
-its singular values, and steps along U V^T. AdamW normalises element by element, ignoring
-that the elements form a matrix.
+The gradient of a matrix is dominated by a few directions: its largest singular values are far above
+the rest, and a step along it changes little else. Muon (Jordan 2024) takes the momentum, whose
+singular value decomposition is U S V^T, and steps along U V^T. AdamW normalises element by element,
+ignoring that the elements form a matrix.
 
 No decomposition is needed. The odd polynomial  a X + b (X X^T) X + c (X X^T)^2 X  leaves U and V as
 they are and maps each singular value s to  a s + b s^3 + c s^5;  a few rounds of it (Newton-Schulz)
-take all of (0, 1] near 1. Matrices of one shape are computed together.
+bring all of (0, 1] close to 1. Matrices of the same shape are computed together.
 
-Two details matter here. A fused layer is several matrices, one above the other (queries, keys and
-values), which have nothing to do with each other: each is made orthogonal by itself. And a step is
-as long as AdamW's, an RMS of 0.2 lr per element whatever the shape, so that both use rates of
-the same size (arXiv 2502.16982).
+Two details matter here. A fused layer is several unrelated matrices stacked on top of each other
+(queries, keys and values): each is made orthogonal on its own. And a step is as long as AdamW's, an
+RMS of 0.2 lr per element whatever the shape, so that both use rates of the same size (arXiv
+2502.16982).
 
-torch.optim.Muon is the same but for three things: it knows no fused layers, takes the matrices one
-by one, and multiplies in bfloat16, which most CPUs emulate.
+torch.optim.Muon differs in three ways: it knows nothing of fused layers, takes the matrices one by
+one, and multiplies in bfloat16, which most CPUs emulate.
 """
 
 import torch
@@ -42,8 +42,8 @@ def orthogonalised(x: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum, for parameters (rows, columns) only.
 
-    Each parameter of a group is `parts` matrices of equal size, one above the other. Parameters may
-    be sharded; every process then makes the gathered matrices orthogonal.
+    Each parameter of a group is `parts` matrices of equal size, stacked. Parameters may be sharded;
+    every process then makes the gathered matrices orthogonal.
     """
 
     def __init__(self, groups: list[dict], lr: float):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nanosd3.errors import InputError
 from nanosd3.machine.distributed import local_shard
 
-PATIENCE = 3  # non-finite steps in a row after which a run stops, or all, if it has fewer
+PATIENCE = 3  # a run stops after this many non-finite steps in a row, or all if it has fewer
 
 
 def not_finite_error(stage: str, step: int, skipped: int, where: str) -> InputError:
@@ -25,7 +25,7 @@ def first_not_finite(
 
     Checks, in order: the weights; the output of each submodule while the step's `microbatches` are
     run again; the loss; the gradients that are still in place, from the last layer to the first.
-    All ranks run all of them, whatever they find: a sharded network is gathered by all together.
+    All ranks run all checks, whatever they find: gathering a sharded network takes all of them.
     """
     weights = [
         f"the weight {name}"

@@ -126,7 +126,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
                 "text encoders"
             )
         config = with_parts_of(config, frozen)
-        place = os.path.abspath(source)  # links keep their names, which may be looked for
+        place = os.path.abspath(source)  # links are not resolved: their names may be looked for
         encoders = fingerprint(frozen.encoders, like=before.get("encoders"))
         identity |= {WEIGHTS: place, "encoders": encoders}
     config = with_recipe(trainable(config) if not frozen else config, args)
@@ -139,7 +139,7 @@ def folder_of(args: argparse.Namespace) -> Path:
 
 
 def identity_before(args: argparse.Namespace) -> dict:
-    """The identity of the run that is there to be resumed; empty if there is none."""
+    """The identity of the run to resume; empty if there is none."""
     folder = folder_of(args)
     if args.fresh or not (folder / "run.json").exists():
         return {}

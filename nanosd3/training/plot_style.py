@@ -1,8 +1,8 @@
 """What all plots share: colours, axes and the way they are saved.
 
 matplotlib is imported only where it is used. Lines can be told apart without colour. Four colours
-have a meaning, the same in notebooks and plots of runs; they differ for the colour-blind too (a
-test simulates three kinds).
+have a meaning, the same in notebooks and plots of runs; colour-blind readers can tell them apart,
+too (a test simulates three kinds).
 """
 
 import io
@@ -32,7 +32,7 @@ def save_plot(figure: "Figure", path: Path) -> None:
 
 def new_figure(width: float, columns: int, rows: int = 1) -> tuple["Figure", list["Axes"]]:
     """A figure `width` inches wide and its axes, row by row. Curves take the colours of SERIES in
-    turn, so that the first of all axes has the same."""
+    turn, so the first curve has the same colour on all axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -45,7 +45,7 @@ def new_figure(width: float, columns: int, rows: int = 1) -> tuple["Figure", lis
 
 
 def label_counts(axis: "Axes", counts: Sequence[float]) -> None:
-    """Counts, such as network evaluations, along a logarithmic axis, and no ticks between them."""
+    """Label a logarithmic axis with counts, such as network evaluations; no ticks in between."""
     axis.set_xscale("log")
     axis.set_xticks(counts, [str(n) for n in counts])
     axis.minorticks_off()

@@ -77,7 +77,7 @@ def plot_loss_by_time(held_out: list[dict], axis: "Axes") -> None:
 
 
 def plot_samplers(errors: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Plot each sampler's error, (evaluations, distance from the exact solution) points."""
+    """Plot each sampler's error: points (evaluations, distance from the exact solution)."""
     figure, (axis,) = new_figure(5.5, 1)
     styles = {"euler": "-o", "heun": "--s", "dpmpp_2m": ":^"}
     for (sampler, points), colour in zip(errors.items(), SERIES, strict=False):

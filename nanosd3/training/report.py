@@ -33,7 +33,7 @@ from nanosd3.training.grids_and_gifs import gif, grid, grid_of, png, shades
 from nanosd3.training.stages import Job
 from nanosd3.training.train_flow import every_so_often
 
-PREVIEWS = 10  # a run
+PREVIEWS = 10  # per run
 RECONSTRUCTION_BATCH = 50  # at most
 TERMINAL_SAMPLES = 5
 EXACT_STEPS = 100  # of Heun, for the solution that solvers are compared with
@@ -138,7 +138,7 @@ def attribute_accuracy(
 
 
 def thirds_asked(prompts: list[str], words: dict[str, int]) -> Tensor:
-    """The third of the values (B,) that each prompt asks for by one of the words; -1 if none."""
+    """The third of the values (B,) that each prompt asks for with one of the words; -1 if none."""
     return torch.tensor(
         [
             next((third for word, third in words.items() if f" {word} " in f" {prompt} "), -1)
@@ -148,7 +148,7 @@ def thirds_asked(prompts: list[str], words: dict[str, int]) -> Tensor:
 
 
 def mean_or_none(values: Tensor) -> float | None:
-    """The mean, or None of no values."""
+    """The mean, or None if there are no values."""
     return values.mean().item() if len(values) else None
 
 
@@ -237,7 +237,7 @@ def draw_samples(pipeline: Pipeline, prompts: list[str], columns: int, path: Pat
 
 
 def about_training(job: Job) -> dict:
-    """The part of metrics.json that any run has."""
+    """The part of metrics.json that every run has."""
     validation = [e for e in job.run.read_log() if "validation" in e]
     last = validation[-1] if validation else {}
     return {

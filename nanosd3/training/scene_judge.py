@@ -1,10 +1,10 @@
 """The judge of scenes: finds the digits of a picture, reads them and names their colours.
 
-Finding takes no training. Ink is what is not dark; ink that touches, or nearly, is one piece; a
-piece is a digit, and the box around it says where and how big it is. In a string, whose digits
-stand close, a piece is what has no empty column in it. A classifier reads each piece, cut out and
-scaled to one size; it is the main job's (classifier.py), trained on digits cut out in the same way.
-The mean colour of a piece is called by the nearest of the six names.
+Finding takes no training. Ink is whatever is not dark; ink that touches, or nearly does, is one
+piece; a piece is a digit, and the box around it says where and how big it is. In a string, where
+digits are close together, a piece is ink without an empty column. A classifier reads each piece,
+cut out and scaled to one size; it is the main job's (classifier.py), trained on digits cut out in
+the same way. The mean colour of a piece gets the nearest of the six names.
 """
 
 import torch
@@ -24,15 +24,15 @@ from nanosd3.training.classifier import CLASSIFIER_SIZE, ConvNet
 from nanosd3.training.loop import StepRNG, fit
 from nanosd3.training.stages import Job, build, finish_or_load, in_chunks
 
-DARK = 0.35  # below this, of 1, there is no ink
+DARK = 0.35  # ink is brighter than this; white is 1
 SPECK = 6  # pixels; fewer are not a digit
 READ_SIZE = 24  # the longer side of a digit in the classifier's input
-LARGEST_READ = 16  # pixels of the digits that the classifier is trained on
+LARGEST_READ = 16  # longest side, in pixels, of the digits that the classifier is trained on
 
 
 def pieces(ink: Tensor, string: bool) -> Tensor:
-    """A number for each piece of ink (B, H, W), 0 for none: pixels are of one piece if there is at
-    most one pixel between them. Of a string: if there is no empty column between them."""
+    """Number the pieces of ink (B, H, W), with 0 for no ink: pixels belong to one piece if at most
+    one pixel is between them; in a string, if no empty column is."""
     whole = ink.any(1, keepdim=True).expand_as(ink) if string else ink
     reach = 3 if string else 5
     number = torch.arange(1, ink[0].numel() + 1).view(1, *ink.shape[1:]) * whole
@@ -44,8 +44,8 @@ def pieces(ink: Tensor, string: bool) -> Tensor:
 
 
 def masks_of(ink: Tensor, string: bool) -> list[tuple[int, Tensor]]:
-    """Each digit of ink (B, H, W): the number of its picture, and its mask (H, W). Pieces whose
-    boxes touch, or nearly, are strokes of one digit."""
+    """Each digit of ink (B, H, W): the index of its picture, and its mask (H, W). Pieces whose
+    boxes touch, or nearly do, are strokes of one digit."""
     boxes = torch.zeros_like(ink)
     for i, mask in one_by_one(pieces(ink, string)):
         top, left, height, width = ink_boxes(mask[None])[0].tolist()
@@ -55,13 +55,13 @@ def masks_of(ink: Tensor, string: bool) -> list[tuple[int, Tensor]]:
 
 
 def one_by_one(numbers: Tensor) -> list[tuple[int, Tensor]]:
-    """The pieces (B, H, W) of pictures, one by one: the number of its picture, and its mask."""
+    """The numbered pieces (B, H, W), one by one: the index of each one's picture, and its mask."""
     return [(i, row == n) for i, row in enumerate(numbers) for n in row.unique().tolist() if n]
 
 
 def readable(ink: Tensor, boxes: Tensor) -> Tensor:
     """What is in the box of each image (B, H, W), as the classifier sees it: (B, 1, 32, 32) in
-    [-1, 1], its longer side always equally long."""
+    [-1, 1], its longer side always the same length."""
     shape = boxes[:, 2:].float()
     shape = (shape * READ_SIZE / shape.amax(1, keepdim=True)).round().clamp(min=1)
     to_boxes = torch.cat([((CLASSIFIER_SIZE - shape) / 2).floor(), shape], 1)
@@ -70,7 +70,7 @@ def readable(ink: Tensor, boxes: Tensor) -> Tensor:
 
 
 def nearest_colour(rgb: Tensor) -> str:
-    """The name of a mean colour (3,), however bright."""
+    """The name of a mean colour (3,), regardless of its brightness."""
     names = torch.tensor(list(COLOURS.values()))
     difference = rgb / rgb.max().clamp(min=1e-3) - names / names.amax(1, keepdim=True)
     return list(COLOURS)[int(difference.square().sum(1).argmin())]
@@ -109,7 +109,7 @@ class SceneJudge:
 
 def practice(hand: Handwriting, numbers: Tensor, u: Tensor) -> Tensor:
     """Digits (B, 1, 32, 32) as the classifier will see them: drawn small, some of them narrow, and
-    cut out again. `u` (B, 2) in [0, 1) picks how long they are, and how wide at most."""
+    cut out again. `u` (B, 2) in [0, 1) picks their longer side and their maximum width."""
     ink = hand.boxes[numbers, 2:].float()
     low = min(DIGIT_SIZES.values())
     longest = low + (u[:, :1] * (LARGEST_READ - low + 1)).floor()

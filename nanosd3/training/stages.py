@@ -89,8 +89,8 @@ def fit_average(
     watch: Callable[[int, nn.Module], None] | None = None,
     average: nn.Module | None = None,
 ) -> dict:
-    """Train a module by the transformer's recipe, and leave in it the moving average of its
-    weights. Returns the loss, and the seconds of a core since the last resume.
+    """Train a module by the transformer's recipe, and replace its weights with their moving
+    average. Returns the loss, and the CPU seconds since the last resume.
 
     `watch(step, average)` is called after every step. `average` is a copy of the module to keep the
     average in, if the loss needs it.

@@ -2,9 +2,10 @@
 
 These numbers differ from run to run, so they are kept out of log.jsonl, which is reproducible.
 FLOPs utilisation is the model FLOPs of a step (measure/costs.py; recomputed activations do not
-count) over what the processor could have done in that time: a GPU's bfloat16 peak, published or, of
-others, the speed of one large matrix product; on CPU that in float32. It is measured when the first
-line is written. Only steps count, not the validation, previews and saved states between them.
+count) over what the processor could have done in that time: a GPU's published bfloat16 peak or, for
+other GPUs, the speed of one large matrix product; on CPU, that speed in float32. It is measured
+when the first line is written. Only steps count, not the validation, previews and saved states
+between them.
 """
 
 import re
@@ -53,7 +54,7 @@ class Throughput:
         self.images, self.tokens, self.flops = 0, 0, 0
 
     def start(self) -> None:
-        """Call when a step or a microbatch of it begins."""
+        """Call when a step, or one of its microbatches, begins."""
         if self.begin is None:
             self.begin = time.perf_counter()
 

@@ -2,7 +2,7 @@
 
 `flow_step` computes the losses of a training step from the indices of the batch's images; the loop
 around it (loop.py) takes gradients and updates the weights and their average. The same loss on
-images held out, at fixed times and with fixed noise, is the validation loss.
+held-out images, at fixed times and with fixed noise, is the validation loss.
 """
 
 import math
@@ -34,7 +34,7 @@ from nanosd3.training.stages import Job, build, finish, last_loss
 from nanosd3.training.throughput import Throughput
 
 VALIDATION_TIMES = 8  # equally spaced t
-VALIDATIONS = 5  # a run
+VALIDATIONS = 5  # per run
 VALIDATION_BATCH = 50  # images, at most
 Watch = Callable[[int, ParallelModel], None]
 Network = nn.Module | Callable[..., Tensor]
@@ -177,8 +177,8 @@ def train_average(
 
 
 def start(job: Job, init: State | None) -> MMDiT:
-    """The network to train: freshly initialised, or with the weights of `init`. Under FSDP only
-    the main process has numbers; the others need shapes."""
+    """The network to train: freshly initialised, or with the weights of `init`. Under FSDP only the
+    main process holds values; the others need shapes only."""
     with torch.device("cpu" if job.group.mode != "fsdp" or job.group.is_main else "meta"):
         model = build(job, "flow", lambda: MMDiT(job.config.mmdit))
     assert isinstance(model, MMDiT)
@@ -222,5 +222,5 @@ def fit_flow(
 
 
 def every_so_often(steps: int, times: int) -> int:
-    """An interval in steps: `times` times a run, and at least every 5,000 steps."""
+    """An interval in steps: `times` times per run, and at least every 5,000 steps."""
     return min(-(-steps // times), 5000)

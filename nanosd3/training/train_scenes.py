@@ -49,8 +49,8 @@ SAMPLES_EACH = 6
 
 
 def train_on_scenes(args: argparse.Namespace, plan: Plan) -> int:
-    """Train, or resume, by the options of train_mnist.py. Raises InputError for those that are for
-    single digits: scenes are made of the packaged ones, and have no turbo."""
+    """Train, or resume, by the options of train_mnist.py. Raises InputError for options that apply
+    only to single digits: scenes are made of the packaged digits, and have no turbo."""
     if args.data:
         raise InputError(f"--data {args.data}: scenes are of the packaged digits; leave it out")
     if args.no_turbo:

@@ -35,7 +35,7 @@ RETRIEVAL_IMAGES = 100  # in the test of CLIP on images without classes
 
 
 def clip_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor) -> Tensor:
-    """Contrastive loss (CLIP, arXiv 2103.00020) of embeddings (B, D): each image is to find its
+    """Contrastive loss (CLIP, arXiv 2103.00020) of embeddings (B, D): each image should find its
     caption among those of the batch, and each caption its image.
 
     `same` (B, B) is 1 where two captions are equal: they share the target probability.
@@ -46,7 +46,7 @@ def clip_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor) -> Tenso
 
 
 class CLIPTrainer(nn.Module):
-    """Both CLIP text encoders, and what their training needs besides."""
+    """Both CLIP text encoders, and whatever else their training needs."""
 
     def __init__(self, clip_l: nn.Module, clip_g: nn.Module, dl: int, dg: int, channels: int):
         super().__init__()
@@ -138,8 +138,8 @@ def zero_shot(source: Digits, embed_text: Embed, embed_images: Embed) -> dict:
 
 @torch.no_grad()
 def retrieval_accuracy(job: Job, embed_text: Embed, embed_images: Embed) -> float:
-    """Share of RETRIEVAL_IMAGES training images whose nearest caption, among those of all these
-    images, by the trained CLIP-L is their own."""
+    """Share of RETRIEVAL_IMAGES training images whose nearest caption, among the captions of all of
+    them, is their own, according to the trained CLIP-L."""
     index = job.source.draw(RETRIEVAL_IMAGES, rng(job.seed, "clip", "found"))
     captions = job.source.captions(index, torch.zeros(RETRIEVAL_IMAGES))
     image, text = embed_images(job.source.pixels(index))[0], embed_text(captions)[0]
