@@ -1,7 +1,7 @@
 """PyTorch checkpoints (.ckpt, .pt, .bin), opened without loading them.
 
 Two layouts are known: a zip archive with a file for each storage (since PyTorch 1.6), and a few
-pickles in a row with the storages behind them. The pickles are parsed, not executed (pickles.py).
+pickles in a row, followed by the storages. The pickles are parsed, not executed (pickles.py).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from nanosd3.official.pickles import DENSE, Call, NotData, PickledTensor, Storag
 from nanosd3.official.tensors import StoredTensor
 from nanosd3.storage.mapped import Parts, Place
 
-LARGEST_PICKLE = 2**24  # bytes; that of the largest released model has a thirtieth of it
+LARGEST_PICKLE = 2**24  # bytes; that of the largest released model is a thirtieth of this
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 OTHER_TENSORS = {
     "_rebuild_sparse_tensor": "sparse",
@@ -41,8 +41,8 @@ class Archive:
     parts: Parts = field(default_factory=Parts, repr=False)
 
     def stored(self, name: str, tensor: PickledTensor | Call) -> StoredTensor:
-        """A tensor, to be read on demand. Raises InputError if it is not dense, or not all of its
-        numbers are there."""
+        """A tensor, to be read on demand. Raises InputError if it is not dense, or if some of its
+        numbers are missing."""
         if isinstance(tensor, Call):
             kind = OTHER_TENSORS[tensor.function]
             raise InputError(f"{self.path}: tensor {shown(name)} is {kind}; expected a dense one")
@@ -121,7 +121,7 @@ def read_zip(path: Path, file: BinaryIO) -> Archive:
 
 def read_legacy(path: Path, file: BinaryIO) -> Archive:
     """Pickles of a magic number, a version, the system, the content and the storages' keys, then
-    the storages, each behind its number of elements."""
+    the storages, each preceded by its number of elements."""
     file.seek(0)
     head = io.BytesIO(file.read(LARGEST_PICKLE))
     archive = Archive(path)

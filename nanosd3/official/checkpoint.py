@@ -58,7 +58,7 @@ def open_checkpoint(
     path: Path, files: Mapping[str, Path | None] | None = None, weights: Path | None = None
 ) -> Checkpoint:
     """Open a checkpoint, with components in `files` (clip_l, clip_g, t5, vae) replacing its own.
-    `weights` says where the encoders are that a run was trained on.
+    `weights` says where to find the encoders that a run was trained on.
 
     Reads names, shapes and little else. Raises InputError if it is not Stable Diffusion 3.
     """
@@ -127,9 +127,9 @@ def open_run(folder: Path, weights: Path | None = None) -> Checkpoint:
 
 def open_base(run: Run, weights: Path | None) -> Checkpoint:
     """The model whose encoders a run was trained on, recognised by their fingerprint: at `weights`,
-    or where it was then, or beside the run, or in it.
+    if given; otherwise where it was then, beside the run, or in it.
 
-    Raises InputError that says where it was looked for.
+    Raises InputError naming the places where it was looked for.
     """
     problems = [run.identity[WEIGHTS]] if weights else []
     stored = run.identity.get("encoders")
@@ -160,7 +160,7 @@ def open_transformer(path: Path) -> State:
 
 def with_t5_embedding(state: State) -> State:
     """T5 with its embedding under our name; files use either of two names, or both. Raises
-    InputError if they hold two, of which other programs would read the other one."""
+    InputError if the two differ: other programs would read the other one."""
     ours, theirs = state.get(T5_EMBEDDING), state.get(T5_SHARED)
     if ours is None or theirs is None:
         return state if theirs is None else state | {T5_EMBEDDING: theirs}

@@ -1,8 +1,8 @@
 """Detect which model a set of tensors is, and read every size from their shapes.
 
-Official files carry no config to rely on, but shapes tell almost everything: the width of the
-patch embedding is 64 times the depth, the position grid is a square, and QK-norm or dual attention
-is there if any of its weights is. What shapes do not tell is taken from the released models: heads
+Official files carry no config to rely on, but shapes tell almost everything: the width of the patch
+embedding is 64 times the depth, the position grid is a square, and QK-norm or dual attention is
+present if any of its weights is. What shapes do not tell is taken from the released models: heads
 of 64, norms over 32 groups, the latents' shift and scale, activations and sampling. SD3.5 Large and
 Large Turbo have the same shapes and are told apart by their names.
 
@@ -38,7 +38,7 @@ RELEASED = ("sd3-medium", "sd3.5-medium", "sd3.5-large")  # of different shapes
 LARGEST_DEPTH = max(config.mmdit.depth for config in CONFIGS.values())
 
 UNET = "a U-Net such as Stable Diffusion 1 or 2 have; Stable Diffusion 3 has none"
-FOREIGN = (  # pattern in a key name, model that has such keys; the first that fits
+FOREIGN = (  # pattern in a key name, model that has such keys; the first match counts
     (r"(^|\.)(control_model|controlnet_\w+|zero_convs)\.", "a ControlNet, not a model by itself"),
     (r"(^|\.)ip_adapter\.", "an IP-Adapter, not a model by itself"),
     (r"(^|\.)(double_layers|joint_transformer_blocks)\.", "AuraFlow, not Stable Diffusion 3"),
@@ -135,8 +135,8 @@ def mmdit_config(state: State) -> MMDiTConfig:
 
 
 def has_dual_attention(state: State, block: int, width: int) -> bool:
-    """Whether anything tells that a block has a second attention: a weight of it, or a modulation
-    for it."""
+    """Whether anything shows that a block has a second attention: one of its weights, or a
+    modulation for it."""
     stream = f"joint_blocks.{block}.x_block."
     modulation = state.get(f"{stream}adaLN_modulation.1.weight")
     if modulation is not None and modulation.shape[:1] == (9 * width,):
@@ -193,7 +193,7 @@ def vae_config(state: State) -> VAEConfig:
 
 
 def clip_config(state: State, reference: CLIPConfig) -> CLIPConfig:
-    """A CLIP's sizes; what shapes do not tell is as in `reference`."""
+    """A CLIP's sizes; what shapes do not tell is taken from `reference`."""
     shape = partial(find_shape, state, ndim=2, component="CLIP")
     vocab, width = shape("text_model.embeddings.token_embedding.weight")
     length = shape("text_model.embeddings.position_embedding.weight")[0]

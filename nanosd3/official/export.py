@@ -63,7 +63,7 @@ def needed(checkpoint: Checkpoint, component: str) -> State:
 
 
 def metadata_of(checkpoint: Checkpoint) -> dict | None:
-    """Config and tokenizers, if shapes do not tell them: of a model trained here, or from a folder
+    """Config and tokenizers, if shapes do not tell them: for a model trained here, or from a folder
     with settings of its own. None for other models."""
     trained_here = bool(checkpoint.tokenizers.words)
     if not trained_here and config_of(checkpoint.parts, checkpoint.path)[0] == checkpoint.config:
@@ -73,7 +73,7 @@ def metadata_of(checkpoint: Checkpoint) -> dict | None:
 
 
 def copy_of(tensor: StoredTensor) -> StoredTensor:
-    """The tensor in memory of its own; safetensors refuses two names for one memory."""
+    """The tensor in memory of its own; safetensors refuses two names for the same memory."""
     return replace(tensor, read=lambda: tensor.read().clone())
 
 

@@ -1,9 +1,9 @@
 """Find the components in a file or folder of weights, whatever their key prefixes.
 
-Official single files have PREFIXES. Other programs have other ones or none, and training wrappers
-put fields of their own into every name. A component is found by its marker, a name that only it
-has; what precedes the marker is the prefix. With two candidates, or none, the error says which
-names were found.
+Official single files have PREFIXES. Other programs use different ones or none, and training
+wrappers insert fields of their own into every name. A component is found by its marker, a name that
+only it has; what precedes the marker is the prefix. With two candidates, or none, the error says
+which names were found.
 """
 
 import os
@@ -25,7 +25,7 @@ WRAPPERS = frozenset(
     "_orig_mod module _fsdp_wrapped_module _checkpoint_wrapped_module state_dict".split()
 )
 
-# A tensor of each component, under our names and as others write it.
+# A tensor of each component, under our name and those of other programs.
 CLIP_MARKERS = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight")
 MARKERS = {
     "mmdit": (
@@ -198,7 +198,7 @@ def only(name: str, prefixes: list[str], path: Path) -> str:
 
 
 def which_clip(prefix: str) -> str | None:
-    """Whose prefix this is, as far as it says so."""
+    """Which CLIP has this prefix; None if it does not say."""
     fields = set(prefix.split("."))
     return next((name for name, words in CLIP_FIELDS.items() if words & fields), None)
 

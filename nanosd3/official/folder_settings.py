@@ -1,7 +1,7 @@
 """Settings in a diffusers folder's JSON files that cannot be inferred from shapes.
 
 A setting that changes the result is followed if our models have it; otherwise it must be as in the
-released models. The rest of these files is what shapes tell, and is not read.
+released models. The rest of these files follows from shapes, and is not read.
 """
 
 import math
@@ -51,7 +51,7 @@ Number = TypeVar("Number", int, float)
 
 
 def is_number(value: object, above: float) -> bool:
-    """Whether this is a finite number above another, which a float can hold."""
+    """Whether this is a finite number above `above` that a float can hold."""
     if type(value) is int:
         return above < value < 2**53
     return isinstance(value, float) and above < value < math.inf
@@ -68,7 +68,7 @@ def read_setting(file: Path, key: str, default: Number) -> Number:
 
 def check_fixed(file: Path, accepted: dict[str, tuple]) -> dict:
     """The content of a JSON file, empty if there is none. Raises InputError for a setting that is
-    there and has none of the accepted values."""
+    present but has none of the accepted values."""
     content = read_json(file) if file.exists() else {}
     for key, values in accepted.items():
         if content.get(key) not in (*values, None):  # null is the default
@@ -80,7 +80,7 @@ def check_fixed(file: Path, accepted: dict[str, tuple]) -> dict:
 
 
 def clip_settings(file: Path, clip: CLIPConfig) -> CLIPConfig:
-    """A CLIP with the activation and the heads that its folder says."""
+    """A CLIP with the activation and the number of heads given in its folder."""
     activation = check_fixed(file, FIXED_IN_CLIP).get("hidden_act", clip.activation)
     heads = read_setting(file, "num_attention_heads", clip.heads)
     if clip.width % heads:

@@ -1,8 +1,9 @@
 """Weights in a folder, under the names that diffusers and transformers give them.
 
 `model.safetensors` may be `pytorch_model.bin`; it may have a variant (`model.fp16.safetensors`) and
-may be cut into shards (`model-00001-of-00002.safetensors`), usually with an index of what is where
-(`model.safetensors.index.json`). A folder with weights under other names is refused, not empty.
+may be split into shards (`model-00001-of-00002.safetensors`), usually with an index of what is
+where (`model.safetensors.index.json`). A folder with weights under other names is refused, not
+treated as empty.
 """
 
 import os
@@ -17,21 +18,21 @@ from nanosd3.official.tensor_files import open_shards, open_weights
 from nanosd3.official.tensors import State
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-FILE_TYPES = ("safetensors", "bin")  # the better first
+FILE_TYPES = ("safetensors", "bin")  # preferred first
 SHARD_NUMBER = re.compile(r"-(\d{5})-of-(\d{5})(?=\.)")
 
-# What lies beside weights; any other file may hold them, in whatever format.
+# Files usually found beside weights; any other file may hold weights, in whatever format.
 TEXT_SUFFIXES = frozenset(
     ".csv .db .gif .html .ini .jinja .jpeg .jpg .json .jsonl .lock .log .md .model .pdf .png .py "
     ".rst .sh .svg .toml .tsv .txt .vocab .webp .xml .yaml .yml".split()
 )
 TEXT_NAMES = frozenset(("license", "licence", "notice", "readme"))
 
-WHOLE, INDEX, NUMBERED = range(3)  # forms of the weights, the better first
+WHOLE, INDEX, NUMBERED = range(3)  # forms of the weights, preferred first
 
 
 def parse_file_name(name: str) -> tuple[str, int, int] | None:
-    """Variant, form and file type of a usual name, or None. A variant may stand in several places:
+    """Variant, form and file type of a usual name, or None. The variant may be in several places:
     model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors,
     model.safetensors.index.fp16.json, model.safetensors.fp16.index.json."""
     stem, *rest = SHARD_NUMBER.sub("", name).split(".")
@@ -67,8 +68,8 @@ def open_folder(folder: Path, stem: str) -> State:
 
 
 def choose_file(names: list[str], stem: str, folder: Path) -> str | None:
-    """The file to open: of the variant without a name, of fp16, or of the only one; of that a whole
-    file, an index or a shard, in this order; .safetensors before .bin."""
+    """The file to open: of the unnamed variant, else of fp16, else of the only one; of that variant
+    a whole file, else an index, else a shard; .safetensors before .bin."""
     usual = [(name, *parsed) for name in names if (parsed := parse_file_name(name))]
     numbered = {variant for _, variant, form, _ in usual if form == NUMBERED}
     # an index may have been downloaded without its shards
@@ -88,8 +89,8 @@ def choose_file(names: list[str], stem: str, folder: Path) -> str | None:
 
 
 def model_names(path: Path) -> list[str]:
-    """The names of a file and its folder, or of a folder, links followed too; in the Hub's cache
-    (models--OWNER--NAME/snapshots/...) its repository's as well."""
+    """The names of a file and its folder, or of a folder, before and after following links; in the
+    Hub's cache (models--OWNER--NAME/snapshots/...) also the repository's."""
     names = []
     for whole in (path.absolute(), path.resolve()):
         names += [whole.name] if whole.is_dir() else [whole.name, whole.parent.name]
@@ -105,14 +106,14 @@ def weight_like_files(folder: Path, *patterns: str) -> list[str]:
 
 
 def is_weight_like(name: str) -> bool:
-    """Whether a file may hold weights, a part of them, or where they are."""
+    """Whether a file may hold weights or part of them, or say where they are."""
     path = Path(name.lower())
     known = path.suffix in TEXT_SUFFIXES or path.stem in TEXT_NAMES
     return not known or ".index." in path.name
 
 
 def open_file(path: Path) -> State:
-    """The tensors of a weight file; of all shards, if it is one of several or their index."""
+    """The tensors of a weight file; of all shards, if it is one of them or their index."""
     if path.name.endswith(".json") and ".index." in path.name:
         return open_shards(path)
     if SHARD_NUMBER.search(path.name) and path.is_file():
@@ -121,10 +122,10 @@ def open_file(path: Path) -> State:
 
 
 def open_numbered(path: Path) -> State:
-    """The tensors of a shard and of all others beside it, which are known by their numbers."""
+    """The tensors of a shard and of all others beside it, found by their numbers."""
 
     def split(name: str) -> tuple[str, ...]:
-        """What shards have in common, and last the number."""
+        """What all shards have in common, then the shard's own number."""
         matched = SHARD_NUMBER.search(name)
         if matched is None:
             return ()

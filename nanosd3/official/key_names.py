@@ -10,7 +10,7 @@ key names. A *diffusers* folder has a subfolder for each component, and differs 
 Text encoders have transformers' names in both.
 
 `to_diffusers` and `from_diffusers` convert a component's whole state; no numbers are read until a
-tensor is. A key that is in no table keeps its name and is later reported as unexpected.
+tensor is read. A key that is in no table keeps its name and is later reported as unexpected.
 """
 
 import re
@@ -119,7 +119,7 @@ TABLES: dict[str, list[TableRow]] = {
 
 
 def is_known_extra(name: str) -> bool:
-    """Whether official files hold a tensor of this name that no model of ours has."""
+    """Whether official files hold a tensor of this name that none of our models has."""
     return re.fullmatch(KNOWN_EXTRAS, name) is not None
 
 
@@ -132,7 +132,7 @@ def match(pattern: str, name: str) -> list[str] | None:
 def count(state: State, field: str) -> int:
     """The length of a module list: how many different numbers follow `field` in the keys.
 
-    Not the largest of them: a single key with a number of a million would make a million layers.
+    Not the largest of them: a single key numbered a million would make a million layers.
     """
     return len({n for name in state for n in re.findall(rf"(?:^|\.){field}\.(\d+)\.", name)})
 
@@ -174,7 +174,7 @@ def to_diffusers(component: str, state: State) -> State:
 def from_diffusers(component: str, state: State) -> State:
     """Convert a component's state from diffusers' layout to ours.
 
-    Tensors are stacked only if all of them are there; otherwise those that are keep their names.
+    Tensors are stacked only if all of them are there; otherwise those present keep their names.
     """
     blocks, levels = count(state, "transformer_blocks"), count(state, "up_blocks")
     out = {}
@@ -208,7 +208,7 @@ def stacked_into_first(component: str, name: str, state: State) -> bool:
 
 
 def stackable(names: list[str], state: State) -> bool:
-    """Whether these tensors are all there, of one shape, and not scalars."""
+    """Whether these tensors are all present, of one shape, and not scalars."""
     if len(names) == 1:
         return True
     shapes = {state[name].shape if name in state else None for name in names}

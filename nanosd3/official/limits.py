@@ -1,4 +1,4 @@
-"""Validate configs and tokenizers from files: consistent, and of plausible size.
+"""Check that configs and tokenizers from files are consistent and of plausible size.
 
 Every size is bounded before anything is built from it, with some headroom over the largest released
 model. Numbers are finite, parts fit together, and what will be printed is printable.
@@ -14,7 +14,7 @@ from nanosd3.errors import InputError, shown
 from nanosd3.few_steps import ALL_SAMPLERS
 from nanosd3.text import Tokenizers
 
-LIMITS = {  # smallest and largest value of a field, wherever it stands
+LIMITS = {  # smallest and largest value of a field, wherever it occurs
     "depth": (1, 64),
     "layers": (1, 64),
     "blocks": (1, 8),
@@ -44,7 +44,7 @@ LEVELS = 8  # of the autoencoder
 
 
 def limited_config(content: object, path: Path) -> Config:
-    """The config in a file, as `config_from_dict` reads it, of possible sizes.
+    """The config in a file, as `config_from_dict` reads it, with plausible sizes.
 
     Raises InputError naming the first field that is not.
     """
@@ -69,8 +69,12 @@ def limited_config(content: object, path: Path) -> Config:
         (pooled <= mmdit.pooled_dim, "mmdit.pooled_dim", "is less than the CLIPs are wide"),
         (pooled <= text.t5.width, "text.t5.width", "is less than the CLIPs are wide"),
         (text.t5.width <= mmdit.context_dim, "text.t5.width", "is larger than mmdit.context_dim"),
-        (all(c.width % c.heads == 0 for c in clips), "text", "has CLIP heads that do not divide"),
-        (all(-1 <= c.pad < c.vocab for c in clips), "text", "pads a CLIP with no token of it"),
+        (
+            all(c.width % c.heads == 0 for c in clips),
+            "text",
+            "has CLIP heads that do not divide the width",
+        ),
+        (all(-1 <= c.pad < c.vocab for c in clips), "text", "pads a CLIP with an unknown token"),
         (all(known(c) for c in clips), "text", f"knows {' and '.join(ACTIVATION_FUNCTIONS)} only"),
         (0 <= 2 * config.padding < config.image_size, "padding", "is not within the image"),
         (config.sampling.shift > 0, "sampling.shift", "should be above 0"),
@@ -90,7 +94,7 @@ def known(clip: CLIPConfig) -> bool:
 
 
 def check_fields(part: object, name: str, path: Path) -> None:
-    """Raise InputError for a number that is not finite or out of its limits, or an odd name."""
+    """Raise InputError for a number that is not finite or outside its limits, or an odd name."""
     if is_dataclass(part):
         for field in fields(part):
             check_fields(getattr(part, field.name), f"{name}.{field.name}", path)
@@ -109,7 +113,7 @@ def check_fields(part: object, name: str, path: Path) -> None:
 
 
 def limited_tokenizers(content: object, config: Config, path: Path) -> Tokenizers:
-    """The tokenizers in a file, whose ids the config's encoders know."""
+    """The tokenizers in a file, with the vocabularies of the config's encoders."""
     try:
         tokenizers = Tokenizers.from_json(content)  # type: ignore[arg-type]
     except (KeyError, ValueError, TypeError, AttributeError) as error:

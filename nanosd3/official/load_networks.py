@@ -19,8 +19,8 @@ def open_networks(
     """Networks by name, each read when it is first used; with `staged` they are freed after use,
     otherwise they stay.
 
-    `dtype` None: a run keeps float32; official weights are in float32 on CPU and bfloat16 on a
-    GPU. Text encoders are never in float16, which T5 overflows. Raises InputError for tensors that
+    `dtype` None: a run keeps float32; official weights are in float32 on CPU and bfloat16 on a GPU.
+    Text encoders are never in float16, in which T5 overflows. Raises InputError for tensors that
     are missing or misshapen.
     """
     check(checkpoint)

@@ -1,9 +1,9 @@
 """Compare a checkpoint with what the model needs: missing, unexpected and misshapen tensors.
 
 Loading is strict: every tensor must be there, in the right shape, in floating point. Unexpected
-tensors are reported and ignored, except a few that official files are known to hold; but where they
-belong to the network itself, such as a block beyond its depth, the model is another one and is
-refused. No weights are read: shapes are compared with those of modules on the meta device.
+tensors are reported (except a few that official files are known to hold) and ignored; but if they
+belong to the network itself, such as a block beyond its depth, it is another model and is refused.
+No weights are read: shapes are compared with those of modules on the meta device.
 """
 
 import re
@@ -17,7 +17,7 @@ from nanosd3.official.checkpoint import Checkpoint
 from nanosd3.official.key_names import is_known_extra
 from nanosd3.official.tensors import State
 
-NETWORK = {  # keys of a network's own layers, and of such as another version of it has
+NETWORK = {  # keys of a network's own layers, and of layers that other versions have
     "mmdit": r"joint_blocks\.|context_processor\.|register(_tokens)?$",
     "vae": r"(encoder|decoder)\.(down|up|mid)\.",
     "clip_l": r"text_model\.encoder\.",
@@ -105,7 +105,7 @@ def problems_of(checkpoint: Checkpoint) -> list[str]:
 
 
 def problems_of_part(config: Config, name: str, state: State) -> list[str]:
-    """The same of a component, compared with that of a config."""
+    """The same for one component, compared with what the config needs."""
     comparison = check_part(config, name, state)
     return [
         *(f"{name} lacks {key}" for key in comparison.missing),
@@ -115,7 +115,7 @@ def problems_of_part(config: Config, name: str, state: State) -> list[str]:
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Raise InputError listing the tensors that are missing, misshapen or of another model."""
+    """Raise InputError listing the tensors that are missing, misshapen or from another model."""
     if problems := problems_of(checkpoint):
         kinds = "missing or misshapen"
         if any(" has no " in problem for problem in problems):

@@ -1,4 +1,4 @@
-"""A training run of this project: its config, tokenizers and weights; what it exports with them."""
+"""A training run of this project: config, tokenizers and weights; the metadata of its exports."""
 
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
@@ -69,7 +69,7 @@ def open_run_transformer(run: Run) -> tuple[Config, State]:
     positions = sincos_positions(width, grid, config.mmdit.grid_sample, config.mmdit.grid_span)
     averages["pos_embed"] = positions  # a buffer, which no state holds
     return config, {
-        name: replace(in_memory(name, tensor, folder), read=tensor.clone)  # anew for each network
+        name: replace(in_memory(name, tensor, folder), read=tensor.clone)  # a copy for each network
         for name, tensor in averages.items()
     }
 
@@ -107,8 +107,8 @@ def uses_other_encoders(folder: Path) -> bool:
 
 def base_places(run: Run) -> list[Path]:
     """Where to look for the model whose encoders a run was trained on: where it was then, beside
-    the run, in the run, and for a run inside another (turbo) beside that one. It may have come
-    from a machine with other separators."""
+    the run, in the run, and for a run inside another (turbo) beside that one. The stored path may
+    be from a machine with other separators."""
     stored = run.identity[WEIGHTS]
     name = PureWindowsPath(stored).name if "\\" in stored else Path(stored).name
     around = (run.folder.parent, run.folder, run.folder.resolve().parent.parent)
@@ -134,7 +134,7 @@ def config_from_metadata(content: object, path: Path) -> tuple[Config, Tokenizer
 
 def refuse_own(parts: dict[str, State], path: Path) -> None:
     """Raise InputError if the text encoders have the vocabulary of a model trained here: another
-    program has saved it, and left out what shapes do not tell."""
+    program has saved that model, and left out what shapes do not tell."""
     clip = parts.get("clip_l") or parts.get("clip_g") or {}
     tables = (f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "position"))
     found = tuple(clip[name].shape[0] for name in tables if name in clip and clip[name].shape)

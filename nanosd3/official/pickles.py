@@ -120,7 +120,7 @@ def follow(source: io.BytesIO, storages: dict[str, Storage] | None = None) -> ob
 
 
 def combine(name: str, stack: list) -> None:
-    """Carry out an opcode that builds something of what is on top of the stack."""
+    """Carry out an opcode that builds something from what is on top of the stack."""
     if name in ("PROTO", "FRAME"):
         return
     if name in ("TUPLE1", "TUPLE2", "TUPLE3"):
@@ -149,7 +149,7 @@ def combine(name: str, stack: list) -> None:
 
 
 def above_mark(stack: list) -> list:
-    """Take off the stack all that is above the last mark, and the mark."""
+    """Pop the last mark and everything above it; return what was above it."""
     items = []
     while (item := stack.pop()) is not MARK:
         items.append(item)
@@ -162,7 +162,7 @@ def pairs(items: list) -> Iterable[tuple]:
 
 def dictionary(items: Iterable) -> dict:
     """A dictionary of pairs, whose keys may only be text and numbers: hashing a nested tuple may
-    take forever. Numbers become text: chosen ones may all have hashes that collide, text cannot."""
+    take forever. Numbers become text: their hashes can be made to collide, those of text cannot."""
     made = {}
     for key, value in items:
         large = isinstance(key, int) and key.bit_length() > 64  # too long to write out
@@ -175,7 +175,7 @@ def dictionary(items: Iterable) -> dict:
 def qualified(stack: list) -> str:
     """The name of a global whose module and name are on the stack."""
     name, module = stack.pop(), stack.pop()
-    if not isinstance(module, str) or not isinstance(name, str):  # which may take forever to write
+    if not isinstance(module, str) or not isinstance(name, str):  # may take forever to write out
         raise ValueError("a function whose name is no text")
     return f"{module}.{name}"
 
@@ -205,7 +205,7 @@ def storage_of(reference: tuple) -> Storage:
 
 
 def noted(function: Call, arguments: tuple) -> object:
-    """What a call would give: a tensor's description, a dictionary, else the call itself."""
+    """What a call would return: a tensor's description, a dictionary, else the call itself."""
     if function.function == "_rebuild_from_type_v2":  # with attributes, as a buffer has
         function, _, arguments, _ = arguments
     name = function.function
@@ -225,10 +225,10 @@ def noted(function: Call, arguments: tuple) -> object:
 
 
 def dense_tensor(name: str, arguments: tuple) -> PickledTensor | Call:
-    """The tensor that a function of DENSE would give. The call itself if its numbers are not those
-    of the storage, but their conjugates or negatives."""
+    """The tensor that a function of DENSE would return; the call itself if the tensor's numbers are
+    not those of the storage, but their conjugates or negatives."""
     storage, offset, shape, stride, *rest = arguments[:8]
-    # Anything but a tuple would have to be copied, as often as it is referred to.
+    # Anything but a tuple would have to be copied each time it is referred to.
     if not isinstance(storage, Storage) or type(shape) is not tuple or type(stride) is not tuple:
         raise ValueError("a tensor without a storage or a shape")
     dtype: object = storage.dtype

@@ -18,11 +18,11 @@ from nanosd3.storage.files import read_json, unreadable
 from nanosd3.storage.mapped import places
 
 NAME_LENGTH = 500  # characters; official ones have up to 100
-MAX_NESTING = 3  # dictionaries in dictionaries of a checkpoint
+MAX_NESTING = 3  # how deep dictionaries may be nested in a checkpoint's
 
 
 def open_weights(path: Path, pickles: bool = True) -> State:
-    """The tensors of one file, by name; without `pickles` only safetensors will do.
+    """The tensors of one file, by name; without `pickles` only safetensors are accepted.
 
     Raises InputError if it is not a weight file.
     """
@@ -74,7 +74,7 @@ def open_safetensors(path: Path) -> State:
 def read_file_metadata(path: Path) -> dict[str, str]:
     """The metadata in a safetensors header; empty for other files."""
     try:
-        with safe_open(path, framework="np") as file:  # which maps the file to read only
+        with safe_open(path, framework="np") as file:  # maps the file read-only
             return file.metadata() or {}
     except (OSError, MemoryError, SafetensorError):
         return {}
@@ -97,9 +97,9 @@ def open_pickle(path: Path) -> State:
 
 def named_tensors(content: dict) -> Iterator[tuple[str, PickledTensor | Call]]:
     """Tensors of any kind in dictionaries, at most four deep, with dotted names. Each dictionary
-    counts once, so that one which stands under two keys is not two models."""
+    counts once, so that one stored under two keys is not two models."""
     todo, seen = [("", content, 0)], set()
-    for prefix, part, depth in todo:  # which grows
+    for prefix, part, depth in todo:  # grows during the loop
         if id(part) in seen or depth > MAX_NESTING:
             continue
         seen.add(id(part))

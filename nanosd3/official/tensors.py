@@ -19,8 +19,8 @@ from nanosd3.storage.mapped import Parts
 
 State = dict[str, "StoredTensor"]
 
-SAMPLED = "sampled-"  # in front of a fingerprint
-MATRIX_VALUES = 256  # values of a matrix in it, about
+SAMPLED = "sampled-"  # prefix of a fingerprint
+MATRIX_VALUES = 256  # values of each matrix in it, roughly
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def fingerprint(parts: dict[str, State], like: str | None = None) -> str:
     tensor, all values of vectors (biases and norms), which any training changes, and some of every
     matrix, which a merged LoRA changes.
 
-    To be compared with the stored fingerprint `like`, it is made as that one was: earlier versions
+    For comparison with a stored fingerprint `like`, it is made as that one was: earlier versions
     took no values of matrices.
     """
     earlier = like is not None and not like.startswith(SAMPLED)
