@@ -7,9 +7,9 @@ and rarely in between. A step lists every such point; training_memory.py takes t
 
 Not counted: tensors whose size does not depend on the width (means, logsumexp), scratch memory of
 libraries, and what an allocator reserves. tests/measure/test_memory.py compares the formula with
-measurements: in float32 on a CPU, and with PyTorch's FSDP2 in both precisions; for bfloat16 with
-autocast, with what autograd saves when CUDA's casts are imitated. On an H200
-it was within 9% of the measured peak.
+measurements: in float32 on a CPU, and with PyTorch's FSDP2 in both precisions. For bfloat16 with
+autocast, the formula is compared with what autograd saves when CUDA's casts are imitated. On an
+H200 it was within 9% of the measured peak.
 """
 
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ class Step:
             4  hidden layer
             1  output of the MLP, needed for the gradient of the gate
 
-        These are 14. (The copy is made on a CPU by joining heads, on CUDA by splitting streams.)
+        In total 14. (The copy is made on a CPU by joining heads, on CUDA by splitting streams.)
 
         QK norms save their inputs, a single tensor with v: 3. On a CPU the norm is several
         operations, which also save the 2 normalised tensors before the weight is applied; on CUDA,
@@ -175,8 +175,8 @@ class Autocast(Step):
             8      output of the GELU
             4      output of the MLP, cast for the residual sum
 
-        These are 48. Text saves 2 for the output of the MLP and no sum, but 4 + 4 for both inputs
-        of the norms, cast to float32: 50. QK norms save q and k in float32: 8.
+        In total 48. Text saves 2 for the output of the MLP and no sum, but 4 + 4 for both inputs of
+        the norms, cast to float32: 50. QK norms save q and k in float32: 8.
         """
         dual, norm = i in self.config.dual_attention, self.config.qk_norm
         image, text, vectors = 48 + 8 * norm, 50 + 8 * norm, 48

@@ -1,6 +1,6 @@
 """Time, memory and outputs next to diffusers and transformers, on the same weights and inputs.
 
-Machines are noisy: a time on its own means little, the ratio of two times measured back to back
+Machines are noisy: a time on its own means little; the ratio of two times measured back to back
 means more. So both implementations run in turn, several times, and the median of the ratios counts.
 Outputs are compared too: a fast wrong answer is not fast.
 """
@@ -88,8 +88,7 @@ def require_diffusers() -> None:
 def reference_model(config: Config, part: str, ours: nn.Module) -> nn.Module:
     """The same part in diffusers or transformers, sharing memory with the weights of `ours`.
 
-    It has copies of those of convolutions in the usual layout: from ours it would take the faster
-    one.
+    Weights of convolutions are copied to the usual layout: from ours it would take the faster one.
     """
     import diffusers
     import transformers

@@ -29,7 +29,7 @@ def patch_features(config: MMDiTConfig) -> int:
 
 
 def embedders(config: MMDiTConfig) -> list[Matrix]:
-    """The linear layers in front of the blocks."""
+    """The linear layers before the blocks."""
     D = config.width
     vectors = [TIMESTEP_FEATURES, D, config.pooled_dim, D]
     tokens = [Matrix("image", patch_features(config), D), Matrix("text", config.context_dim, D)]
@@ -37,7 +37,7 @@ def embedders(config: MMDiTConfig) -> list[Matrix]:
 
 
 def final_layer(config: MMDiTConfig) -> list[Matrix]:
-    """The linear layers behind the blocks."""
+    """The linear layers after the blocks."""
     D = config.width
     return [Matrix("vector", D, 2 * D), Matrix("image", D, patch_features(config))]
 

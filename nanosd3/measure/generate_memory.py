@@ -1,4 +1,4 @@
-"""Peak memory of a whole run of `generate`, measured in a process of its own (Linux).
+"""Peak memory of a whole run of `generate`, measured in a separate process (Linux).
 
 The pipeline is meant to hold one network at a time, so the peak should be the program and its
 largest part, not the sum of all parts.
@@ -37,7 +37,7 @@ print(before, process_memory("VmHWM"))
 
 @dataclass(frozen=True)
 class RunMemory:
-    """Bytes."""
+    """The memory of a run, in bytes."""
 
     weights: dict[str, int]  # of each part, in float32
     before: int  # of the process before any weights are loaded
@@ -62,7 +62,7 @@ def in_subprocess(function: Callable[..., Returned], *arguments: object) -> Retu
 
 
 def write_random(config: Config, path: Path, without: Collection[str]) -> dict[str, int]:
-    """Write a random model as a single float16 file; the number of values in each part."""
+    """Write a random model as a single float16 file; return the number of values in each part."""
     state: dict[str, Tensor] = {}
     counts = {}
     for part in COMPONENTS:
@@ -78,8 +78,8 @@ def write_random(config: Config, path: Path, without: Collection[str]) -> dict[s
 def measure_run(
     config: Config, size: int, without: Collection[str], folder: Path | None
 ) -> RunMemory:
-    """Run `generate` for two steps on random weights, written below `folder` and removed again,
-    with some text encoders left out. Raises InputError if it fails."""
+    """Run `generate` for two steps on random weights, which are written below `folder` and then
+    removed, with some text encoders left out. Raises InputError if it fails."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         path = Path(name) / f"{config.name}.safetensors"
         counts = in_subprocess(write_random, config, path, without)

@@ -1,10 +1,10 @@
-"""How the time and memory of a training step grow with depth, with image tokens, with the batch.
+"""How the time and memory of a training step grow with depth, image tokens and batch.
 
-One of the three varies at a time while the other two stay at half of their largest value.
-Measurements are compared with the formulas: FLOPs (costs.py) at a single speed for all steps, and
-memory (training_memory.py) with no free parameter. Times lie above the line where steps are too
-small to keep the machine busy. Memory is that of gradients and activations; the size of weights
-and moments is known exactly.
+One of the three varies at a time while the other two stay at half their largest value. Measurements
+are compared with the formulas: FLOPs (costs.py) at a single speed for all steps, and memory
+(training_memory.py) with no free parameter. Times lie above the line where steps are too small to
+keep the machine busy. Memory is that of gradients and activations; the size of weights and moments
+is known exactly.
 """
 
 import statistics
@@ -58,7 +58,7 @@ def half(largest: StepShape) -> StepShape:
 
 
 def sweep(largest: StepShape, name: str, values: Iterable[int]) -> list[StepShape]:
-    """Shapes in which `name` takes these values and the others are half of their largest."""
+    """Shapes in which `name` takes these values and the others are at half their largest."""
     return [half(largest)._replace(**{name: value}) for value in values]
 
 

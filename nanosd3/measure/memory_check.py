@@ -56,8 +56,8 @@ def autoencoder_rows(config: Config) -> int:
 
 @cache
 def autoencoder_memory(vae: VAEConfig, side: int) -> tuple[int, int]:
-    """Bytes of the weights, gradients and moments, and of what autograd saves for each image, of an
-    autoencoder trained on side x side pixels in float32. It is built, but holds no numbers."""
+    """For an autoencoder trained on side x side pixels in float32: bytes of weights, gradients and
+    moments, and of what autograd saves for each image. It is built, but holds no numbers."""
     with torch.device("meta"):
         network, x = AutoencoderKL(vae), torch.empty(1, vae.image_channels, side, side)
     weights = {p.untyped_storage()._cdata: p for p in network.parameters()}
@@ -76,8 +76,8 @@ def autoencoder_memory(vae: VAEConfig, side: int) -> tuple[int, int]:
 
 
 def refuse_large_autoencoder(config: Config) -> None:
-    """Raise InputError if training the autoencoder needs more memory than there is. No option of
-    the transformer's training shrinks that."""
+    """Raise InputError if training the autoencoder needs more memory than there is. No option for
+    training the transformer reduces that."""
     weights, held = autoencoder_memory(config.vae, config.image_size)
     need, (available, where) = weights + autoencoder_rows(config) * held, memory_found()
     if available < need / 1e9:

@@ -17,7 +17,7 @@ from nanosd3.measure.random_models import Forward
 
 
 def training_step(model: nn.Module, forward: Forward, target: Tensor) -> Callable[[], Tensor]:
-    """A function that makes one training step and returns its loss: forward, mean squared error,
+    """A function that runs one training step and returns its loss: forward, mean squared error,
     backward, gradient clipping, AdamW."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.99), fused=True)

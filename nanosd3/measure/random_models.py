@@ -22,7 +22,7 @@ def random_model(config: Config, part: str, device: torch.device, dtype: torch.d
     """A part, accelerated, with random weights scaled so that activations keep their size.
 
     T5 does not divide its logits by sqrt(head_dim), so its queries are drawn that much smaller:
-    otherwise its attention is a hard maximum, which bfloat16 decides differently.
+    otherwise its attention would be a hard maximum, which bfloat16 decides differently.
     """
     module = accelerate(on_meta(config, part)).to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
@@ -43,7 +43,7 @@ def tensor_bytes(module: nn.Module) -> int:
 
 
 def with_depth(config: Config, depth: int) -> Config:
-    """The config with a transformer of another depth, and thereby another width."""
+    """The config with a transformer of another depth, and therefore another width."""
     dual = tuple(i for i in config.mmdit.dual_attention if i < depth)
     return replace(config, mmdit=replace(config.mmdit, depth=depth, dual_attention=dual))
 

@@ -1,4 +1,4 @@
-"""Is image generation faster than with diffusers, and the result the same? Both run in pairs."""
+"""Is image generation faster than with diffusers, and is the result the same? Both run in pairs."""
 
 import statistics
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """`python -m nanosd3.bench cuda`: run all checks, each with a time limit.
 
-Results are written after every row, so an interrupted command keeps what it has. A missed goal of
-speed or size is reported but is not a failure; a wrong answer is.
+Results are written after every row, so an interrupted command keeps what it has. A missed speed or
+size goal is reported but is not a failure; a wrong answer is.
 """
 
 import argparse

@@ -176,7 +176,7 @@ def short_training(
     compute: Compute | None = None,
 ) -> ShortTraining:
     """Train the tiny network for some steps, resuming from the state in `folder` if there is one;
-    its losses and averaged weights. SIGINT, as from Ctrl-C, is raised at step `interrupt_at`."""
+    return losses and averaged weights. SIGINT, as from Ctrl-C, is raised at step `interrupt_at`."""
     config = CONFIGS["tiny"]
     recipe = Recipe(TRAINING_STEPS, batch=16, lr=2e-3, warmup=2, weight_decay=0.0)
     if not (folder / "run.json").exists():
@@ -226,7 +226,7 @@ def deterministic() -> Iterator[None]:
 
 
 def resume(setting: Setting) -> Iterator[Row]:
-    """A float32 training that is interrupted and resumed, against one that is not."""
+    """A float32 training run that is interrupted and resumed, against one that is not."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with deterministic():

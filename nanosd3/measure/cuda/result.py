@@ -29,7 +29,7 @@ class Row:
     unit: str = ""
     aim: str = ""
     met: bool = True
-    goal: bool = False  # a goal of speed or size: missing it does not make the answer wrong
+    goal: bool = False  # a speed or size goal: missing it does not make the answer wrong
 
 
 def at_most(what: str, value: float, aim: float, unit: str = "") -> Row:
@@ -73,7 +73,7 @@ class Setting:
         return number if self.full else min(number, 2)
 
     def goal(self, row: Row) -> Row:
-        """Mark the aim of a row as a goal of speed or size; small configs have none."""
+        """Mark the aim of a row as a speed or size goal; small configs have none."""
         return replace(row, goal=True) if self.full else Row(row.what, row.value, row.unit)
 
     def random_model(self, config: Config, part: str, dtype: torch.dtype) -> nn.Module:
@@ -81,7 +81,7 @@ class Setting:
         return random_model(config, part, self.device, dtype)
 
     def require_memory(self, gigabytes: float) -> None:
-        """Raises Unavailable if less GPU memory is free; small configs always fit."""
+        """Raise Unavailable if less GPU memory is free; small configs always fit."""
         if self.device.type != "cuda" or not self.full:
             return
         torch.cuda.empty_cache()
@@ -95,8 +95,8 @@ class Setting:
             torch.cuda.synchronize(self.device)
 
     def compile(self, blocks: Iterable[nn.Module]) -> str:
-        """Compile blocks in place; the name of the backend. On a CPU this traces without generating
-        code, which would take minutes and is not what is checked there."""
+        """Compile blocks in place; return the name of the backend. On a CPU this traces without
+        generating code, which would take minutes and is not what is checked there."""
         backend = "inductor" if self.device.type == "cuda" else "aot_eager"
         compile_blocks(blocks, backend)
         return backend
@@ -104,7 +104,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Check:
-    """A named check: its rows, its time limit, environment variables its process needs."""
+    """A named check: its rows, its time limit, and environment variables its process needs."""
 
     name: str
     rows: Callable[[Setting], Iterator[Row]]

@@ -1,6 +1,6 @@
 """How fast is image generation, how much memory does it need, and where does the time go?
 
-Weights are random, which changes neither. The time of an image is the sum of its parts, each
+Weights are random, which changes none of this. The time of an image is the sum of its parts, each
 measured warm: text encoders, sampling steps, decoder. Utilisation is the FLOPs of the formula
 (costs.py) per second, as a share of what the largest matrix product reaches on this machine.
 """

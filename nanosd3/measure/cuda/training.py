@@ -1,8 +1,8 @@
 """How fast is training, and does the memory formula hold?
 
 A step is forward, loss, backward, gradient clipping, AdamW and EMA, as in the training loop, on
-random latents and text. The batch is the largest power of two that fits by the formula. FLOPs
-utilisation counts the FLOPs of the formula (costs.py) without recomputation.
+random latents and text. The batch is the largest power of two that fits according to the formula.
+FLOPs utilisation counts the FLOPs of the formula (costs.py) without recomputation.
 """
 
 import itertools

@@ -28,7 +28,7 @@ def work(connection: Connection, setting: Setting, log: Path, threads: int | Non
     with contextlib.suppress(OSError, AttributeError):  # a group, to be killed with its children
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
-    with open(log, "a", encoding="utf-8") as file:  # libraries write past sys.stdout
+    with open(log, "a", encoding="utf-8") as file:  # libraries bypass sys.stdout
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     set_up(threads)
@@ -42,8 +42,8 @@ def work(connection: Connection, setting: Setting, log: Path, threads: int | Non
 
 
 def outcome(check: Check, setting: Setting, connection: Connection) -> tuple[CheckState, str]:
-    """Run a check and send its rows; its state and the reason for it."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # `resume` interrupts a training
+    """Run a check and send its rows; return its state and the reason for it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `resume` interrupts training
     missed = wrong = 0
     try:
         for row in check.rows(setting):
@@ -86,7 +86,7 @@ class Worker:
         self.ready = self.busy = False
 
     def run(self, check: Check, seconds: float) -> Iterator[tuple[CheckState, str] | Row]:
-        """Run a check: its rows, then its state and the reason. Stop waiting after the time
+        """Run a check: yield its rows, then its state and the reason. Stop waiting after the time
         limit, which excludes the start of the process."""
         end, self.busy = time.monotonic() + seconds, True
         try:
