@@ -161,8 +161,8 @@ def pairs(items: list) -> Iterable[tuple]:
 
 
 def dictionary(items: Iterable) -> dict:
-    """A dictionary of pairs, whose keys may only be text and numbers: hashing a nested tuple may
-    take forever. Numbers become text: their hashes can be made to collide, those of text cannot."""
+    """A dictionary of pairs, whose keys may not be tuples: hashing a nested one may take forever.
+    Numbers become text: their hashes can be made to collide, those of text cannot."""
     made = {}
     for key, value in items:
         large = isinstance(key, int) and key.bit_length() > 64  # too long to write out

@@ -107,7 +107,7 @@ def preview(pipeline: Pipeline, step: int, prompts: list[str], folder: Path, is_
 def previews(
     job: Job, features: Features, prompts: list[str]
 ) -> Callable[[int, ParallelModel], None]:
-    """A callback for `train_flow` that draws `prompts` at the evaluation interval."""
+    """A callback for `train_flow` that draws `prompts`, PREVIEWS times per run."""
     every = every_so_often(job.training.flow.steps, PREVIEWS)
 
     def watch(step: int, average: ParallelModel) -> None:

@@ -96,8 +96,7 @@ def validation_loss(job: Job, features: Features, network: Network) -> list[floa
 
 
 def validated_at_once(job: Job, features: Features, one: Tensor) -> int:
-    """How many images of the size of this one are validated at once: no more than fit into memory
-    when one trains."""
+    """How many images of the size of `one` are validated at once, so that they fit into memory."""
     config, (mean, _) = job.config, features.latents(one)
     tokens = config.text.clip_l.length + config.text.t5.length
     return min(VALIDATION_BATCH, latents_at_once(config.mmdit, mean[0, 0].numel(), tokens))
