@@ -70,7 +70,7 @@ lines(
 # linear layers cost the same for each token, however many there are. Only attention has pairs of
 # tokens, and for wide tokens its share is small. In the paper smaller patches make better images at
 # every size, so what counts is the work, not the number of weights: from XL/8 to XL/2, which have
-# nearly as many weights, FID falls from 106 to 19 (section 5, at 400,000 steps).
+# nearly the same number, FID falls from 106 to 19 (section 5, at 400,000 steps).
 #
 # </details>
 

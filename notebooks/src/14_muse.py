@@ -31,9 +31,9 @@ from nanosd3.samplers import euler, guided
 # ## An alphabet for pictures
 #
 # The autoencoder of notebook 07 gives each position of its latents any numbers. Here an encoder $E$
-# gives position $i$ a vector $z_i$ of 8 numbers, and takes the nearest of an alphabet of $K$
-# vectors $e_k$, the **codes**. The number of that code is the **token**, all that is kept of the
-# position (van den Oord et al., arXiv 1711.00937; VQGAN, arXiv 2012.09841, eq. 2):
+# gives position $i$ a vector $z_i$ of 8 numbers, for which the nearest of an alphabet of $K$
+# vectors $e_k$, the **codes**, is taken. The number of that code is the **token**, all that is kept
+# of the position (van den Oord et al., arXiv 1711.00937; VQGAN, arXiv 2012.09841, eq. 2):
 #
 # $$s_i = \mathrm{argmin}_k |z_i - e_k|$$
 #

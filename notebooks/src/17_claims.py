@@ -337,7 +337,7 @@ lines(curves, "t (0 data, 1 noise)", "share in what is asked", "What two formula
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# At $t = 0$, $v$ is the noise, at $t = 1$, minus the image: always what cannot be seen. Rectified
+# $v$ is the noise at $t = 0$ and minus the image at $t = 1$: always what cannot be seen. Rectified
 # flow asks for both everywhere, so its network must also pass on what it sees. A deep network does
 # that easily; one of a single block may have to spend part of its capacity on it. That is a guess,
 # and it would take an experiment with more blocks to tell.
