@@ -19,7 +19,7 @@ UNKNOWN = 110  # the grey of a hidden token, in a picture of 0 to 255
 
 
 def written(pictures: np.ndarray, tokens: Tensor, caption: str) -> None:
-    """Pictures (n, H, W), with the grid of their tokens (n, h, w), and beside it the numbers."""
+    """Pictures (n, H, W) under the grid of their tokens (n, h, w); beside each, the tokens."""
     figure, axes = panels(2 * len(pictures), 2.0, 2.3)
     (height, width), side = tokens.shape[1:], pictures.shape[1]
     f = side // height
@@ -39,8 +39,8 @@ def written(pictures: np.ndarray, tokens: Tensor, caption: str) -> None:
 
 
 def codebook(pictures: np.ndarray, tokens: Tensor, codes: int, caption: str) -> None:
-    """For each code, the most frequent first, the mean of pictures (n, H, W) around the positions
-    where it is the token, of (n, h, w): the position, framed, and as much again on every side."""
+    """For each code, most frequent first, the mean of pictures (n, H, W) around the positions where
+    it is the token in `tokens` (n, h, w): the position, framed, and as much again on every side."""
     f = pictures.shape[1] // tokens.shape[1]
     padded = np.pad(pictures.astype(float), ((0, 0), (f, f), (f, f)))
     around = np.lib.stride_tricks.sliding_window_view(padded, (3 * f, 3 * f), (1, 2))[:, ::f, ::f]

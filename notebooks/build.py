@@ -6,8 +6,8 @@ so the build is deterministic; a test compares the committed files with it.
 
 `--execute` runs the notebooks whose outputs are older than their code, or those that are named
 (`--execute 01 06`, `--execute all`), and keeps the outputs. A build without it keeps the outputs of
-cells whose code has not changed and names the notebooks that ought to be executed again. `--site
-FOLDER` makes pages to read in a browser. `--lesson` trains the model that they use, in `lesson`.
+cells whose code has not changed and names the notebooks that should be executed again. `--site
+FOLDER` makes pages to read in a browser. `--lesson` trains the model they use, into `lesson`.
 
 The same first cell is inserted after every title. It makes the package importable. If REPOSITORY is
 set, it also clones it on Colab, where only the notebook itself is present.
@@ -38,7 +38,7 @@ INSTALL = """import os, sys
 sys.path[:0] = [os.path.abspath(".."), os.path.abspath(".")]
 import nanosd3  # before torch: on a busy machine, threads that wait then leave it their core"""
 FORMATTER_PRAGMA = re.compile(r"  # fmt: skip$", re.MULTILINE)  # clutter for a reader
-QUESTION, EXPLANATION = "**PREDICT.**", "<details>"  # which is folded in the text
+QUESTION, EXPLANATION = "**PREDICT.**", "<details>"  # an explanation is folded
 COVER = "Predicted? Then see what happened"  # above folded outputs; also the summary on the site
 MARK = "nanosd3_executed"  # in the metadata: the digest of the code that made the outputs
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -71,9 +71,9 @@ def convert(source: Path) -> NotebookNode:
 
 
 def hide_answers(notebook: NotebookNode) -> None:
-    """Fold the outputs between a question to be answered first and the text that explains them, or
-    the next text; those of exercises stay. JupyterLab opens them when the cell is run, the site at
-    a click."""
+    """Fold the outputs between a question and the text that explains them (or else the next text);
+    those of exercises stay open. JupyterLab unfolds them when the cell is run, the site when they
+    are clicked."""
     texts = [cell.source for cell in notebook.cells]
     asked = False
     for i, cell in enumerate(notebook.cells):
@@ -134,7 +134,7 @@ def digest(notebook: NotebookNode) -> str:
 
 
 def keep_outputs(notebook: NotebookNode, path: Path) -> None:
-    """Take over the outputs of the file at `path`, of each cell whose code is the same there."""
+    """Copy the outputs of each cell whose code is the same in the file at `path`."""
     try:
         before = nbformat.read(path, as_version=4)
     except (OSError, nbformat.reader.NotJSONError):
@@ -149,7 +149,7 @@ def keep_outputs(notebook: NotebookNode, path: Path) -> None:
 
 
 def state(notebook: NotebookNode) -> str:
-    """What is wrong with the outputs: "", or why the notebook ought to be executed."""
+    """What is wrong with the outputs: "", or why the notebook should be executed."""
     if MARK not in notebook.metadata:
         return "no outputs"
     return "" if notebook.metadata[MARK] == digest(notebook) else "outputs older than the code"
@@ -161,7 +161,7 @@ def state(notebook: NotebookNode) -> str:
 def chosen(names: list[str], states: dict[str, str]) -> list[str]:
     """The notebooks to execute: by number or name, "all", or those whose outputs are not current.
 
-    Raises ValueError for a name that is none of them.
+    Raises ValueError for any other name.
     """
     if not names:
         return [stem for stem, reason in states.items() if reason]

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from nanosd3.training.grids_and_gifs import gif, grid
 
-MILLISECONDS, LAST = 250, 700  # that a frame is shown, and the last one
+MILLISECONDS, LAST = 250, 700  # how long each frame is shown, and the last
 
 
 def animation(rows: Mapping[str, Tensor | np.ndarray]) -> bytes:
     """A looping GIF of clips uint8 (n, T, H, W), given as label -> clips, a row for each label. It
-    has eight greys, of which the darkest hides what would make it large."""
+    has only eight greys: the darkest hides what would make the file large."""
     clips = {label: to_numpy(row) // 32 * 36 for label, row in rows.items()}
     count = len(next(iter(clips.values()))[0])
     frames = [grid([(label, row[:, t]) for label, row in clips.items()])
@@ -28,8 +28,8 @@ def play(rows: Mapping[str, Tensor | np.ndarray], caption: str) -> None:
 
 
 def tracks(parts: Mapping[str, Tensor], side: tuple[int, int], caption: str) -> None:
-    """Where things are from frame to frame: centres (n, T, 2), rows and columns, in frames of a
-    height and a width. The last place of each has a mark."""
+    """Where things are from frame to frame: centres (n, T, 2), rows and columns, in frames of this
+    height and width. The last place of each is marked."""
     figure, axes = panels(len(parts), 2.4, 2.9)
     height, width = side
     for axis, (title, centre) in zip(axes, parts.items(), strict=True):

@@ -1,5 +1,5 @@
-"""The book's drawings: `python notebooks/draw.py` writes them all to nanosd3/assets/pictures, those
-that move and their stills as well.
+"""The book's drawings: `python notebooks/draw.py` writes them all to nanosd3/assets/pictures, with
+the moving ones and their stills.
 
 They are written as text, without a library; sizes come from the configs and curves from the
 package's functions, and tests compare them with the modules. Two runs are the same byte for byte.

@@ -28,7 +28,7 @@ def by_seed(
     ranks: Mapping[str, Sequence[float]], ylabel: str, caption: str, subject: str = ""
 ) -> None:
     """A line for each name through its values, seed by seed; 1, the best, on top. The line of the
-    subject is green. Names are moved where they would lie on each other."""
+    subject is green. Names that would overlap are moved apart."""
     figure, (axis,) = panels(1, 6.4, 3.6)
     everything = [value for values in ranks.values() for value in values]
     gap = 0.07 * (max(everything) - min(everything))
@@ -66,8 +66,8 @@ def pairs(parts: Mapping[str, Mapping[str, Sequence[float]]], ylabel: str, capti
 def two_scores(
     scores: Tensor, names: Sequence[str], caption: str, fronts: Sequence[int] | None = None
 ) -> None:
-    """Points (accuracy, Frechet ratio) with their names; members of a front are joined. Those with
-    far larger ratios than the best would hide what is between the others, and are only named."""
+    """Points (accuracy, Frechet ratio) with their names; members of a front are joined. Points
+    with ratios far above the best would hide what is between the others, and are only named."""
     figure, (axis,) = panels(1, 6.4, 3.8)
     points = to_numpy(scores)
     near = points[:, 1] < 1.3 * points[:, 1].min()
@@ -85,7 +85,7 @@ def two_scores(
 
 def name_points(axis: Axes, points: Mapping[str, Sequence[float]]) -> None:
     """Each name above its point, or where the names before leave room."""
-    axis.figure.draw_without_rendering()  # from here on it is known where things are
+    axis.figure.draw_without_rendering()  # only now are positions known
     taken = []
     for name, point in points.items():
         label = axis.annotate(name, point, PLACES[0], textcoords="offset points", ha="center",

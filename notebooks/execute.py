@@ -1,8 +1,8 @@
 """Run a notebook, and tidy its outputs: the same run gives the same file on any machine.
 
-Dropped are stderr (progress bars, warnings), the times of cells, the state of widgets, and the
-addresses and folders of this machine in what is printed. Pictures are written again as small as
-they get without a visible difference; what describes them in words (`figures.finish`) is kept.
+It drops stderr (progress bars, warnings), cell timings, widget state, and this machine's addresses
+and folders in printed text. Pictures are re-encoded as small as they get without a visible
+difference; their descriptions in words (`figures.finish`) are kept.
 """
 
 import base64
@@ -28,7 +28,7 @@ from nanosd3.storage.files import remove, replacing
 HERE = Path(__file__).parent.resolve()
 PICTURE_LIMIT = 100_000  # bytes of a picture
 CELL_TIMEOUT = 3600  # seconds
-VISIBLE = 12  # of 255: a pixel that differs less, on average far less, is not seen to differ
+VISIBLE = 12  # of 255: smaller differences, on average far smaller, go unnoticed
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours of a terminal
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -46,7 +46,7 @@ def make_lesson(folder: Path, threads: int | None) -> bool:
         if not with_lab(code, environment(threads) | {"NANOSD3_CACHE": cache}):
             return False
         run = next(Path(cache).glob("*/model"))
-        (run / "text.safetensors").unlink()  # clip and t5 again, as they are put to work
+        (run / "text.safetensors").unlink()  # clip and t5 again, ready for use
         with replacing(folder) as temporary:
             temporary.mkdir()
             for path in sorted(run.iterdir()):
@@ -64,7 +64,7 @@ def with_lab(code: str, env: dict[str, str]) -> bool:
 
 
 def environment(threads: int | None) -> dict[str, str]:
-    """Of a kernel. NANOSD3_STATIC asks for pictures in place of widgets."""
+    """The environment of a kernel. NANOSD3_STATIC asks for pictures in place of widgets."""
     names = {"NANOSD3_STATIC": "1"}
     if threads:
         names |= {"NANOSD3_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
@@ -199,7 +199,7 @@ def tidy_text(text: str) -> str:
 
 def small_png(content: bytes) -> bytes:
     """The same picture in fewer bytes: without transparency, and in grey or with a palette if
-    nobody sees the difference. One that moves (films.py) is left alone."""
+    nobody sees the difference. Animated ones (films.py) are left alone."""
     with Image.open(io.BytesIO(content)) as opened:
         if getattr(opened, "is_animated", False):
             return content

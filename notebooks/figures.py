@@ -65,12 +65,12 @@ def mixture(t: float) -> str:
 
 
 def in_words(description: str, caption: str) -> str:
-    """Both as sentences. A description may end with the colon before names, of which none is."""
+    """Both as sentences. A description may end with a colon when no names follow it."""
     return " ".join(part.rstrip(".: ") + "." for part in (description, caption) if part)
 
 
 def even_lines(text: str, width: int) -> list[str]:
-    """The text in as few lines of at most `width` characters as it needs, of about one length."""
+    """The text in as few lines of at most `width` characters as possible, of about equal length."""
     fewest = textwrap.wrap(text, width, break_on_hyphens=False)
     for narrower in range(max(map(len, text.split()), default=width), width):
         lines = textwrap.wrap(text, narrower, break_on_hyphens=False)
@@ -80,7 +80,7 @@ def even_lines(text: str, width: int) -> list[str]:
 
 
 def label_lines(label: str) -> str:
-    """The label of a row in lines that end, where that is enough, with a colon or a comma."""
+    """The label of a row in lines, broken after a colon or a comma where that is enough."""
     lines = [""]
     for part in re.split(r"(?<=[:,]) ", label):
         longer = f"{lines[-1]} {part}".strip()
@@ -89,7 +89,7 @@ def label_lines(label: str) -> str:
 
 
 def finish(figure: Figure, caption: str, description: str = "") -> None:
-    """Add the caption below and show the figure. Who cannot see it gets the description."""
+    """Add the caption below and show the figure. Those who cannot see it get the description."""
     width = int(figure.get_size_inches()[0] * 16)
     figure.supxlabel("\n".join(even_lines(caption, width)), fontsize=9, style="italic")
     ipython = sys.modules.get("IPython")
@@ -102,8 +102,8 @@ def finish(figure: Figure, caption: str, description: str = "") -> None:
 
 
 def show_bytes(kind: str, content: bytes, words: str) -> None:
-    """Show the content of a picture's file below a cell, described in words for who cannot see it;
-    nothing outside of a notebook."""
+    """Show the content of a picture's file below a cell, with a description in words for those who
+    cannot see it; outside a notebook, nothing."""
     ipython = sys.modules.get("IPython")
     if ipython is not None and ipython.get_ipython() is not None:
         data = {kind: base64.b64encode(content).decode(), "text/plain": "<Film>"}
@@ -125,8 +125,8 @@ def to_numpy(x: Tensor | np.ndarray | Sequence) -> np.ndarray:
 
 
 class PlainLogarithm(LogFormatterMathtext):
-    """Ticks of a logarithmic axis as numbers, 0.01 or 200, unless some would be too long: then all
-    of them as powers."""
+    """Ticks of a logarithmic axis as numbers, 0.01 or 200, or all of them as powers if some would
+    be too long."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         label = super().__call__(x, pos)
@@ -156,7 +156,7 @@ def lines(
     figure, (axis,) = panels(1, 6.4, 3.4)
     for i, (name, (x, y)) in enumerate(curves.items()):
         style: dict[str, Any] = {"marker": MARKS[i % len(MARKS)] if len(x) <= 20 else ""}
-        turn = i + i // len(SERIES)  # the fifth has the first's colour, and other dashes
+        turn = i + i // len(SERIES)  # the fifth has the first's colour but other dashes
         style |= {"linestyle": DASHES[turn % len(DASHES)], "markersize": 4, "label": name}
         colour = colour_of(name, SERIES[i % len(SERIES)])
         axis.plot(to_numpy(x), to_numpy(y), color=colour, **style)
@@ -202,7 +202,7 @@ def densities(
 
 
 def clouds(parts: Mapping[str, Tensor], caption: str, side: float = 3.0) -> None:
-    """Scatter plots side by side, given as title -> points (n, 2), whose colour is its title's."""
+    """Scatter plots side by side, given as title -> points (n, 2) in the title's colour."""
     figure, axes = panels(len(parts), 2.4, 2.9)
     for axis, (title, points) in zip(axes, parts.items(), strict=True):
         axis.scatter(*to_numpy(points).T, s=3, color=colour_of(title, MEANINGS["prediction"]))
@@ -213,7 +213,7 @@ def clouds(parts: Mapping[str, Tensor], caption: str, side: float = 3.0) -> None
 
 
 def ways(path: Tensor, caption: str, start: str = "noise", end: str = "data") -> None:
-    """Where points went: path (steps, n, 2), from `start`, open circles, to `end`, full ones."""
+    """Where points went: path (steps, n, 2), from `start` (open circles) to `end` (full ones)."""
     figure, (axis,) = panels(1, 4.2, 3.6)
     points = to_numpy(path)
     axis.plot(points[..., 0], points[..., 1], color=PALE, linestyle="-", linewidth=0.7)

@@ -1,7 +1,7 @@
-"""Moving pictures, where time is the subject, and the attention that one of them shows.
+"""Moving pictures, for where time is the subject, and the attention that one of them shows.
 
 A moving picture is an animated PNG: an image like any other to JupyterLab, VS Code, GitHub and
-browsers. Its default image, which paper and old viewers show, is no frame of it but a still: a few
+browsers. Its default image, which paper and old viewers show, is not a frame but a still: a few
 moments side by side. Pillow draws it, in the look of figures.py.
 """
 
@@ -32,7 +32,7 @@ STRONGEST = 0.8  # share of the prompt's colour where the tint is 1
 @contextmanager
 def attention_seen() -> Iterator[list[Tensor]]:
     """The weights (B, heads, queries, keys) of every attention that an MMDiT computes meanwhile, in
-    order. What it goes on with are the package's results, which the weights must give too."""
+    order. It goes on with the package's results, which are checked against the weights."""
     seen: list[Tensor] = []
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -135,8 +135,8 @@ def draw_frame(film: Film, i: int, caption: str) -> Page:
 
 
 def draw_still(film: Film, caption: str) -> Page:
-    """A few moments, not the first, often only noise: a column for each, or a row if there are many
-    pictures."""
+    """A few moments, without the first, which is often only noise: a column for each, or a row if
+    there are many pictures."""
     page = Page()
     moments = np.linspace(0, len(film.frames) - 1, MOMENTS + 1)[1:].round().astype(int).tolist()
     upright = len(film.names) > MOMENTS
@@ -155,7 +155,7 @@ def draw_still(film: Film, caption: str) -> Page:
 
 
 def palette(film: Film) -> Image.Image:
-    """The colours of all pages: greys, the same with the tint, and those that have a meaning."""
+    """The colours of all pages: greys, tinted greys, and the colours that have a meaning."""
     greys = np.linspace(0, 255, 10 if film.tint is None else 16)[:, None].repeat(3, axis=1)
     prompt = np.array(ImageColor.getrgb(MEANINGS["prompt"]))
     tints = np.linspace(0, STRONGEST, 1 if film.tint is None else 14)
@@ -167,7 +167,7 @@ def palette(film: Film) -> Image.Image:
 
 
 def animated_png(film: Film, caption: str) -> bytes:
-    """The content of its file: frames that follow each other again and again, and the still."""
+    """The content of its file: frames in an endless loop, and the still."""
     pages = [draw_still(film, caption)]
     pages += [draw_frame(film, i, caption) for i in range(len(film.frames))]
     box, few = (0, 0, WIDTH, max(page.y for page in pages) + GAP), palette(film)

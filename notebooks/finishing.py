@@ -1,5 +1,5 @@
-"""What all pages of the site have in common: anchors of headings, links that lead to pages,
-pictures that are described, tables that can be scrolled, and lines that break where they should."""
+"""What all pages of the site have in common: heading anchors, links that lead to pages, described
+pictures, tables that can be scrolled, and lines that break where they should."""
 
 import base64
 import io
@@ -13,8 +13,8 @@ from bs4 import BeautifulSoup, NavigableString, Tag
 from PIL import Image
 
 ROOT = Path(__file__).parent.resolve().parent
-LEGIBLE = 0.75  # of its size, which a picture with letters keeps on a telephone
-LONG = 40  # characters of a cell that is not to be narrow
+LEGIBLE = 0.75  # share of its size that a picture with letters keeps on a phone
+LONG = 40  # characters of a cell that must not be narrow
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Page:
     name: str  # of its file
     source: Path  # the .ipynb or Markdown file, against which its links are read
     title: str
-    question: str  # "" for pages that are no notebooks
+    question: str  # "" for pages that are not notebooks
     body: str
 
 
@@ -34,7 +34,7 @@ def slug(heading: str) -> str:
 
 
 def keep_together(soup: BeautifulSoup, formula: Tag) -> None:
-    """No new line between a formula and the comma after it, or the bracket before it."""
+    """No line break between a formula and the comma after it, or the bracket before it."""
     before, after = formula.previous_sibling, formula.next_sibling
     start = re.search(r"\S*\Z", before)[0] if isinstance(before, NavigableString) else ""
     end = re.match(r"\S*", after)[0] if isinstance(after, NavigableString) else ""
@@ -50,7 +50,7 @@ def keep_together(soup: BeautifulSoup, formula: Tag) -> None:
 
 
 def keep_hyphens(soup: BeautifulSoup, heading: Tag) -> None:
-    """No new line at a hyphen in a heading."""
+    """No line break at a hyphen in a heading."""
     for text in heading.find_all(string=re.compile(r"\w-\w")):
         parts = re.split(r"([\w-]*\w-\w[\w-]*)", text)
         text.replace_with(
@@ -62,7 +62,7 @@ def keep_hyphens(soup: BeautifulSoup, heading: Tag) -> None:
 
 
 class Finisher:
-    """What all pages have in common, applied to one of them after another."""
+    """What all pages have in common, applied to one page after another."""
 
     def __init__(self, pages: list[Page], out: Path):
         self.out = out
@@ -94,9 +94,9 @@ class Finisher:
                 tag.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
                 for cell in tag.find_all("td"):
                     if len(cell.get_text()) > LONG:
-                        cell["class"] = "long"  # not of one word's width on a telephone
+                        cell["class"] = "long"  # not one word wide on a phone
                     elif re.match(r"\d[\d.,]*%? \(", cell.get_text()):
-                        cell["class"] = "number"  # with its range, in one line there
+                        cell["class"] = "number"  # on one line there, with its range
             elif tag.name == "pre":
                 tag["tabindex"] = "0"  # may be wider than the page: scrolled by keyboard
             elif tag.name == "code" and len(tag.get_text()) <= 28:
@@ -110,7 +110,7 @@ class Finisher:
 
     def link(self, tag: Tag, page: Page) -> None:
         """Links to pages of the site lead there; those to other files of the repository become
-        text that names the file; those to the outside stay."""
+        text that names the file; external links stay."""
         target, _, anchor = str(tag.get("href", "")).partition("#")
         if re.match(r"[a-z]+:", target) or target.endswith(".html") or not target:
             return

@@ -1,5 +1,5 @@
-"""Shared code of the notebooks: a small trained model, a cache, and what figures.py and sliders.py
-give.
+"""Shared code of the notebooks: a small trained model, a cache, and the functions of figures.py and
+sliders.py.
 
 `trained()` returns a small Stable Diffusion 3 trained on MNIST, the run in the folder `lesson`.
 The first notebook that trains a transformer encodes the images, in under a minute, and keeps them
@@ -171,7 +171,7 @@ def seen(images: np.ndarray | Tensor) -> Tensor:
 
 def unpack_lesson() -> None:
     """Copy the trained model to the cache, unless it is there. The copy can be written even where
-    the original cannot, and of several notebooks that begin at once the first one's is kept."""
+    the original cannot; if several notebooks begin at once, the first one's copy is kept."""
     model = CACHE / "model"
     if model.exists():
         return
@@ -187,7 +187,7 @@ def unpack_lesson() -> None:
 
 
 def trained() -> Lesson:
-    """The model of all notebooks. With NANOSD3_FAST, one that is trained now, in seconds."""
+    """The model of all notebooks; with NANOSD3_FAST, one trained on the spot, in seconds."""
     if not FAST:
         unpack_lesson()
     job = begin_job()

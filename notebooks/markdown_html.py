@@ -7,8 +7,8 @@ from latex2mathml.converter import convert as to_mathml
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 NAME = r"<mi>(?:sin|cos|ln|log|exp)</mi>"
-# The name of a function, not raised to a power, or with its base, before what it is taken of,
-# without brackets.
+# The name of a function, not raised to a power, or with its base, before an argument without
+# brackets.
 FUNCTION = re.compile(
     rf"((?<!<msup>)(?<!<msub>){NAME}|<msub>{NAME}(?:(?!</?msub>).)*</msub>)(?=<m(?!o\b))"
 )

@@ -1,9 +1,9 @@
 """Static pages of the notebooks: `python notebooks/build.py --site FOLDER`.
 
-nbconvert turns the committed .ipynb files, outputs included, into HTML, and markdown_html.py their
-formulas into MathML, which browsers draw themselves. So the pages need no script, no font and no
-network, and open from a disk as well as from a server. Added here: a frame with contents, previous
-and next; the glossary, the claims, the related systems and the teachers' page; and what
+nbconvert turns the committed .ipynb files, outputs included, into HTML; markdown_html.py turns
+their formulas into MathML, which browsers draw themselves. So the pages need no script, font or
+network, and open from a disk as well as from a server. This module adds a frame with contents,
+previous and next; the glossary, the claims, the related systems and the teachers' page; and what
 finishing.py does to all of them.
 """
 
@@ -96,8 +96,8 @@ def image_of(kind: str, data: str, words: str, look: str = "moving") -> str:
 
 
 def still_of(content: bytes) -> bytes | None:
-    """The default image of an animated PNG, without the empty rows that make it as high as the
-    frames; None if a PNG does not move."""
+    """The default image of an animated PNG, without the empty rows that make it as tall as the
+    frames; None if the PNG is not animated."""
     with Image.open(io.BytesIO(content)) as picture:
         if not getattr(picture, "is_animated", False):
             return None
@@ -152,7 +152,7 @@ def neighbours(page: Page, pages: list[Page]) -> str:
 
 
 def menu(page: Page, shown: list[Page]) -> str:
-    """Links to the pages in the head of each page."""
+    """The links at the head of each page."""
     here = ' aria-current="page"'
     return "\n".join(
         f'<a href="{other.name}"{here if other is page else ""}>'

@@ -1,6 +1,6 @@
 """Training and judging for notebook 15: small networks that draw pixels, beside the lesson model.
 
-The loop is that of notebook 11; what is special about pixels are the noise and the weight.
+The loop is that of notebook 11; what is special about pixels is the noise and the weight.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ def train_on_pixels(
     net: HDiT, lesson: Lesson, pixels: Pixels, steps: int, middle: float, data_std: float | None
 ) -> dict[str, Tensor]:
     """The moving average of a network's weights after `steps` steps. The loss is weighted by
-    soft-min-SNR for data of deviation `data_std`; without it, errors of all times count alike."""
+    soft-min-SNR for data of deviation `data_std`; without it, errors at all times count alike."""
     pooled = pooled_text(lesson.pipeline, list(lesson.source.texts))
     ema, recipe = make_ema(net), Recipe(steps, 64, 8e-3, min(50, steps // 4), 0.0)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
@@ -61,7 +61,7 @@ def train_on_pixels(
 def draw_pixels(
     net: HDiT, lesson: Lesson, pixels: Pixels, prompts: list[str], shift: float
 ) -> np.ndarray:
-    """Digits uint8 (n, 28, 28), from the same noise on each call, in Euler's steps, whose times are
+    """Digits uint8 (n, 28, 28), from the same noise on each call, in Euler steps at times
     shifted towards noise."""
     side = pixels.config.image_size
     noise = torch.randn(len(prompts), 1, side, side, generator=rng("drawn"))
@@ -73,7 +73,7 @@ def draw_pixels(
 def scores(
     lesson: Lesson, rows: Mapping[str, np.ndarray], digits: Sequence[int]
 ) -> dict[str, tuple[float, float]]:
-    """Of each row of images: the share that is read as asked, and the Frechet distance to 2,000
+    """For each row of images: the share that is read as asked, and the Frechet distance to 2,000
     real digits."""
     real = lesson.look(lesson.images.test_images[:2000])
     return {

@@ -4,10 +4,10 @@
 function after it shows, a mapping as `lab.images`, `lines`, `maps` and `densities` take it. A
 control is a slider (low, high, step, start), a choice [first, second, ...] or a text to edit.
 
-In a notebook that runs, the picture is drawn again whenever a control has changed. On a page, and
-where ipywidgets is not installed, the settings of the list are drawn in one picture instead, each
-given as what differs from the start. So it is with NANOSD3_STATIC=1, too, which is set while
-notebooks are executed for the repository (execute.py): no state of a widget gets into a file.
+In a running notebook, the picture is drawn again whenever a control changes. On a page, and where
+ipywidgets is not installed, the settings of the list are drawn in one picture instead, each given
+as what differs from the start. The same happens with NANOSD3_STATIC=1, which is set while notebooks
+are executed for the repository (execute.py), so that no widget state gets into a file.
 """
 
 import os
@@ -48,7 +48,7 @@ def interactive() -> bool:
 
 
 def show_stills(draw: Draw, plot: Plot, caption: str, stills: Stills, controls: Controls) -> None:
-    """Draw all settings into one picture, whose caption says what they have in common."""
+    """Draw all settings in one picture, whose caption says what they have in common."""
     start = {name: start_of(control) for name, control in controls.items()}
     parts = {}
     for still in stills:
@@ -67,14 +67,14 @@ def start_of(control: Control) -> float | str:
 
 
 def show_controls(draw: Draw, plot: Plot, caption: str, controls: Controls) -> None:
-    """Show the controls, a line that says what is going on, and the picture. Warnings (of a prompt
-    that is cut, say) and errors go to that line, too."""
+    """Show the controls, a line that says what is going on, and the picture. Warnings (of a
+    truncated prompt, say) and errors go to that line, too."""
     import ipywidgets
     from IPython.display import clear_output, display
 
     widgets = {name: widget(name, control) for name, control in controls.items()}
     status, output = ipywidgets.Label(), ipywidgets.Output()
-    gradients = torch.is_grad_enabled()  # each thread has its own; changes may come in another
+    gradients = torch.is_grad_enabled()  # set per thread, and a change may come from another
 
     def redraw(*_: object) -> None:
         status.value = "Drawing ..."

@@ -10,7 +10,7 @@ from nanosd3.training.plot_style import INK, MEANINGS, PALE
 
 def arrows(way: Tensor, velocity: Tensor, caption: str) -> None:
     """Ways from data to noise (steps, n, 2), and velocities of the same shape as arrows at some
-    places: each as long as the way in a seventh of the time."""
+    places: each as long as the way covered in a seventh of the time."""
     figure, (axis,) = panels(1, 4.2, 3.6)
     places, sides = (to_numpy(x[::6].flatten(0, 1)).T for x in (way, velocity / 7))
     points = to_numpy(way)

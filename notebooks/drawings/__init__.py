@@ -1,4 +1,4 @@
-"""The book's drawings, by subject; canvas.py is what they are drawn with, sizes.py what they say.
+"""The book's drawings, by subject; canvas.py draws them, sizes.py computes the shapes they state.
 
 overview      from the caption to the pixels
 blocks        a joint block, the last one, adaLN-Zero

@@ -1,4 +1,4 @@
-"""What all drawings are made of: boxes, arrows, labels, curves and dots, as SVG text.
+"""The parts of all drawings: boxes, arrows, labels, curves and dots, as SVG text.
 
 No library, no font file and no link; colours follow the reader's light or dark theme. A kind is a
 meaning: its colour is the same in every drawing.
@@ -45,7 +45,7 @@ def colours(dark: bool) -> str:
 
 
 def towards(a: Point, b: Point, distance: int) -> Point:
-    """The point at a distance from a on the level or upright way to b."""
+    """The point at a distance from a on the horizontal or vertical way to b."""
     x, y = (p + distance * ((q > p) - (q < p)) for p, q in zip(a, b, strict=True))
     return x, y
 
@@ -94,7 +94,7 @@ class Drawing:
             self.label(x, y + h // 2 + 15, note, anchor="middle")
 
     def arrow(self, kind: str, *points: Point) -> None:
-        """A line along the points, level or upright everywhere, with round corners."""
+        """A line along the points, horizontal or vertical everywhere, with round corners."""
         path, end = "M{} {}".format(*points[0]), points[-1]
         for before, corner, after in zip(points, points[1:], points[2:], strict=False):
             bend = *towards(corner, before, 7), *corner, *towards(corner, after, 7)
@@ -107,7 +107,7 @@ class Drawing:
         self.parts.append(f'<path class="{kind.split()[0]} solid" d="{tip}"/>')
 
     def sign(self, kind: str, x: int, y: int, sign: str) -> None:
-        """A circle with a plus, or turned by 45 degrees a times sign."""
+        """A circle with a plus or, turned by 45 degrees, a times sign."""
         turned = f' transform="rotate(45 {x} {y})"' if sign == "×" else ""
         self.parts.append(
             f'<circle class="box {kind}" cx="{x}" cy="{y}" r="10"/>'
@@ -115,8 +115,8 @@ class Drawing:
         )
 
     def lane(self, kind: str, x: int, width: int, *steps: str) -> None:
-        """Boxes below each other with arrows between them. A step is "top+height text"; a sign for
-        a text makes a circle, no text leaves the place to something else."""
+        """Boxes below each other with arrows between them. A step is "top+height text"; a sign in
+        place of a text makes a circle; no text leaves room for something else."""
         bottom = 0
         for step in steps:
             place, _, text = step.partition(" ")

@@ -41,7 +41,7 @@ def autoencoder() -> str:
 
 
 def draw_level(d: Drawing, row: int, y: int) -> None:
-    """The image or a level, on both sides; the deepest is the larger model's alone."""
+    """The image or a level, on both sides; only the larger model has the deepest."""
     key, look = (f"level_{row - 1}", "image") if row else ("padded", "paper")
     for x in (94, 386):
         d.box(look, x, y, 140 - 12 * row, 46, f"level {row - 1}" if row else "image")

@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 480, 420
 
 
 def motion_style(frames: int) -> str:
-    """Rules that show one frame after the other, and none to whoever wants none."""
+    """Rules that show one frame after another, and the still to those who want no motion."""
     whole = (frames - 1) * SECONDS + HOLD
     share, end = 100 * SECONDS / whole, 100 * (frames - 1) * SECONDS / whole
     rules = (

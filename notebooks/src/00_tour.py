@@ -6,7 +6,7 @@
 # are those of the 2-billion-parameter model; only the numbers in the configuration are smaller.
 #
 # Wherever you see **PREDICT**, stop. Write what you expect between the quotes of the cell below it,
-# and only then go on. The answer stays in the notebook. Wrong guesses are welcome: they show where
+# and only then go on. Your answer stays in the notebook. Wrong guesses are welcome: they show where
 # there is something to learn. What happened is folded; open it once you have looked for yourself.
 
 # %%
@@ -21,10 +21,10 @@ from nanosd3.exercises import check, guess, show
 # %% [markdown]
 # ## The model
 #
-# It comes trained, in four minutes on two cores: an autoencoder learned to compress digits, two
-# CLIPs and a T5 learned to read captions, and a transformer learned the flow from noise to digits.
-# (A classifier was trained as well. It is not part of the model; it reads the samples so that we
-# can count how many are correct.) To train it yourself: `lab.train(lab.begin_job("mine"))`.
+# It comes trained (four minutes on two cores): an autoencoder learned to compress digits, two CLIPs
+# and a T5 learned to read captions, and a transformer learned the flow from noise to digits. (A
+# classifier was trained as well. It is not part of the model; it reads the samples so that we can
+# count how many are correct.) To train it yourself: `lab.train(lab.begin_job("mine"))`.
 
 # %%
 lesson = trained()
@@ -68,9 +68,9 @@ for tokenizer in (tokenizers.bpe, tokenizers.unigram):
 # sequence of tokens for the transformer to attend to, and as one **pooled** vector that summarises
 # the whole prompt. We write both together as $c$, the condition.
 #
-# Both CLIPs read 9 tokens; they describe each by 32 and by 64 numbers, which are put side by side.
-# T5 reads 8 tokens and describes each by 128 numbers. Zeros bring the CLIPs' tokens to that width
-# too, and the two sequences are put one after the other.
+# Both CLIPs read 9 tokens. One describes each token by 32 numbers, the other by 64, and these are
+# put side by side. T5 reads 8 tokens and describes each by 128 numbers. The CLIPs' tokens are
+# padded with zeros to that width, and the two sequences are joined end to end.
 #
 # **PREDICT.** What is the shape (B, M, Dc) of the context for two prompts: samples, tokens, numbers
 # per token?
@@ -121,9 +121,9 @@ images({"decoded noise": pipeline.decode(noise)}, "Six samples of noise, decoded
 # $$z_t = (1 - t) x_0 + t \epsilon$$
 #
 # (paper, arXiv 2403.03206, equation 13). At every point $z$ the network $v_\theta$ answers one
-# question: **in which direction, and how fast, does noise lie from here?** That is the *velocity*
-# $v$. We follow it backwards, from $t = 1$ to $t = 0$, in small straight steps, each from a time
-# $t$ to the next one, $t'$:
+# question: **in which direction, and how fast, do we move from here towards noise?** That is the
+# *velocity* $v$. We follow it backwards, from $t = 1$ to $t = 0$, in small straight steps, each
+# from a time $t$ to the next one, $t'$:
 #
 # $$z_{t'} = z_t + (t' - t) v_\theta(z_t, t, c)$$
 #
@@ -141,10 +141,10 @@ for step in range(steps):
 images({"20 steps": pipeline.decode(z)}, "Six latents after twenty steps from noise, decoded.")
 
 # %% [markdown]
-# That is a complete sampler. Not all it draws are good threes, the fourth looks like an 8: step 4
-# will help. The package's `samplers.euler` is the same loop over any list of times, with a callback
-# at every step so that we can watch. The assertion below checks that the two agree; from here on we
-# use the package's.
+# That is a complete sampler. Not everything it draws is a good three (the fourth looks like an 8);
+# step 4 will help. The package's `samplers.euler` is the same loop over any list of times, with a
+# callback at every step so that we can watch. The assertion below checks that the two agree; from
+# here on we use the package's.
 
 # %%
 path = []
@@ -182,7 +182,8 @@ images(rows, "One sample on its way from t = 1 (left) to t = 0.1 (right).")
 #
 # The first guess is the average of the latents of bold threes: the network cannot know yet which
 # one it will be. (Decoded, an average of latents is a plain 3 and not a blur, as an average of
-# pixels would be.) Then it settles on one of them. In the plane, where data are two half circles:
+# pixels would be.) Then it settles on one of them. In the plane, where the data are two half
+# circles:
 #
 # ![A point on its way from noise to data, with its velocity and the clean x0 that it points to,
 # which starts at the mean of the data](../nanosd3/assets/pictures/following.svg)
@@ -229,8 +230,8 @@ else:
 # ## Step 4: guidance
 #
 # During training the text was sometimes dropped, so the network can predict two velocities: $v_c$
-# *with* the prompt, and $v_\varnothing$ *without*. **Guidance** goes from the second through the
-# first and beyond, to a multiple $w$ of the distance, the *scale*:
+# *with* the prompt, and $v_\varnothing$ *without*. **Guidance** starts at the second and goes
+# through the first and beyond, to a multiple $w$ of the distance between them, the *scale*:
 #
 # $$v = v_\varnothing + w (v_c - v_\varnothing)$$
 #
@@ -259,7 +260,7 @@ images({"no text at all": without}, "Eight samples without text.")
 # <details><summary>What happened</summary>
 #
 # A little guidance makes doubtful digits clear: compare the 3 at scales 1 and 1.6, and the printed
-# shares. Too much of it overdoes them: at scale 6 the strokes are fat, and some grow corners.
+# shares. Too much of it exaggerates them: at scale 6 the strokes are fat, and some grow corners.
 # Without text the model draws digits, or something between two of them.
 #
 # </details>
@@ -326,7 +327,7 @@ images(
 # <details><summary>What happened</summary>
 #
 # Hardly: this autoencoder's latents happen to have a deviation of nearly 1. SD3's have 1 / 1.53, so
-# there the mistake makes every picture slightly wrong; published training scripts had it for
+# there the mistake makes every picture slightly wrong; published training scripts contained it for
 # months. Notebook 07 shows it at full strength. *If you cannot see a mistake, write a test for it;
 # do not trust your eyes.*
 #
@@ -364,8 +365,8 @@ else:
 #
 # ## An experiment: how many steps?
 #
-# **PREDICT.** Below, ten samples of one prompt, with 1, 2, 4, 8 and 16 Euler steps. Within a column
-# the noise is the same. What will be wrong with the row of a single step?
+# **PREDICT.** Below are ten samples of one prompt, with 1, 2, 4, 8 and 16 Euler steps. Within a
+# column the noise is the same. What will be wrong with the row of a single step?
 
 # %%
 guess("...")
@@ -390,10 +391,10 @@ images(rows, "Spread: deviation among the ten samples, averaged over the pixels 
 #
 # ## Turn it yourself
 #
-# Here is the whole sampler once more, stopped at a time $t$. In a notebook that runs, the cell has
-# a box for the prompt and sliders, for the mouse or the arrow keys; on a page it shows a few of
-# their settings. Until which $t$ can you still change your mind about the prompt? With how few
-# steps? What does a negative scale draw?
+# Here is the whole sampler once more, stopped at a time $t$. In a running notebook the cell has a
+# box for the prompt, and sliders to move with the mouse or the arrow keys; on a web page it shows a
+# few of their settings. Until what $t$ can you still change your mind about the prompt? With how
+# few steps? What does a negative scale draw?
 
 
 # %%
@@ -412,8 +413,8 @@ turn(stopped, images, "Six samples on their way.", [{"t": t} for t in (1.0, 0.8,
      steps=(1, 40, 1, 20), seed=(0, 99, 1, 1))  # fmt: skip
 
 # %% [markdown]
-# **Open questions.** What does a prompt with a word that the model has never seen give? Which of
-# the three encoders could you leave out (`drop=("t5",)`) without noticing?
+# **Open questions.** What do you get from a prompt with a word that the model has never seen? Which
+# of the three encoders could you leave out (`drop=("t5",)`) without noticing?
 #
 # ## What was left out
 #

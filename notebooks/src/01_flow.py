@@ -30,7 +30,7 @@ def data(n, generator):
 
 
 # %% [markdown]
-# Three functions that only draw; skip them. In all notebooks data is blue, noise grey, and what a
+# These three functions only draw; skip them. In all notebooks data is blue, noise grey, and what a
 # network makes of it dark red.
 
 # %%
@@ -182,8 +182,8 @@ def train(target, steps=60 if FAST else 3000):
 net, losses = train(lambda x0, noise: noise - x0)
 
 # %% [markdown]
-# Many lines, and those of them that pass close to one place at $t = 0.5$: their velocities, and
-# what the network says there.
+# We draw many lines and keep those that pass close to one place at $t = 0.5$. Here are their
+# velocities, and what the network says there.
 
 # %%
 place, half = torch.tensor([0.5, 0.5]), torch.full((400_000,), 0.5)
@@ -315,7 +315,7 @@ def error(steps):
 
 
 # %% [markdown]
-# **PREDICT.** If you double the number of Euler's steps, what fraction of the error remains?
+# **PREDICT.** If you double the number of Euler steps, what fraction of the error remains?
 
 # %%
 guess_4 = "..."
@@ -346,8 +346,8 @@ finish(figure, "Error of Euler's method, and lines to compare the slope with.")
 # The most common mistake is the sign: in half of the papers $t$ runs from noise to data. Train with
 # $x_0 - \epsilon$ and sample as before.
 #
-# **PREDICT.** Where will the points go? And where do they end if the sign is right, but one step
-# must do?
+# **PREDICT.** Where will the points go? And where do they end if the sign is right, but you take
+# only one step?
 
 # %%
 guess_5 = "..."

@@ -3,7 +3,7 @@
 #
 # **The network has to answer at every time between noise and data. At which times should it
 # practise?** Notebook 01 draws the time $t$ uniformly. Stable Diffusion 3 does not, and for large
-# images it also shifts the times. This notebook measures what a trained model does at which time,
+# images it also shifts the times. This notebook measures what a trained model does at each time,
 # and then builds the densities from that.
 
 # %%
@@ -89,14 +89,15 @@ lines(curves, "t (0 data, 1 noise)", "loss (mean square of velocity)", "Mean ove
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# At $t = 0$ we see $x_0$. The target $\epsilon - x_0$ has one part known, the other unknowable. The
-# best prediction is $-x_0$; its loss is the variance of the noise, 1, and no network can do better.
-# At $t = 1$ we see $\epsilon$, and the best prediction is $\epsilon - E[x_0]$; its loss is the
-# variance of the data. At both ends a *multiple of z* is about right. There is little to learn.
+# At $t = 0$ we see $x_0$. Of the target $\epsilon - x_0$ one part is known, the other unknowable.
+# The best prediction is $-x_0$; its loss is the variance of the noise, 1, and no network can do
+# better. At $t = 1$ we see $\epsilon$, and the best prediction is $\epsilon - E[x_0]$; its loss is
+# the variance of the data. At both ends a *multiple of z* is about right. There is little to learn.
 #
 # At $t = 0.5$ we see half of the *sum* of noise and data and have to predict their *difference*. To
-# tell them apart one must know what digits look like. There the multiple of $z$ is worthless, at 2,
-# and the network gains most over it. That is what the paper means by a hard middle.
+# tell them apart one must know what digits look like. There the best multiple of $z$ is worthless
+# (its loss is 2), and the network improves on it most. That is what the paper means by a hard
+# middle.
 #
 # Knowing the digit helps only from about $t = 0.5$ on, most near 0.8 and 0.9: below that, the
 # picture itself shows which digit it is. And near $t = 0$ the model is *worse* than a multiple of
@@ -360,7 +361,7 @@ for name, transform in transforms.items():
     print(f"{name:22}" + "".join(f"{115200 * share:10,.1f}" for share in shares))
 
 # %% [markdown]
-# With mean 0.8, the last row, the model never saw a $t$ below 0.02. That explains the first plot of
+# With mean 0.8 (the last row) the model never saw a $t$ below 0.02. That explains the first plot of
 # the loss, where near 0 it is worse than a multiple of $z$. It also saw hardly any $t$ above 0.99,
 # where every sample starts, and yet is no worse there than at 0.95. Near $t = 1$ the answer hardly
 # changes with $t$; near $t = 0$ the network must detect ever smaller noise. This does not hurt the
@@ -403,8 +404,8 @@ lines(curves, "t (0 data, 1 noise)", "held-out loss", "The same images and noise
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The more the density leans towards noise, the more digits are right at this early stage. Which
-# digit it is gets decided near noise. The training losses fall in the same order, but that is no
+# The more the density leans towards noise, the more digits are right at this early stage. The
+# digit's identity is decided near noise. The training losses fall in the same order, but that is no
 # evidence: each is an average over *its own* density. Only losses at the same $t$ can be compared.
 # The log contains such losses, on images that are never trained on, and the last figure shows them:
 # each run is good where it practised, and the one with the smallest training loss is the worst of
@@ -508,8 +509,8 @@ else:
     print("Solve `shift`, and this cell hides the large digit as well as the small one.")
 
 # %% [markdown]
-# Mean, deviation and shift, to turn. Shift by 3, then turn the mean until the density is where it
-# was. Which function of 3 is that mean?
+# Here you can turn the mean, the deviation and the shift. Shift by 3, then turn the mean until the
+# density is where it was. Which function of 3 is that mean?
 
 
 # %%

@@ -89,8 +89,9 @@ images(rows, "Tokens 4 to 11 of a seven, each drawn as 7 x 7 pixels.", span=(-1,
 #
 # </details>
 #
-# The package's function, and the way back, against the loops. The network ends with `unpatchify`,
-# so its last layer must write the numbers of a token in the order that this expects.
+# Here the package's function is compared with the loops, and then undone. The network ends with
+# `unpatchify`, so its last layer must write the numbers of a token in the order that `unpatchify`
+# expects.
 
 # %%
 x = torch.randn(2, 3, 4, 6, generator=g)  # all sizes different
@@ -137,9 +138,9 @@ convolved = F.conv2d(z, embed.proj.weight, embed.proj.bias, stride=2)  # (2, 64,
 torch.testing.assert_close(embed(z), convolved.flatten(2).mT, atol=1e-5, rtol=1e-4)
 
 # %% [markdown]
-# ## Failure two: rows and columns exchanged
+# ## Failure two: rows and columns swapped
 #
-# Another mistake is to lay out the tokens with the numbers of rows and columns exchanged.
+# Another mistake is to lay out the tokens with the numbers of rows and columns swapped.
 #
 # **PREDICT.** What does this do to a square image? And to one that is wider than it is high?
 
@@ -161,8 +162,8 @@ images(rows, "One digit, and two side by side, laid out with the numbers exchang
 # <details><summary>What happened</summary>
 #
 # The square is unharmed. The wide picture becomes a tall one, in which every row of patches is
-# split in two. Square images hide exchanged axes. That is why the checks here use 4 x 6, and why
-# you should test your own code on sizes that all differ.
+# split in two. Square images hide swapped axes. That is why the checks here use 4 x 6, and why you
+# should test your own code on sizes that all differ.
 #
 # </details>
 #
@@ -286,8 +287,8 @@ images({name: pipeline.decode(z) for name, z in rows.items()}, "Same noise and p
 # $$e(a) = (\sin \omega_0 a, \ldots, \cos \omega_0 a, \ldots), \quad \omega_k = 10000^{-4 k / D}$$
 #
 # The column fills the first half of the vector, the row the second. The buffer has $G \times G$
-# patches, of which the middle $S \times S$, the size trained at, have coordinates from 0 up to $R$;
-# index $i$ stands at $a = (i - (G - S) / 2) R / S$ (paper, section 5.3.2). In plain loops:
+# patches; the middle $S \times S$, the training size, have coordinates from 0 up to $R$. Index $i$
+# stands at $a = (i - (G - S) / 2) R / S$ (paper, section 5.3.2). In plain loops:
 
 
 # %%
@@ -328,8 +329,8 @@ maps(similarity, "column", "row", "Inner products with the codes of two position
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Near positions have similar codes. The picture is a cross, darkest, that is largest, at the
-# position itself, because the inner product is the sum of a column part and a row part. For
+# Near positions have similar codes. The picture is a cross, because the inner product is the sum of
+# a column part and a row part. It is darkest, that is, largest, at the position itself. For
 # coordinates $a$ and $b$ each part is
 #
 # $$e(a) \cdot e(b) = \sum_k \cos(\omega_k (a - b))$$
@@ -353,8 +354,8 @@ turn(similar, lambda x, caption: maps(x, "column", "row", caption, "product / 64
      row=(0, 15, 1, 8), column=(0, 15, 1, 5), span=(1, 128, 1, 16))  # fmt: skip
 
 # %% [markdown]
-# And if the halves are exchanged? Again, nothing fails for a square image. But the model takes rows
-# for columns: it lays out the patches mirrored along the diagonal.
+# And if the halves are swapped? Again, nothing fails for a square image. But the model takes rows
+# for columns: it lays out the patches mirrored about the diagonal.
 
 # %%
 mirrored = copy.deepcopy(pipeline.mmdit)
@@ -490,8 +491,8 @@ else:
 # %% [markdown]
 # **Open questions.** Move a digit out of the middle: add a constant to the coordinates of the
 # buffer and sample. Does the digit move, by whole patches or by fractions? Zero the position of a
-# single token: what is drawn there? Train with the halves exchanged (notebook 05): does it matter
-# if they are exchanged from the start?
+# single token: what is drawn there? Train with the halves swapped (notebook 05): does it matter if
+# they are swapped from the start?
 #
 # ## What was left out
 #

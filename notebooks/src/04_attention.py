@@ -45,9 +45,9 @@ def reward(solved, name, replaced):  # the same, with an answer in place of a pa
 # ## Attention
 #
 # Each token asks all tokens a question (its **query**). Each of them offers a **key**, which says
-# what it has, and a **value**, the content itself. The better query $q$ and key $k_i$ match, the
-# more of the value $v_i$ is taken. The matches $a_i$ are the **logits**; the softmax turns them
-# into weights $w_i$ that sum to 1, and the output is $o$:
+# what it has, and a **value**, the content itself. The better the query $q$ and the key $k_i$
+# match, the more of the value $v_i$ is taken. The matches $a_i$ are the **logits**; the softmax
+# turns them into weights $w_i$ that sum to 1, and the output is $o$:
 #
 # $$a_i = \frac{q \cdot k_i}{\sqrt{64}}, \quad w_i = \frac{e^{a_i}}{\sum_j e^{a_j}}$$
 #
@@ -147,7 +147,7 @@ for block, inputs in block_inputs(*at(0.9), *text):
 #
 # Every token of both streams asks every other: 33 queries and 33 keys. In the last block the text
 # has only keys and values. Its output would never be read, so it has no queries. (Official files
-# contain weights for them all the same; no gradient ever reached those.) Without the text, the
+# contain weights for them all the same, which no gradient ever reached.) Without the text, the
 # attention output of the image tokens would be off by a half or more.
 #
 # ![Diagram of the last block: text gives keys and values
@@ -271,10 +271,10 @@ film(dict.fromkeys(looks, pipeline.decode(zs)), [f"t = {t:.2f}" for t in times],
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The patches in the middle ask the word, where the strokes will be. They do so while there is
-# noise, and hardly any does below t = 0.5. The word asks the picture all the time, and more and
-# more of one place: the upper left, where a 3 is open and an 8 closed. (That this is why is a
-# guess. How would you test it?)
+# The patches in the middle, where the strokes will be, ask the word. They do so while there is
+# noise; below t = 0.5 hardly any of them does. The word asks the picture all the time, and more and
+# more one place in it: the upper left, where a 3 is open and an 8 is closed. (That this is the
+# reason is a guess. How would you test it?)
 #
 # </details>
 #
@@ -282,9 +282,9 @@ film(dict.fromkeys(looks, pipeline.decode(zs)), [f"t = {t:.2f}" for t in times],
 #
 # The *pooled* text, one vector for the whole prompt, is added to the embedding of the time. From
 # the sum $c$ each block computes, with a linear layer, a **shift** $\beta$, a **scale** $\gamma$
-# and a **gate** $\alpha$ for each of its two branches. A LayerNorm without weights comes first,
-# which takes off the mean $\mu$ of a token $x$ and divides by its deviation $\sigma$, then scale
-# and shift (DiT, arXiv 2212.09748, section 3.2):
+# and a **gate** $\alpha$ for each of its two branches. First comes a LayerNorm without weights,
+# which subtracts the mean $\mu$ of a token $x$ and divides by its deviation $\sigma$; then come
+# scale and shift (DiT, arXiv 2212.09748, section 3.2):
 #
 # $$m(x) = (1 + \gamma) \frac{x - \mu}{\sqrt{\sigma^2 + 10^{-6}}} + \beta$$
 #
@@ -359,7 +359,7 @@ images(drawn, "d = 0 to 9, from the same noise.")
 # <details><summary>What happened</summary>
 #
 # The pooled vector wins in more than 90 of 100 cases, and alone it does nearly as well as together
-# with the context. That is no law of attention but a result of these captions and this short
+# with the context. This is not a law of attention but a result of these captions and this short
 # training: which of ten digits, thin or bold, leaning or not, fits into one vector of 96 numbers,
 # and a vector that modulates every layer is hard to ignore. A sentence about three cats and a red
 # chair does not fit; that is what the context is for. In training T5 was sometimes the only encoder
@@ -475,8 +475,8 @@ lines(curves, "factor on weights", "largest logit", "Random tokens.", "xy", tick
 # <details><summary>What happened</summary>
 #
 # Without the norm, doubling the weights quadruples the logits, since queries and keys both double.
-# With it nothing changes: before $g$ each query and key has length 8, so no logit can exceed the
-# dotted line, 8 times the largest product of the weights $g$ of the two norms.
+# With the norm nothing changes: before $g$ each query and key has length 8, so no logit can exceed
+# the dotted line, 8 times the largest product of the weights $g$ of the two norms.
 #
 # </details>
 #

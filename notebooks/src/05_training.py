@@ -3,8 +3,8 @@
 #
 # **What does it take to train Stable Diffusion 3?** Images with captions, an autoencoder, three
 # text encoders, and then one loop of thirty lines. This notebook is `train_mnist.py`, taken apart:
-# the same functions on the same data, with fewer steps. It writes the loop by hand, which gives the
-# same losses as the package's, bit for bit, and leaves some of its parts to you.
+# the same functions on the same data, with fewer steps. Its hand-written loop gives the same losses
+# as the package's, bit for bit, and leaves some parts to you.
 
 # %%
 import copy
@@ -61,7 +61,7 @@ guess("...")
 # The digits all have one size. Photographs do not, but a batch is one tensor.
 # `python -m nanosd3.train --data FOLDER`, which trains the same stages on your own pictures,
 # assigns each picture to the nearest of a few sizes, a **bucket**, and draws each batch from one
-# bucket. Their heights $H$ and widths $W$ have about the area of the square of side $S$ (paper,
+# bucket. A bucket of height $H$ and width $W$ has about the area of the square of side $S$ (paper,
 # arXiv 2403.03206, section 5.3.2),
 #
 # $$H W \approx S^2$$
@@ -155,8 +155,8 @@ images(rows, "1024 pixels, 256 latents, and back.")
 # %% [markdown]
 # What is frozen need not be recomputed. All latents (mean and deviation) and the features of all
 # captions are computed **once** and stored on disk; each step only looks them up. With the real
-# model this matters more: of its 7.7 billion parameters 5.7 are those of the encoders, and in
-# training none of them need be in memory.
+# model this matters more: 5.7 of its 7.7 billion parameters belong to the encoders, and none of
+# those need be in memory during training.
 
 # %%
 latents = features.latents(first)
@@ -168,8 +168,8 @@ print("of", len(first), "images: latents", tuple(latents[0].shape), "context", t
 # ## 3. One step
 #
 # Draw images with captions $c$, their latents $x_0$, times $t$ and noise $\epsilon$; move to the
-# point on the line, $z_t = (1 - t) x_0 + t \epsilon$; compare the velocity $v_\theta$ that the
-# network with weights $\theta$ predicts with the one along the line:
+# point on the line, $z_t = (1 - t) x_0 + t \epsilon$; compare the predicted velocity $v_\theta$
+# (the network's weights are $\theta$) with the one along the line:
 #
 # $$L(\theta) = E | v_\theta(z_t, t, c) - (\epsilon - x_0) |^2$$
 #
@@ -201,7 +201,7 @@ print("x0", tuple(x0.shape), "at t =", ", ".join(f"{x:.2f}" for x in t))
 
 # %% [markdown]
 # `encoder_dropout` drops each text encoder independently with probability 0.464, so that about a
-# tenth of all samples has no text at all: $0.464^3 = 0.0999$. Guidance will need that.
+# tenth of all samples have no text at all: $0.464^3 = 0.0999$. Guidance will need that.
 #
 # The loss in plain loops, and the package's:
 
@@ -278,7 +278,7 @@ def train_by_hand(model, recipe, watch=lambda step, ema: None):
 
 # %% [markdown]
 # Is that all? We give the package's `fit` the same fresh model, the same batches and eight steps.
-# It asks for the loss of each row, and for further numbers to log (here none).
+# It asks for the loss of each row, and for further numbers to log (none here).
 
 
 # %%
@@ -299,7 +299,7 @@ print("the losses of both:", ", ".join(f"{x:.3f}" for x in logged))
 # ### Exercises: two parts of the loop
 #
 # The learning rate, and a batch that does not fit into memory: the gradient of a mean over samples
-# can be collected piece by piece.
+# can be accumulated piece by piece.
 
 # %%
 show("learning_rate")
@@ -373,7 +373,7 @@ images(some | {"the trained model": pipeline(prompts, seed=2)}, "The digits 0 to
 
 # %% [markdown]
 # The same as a film, always from the same noise. Look for the moment at which a smear splits into
-# strokes, for digits that are read as another one first, and for what changes after step 300.
+# strokes, for digits that are first read as other ones, and for what changes after step 300.
 
 # %%
 moments = zip(*drawn.values(), strict=True)  # of each digit
@@ -397,11 +397,11 @@ lines(
 #
 # ## 6. The whole run
 #
-# The loss of a batch depends on the times that were drawn for it. So the package evaluates, five
-# times in a run, **held-out** images, which are never trained on, at eight equally spaced times,
-# always with the same captions and noise. The log keeps these losses: `validation` for the weights
-# themselves, `validation_ema` for their average. (They are lower than in training, since here the
-# latents are the encoder's means, without its own noise, which no network can predict.)
+# The loss of a batch depends on the times that were drawn for it. So five times in a run the
+# package evaluates **held-out** images, which are never trained on, at eight equally spaced times
+# and always with the same captions and noise. The log keeps these losses: `validation` for the
+# weights themselves, `validation_ema` for their average. (They are lower than in training, since
+# here the latents are the encoder's means, without its own noise, which no network can predict.)
 #
 # **PREDICT.** At which $t$ is the loss largest, at which smallest? And at which $t$ does it fall
 # most in the course of training?
@@ -436,7 +436,7 @@ maps({"held-out loss": torch.tensor(log).T}, "evaluation", "t (0 data, 1 noise)"
 #
 # ## 7. Is it any good?
 #
-# A classifier reads the samples: is it the requested digit? On its own that rewards blur, so
+# A classifier reads the samples: is each the requested digit? On its own that rewards blur, so
 # `train_mnist.py` also measures how far the features of the samples are from those of real images
 # (the Frechet distance) and whether "thin" and "leaning left" were followed.
 

@@ -45,8 +45,8 @@ images(rows, "The same noise in each column, with more and more steps. Where wou
 # $$v(z, t) = \frac{t - (1 - t) s^2}{(1 - t)^2 s^2 + t^2} (z - (1 - t) m) - m$$
 #
 # The exact flow takes a start $z$ to $m + s z$; here $m = 1$ and $s = 0.5$. Euler's method visits
-# the times $t_0 = 1 > t_1 > \ldots > t_n = 0$, from each to the next along the velocity at the
-# start of the step:
+# the times $t_0 = 1 > t_1 > \ldots > t_n = 0$, going from each to the next along the velocity at
+# the start of the step:
 #
 # $$z_{i+1} = z_i + (t_{i+1} - t_i) v(z_i, t_i)$$
 
@@ -209,7 +209,7 @@ for name, times in schedules.items():
 #
 # </details>
 #
-# Is it the solver, or the times at which it is asked?
+# Is it the solver, or the times it visits?
 
 # %%
 curves["dpmpp_2m, even times"] = error_curve("dpmpp_2m", *problem, even)
@@ -311,8 +311,8 @@ lines(curves, "shift alpha", "error in latents (deviation 1)", "Six steps, six s
 #
 # $$v = v_n + s (v_p - v_n)$$
 #
-# There are two conventions in the literature: here $s = 1$ means no guidance, elsewhere $w = s - 1$
-# is given, and "guidance 2" there is our 3. (`guide` in notebook 00 is ours.)
+# The literature has two conventions: here $s = 1$ means no guidance; elsewhere $w = s - 1$ is
+# given, so that "guidance 2" there is our 3. (`guide` in notebook 00 is ours.)
 #
 # **PREDICT.** How does the size of the guided velocity change with the scale? Where on the path
 # from noise to data does it change most?
@@ -368,8 +368,8 @@ plots(measures, "guidance scale", "Three measures of 300 samples at each scale."
 # from no text.
 #
 # Why does the network have a velocity without a prompt at all? In training each of its three text
-# encoders is zeroed with probability 0.464, so all of them in $0.464^3 = 0.0999$ of the samples
-# (paper, appendix B.3; notebook 08). That is the task below the picture.
+# encoders is zeroed with probability 0.464, so all three are zeroed in $0.464^3 = 0.0999$ of the
+# samples (paper, appendix B.3; notebook 08). That is the task below the picture.
 
 # %%
 rows = {}
@@ -401,8 +401,8 @@ else:
     print("Solve `drop_encoders`, and this cell draws digits with encoders left out.")
 
 # %% [markdown]
-# Everything so far, to turn: with the fewest evaluations, make ten pictures that are read as asked
-# and still differ from each other.
+# Here you can turn everything so far. With the fewest evaluations, make ten pictures that are read
+# as asked and still differ from each other.
 
 
 # %%
@@ -423,11 +423,11 @@ turn(sampled, images, "Ten samples, and how each is read.",
 # ## Starting from a picture
 #
 # *Image to image* (SDEdit, arXiv 2108.01073) starts not from noise but from a noisy picture: we
-# move a test image of a four part of the way towards noise, to $z_t$ with the $t$ of some step,
-# then sample back down with the prompt "the digit 9". The *strength* is the share of the steps that
-# are taken.
+# take a test image, a four, move it part of the way towards noise, to $z_t$ with the $t$ of some
+# step, then sample back down with the prompt "the digit 9". The *strength* is the share of the
+# steps that are taken.
 #
-# **PREDICT.** From which strength on will the classifier read a nine?
+# **PREDICT.** At what strength does the classifier begin to read a nine?
 
 # %%
 guess("...")
@@ -454,7 +454,7 @@ images(rows, f"The four, then strengths {', '.join(map(str, strengths))}.")
 # <details><summary>What happened</summary>
 #
 # From 0.6 on the classifier reads what we asked for; below that too little of the picture has been
-# destroyed. But the nine is complete at once and the two only from 0.8 on: it has less in common
+# destroyed. But the nine is complete at once, the two only from 0.8 on, since it has less in common
 # with a four. Strength is the share of steps that are taken, and so it determines the noise at the
 # start.
 #

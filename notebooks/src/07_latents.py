@@ -31,8 +31,8 @@ images(rows, f"{test[0].numel()} pixels, encoded as {mean[0].numel()} latents an
 # A quarter of the numbers, and the eye notices little difference. For SD3 it is a twelfth: 3 x 1024
 # x 1024 pixels become 16 x 128 x 128 latents (latent diffusion: Rombach et al., arXiv 2112.10752).
 #
-# Attention compares every token with every other. One token is a patch of 2 x 2, so for a picture
-# of side $S$, made smaller by a factor $f$ first, there are $N$ tokens and $N^2$ pairs:
+# Attention compares every token with every other. One token is a patch of 2 x 2, so a picture of
+# side $S$, first reduced by a factor $f$, has $N$ tokens and $N^2$ pairs:
 #
 # $$N = \left(\frac{S}{2 f}\right)^2$$
 #
@@ -72,14 +72,14 @@ print(f"pairs of pixels' patches for each of latents' patches: {pixels[0] / late
 #
 # $$n(x) = \frac{x - \mu}{\sqrt{\sigma^2 + 10^{-6}}}, \quad a(x) = \frac{x}{1 + e^{-x}}$$
 #
-# After the norm comes a weight and a bias for each channel. With convolutions $C_1$ and $C_2$ the
+# After the norm come a weight and a bias for each channel. With convolutions $C_1$ and $C_2$ the
 # block is
 #
 # $$y = x + C_2(a(n_2(C_1(a(n_1(x))))))$$
 #
 # Between levels of blocks the encoder halves the size with a convolution of stride 2, and the
-# decoder doubles it by repeating pixels. There are two halvings here, three in SD3. (For the
-# convolutions we use PyTorch's instead of a loop over pixels; the exercise has that loop.)
+# decoder doubles it by repeating pixels. There are two halvings here, three in SD3. (We use
+# PyTorch's convolution instead of a loop over pixels; the exercise has that loop.)
 
 
 # %%
@@ -242,8 +242,8 @@ for n in (1, 10, 100, 1000):
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Few: here the first is close already. The two logarithms are sums over 256 latents, and what is
-# too large in one is too small in another.
+# Few: here the first is already close. The two logarithms are sums over 256 latents, and what is
+# too large in one is offset by what is too small in another.
 #
 # </details>
 
@@ -364,7 +364,7 @@ images(rows, "Five decoded digits, then six decoded noise samples.")
 # ## Shift and scale
 #
 # The flow mixes latents with noise of deviation 1, so it wants latents of mean 0 and deviation 1.
-# From the encoder's $z$, with a shift $a$, subtracted first, and a scale $b$,
+# We get them from the encoder's $z$ with a shift $a$, subtracted first, and a scale $b$:
 #
 # $$x_0 = (z - a) b$$
 #
@@ -397,7 +397,7 @@ lines(curves, "t (0 data, 1 noise)", "accuracy", "Noisy latents, decoded and cla
 #
 # The digit drowns too late or too early, although training draws its times as before. In fact a
 # forgotten scale *is* a timestep shift (notebook 02) of $1 / s$. Divide $z_t$ by the sum of its two
-# factors, and it is a right mixture at another time:
+# factors, and it is a correct mixture at another time:
 #
 # $$\frac{z_t}{(1 - t) s + t} = (1 - t') x_0 + t' \epsilon, \quad t' = \frac{t}{(1 - t) s + t}$$
 #
@@ -451,8 +451,8 @@ else:
 # %% [markdown]
 # ## Between two digits
 #
-# Noise has deviation 1, and a mixture of two has it only if the squares of the weights add up to 1.
-# So from $\epsilon_1$ to $\epsilon_2$ the way is a quarter circle, for $w$ from 0 to 1:
+# Noise has deviation 1, and a mixture of two keeps it only if the squares of the weights add up to
+# 1. So the way from $\epsilon_1$ to $\epsilon_2$ is a quarter circle, for $w$ from 0 to 1:
 #
 # $$\cos \left(\frac{\pi w}{2}\right) \epsilon_1 + \sin \left(\frac{\pi w}{2}\right) \epsilon_2$$
 #
@@ -485,9 +485,9 @@ images(rows, "From a two to a seven, in three spaces.")
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# In pixels the two digits are superimposed. In latents, strokes begin to move but break.
-# Interpolating the noise, every picture consists of complete strokes, even where it is neither a
-# two nor a seven. Only that space knows what digits are.
+# In pixels the two digits are superimposed. In latents, strokes begin to move but break. When the
+# noise is interpolated, every picture consists of complete strokes, even where it is neither a two
+# nor a seven. Only that space knows what digits are.
 #
 # </details>
 #

@@ -120,7 +120,7 @@ lines(curves, "merges", "tokens per caption (mean)", "All captions of the traini
 # <details><summary>What happened</summary>
 #
 # Each merge makes one new symbol, and a word of several letters takes several, but words share
-# them. With 60 merges nearly every word is one token, and most are with 40.
+# them. After 60 merges nearly every word is one token; after 40 most are.
 #
 # </details>
 #
@@ -150,8 +150,8 @@ for prompt in ("a photo of a cat", "photorealistic xylophone 2023", "Unhappily, 
 # ## Unigram: the most probable split
 #
 # T5's tokenizer has no merges (Kudo, arXiv 1804.10959). Each piece $u$ has a log-probability,
-# $\ln p(u)$, and of all ways to split a word $w$ into pieces $u_1, \ldots, u_k$ the one with the
-# largest sum is taken:
+# $\ln p(u)$, and of all ways to split a word $w$ into pieces $u_1, \ldots, u_k$ it takes the one
+# with the largest sum:
 #
 # $$\max_{u_1 \ldots u_k = w} (\ln p(u_1) + \ldots + \ln p(u_k))$$
 #
@@ -257,9 +257,9 @@ else:
     print("Solve `contrastive_loss`, and this cell moves eight images to their captions.")
 
 # %% [markdown]
-# The image encoder is thrown away after training; SD3 needs only the text encoder. To see what that
-# has learned, we train a new image encoder of our own against it. The CLIP-G of our model stays as
-# it is.
+# The image encoder is thrown away after training; SD3 needs only the text encoder. To see what the
+# text encoder has learned, we train a new image encoder of our own against it. The CLIP-G of our
+# model stays as it is.
 
 # %%
 with torch.no_grad():
@@ -342,11 +342,11 @@ print(f"T5 padded to 12 tokens instead of 8: the states of the words change by {
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# CLIP reads forwards: its states change from the digit on, which is token 3, after the start token
-# and two words. T5 reads in both directions: all its states change, also those before the digit,
-# which is token 2. Overwriting the padding did not change CLIP's pooled vector. But nothing masks
-# the padding in T5, so the states of the words themselves depend on how much of it there is: a
-# little here. The padded length is part of the input.
+# CLIP reads forwards: its states change from the digit on (token 3, after the start token and two
+# words). T5 reads in both directions: all its states change, even those before the digit (token 2).
+# Overwriting the padding did not change CLIP's pooled vector. But nothing masks the padding in T5,
+# so the states of the words themselves depend on how much of it there is: a little here. The padded
+# length is part of the input.
 #
 # </details>
 #
@@ -372,8 +372,8 @@ print("distances 5, 6, 24, 30: buckets", *t5.distance_buckets(48)[[5, 6, 24, 30]
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Distances below 8 have a number each; from 8 on they share buckets, the wider the further. So T5
-# distinguishes 5 from 6, and not 24 from 30.
+# Distances below 8 have a number each; from 8 on they share buckets, which widen with distance. So
+# T5 distinguishes 5 from 6, but not 24 from 30.
 #
 # </details>
 #
@@ -402,7 +402,8 @@ for corrupted, target in list(zip(inputs, targets, strict=True))[:4]:
 # ## One context
 #
 # Three encoders, one sequence: the states of the CLIPs, $l_n$ and $g_n$ for token $n$, side by side
-# and padded with zeros to T5's width; and as further tokens those of T5, $s_n$ (paper, section 4):
+# and padded with zeros to T5's width, followed by those of T5, $s_n$, as further tokens (paper,
+# section 4):
 #
 # $$c_1 = (l_1, g_1, 0), \quad c_2 = (l_2, g_2, 0), \ldots, \quad s_1, \quad s_2, \ldots$$
 #
@@ -448,8 +449,8 @@ else:
 
 # %% [markdown]
 # In training each encoder's output is set to zero with probability 0.464, independently, so all
-# three with $0.464^3 = 0.0999$ (paper, appendix B.3). Therefore any of them may be left out later:
-# zeros take its place.
+# three are zero with probability $0.464^3 = 0.0999$ (paper, appendix B.3). Therefore any of them
+# may be left out later: zeros take its place.
 #
 # **PREDICT.** Which of the three would you miss most here?
 
@@ -473,12 +474,12 @@ images(rows, "'a bold 0' to 'a bold 9'. Percentages are of 100 samples, bold and
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The CLIPs suffice, even CLIP-L on its own. T5 alone is followed, but not well: only one of its
-# tokens in the context of 17 names the digit, and attention has to find it, while the CLIPs' pooled
-# vectors reach every block. In so short a training it lags behind (67% here, 28% in another run of
-# ours); longer training gets further, see the README. In the paper, too, T5 is dispensable: without
-# it people like the pictures as much (50% of wins), find that they follow the prompt somewhat less
-# (46%), and miss it where text is drawn (38%).
+# The CLIPs suffice, even CLIP-L on its own. T5 alone is followed, but not well: of the 17 tokens in
+# the context only one of T5's names the digit, and attention has to find it, while the CLIPs'
+# pooled vectors reach every block. In so short a training it lags behind (67% here, 28% in another
+# run of ours); longer training gets further, see the README. In the paper, too, T5 is dispensable:
+# without it people like the pictures as much (50% of wins), find that they follow the prompt
+# somewhat less (46%), and miss it where text is drawn (38%).
 #
 # </details>
 #
@@ -504,7 +505,7 @@ images(rows, "Mean stroke weight, and the pooled vector's cosine with that of 'a
 # Order hardly matters: "a bold 3" and "3 bold a" have almost the same vector. No two captions
 # differ only in word order, so there was no reason to learn it. An unknown word is not ignored,
 # either: it is spelled with pieces that mean other things. Here "fat" makes thinner threes, and
-# "cat" gives no digit, just ink. That is why the package warns.
+# "cat" gives no digit, just ink. That is why the package warns about unknown words.
 #
 # </details>
 

@@ -56,9 +56,9 @@ lines(powers | {"counted": (d, counted)}, "depth d", "parameters", "From depth 1
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The line is that of $d^3$. Every matrix grows with the width squared, and there are $d$ blocks of
-# them. From 15 to 30 the count grows by 7.99, just below 8, since a few layers around the blocks
-# grow more slowly.
+# The line is $d^3$. Every matrix grows with the width squared, and there are $d$ blocks of them.
+# From 15 to 30 the count grows by 7.99, just below 8, since a few layers around the blocks grow
+# more slowly.
 #
 # </details>
 #
@@ -105,8 +105,9 @@ torch.testing.assert_close(formula, counted, atol=0, rtol=0)
 #
 # $$(2 d - 1) (18 h^2 + 15 h) + 9 h^2 + 6541 h + 64$$
 #
-# A block has two streams of $18 h^2 + 15 h$, a modulation, an attention and an MLP each. The last
-# block has one and a rest of the other; what is left are the layers before and after the blocks.
+# A block has two streams of $18 h^2 + 15 h$, each with a modulation, an attention and an MLP. The
+# last block has one stream and part of the other; what remains is the layers before and after the
+# blocks.
 #
 # ## What it costs: memory
 #
@@ -115,8 +116,8 @@ torch.testing.assert_close(formula, counted, atol=0, rtol=0)
 #
 # $$4 (1 + 1 + 2 + 1) = 20$$
 #
-# bytes per parameter before the first activation. (`python train_mnist.py --config sd3-medium`
-# adds the memory of the activations, `nanosd3/measure/training_memory.py`, and refuses to start.)
+# bytes per parameter before the first activation. (`python train_mnist.py --config sd3-medium` adds
+# the memory of the activations (`nanosd3/measure/training_memory.py`) and refuses to start.)
 #
 # **PREDICT.** You have 16 GB. Which of these could you train: depth 2 (`mnist`), 15, 24
 # (`sd3-medium`) or 38 (`sd3.5-large`)? Which could you sample from?
@@ -144,9 +145,9 @@ for part in ("clip_l", "clip_g", "t5", "vae"):
 # ## What it costs: arithmetic
 #
 # A multiplication and an addition for every weight and every token that passes through it: for $n$
-# tokens through a layer from $a$ to $b$, $2 n a b$ operations. In attention there are two products
-# for every pair of tokens, of $n$ queries with $m$ keys of width $h$ and of the weights with the
-# values: $4 n m h$. The conditioning is computed once per image.
+# tokens through a layer from $a$ to $b$, $2 n a b$ operations. Attention has two products for every
+# pair of tokens, queries with keys and weights with values: for $n$ queries and $m$ keys of width
+# $h$, $4 n m h$. The conditioning is computed once per image.
 
 
 # %%
@@ -260,8 +261,8 @@ lines(curves, "operations", "training loss", f"Means of {width} steps.", log="x"
 #
 # At an equal number of operations the smaller model leads everywhere: a shallow network that has
 # seen more beats a deep one that has only just started. Depth 3 stays behind the long run of depth
-# 2 to its end, although its own learning rate has decayed by then and that of the other has not.
-# Size pays off if there are enough steps to use it, and half a million is a different budget from
+# 2 to its end, although by then its own learning rate has decayed and the other's has not. Size
+# pays off if there are enough steps to use it, and half a million is a different budget from
 # 300. (One seed, and a rule for the learning rate that was not tuned: do not trust the third
 # digit.)
 #
@@ -287,8 +288,9 @@ for name, tensor in single.items():
 
 # %% [markdown]
 # Names are the easy half. What neither name nor shape can tell is order. Queries, keys and values
-# are one matrix of $3 h$ rows: all of q, then all of k, then all of v, and within each one head
-# after the other. Feature $i$ of head $k$, from 0 to 63, of part $p$ (0 for q, 1, 2) is in row
+# are one matrix of $3 h$ rows: all of q, then all of k, then all of v, and within each, one head
+# after the other. Feature $i$ (0 to 63) of head $k$ of part $p$ (0 for q, 1 for k, 2 for v) is in
+# row
 #
 # $$h p + 64 k + i$$
 #
@@ -383,7 +385,7 @@ yours = patch.object(last, "forward", lambda x, c: final_layer(x, c, *learned))
 reward(solved, "final_layer", yours)
 
 # %% [markdown]
-# Another such place is the last block, whose text is used by nobody: it has no queries of text. In
+# Another such place is the last block, whose text output nobody uses: it has no text queries. In
 # the official file the rows are there all the same, and are never used.
 
 # %%
@@ -474,8 +476,8 @@ else:
 # %% [markdown]
 # ## How it is sampled
 #
-# At $N$ times $t_i$, shifted towards noise by $\alpha$ (3 for the official models). With the shift
-# $s(u)$ (paper, eq. 23),
+# Sampling visits $N$ times $t_i$, shifted towards noise by $\alpha$ (3 for the official models).
+# With the shift $s(u)$ (paper, eq. 23),
 #
 # $$s(u) = \frac{\alpha u}{1 + (\alpha - 1) u}$$
 #

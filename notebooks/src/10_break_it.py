@@ -187,9 +187,9 @@ compare(drawn | {"in sampling only": only_sampling}, "The digits 0 to 9.")
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The same mistake everywhere hardly shows; in sampling only, it ruins all. The few features that
-# vary were enough here, and the noise level of $z$ reveals the time as well. Reports from larger
-# models differ.
+# Made everywhere, the mistake hardly shows; made in sampling only, it ruins everything. The few
+# features that vary were enough here, and the noise level of $z$ reveals the time as well. Reports
+# from larger models differ.
 #
 # </details>
 #
@@ -200,7 +200,7 @@ compare(drawn | {"in sampling only": only_sampling}, "The digits 0 to 9.")
 #
 # $$\frac{|q \cdot k|}{8} \leq \frac{8 \cdot 8}{8} = 8$$
 #
-# Without it nothing does.
+# Without the norm, nothing bounds it.
 #
 # Modulations and the final layer start at zero, so a fresh model predicts exactly zero. Someone
 # took that for an oversight and initialised these layers at random, too (D).
@@ -223,8 +223,8 @@ lines({name: (early, runs[k]["log"][early, 0]) for name, k in kinds.items()}, "s
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# 2: Three and a half times as large in the end, yet the digits are as good. The harm comes at
-# scale: in mixed precision at high resolution the logits grew until training diverged (section
+# 2: They are three and a half times as large in the end, yet the digits are as good. The harm comes
+# at scale: in mixed precision at high resolution the logits grew until training diverged (section
 # 5.3.2).
 #
 # 3: A prediction of zero has loss 2, the mean of $(\epsilon - x_0)^2$; random layers must first
@@ -234,7 +234,7 @@ lines({name: (early, runs[k]["log"][early, 0]) for name, k in kinds.items()}, "s
 # </details>
 #
 # How far may queries grow? Turn their size, and the weight that the norm learns. At which size does
-# every token look at one other only? What can the weight do that the size cannot?
+# every token look at only one other? What can the weight do that the size cannot?
 
 
 # %%
@@ -370,7 +370,7 @@ compare({"with warm-up": draw(right), "without": draw(restored(runs["A"], "slow"
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# A share of $0.999^{600} = 0.55$, more than half. What it draws is no digit yet.
+# A share of $0.999^{600} = 0.55$, more than half. What it draws is not yet a digit.
 #
 # </details>
 #
@@ -489,8 +489,8 @@ lines(curves, "shift in sampling", "Frechet distance to real digits", "100 digit
 #
 # </details>
 #
-# The distance takes the features of two sets of images as Gaussians, with means $\mu_a$ and $\mu_b$
-# and covariances $A$ and $B$ (Heusel et al., arXiv 1706.08500):
+# The Frechet distance treats the features of two sets of images as Gaussians, with means $\mu_a$
+# and $\mu_b$ and covariances $A$ and $B$ (Heusel et al., arXiv 1706.08500):
 #
 # $$| \mu_a - \mu_b |^2 + \mathrm{tr} (A + B - 2 (A B)^{1 / 2})$$
 
@@ -538,17 +538,17 @@ compare(rows, "Strong guidance, and CLIP-L alone.")
 # <details><summary>What happened</summary>
 #
 # Without text F is useless (a loss above 1 where A has 0.8), so guidance moves away from nonsense:
-# at 6 some of its digits are torn or stained, though nearly all can be read. And F cannot do
+# at scale 6 some of its digits are torn or stained, though nearly all can be read. And F cannot do
 # without an encoder: A follows CLIP-L alone, F does not.
 #
 # </details>
 #
-# ## 12: Shift and scale exchanged
+# ## 12: Shift and scale swapped
 #
 # The linear layer of adaLN outputs a shift $\beta$, then a scale $\gamma$, for tokens $x$ that have
 # been normalised: $(1 + \gamma) x + \beta$. In diffusers' final layer they are the other way round.
-# When they are exchanged, all shapes still match. Exchanged in the final layer, or in all blocks:
-# which can the model survive?
+# When they are swapped, all shapes still match. Swapped in the final layer, or in all blocks: which
+# can the model survive?
 
 
 # %%
@@ -571,8 +571,8 @@ compare({"right": good} | {k: draw(exchanged(part)) for k, part in kinds.items()
 # ## 13: Two conventions of guidance
 #
 # Here $v = v_n + s (v_p - v_n)$, from the velocities with the prompt and without: at $s = 1$ there
-# is no guidance. Others write $w$ with $s = 1 + w$; for *them* 0 means no guidance. What does a
-# user of the other convention get who asks for w = 0.6, or for w = 0?
+# is no guidance. Others write $w$ with $s = 1 + w$; for *them* 0 means no guidance. If a user of
+# the other convention asks for w = 0.6, or for w = 0, what do they get?
 
 # %%
 kinds = {"s = 1.6": 1.6, "w = 0.6 as s": 0.6, "w = 0 as s": 0.0, "s = 7": 7.0, "s = 7 as w": 8.0}

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 11 · DiT: a transformer in place of the U-Net
 #
-# **How does a plain transformer get to know what it should draw, and how noisy its input is?**
-# Until 2022 diffusion models were U-Nets. DiT (Peebles and Xie, arXiv 2212.09748) took a vision
-# transformer instead, and asked this question, with four answers. SD3 kept the best of them: a DiT
-# is an MMDiT with one stream, told a class instead of a text. This notebook trains small ones in
-# the latents of the lesson model, first with DiT's own objective, **DDPM**, then with the flow's.
+# **How do you tell a plain transformer what it should draw, and how noisy its input is?** Until
+# 2022 diffusion models were U-Nets. DiT (Peebles and Xie, arXiv 2212.09748) took a vision
+# transformer instead, and tried four answers to this question. SD3 kept the best of them: a DiT is
+# an MMDiT with one stream, told a class instead of a text. This notebook trains small ones in the
+# latents of the lesson model, first with DiT's own objective, **DDPM**, then with the flow's.
 
 # %%
 from dataclasses import replace
@@ -39,8 +39,8 @@ images({"images": lesson.images.train_images[:8]}, f"Labels: {labels[:8].tolist(
 #
 # An image or latent of $I \times I$ is cut into patches of $p \times p$, which makes $N = (I/p)^2$
 # tokens of width $D$ (notebook 03). The paper's models have four sizes, S, B, L and XL, each with
-# patches of 8, 4 and 2, for latents of $32 \times 32$. It measures a model by its **multiply-adds**
-# for one image, which the paper calls flops.
+# patches of 8, 4 and 2, for latents of $32 \times 32$. The paper measures a model by its
+# **multiply-adds** for one image, which it calls flops.
 #
 # **PREDICT.** From patches of 4 to patches of 2: by what factor does the cost of a model grow? Is
 # it the same factor for the smallest and the largest?
@@ -67,10 +67,10 @@ lines(
 # <details><summary>What happened</summary>
 #
 # Four times the tokens: a little more than four times the cost, 4.3 times for S and 4.1 for XL. The
-# linear layers cost as much for each token, however many there are. Only attention has pairs of
+# linear layers cost the same for each token, however many there are. Only attention has pairs of
 # tokens, and for wide tokens its share is small. In the paper smaller patches make better images at
-# every size, so what counts is the work, not the number of weights: FID falls from 106 to 19 from
-# XL/8 to XL/2, which have nearly the same ones (section 5, at 400,000 steps).
+# every size, so what counts is the work, not the number of weights: from XL/8 to XL/2, which have
+# nearly the same number, FID falls from 106 to 19 (section 5, at 400,000 steps).
 #
 # </details>
 
@@ -102,12 +102,12 @@ else:
 #
 # The time $t$ and the class $y$ become two vectors of width $D$; $c$ is their sum. A block of the
 # transformer has two branches $F$, attention and MLP, each behind a LayerNorm, LN. The paper
-# (section 3.2) tries four ways to tell such blocks (`BLOCKS` in `nanosd3/related/dit.py`):
+# (section 3.2) tries four ways to condition such blocks (`BLOCKS` in `nanosd3/related/dit.py`):
 #
 # * **in-context**: the two vectors are two more tokens, cut off at the end;
 # * **cross-attention**: a third branch, in which each token attends to the two vectors;
-# * **adaLN**: $x \leftarrow x + F((1 + \gamma) LN(x) + \beta)$, where a linear
-#   layer makes the scale $\gamma$ and the shift $\beta$ of $c$, for each branch its own;
+# * **adaLN**: $x \leftarrow x + F((1 + \gamma) LN(x) + \beta)$, where a linear layer computes the
+#   scale $\gamma$ and the shift $\beta$ from $c$, separately for each branch;
 # * **adaLN-Zero**: $x \leftarrow x + \alpha F((1 + \gamma) LN(x) + \beta)$, with a
 #   gate $\alpha$ in addition, and that linear layer starts at zero.
 #
@@ -157,7 +157,7 @@ for kind in BLOCKS:
 # A block of adaLN-Zero changes nothing: it is the identity. All others begin with noise of their
 # own, which the layers above have to live with. Cross-attention costs a seventh more; the rest cost
 # the same to within a hundredth. (One reads that adaLN-Zero is *cheaper* than adaLN. It makes six
-# vectors of $c$ where adaLN makes four, so it costs a little more.)
+# vectors from $c$ where adaLN makes four, so it costs a little more.)
 #
 # </details>
 #
@@ -238,20 +238,20 @@ lines(curves, "step", "loss, relative to adaLN-Zero's", f"Means of {width} steps
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The curves are of one seed, so neighbours may change places: here `adaln_gates` ends a little
+# The curves come from one seed, so neighbours may change places: here `adaln_gates` ends a little
 # below adaLN-Zero. With three seeds, 600 steps and width 128 the errors are 0.175 in-context, 0.174
 # cross-attention, 0.169 adaLN, 0.169 with gates that do not start at zero, and 0.166 adaLN-Zero
-# ([x-dit-1-gates](../nanosd3/claims/README.md#x-dit-1-gates)): the gates alone bring nothing, the
-# zeros do. The paper's networks are far larger and trained for 400,000 steps. Their FIDs are
+# ([x-dit-1-gates](../nanosd3/claims/README.md#x-dit-1-gates)): the gates alone bring nothing; the
+# zeros help. The paper's networks are far larger and trained for 400,000 steps. Their FIDs are
 # further apart: 35, 26, 25 and 19, in the order of the list above.
 #
 # </details>
 #
 # ## Without a class
 #
-# One row of the table of classes is for *none*: a tenth of all labels is replaced by it, so that
-# the same network also learns what noise looks like without being told the class. Guidance is the
-# difference of the two (notebook 06), at scale $s$:
+# One row of the table of classes is for *none*: a tenth of all labels are replaced by it, so that
+# the same network also learns what noise looks like without being told the class. Guidance takes
+# the difference of the two (notebook 06), at scale $s$:
 #
 # $$\hat{\epsilon} = \hat{\epsilon}_{none} + s (\hat{\epsilon}_y - \hat{\epsilon}_{none})$$
 #
@@ -290,8 +290,8 @@ else:
 # $$\tilde{\beta}_n = \beta_n r_{n-1} / r_n$$
 #
 # (arXiv 2006.11239, eq. 7). In place of $x_0$ we put the network's estimate; add noise, and go on.
-# This is **ancestral sampling**. With fewer than 1000 steps, some are kept as if there were no
-# others.
+# This is **ancestral sampling**. To sample in fewer than 1000 steps, keep some of them as if there
+# were no others.
 
 
 # %%
@@ -343,7 +343,7 @@ else:
 #
 # $$\log \sigma_n^2 = f \log \beta_n + (1 - f) \log \tilde{\beta}_n, \qquad f = \frac{s + 1}{2}$$
 #
-# **PREDICT.** Of 1000 steps, and of 10: how far apart are the two ends, and where? Drawn in 10
+# **PREDICT.** With 1000 steps, and with 10: how far apart are the two ends, and where? Drawn in 10
 # steps, with which of the variances $\beta$, $\tilde{\beta}$ and the learned one are the digits
 # nearest to real ones?
 
@@ -379,11 +379,11 @@ for name, x in rows.items():
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Of 1000 steps the two ends are the same but for the first few: it hardly matters which one takes.
-# Of 10 steps they differ over half of the way, most near the data, where $\beta$ puts on noise that
-# nothing takes away again. The learned variance needs no choice, but here its digits are the
-# farthest from real ones, and those of $\tilde{\beta}$ the nearest. (The scores are of one seed and
-# of 200 digits: a tenth more or less means nothing.)
+# With 1000 steps the two ends agree except in the first few: it hardly matters which one you take.
+# With 10 steps they differ over half of the way, most near the data, where $\beta$ adds noise that
+# nothing removes again. The learned variance needs no choice, but here its digits are the farthest
+# from real ones, and those of $\tilde{\beta}$ the nearest. (The scores come from one seed and 200
+# digits: a tenth more or less means nothing.)
 #
 # </details>
 
@@ -413,9 +413,9 @@ else:
 # from the same images and noise, at the same levels of noise (step $n$ is the time $t$ at which
 # $z_t$ holds image and noise in the same proportion), for as many steps.
 #
-# **PREDICT.** Both are sampled without guidance, with 5, 10 and 50 evaluations: DDPM by its
-# deterministic sampler, DDIM (arXiv 2010.02502), the flow by Euler. Which is nearer to real digits,
-# and do more evaluations help?
+# **PREDICT.** Both are sampled without guidance, with 5, 10 and 50 evaluations: DDPM with its
+# deterministic sampler, DDIM (arXiv 2010.02502), the flow with Euler. Which is nearer to real
+# digits, and do more evaluations help?
 
 # %%
 guess("...")
@@ -435,12 +435,12 @@ for name, x in rows.items():
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The flow is nearer with five evaluations than DDPM with fifty. (More of them make neither better
-# here: fewer digits are read as asked.) At the same level of noise a velocity is a
-# noise in disguise: both say where the image is, and DDIM's steps are Euler's steps on the flow's
-# straight lines (`nanosd3/related/ddpm.py`). What differs is the weight of the levels. An error of
-# the noise, near $t = 1$, is an error of the image many times as large, and the loss does not see
-# it; of the velocity it is one of about the same size. The first steps of sampling are there.
+# The flow is nearer with five evaluations than DDPM with fifty. (More evaluations make neither
+# better here: fewer digits are read as asked.) At the same level of noise a velocity is noise in
+# disguise: both say where the image is, and DDIM's steps are Euler's steps on the flow's straight
+# lines (`nanosd3/related/ddpm.py`). What differs is the weight of the levels. Near $t = 1$ an error
+# in the noise means an error in the image many times as large, and the loss does not see it; an
+# error in the velocity means one of about the same size. The first steps of sampling are there.
 #
 # </details>
 #

@@ -123,7 +123,8 @@ else:
 #
 # $$w_i \propto \exp(-\frac{|z - \alpha x_i|^2}{2 \sigma^2})$$
 #
-# With these weights, scaled to a sum of 1, the mean of the data is $m$ and of the velocities $v$:
+# With these weights, scaled to sum to 1, the mean of the data is $m$ and that of the velocities is
+# $v$:
 #
 # $$m = \sum_i w_i x_i, \quad v = \alpha' m + \sigma' \frac{z - \alpha m}{\sigma}$$
 
@@ -148,8 +149,8 @@ for path in paths.PATHS.values():
     torch.testing.assert_close(field_slowly(path, points, z, t), package)
 
 # %% [markdown]
-# Now the field of a thousand handwritten digits, which a network trained on these and nothing else
-# would have in the end. We follow it from the same ten noises along three paths.
+# Now take the field of a thousand handwritten digits, which a network trained on these and nothing
+# else would learn in the end. We follow it from the same ten noises along three paths.
 #
 # **PREDICT.** Will the same noise become the same digit on all three? And will these digits be new,
 # or are they among the thousand?
@@ -172,9 +173,9 @@ images(rows, "Where ten noises lead on three paths.", span=(-1, 1))
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The same on all three. Divide $z$ by $\alpha + \sigma$, take $\sigma / (\alpha + \sigma)$ for the
+# The same on all three. Divide $z$ by $\alpha + \sigma$, take $\sigma / (\alpha + \sigma)$ as the
 # time, and each of these paths becomes rectified flow's line (nanosd3/related/formulations.py).
-# They have the same trajectories, drawn in another scale and run through at another pace.
+# They have the same trajectories, drawn at another scale and followed at another pace.
 #
 # And none is new: a perfect network returns its data, pixel by pixel. Whatever a trained network
 # draws anew, it owes to not being perfect.
@@ -209,8 +210,8 @@ else:
 # %% [markdown]
 # ## How straight is straight?
 #
-# On each trajectory, the length of the way over the distance between its ends: 1 for a straight
-# line. For a way of shape (steps + 1, n, D), in loops:
+# Divide the length of each trajectory by the distance between its ends: the ratio is 1 for a
+# straight line. In loops, for a `way` of shape (steps + 1, n, D):
 
 
 # %%
@@ -275,7 +276,8 @@ lines(curves, "Euler steps", "error at the end (r.m.s.)", "Against the exact end
 #
 # $$z_{t'} = z_t + h v(z_t + \frac{h}{2} v(z_t, t), t + \frac{h}{2})$$
 #
-# Two evaluations a step, and an error of order $h^2$ instead of $h$. RK4 takes four and has $h^4$.
+# That takes two evaluations per step and has an error of order $h^2$ instead of $h$. RK4 takes four
+# and has $h^4$.
 
 
 # %%
@@ -297,8 +299,8 @@ torch.testing.assert_close(z, solvers.midpoint(velocity, start, ts))
 
 # %% [markdown]
 # This field is that of a hundred points on two half circles, each blurred by noise of deviation
-# $\sigma_{min} = 0.1$. (The paper's OT path stops there, at $\sigma(0) = \sigma_{min}$. It makes
-# the density finite, which we shall need.)
+# $\sigma_{min} = 0.1$. (The paper's OT path stops there, at $\sigma(0) = \sigma_{min}$. The blur
+# makes the density finite, which we shall need.)
 #
 # **PREDICT.** With 64 evaluations Euler takes 64 steps, midpoint 32, RK4 16. By what factors do
 # their errors differ? And who is best with only four evaluations?
@@ -350,7 +352,7 @@ else:
     print("Solve `rk4`, and this cell follows sixty points with it.")
 
 # %% [markdown]
-# Why choose the steps ourselves? Dormand and Prince's method computes each step in two orders at
+# Why choose the steps ourselves? Dormand and Prince's method computes each step to two orders at
 # once; their difference estimates the error, and the step is made as long as a tolerance allows.
 #
 # **PREDICT.** Back to the thousand digits. Where between noise and data will the steps be short on
@@ -381,7 +383,7 @@ stops(begun, "Where each step of the adaptive solver begins, and how many there 
 # ## How probable is a point?
 #
 # The ODE also runs backwards, from a data point to the one noise it comes from. On the way the
-# volume around the point grows at a rate of the divergence
+# volume around the point grows at the rate of the divergence
 #
 # $$\nabla \cdot v = \sum_i \frac{\partial v_i}{\partial z_i}$$
 #
@@ -471,8 +473,8 @@ else:
 # %% [markdown]
 # ## And trained networks?
 #
-# A perfect network has the same trajectories on every path. Real ones have not: what is asked of
-# them, and at which noise levels most of the loss is, changes what they learn. For nanosd3/claims
+# A perfect network has the same trajectories on every path. Real ones do not: what is asked of
+# them, and at which noise levels most of the loss lies, changes what they learn. For nanosd3/claims
 # small transformers were trained along these paths with three seeds each. The rules that decide
 # were written beforehand (notebook 17); these are the verdicts:
 

@@ -5,7 +5,7 @@
 # *here*, so sampling takes many evaluations. A **consistency model** (Song et al., arXiv
 # 2303.01469) answers for the end of the path at once. This notebook makes one from a trained flow,
 # first for points in the plane, in seconds, then for the digits of all notebooks: that is what
-# `train_mnist.py` does at its end, and calls "turbo".
+# `train_mnist.py` does at its end and calls "turbo".
 
 # %%
 import copy
@@ -76,8 +76,8 @@ clouds({"data": data} | {f"steps: {n}": z for n, z in walked.items()}, "The teac
 # <details><summary>What happened</summary>
 #
 # At $t = 1$ nothing is known about the data point, so the velocity leads to the mean of all of
-# them. A step of full length believes it. With more steps the points turn off towards the data on
-# their way.
+# them. One full-length step trusts it. With more steps the points turn towards the data on their
+# way.
 #
 # </details>
 #
@@ -88,9 +88,9 @@ clouds({"data": data} | {f"steps: {n}": z for n, z in walked.items()}, "The teac
 # $$f(z, t) = z - t F(z, t)$$
 #
 # $F$ is any network of the same form as the teacher. If $F$ is the teacher itself, $f$ is one long
-# step of Euler. A consistency model is an $F$ for which $f$ is *right*: all points of one path get
-# the same answer. How far a network is from that can be measured: the variance of its answers along
-# a path, relative to the variance of the data.
+# Euler step. A consistency model is an $F$ for which $f$ is *right*: all points of one path get the
+# same answer. How far a network is from that can be measured: the variance of its answers along a
+# path, relative to the variance of the data.
 #
 # **PREDICT.** Follow the teacher along its paths in 32 steps, and ask it at each of them where the
 # path ends. Does its answer move? How, and at which times most?
@@ -132,8 +132,8 @@ print(f"inconsistency: {score:.2f} of the variance of the data")
 #
 # At one time everybody knows where the path ends: at $t = 0$ it ends where it is, $f(z, 0) = z$.
 # Our $f$ has this **boundary condition** built in by its factor $t$. The paper has another form of
-# it, for networks that want numbers of variance 1 and answer with such. For data of deviation
-# $\sigma_d$ (`data_std`), $z_t$ has the variance $V = (1 - t)^2 \sigma_d^2 + t^2$, and
+# it, for networks whose inputs and outputs should have variance 1. For data of deviation $\sigma_d$
+# (`data_std`), $z_t$ has the variance $V = (1 - t)^2 \sigma_d^2 + t^2$, and
 #
 # $$f(z, t) = c_{skip} z + c_{out} F(c_{in} z, t)$$
 #
@@ -174,9 +174,9 @@ else:
 #
 # where $sg$, "stop gradient", says that the target is taken as a constant. From level to level,
 # what is known at $t = 0$ spreads to $t = 1$. Two questions are open. *Where is $z_s$?* The teacher
-# walks there from $z_t$, in one step of Heun: **consistency distillation**. *What is $d$?* Squares
-# let a few points far away rule everything, so the improved paper (Song and Dhariwal, arXiv
-# 2310.14189, eq. 8) takes the **pseudo-Huber** distance, for $a$ and $b$ of $n$ numbers each:
+# walks there from $z_t$, in one Heun step: **consistency distillation**. *What is $d$?* Squares let
+# a few distant points rule everything, so the improved paper (Song and Dhariwal, arXiv 2310.14189,
+# eq. 8) takes the **pseudo-Huber** distance, for $a$ and $b$ of $n$ numbers each:
 #
 # $$d(a, b) = \sqrt{|a - b|^2 + c^2} - c, \qquad c = 0.00054 \sqrt{n}$$
 
@@ -233,13 +233,14 @@ else:
 # %% [markdown]
 # ## Distil
 #
-# The same with the package's functions, and a level for each point of the batch. The student begins
-# as a copy of the teacher. How good its jump is, one number says: the distance from each point to
-# the nearest one of the data, on average, plus the same from the data to the points.
+# Here is the same with the package's functions, and with a level for each point of the batch. The
+# student begins as a copy of the teacher. One number says how good its jump is: the average
+# distance from each point to the nearest one of the data, plus the same from the data to the
+# points.
 #
 # **PREDICT.** The interval from 1 to 0 is cut into 1, 2, 4, 8 or 32 levels, and each student gets
-# the same number of training steps. Few levels are far apart, so that the teacher's step is
-# inexact; many are a long way for an answer to spread. Which will jump best?
+# the same number of training steps. Few levels are far apart, so the teacher's step is inexact;
+# through many an answer has a long way to spread. Which student will jump best?
 
 # %%
 guess("...")
@@ -281,10 +282,10 @@ lines(curves, "levels", "distance to data", "The same steps of training.", "xy",
 # <details><summary>What happened</summary>
 #
 # Four and eight levels are best here: their one evaluation is better than the teacher's four. With
-# one level the target is the teacher's single step of Heun, and two are not much better. With 32
-# the targets are exact, but most of them are still on their way: what is known at $t = 0$ has to
-# spread through all levels. Trained for longer, more levels win; that is why the papers begin with
-# few and increase them.
+# one level the target is the teacher's single Heun step, and two are not much better. With 32 the
+# targets are exact, but most of them are still on their way: what is known at $t = 0$ has to spread
+# through all levels. Trained for longer, more levels win; that is why the papers begin with few and
+# increase them.
 #
 # </details>
 #
@@ -292,7 +293,7 @@ lines(curves, "levels", "distance to data", "The same steps of training.", "xy",
 #
 # Two changes. *Without the boundary*: the network's answer itself is the end, $f = F$, with the
 # same loss. *Without a teacher* (**consistency training**): $z_s$ is made from the same data point
-# and the same noise as $z_t$. That is no point of $z_t$'s path, but on average it leads the same
+# and the same noise as $z_t$. That point is not on $z_t$'s path, but on average it leads the same
 # way, as the straight lines of notebook 01 did; nothing but data is needed.
 #
 # **PREDICT.** Which of the two ends with the smaller loss? What does each draw?
@@ -333,25 +334,25 @@ for (name, z), loss in zip(drawn.items(), losses, strict=True):
 #
 # Without the boundary nothing says *where* a path ends. The target is the network's own answer,
 # nothing holds it, and the answers wander off together: here to about 200 from the data, far
-# outside of the picture. The loss, which compares neighbours only, does not tell: it is four times
-# that of the other. Without a teacher the picture is that of data, blurred: a data point and noise
-# that were paired at random do not lie on one path, and the average over all pairs takes more
-# training to find.
+# outside the picture. The loss, which compares only neighbours, does not reveal this: it is four
+# times that of the other. Without a teacher the picture is that of the data, blurred: a data point
+# and noise that were paired at random do not lie on one path, and the average over all pairs takes
+# more training to find.
 #
 # </details>
 #
 # ## More than one jump
 #
-# From the end that it jumped to, one can go back a little: put noise on, to a time $\tau$, and jump
-# again. The paper (algorithm 1) draws all of that noise anew. Let $\hat{x}_0$ be the end of the
-# first jump, $\hat{\epsilon}$ the noise that it found in $z_t$, and $r$ (`fresh`) the share of new
-# noise $\epsilon'$:
+# From the end of a jump one can go back a little: add noise, up to a time $\tau$, and jump again.
+# The paper (algorithm 1) draws all of that noise anew. Let $\hat{x}_0$ be the end of the first
+# jump, $\hat{\epsilon}$ the noise that it found in $z_t$, and $r$ (`fresh`) the share of new noise
+# $\epsilon'$:
 #
 # $$\hat{\epsilon} = \frac{z_t - (1 - t) \hat{x}_0}{t}$$
 #
 # $$z_{\tau} = (1 - \tau) \hat{x}_0 + \tau (r \epsilon' + \sqrt{1 - r^2} \hat{\epsilon})$$
 #
-# So $r = 1$ is the paper's, and $r = 0$ a step of Euler with the student as velocity.
+# So $r = 1$ is the paper's method, and $r = 0$ an Euler step with the student as velocity.
 
 # %%
 show("renoised")
@@ -395,10 +396,10 @@ lines(curves, "evaluations", "distance to data", "Four levels.", "xy", (1, 2, 4,
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Only with all of the noise fresh do more jumps help, and not by much: a point that the first jump
-# put between the arcs gets another chance. With $r = 0$ the student's errors are taken along and
+# More jumps help only when all of the noise is fresh, and not by much: a point that the first jump
+# put between the arcs gets another chance. With $r = 0$ the student's errors are carried along and
 # add up. For the digits below it is the other way round: guidance is built into their student, and
-# all fresh noise makes images alike. There half of the amplitude is best, as the table in
+# entirely fresh noise makes images alike. There half of the amplitude is best, as the table in
 # [LOG.md](../LOG.md) shows.
 #
 # </details>
@@ -409,7 +410,7 @@ lines(curves, "evaluations", "distance to data", "Four levels.", "xy", (1, 2, 4,
 # guidance is built into the student, which needs one evaluation where its teacher needs two for
 # every step.
 #
-# **PREDICT.** One Euler step of the teacher, its full way, one jump and two jumps of the student:
+# **PREDICT.** One Euler step of the teacher, its full path, one jump and two jumps of the student:
 # in which of the four does the classifier read the digits best, and which are nearest to real ones?
 
 # %%
@@ -467,7 +468,7 @@ for name, x in shown.items():
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# One step of Euler draws the mean of a class, which is no digit that anybody wrote and is read
+# One step of Euler draws the mean of a class, which is no digit that anybody wrote, yet is read
 # without fail; accuracy rewards blur (notebook 06), so look at the distance. The student of the
 # main job, distilled for 300 steps, is read as asked 99.5% of the time at 2.85 times the distance
 # of other real digits; so is its teacher, with 46 evaluations. Its second jump, with half of the
@@ -477,7 +478,7 @@ for name, x in shown.items():
 #
 # </details>
 #
-# **Open questions.** Is a student better whose teacher steps with `euler` or with two steps of
+# **Open questions.** Is a student better if its teacher steps with `euler` or with two steps of
 # `heun`? Distil the student once more, to a single level. How many of the two moons' points does
 # the first jump put between the arcs, and where do they come from?
 #

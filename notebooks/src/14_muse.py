@@ -31,9 +31,9 @@ from nanosd3.samplers import euler, guided
 # ## An alphabet for pictures
 #
 # The autoencoder of notebook 07 gives each position of its latents any numbers. Here an encoder $E$
-# gives position $i$ a vector $z_i$ of 8 numbers, and of an alphabet of $K$ vectors $e_k$, the
-# **codes**, the nearest is taken. Its number is the **token**, all that is kept of the position
-# (van den Oord et al., arXiv 1711.00937; VQGAN, arXiv 2012.09841, eq. 2):
+# gives position $i$ a vector $z_i$ of 8 numbers, for which the nearest of an alphabet of $K$
+# vectors $e_k$, the **codes**, is taken. The number of that code is the **token**, all that is kept
+# of the position (van den Oord et al., arXiv 1711.00937; VQGAN, arXiv 2012.09841, eq. 2):
 #
 # $$s_i = \mathrm{argmin}_k |z_i - e_k|$$
 #
@@ -71,8 +71,9 @@ torch.testing.assert_close((through, z.grad), (e, weight))
 # $$L = |x - D(z + sg[e - z])|^2 + |sg[z] - e|^2 + \frac{1}{4} |z - sg[e]|^2$$
 #
 # The second term brings codes to what is encoded, the third keeps the encoder near its codes. A
-# code that is nearest to nothing gets no gradient, ever: now and then those are put where something
-# is. Our alphabet has 64 codes, and a digit of 28 x 28 pixels becomes a grid of 7 x 7 tokens.
+# code that is nearest to nothing gets no gradient, ever: now and then such codes are moved to where
+# something is. Our alphabet has 64 codes, and a digit of 28 x 28 pixels becomes a grid of 7 x 7
+# tokens.
 
 # %%
 lesson = trained()
@@ -86,8 +87,8 @@ vq = train_tokens(job, VQConfig(1, vae.channels, vae.channels, vae.norm_groups, 
 
 # %% [markdown]
 # **PREDICT.** A digit has 784 bytes, its 49 tokens of 6 bits have 37. Of 1000 test digits, written
-# as tokens and read back, how many will the classifier still read rightly? And if a digit is moved
-# by one pixel, how many of its 49 tokens change?
+# as tokens and read back, how many will the classifier still read correctly? And if a digit is
+# moved by one pixel, how many of its 49 tokens change?
 
 # %%
 guess("...")
@@ -109,12 +110,12 @@ codebook(test, tokens, K, "What test digits have where a code stands, on average
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Nearly all of them, one or two in a hundred fewer than before. What gets lost is what
-# distinguishes hands: rough edges become smooth, and thin ends blur. But a shift by a single pixel
-# changes more than half of the tokens. A token does not say "a vertical stroke" but "a vertical
-# stroke at the left edge of my cell": there are codes for background of several kinds, for edges,
-# for strokes in every direction and for where they end. (Below you will see how few of them a digit
-# needs.)
+# Nearly all of them, one or two in a hundred fewer than before. What gets lost is what tells one
+# handwriting from another: rough edges become smooth, and thin ends blur. But a shift by a single
+# pixel changes more than half of the tokens. A token does not say "a vertical stroke" but "a
+# vertical stroke at the left edge of my cell": there are codes for background of several kinds, for
+# edges, for strokes in every direction and for where they end. (Below you will see how few of them
+# a digit needs.)
 #
 # </details>
 #
@@ -148,14 +149,14 @@ else:
 # ## Hide and guess
 #
 # Now a transformer learns the text. Some of the tokens are hidden (a 65th symbol stands for them),
-# and it gives each hidden one a probability for every code, from the others and from the prompt
-# $y$. The loss is the cross-entropy over the hidden set $H$ (MaskGIT, arXiv 2202.04200, eq. 1):
+# and from the others and the prompt $y$ it predicts, for each hidden one, a probability for every
+# code. The loss is the cross-entropy over the hidden set $H$ (MaskGIT, arXiv 2202.04200, eq. 1):
 #
 # $$L = -\frac{1}{|H|} \sum_{i \in H} \ln p(s_i | s_{known}, y)$$
 #
 # How many are hidden? Drawing will begin with all and end with none, so every number has to be
-# practised, and large ones most, since there the most is to be learned. Muse (section 2.6) draws
-# $u$ between 0 and 1 and hides a share of
+# practised, and large ones most, since there is most to learn there. Muse (section 2.6) draws $u$
+# between 0 and 1 and hides a share of
 #
 # $$r = \cos(\frac{\pi}{2} u)$$
 #
@@ -188,7 +189,7 @@ model = MusePipeline(vq, muse, pipeline)
 # %% [markdown]
 # There is no time among the inputs: how much is hidden can be seen.
 #
-# **PREDICT.** Who knows nothing has a loss of $\ln 64 = 4.16$. How large is the trained network's
+# **PREDICT.** Knowing nothing costs a loss of $\ln 64 = 4.16$. How large is the trained network's
 # if 49, 40, 25, 10, or only one token of a test digit are hidden? Where does the prompt help most?
 
 # %%
@@ -212,18 +213,18 @@ lines(curves, "hidden tokens of 49", "loss of a hidden token (nats)", "200 test 
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# It falls all the way: neighbours say much about a token, since strokes go on and background stays
-# background. The prompt is worth half a nat when everything is hidden, and there is nothing else to
-# go by; less than half of that when 48 tokens show which digit it is. How often a code occurs is
-# the least that one can know. Even with an empty grid and no prompt the network does better,
-# because codes have their places: background is in the corners.
+# It falls all the way: neighbours say much about a token, since strokes continue and background
+# stays background. The prompt is worth half a nat when everything is hidden, and there is nothing
+# else to go by; less than half of that when 48 tokens show which digit it is. How often a code
+# occurs is the least that one can know. Even with an empty grid and no prompt the network does
+# better, because codes have their places: background is in the corners.
 #
 # </details>
 #
 # ## All at once
 #
 # With everything hidden, the network gives each of the 49 positions a distribution over the codes.
-# So draw all of them, and be done in a single step?
+# So why not draw all of them and be done in a single step?
 #
 # **PREDICT.** Prompts are "the digit 0" to "the digit 9". What do digits look like if each position
 # gets its most probable token? And if each is drawn from its distribution?
@@ -256,12 +257,12 @@ images({name: pictures[:10] for name, pictures in rows.items()}, "In one step.")
 # ## A few at a time
 #
 # So keep only some of the guesses, hide the others again, and let the network see what has been
-# decided before it guesses on (MaskGIT, section 3.2; Muse, section 2.8). Of $N$ tokens that are
-# hidden at first, there stay hidden after step $k = 0, 1, \ldots, S - 1$ of $S$
+# decided before it guesses again (MaskGIT, section 3.2; Muse, section 2.8). Of $N$ tokens that are
+# hidden at first, the number still hidden after step $k = 0, 1, \ldots, S - 1$ of $S$ is
 #
 # $$n_k = \lfloor N \cos(\frac{\pi}{2} \cdot \frac{k + 1}{S}) \rfloor$$
 #
-# For 49 and 8 steps: 48, 45, 40, 34, 27, 18, 9 and 0. At first, when a guess knows least of the
+# For 49 and 8 steps: 48, 45, 40, 34, 27, 18, 9 and 0. At first, when a guess knows least about the
 # others, one is kept; in the last step nine are.
 
 # %%
@@ -288,14 +289,14 @@ else:
     print("Solve `left_hidden`, and this cell draws how the hidden tokens become fewer.")
 
 # %% [markdown]
-# Which are kept? Those of which the network is surest: whose guess $s$ it gave the largest
-# probability. But always to keep the surest always gives much the same picture, so the confidence
-# has noise, which fades. With $G = -\ln(-\ln u)$ (Gumbel noise; $u$ is uniform) and a temperature
+# Which are kept? Those the network is surest of: whose guess $s$ it gave the largest probability.
+# But always keeping the surest gives much the same picture every time, so noise, which fades, is
+# added to the confidence. With $G = -\ln(-\ln u)$ (Gumbel noise; $u$ is uniform) and a temperature
 # $T$:
 #
 # $$c_i = \ln p(s_i) + T (1 - \frac{k + 1}{S}) G_i$$
 #
-# All of drawing, in loops for one image:
+# The whole drawing process, in loops for one image:
 
 
 # %%
@@ -350,8 +351,8 @@ else:
 # counted. Call a pair of neighbouring tokens *rare* if fewer than one training digit in a thousand
 # has it: how many pairs of the samples are rare?
 #
-# **PREDICT.** Draw in 1, 2, 4, 8, 16 and 49 steps. How does the share of rare pairs fall, and from
-# how many steps on is nothing gained?
+# **PREDICT.** Draw in 1, 2, 4, 8, 16 and 49 steps. How does the share of rare pairs fall, and after
+# how many steps is nothing more gained?
 
 # %%
 guess("...")
@@ -373,7 +374,7 @@ images(rows, "The digits 0 to 9, without guidance.")
 # gained: most pairs of tokens hardly depend on each other, and those that do are seldom drawn in
 # the same step. So a third of the evaluations does what 49 do. Real digits have fewer rare pairs,
 # one in 80; the rest is what the network has not learned in so short a time. The classifier reads
-# all rows about equally well, and the distance, of 200 images, hardly tells them apart.
+# all rows about equally well, and the distance, on 200 images, hardly tells them apart.
 #
 # </details>
 #
@@ -404,9 +405,10 @@ images(rows, "Ten threes each, the same seed.")
 #
 # First the corners, where background is all but certain, and last the middle, where the digit is.
 # Then hardly anything is left to chance: pairs fit best, and all threes are the same three, which
-# the distance punishes. At 32 the order is almost random: every hand is there, and more misfits. 4
-# is a compromise for this network. The one in [related](../nanosd3/related/README.md#muse), trained
-# for twice as long, makes fewer mistakes of its own and is best at 32.
+# the distance punishes. At 32 the order is almost random: every handwriting is there, and more
+# misfits. For this network 4 is a compromise. The one in
+# [related](../nanosd3/related/README.md#muse), trained for twice as long, makes fewer mistakes of
+# its own and is best at 32.
 #
 # </details>
 #
@@ -452,10 +454,10 @@ else:
 # ## Editing for free
 #
 # Nothing says that everything must be hidden at first. Hide what should change, and draw: neither
-# training nor inversion is needed, because to fill holes is all that the network has learned (Muse,
+# training nor inversion is needed, because filling holes is all that the network has learned (Muse,
 # section 3.3).
 #
-# **PREDICT.** Of test digits the lower four rows of tokens are hidden and drawn anew, once with
+# **PREDICT.** The lower four rows of tokens of test digits are hidden and drawn anew, once with
 # their own label as prompt, once with the label plus one. How many are read as the prompt says?
 
 # %%
@@ -479,8 +481,8 @@ images(rows, "The lower four rows of tokens, drawn anew.")
 # <details><summary>What happened</summary>
 #
 # With their own label nearly all; the upper tokens are the same, bit by bit. With the next label
-# less than half: the new part has to fit to the prompt and to what was left, and the two disagree.
-# A two can end as a three, and a nine as a zero; but there is no two below the stroke of a one.
+# less than half: the new part has to fit both the prompt and what was left, and the two disagree. A
+# two can end as a three, and a nine as a zero; but there is no two below the stroke of a one.
 #
 # </details>
 #
@@ -493,7 +495,7 @@ images(rows, "The lower four rows of tokens, drawn anew.")
 # is untrained here; its time is the same.)
 #
 # **PREDICT.** Milliseconds for a digit: Muse in 8 steps, the writer in 49, the lesson model's flow
-# in 8 steps of Euler. In which order?
+# in 8 Euler steps. In which order?
 
 # %%
 guess("...")
@@ -517,8 +519,8 @@ for name, way in ways.items():
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The flow, then the writer, then Muse: the paper's order turned round. A step of the flow has 16
-# tokens where Muse has 49, and in as many steps its digits are no worse
+# The flow, then the writer, then Muse: the paper's order reversed. A step of the flow has 16 tokens
+# where Muse has 49, and in as many steps its digits are no worse
 # ([measured](../nanosd3/related/README.md#muse)); the paper compares with other models in 50 steps.
 # The writer runs each token once, Muse all of them in each of 8 steps: that is more work, not less.
 # What Muse saves is steps that wait for each other. Here 200 digits are drawn at once and keep the
@@ -538,7 +540,7 @@ for name, way in ways.items():
 # | a step of drawing | keeps the surest guesses | follows the velocity |
 # | what cannot be undone | a token that was kept | nothing, up to the last step |
 # | guidance acts on | logits | velocities |
-# | the prompt comes by | cross-attention | joint attention |
+# | the prompt enters through | cross-attention | joint attention |
 #
 # (Sections of the SD3 paper, arXiv 2403.03206, which does not compare itself with Muse.)
 #

@@ -4,9 +4,10 @@
 # **Can a transformer draw pixels, although attention costs the square of their number?** Stable
 # Diffusion 3 avoids the question: its autoencoder makes images small first (notebook 07). The
 # Hourglass Diffusion Transformer (Crowson et al., arXiv 2401.11605) keeps the pixels and shapes the
-# network instead. Its outer levels have many tokens that read their neighbours alone; four of them
-# at a time become one for the next level; and only the smallest level, in the middle, reads all of
-# itself. This notebook counts what that saves, takes its parts one by one, and trains one.
+# network instead. Its outer levels have many tokens that read only their neighbours; four at a time
+# become one token of the next level; and only in the smallest level, in the middle, does every
+# token read all. This notebook counts what that saves, goes through the parts one by one, and
+# trains such a network.
 
 # %%
 import math
@@ -28,13 +29,13 @@ from nanosd3.related import neighbourhood as near
 # %% [markdown]
 # ## What a pixel costs
 #
-# Take patches of $2 \times 2$ pixels. A **flat** DiT of four blocks reads all tokens from each
-# token, in every block. The **hourglass** has a middle of $8 \times 8$ tokens that does so, and
-# around it one more level for each doubling of the image, where a token reads $5 \times 5$ others
+# Take patches of $2 \times 2$ pixels. In a **flat** DiT of four blocks each token reads all tokens,
+# in every block. In the **hourglass** only a middle of $8 \times 8$ tokens does so; around it there
+# is one more level for each doubling of the image, where a token reads $5 \times 5$ others
 # (sections 4.1 and 4.2 of the paper). By hand: for tokens of width $D$ a block has $13 D^2$ weights
-# that each token is multiplied with (three for queries, keys and values, one for the heads, nine
-# for the gated MLP), and $2 D$ multiply-adds for each pair of a query and a key. (The pairs are
-# computed in squares of $8 \times 8$ keys; why, is below at "Tiles".)
+# that each token is multiplied by (three for queries, keys and values, one for the heads, nine for
+# the gated MLP), and $2 D$ multiply-adds for each pair of a query and a key. (The pairs are
+# computed in squares of $8 \times 8$ keys; "Tiles" below says why.)
 
 
 # %%
@@ -78,21 +79,21 @@ lines(curves, "pixels on a side", "multiply-adds (10^6)", "One pass, one image."
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The slope of cost over pixels, both as logarithms, is 1 where they grow alike. The flat network
-# goes towards 2: with twice the side it has four times the tokens and sixteen times the pairs. The
+# On logarithmic axes the slope of cost over pixels is 1 where they grow alike. The flat network
+# approaches 2: with twice the side it has four times the tokens and sixteen times the pairs. The
 # hourglass stays just below 1, since its middle does not grow. At 32 pixels there is little between
 # them; at 64 the hourglass costs a quarter, at 256 a fiftieth. Measured in seconds it is 16 times
 # faster at 256, not 49 times: attention in small pieces keeps a processor less busy
-# ([x-hd-1](../nanosd3/claims/README.md#x-hd-1), where a U-Net of convolutions needs at 256 pixels
-# two thirds of the hourglass's time, and at 64 as much).
+# ([x-hd-1](../nanosd3/claims/README.md#x-hd-1), where a convolutional U-Net needs two thirds of the
+# hourglass's time at 256 pixels, and as much at 64).
 #
 # </details>
 #
 # ## Neighbours
 #
 # **Neighbourhood attention** (Hassani et al., arXiv 2204.07143, section 3.1): token $i$ of an axis
-# of $n$ reads $k$ tokens, from $s(i)$ on. In the middle it stands in the middle of these; at the
-# border the window is moved inside, whole.
+# of $n$ reads $k$ tokens, from $s(i)$ on. Away from the border, $i$ is in the middle of these; at
+# the border the whole window is moved inside.
 #
 # $$s(i) = \min(\max(i - \lfloor k / 2 \rfloor, 0), n - k)$$
 #
@@ -127,10 +128,10 @@ maps({name: count.view(8, 8) for name, count in counts.items()}, "column", "row"
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# All read nine, also the corner. But the corner is read by four only, and the token two further in,
+# All read nine, even the corner. But the corner is read by only four, and the token two further in,
 # along both axes, by sixteen: it is in the moved windows of the border and in those of its own
 # neighbours. Had the window been cut off at the border instead, the corner would read four, and a
-# softmax over four is another thing than one over nine.
+# softmax over four is not the same thing as one over nine.
 #
 # </details>
 #
@@ -163,7 +164,7 @@ else:
 # ## Tiles
 #
 # With a mask, all pairs are computed and most of them thrown away: nothing is saved. But tokens
-# beside each other read nearly the same. So take queries by **tiles** of $4 \times 4$: together
+# beside each other read nearly the same. So take queries in **tiles** of $4 \times 4$: together
 # they need a square of $4 + k - 1$ on a side, the tile's *halo*, and a small mask. For one head, q,
 # k, v (N, d), on a square grid whose side is a multiple of 4:
 
@@ -227,11 +228,11 @@ images(rows, "Grey: what the top left token has heard of.", 1.0, (0, 1.6))
 #
 # ## Four tokens to one, and back
 #
-# To **merge**, the features of four tokens are put behind each other, $4 D$ numbers, and a linear
-# layer makes them the width of the next level. To **split**, a linear layer makes $4 D$ numbers of
-# a token, and these become four. (Shortening and lengthening a sequence in the middle of a
-# transformer is from Nawrot et al., arXiv 2110.13711, section 2.) What comes back has lost detail,
-# so it is mixed with the tokens $x$ from before the merge. $f$ is learned and starts at 0.5:
+# To **merge**, the features of four tokens are concatenated, $4 D$ numbers, and a linear layer maps
+# them to the width of the next level. To **split**, a linear layer makes $4 D$ numbers of a token,
+# and these become four. (Shortening and lengthening a sequence in the middle of a transformer is
+# from Nawrot et al., arXiv 2110.13711, section 2.) What comes back has lost detail, so it is mixed
+# with the tokens $x$ from before the merge. $f$ is learned and starts at 0.5:
 #
 # $$x \leftarrow (1 - f) x + f y$$
 #
@@ -283,22 +284,22 @@ else:
 # %% [markdown]
 # ## Cosines
 #
-# A logit of attention is a product of query and key. Here both are brought to one length, so it is
-# a **cosine** times a number $s$ that each head learns (10 at first), and cannot run away; SD3 has
-# RMSNorm in that place (notebook 10):
+# A logit of attention is a product of query and key. Here both are scaled to one length, so the
+# logit is a **cosine** times a number $s$ that each head learns (10 at first), and cannot run away;
+# SD3 has RMSNorm in that place (notebook 10):
 #
 # $$\hat{q} = \sqrt{s} q / |q|, \qquad \hat{k} = \sqrt{s} k / |k|$$
 #
-# ## Turns
+# ## Rotations
 #
 # SD3 adds a code of the position to each token (notebook 03). Here nothing is added: queries and
-# keys are turned (**rotary positions**, Su et al., arXiv 2104.09864, section 3.2). Two features
-# $(a, b)$ are a point in the plane. At row $y$ they are turned by the angle $\omega y$:
+# keys are rotated (**rotary positions**, Su et al., arXiv 2104.09864, section 3.2). Two features
+# $(a, b)$ are a point in the plane. At row $y$ they are rotated by the angle $\omega y$:
 #
 # $$a' = a \cos \omega y - b \sin \omega y, \qquad b' = b \cos \omega y + a \sin \omega y$$
 #
-# A quarter of a head's features turns with the row, a quarter with the column, the rest not at all.
-# Rows and columns run from -1 to 1, and frequencies $\omega$ from $\pi$ to $10 \pi$.
+# A quarter of a head's features rotates with the row, a quarter with the column, the rest not at
+# all. Rows and columns run from -1 to 1, and frequencies $\omega$ from $\pi$ to $10 \pi$.
 
 
 # %%
@@ -330,7 +331,8 @@ torch.testing.assert_close(attention_slowly(attn, x[0], (3, 5)), attn(x, (3, 5))
 # %% [markdown]
 # **PREDICT.** Let all tokens of a $16 \times 16$ grid have the same query and the same key. Without
 # positions each would read all others alike. Which does the token in row 4, column 4 read now, and
-# which the one in row 11, column 8? (The four heads have other frequencies, the first the lowest.)
+# which the one in row 11, column 8? (The four heads have different frequencies, the first the
+# lowest.)
 
 # %%
 guess("...")
@@ -347,15 +349,15 @@ maps(seen, "column", "row", "Whom two tokens read, in the first and the last hea
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Itself most, and a little its row and its column: a logit is a sum of waves along the rows and of
-# waves along the columns, and where they are all at their crest, the weight is largest. The second
-# token's picture is the first one's, moved. A product of two turned vectors depends on the
-# difference of their angles, so on how far apart the tokens are, and not on where. High frequencies
-# (the last head) tell near from nearer, low ones near from far.
+# Mostly itself, and a little its row and its column: a logit is a sum of waves along the rows and
+# of waves along the columns, and where they are all at their crest, the weight is largest. The
+# second token's picture is the first one's, moved. A product of two rotated vectors depends on the
+# difference of their angles, so on how far apart the tokens are, and not on where they are. High
+# frequencies (the last head) tell near from nearer, low ones near from far.
 #
 # </details>
 #
-# ### Exercise: turning
+# ### Exercise: rotating
 
 # %%
 show("rotate")
@@ -384,10 +386,10 @@ else:
 # %% [markdown]
 # ## More pixels, more noise
 #
-# Pixels have been made to have mean 0 and deviation 1. How much noise hides a digit?
+# The pixels have been scaled to mean 0 and deviation 1. How much noise hides a digit?
 #
-# **PREDICT.** A digit of 16, 32 and 64 pixels on a side, with the same share $t$ of noise. In which
-# size can you still read it at the largest $t$?
+# **PREDICT.** A digit of 16, 32 and 64 pixels on a side, with the same share $t$ of noise. At which
+# size is it readable up to the largest $t$?
 
 # %%
 guess("...")
@@ -407,18 +409,18 @@ images(rows, "t = 0.3, 0.5, 0.7, 0.8, 0.9 and 0.95.", 0.9)
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# In the largest. Neighbouring pixels say the same, and noise does not: their mean keeps the digit
-# and loses noise. The **shapes** (principal components, of 500 digits) double their deviation with
-# each doubling of the side, so it takes twice as much noise $\sigma = t / (1 - t)$ to hide them.
-# Stable Diffusion 3 argues alike when it shifts its times for large images (arXiv 2403.03206,
-# section 5.3.2, eq. 23).
+# At the largest. Neighbouring pixels say the same thing, and noise does not: their mean keeps the
+# digit and loses noise. The **shapes** (principal components, of 500 digits) double their deviation
+# with each doubling of the side, so it takes twice as much noise $\sigma = t / (1 - t)$ to hide
+# them. Stable Diffusion 3 argues the same way when it shifts its times for large images (arXiv
+# 2403.03206, section 5.3.2, eq. 23).
 #
 # </details>
 #
-# ## What the loss should weigh
+# ## How to weight the loss
 #
-# HDiT weighs the squared error of the image $x_0$ by **soft-min-SNR** (an appendix of its paper;
-# Min-SNR is from Hang et al., arXiv 2303.09556). With the ratio of signal and noise
+# HDiT weights the squared error of the image $x_0$ by **soft-min-SNR** (an appendix of its paper;
+# Min-SNR is from Hang et al., arXiv 2303.09556). With the ratio of signal to noise
 # $SNR = (1 - t)^2 / t^2$ and a limit $\gamma = 1 / \sigma_d^2$:
 #
 # $$w(t) = \frac{\gamma SNR}{SNR + \gamma}$$
@@ -454,15 +456,15 @@ else:
 # %% [markdown]
 # ## Drawing pixels
 #
-# Now train: digits of $32 \times 32$ pixels in patches of 4, told by the pooled text of the lesson
-# model's encoders (in [pixels.py](pixels.py); the loop is that of notebook 11). The hourglass has
-# $8 \times 8$ tokens with windows of 3, then $4 \times 4$ that all read each other.
+# Now train: digits of $32 \times 32$ pixels in patches of 4, conditioned on the pooled text of the
+# lesson model's encoders (in [pixels.py](pixels.py); the loop is that of notebook 11). The
+# hourglass has $8 \times 8$ tokens with windows of 3, then $4 \times 4$ that all read each other.
 #
 # **PREDICT.** Three networks. The first sees noise around 4 deviations of a pixel, and its weight
 # falls from 8 on. The second is the same network with SD3's recipe for latents: noise around 1, all
-# velocities alike. The third has the first one's recipe, but is *flat*: its inner blocks, on all
-# $8 \times 8$ tokens, trained for about as many seconds. Which draws the best digits, and what do
-# the others draw?
+# velocities weighted alike. The third has the first one's recipe, but is *flat*: only its inner
+# blocks, on all $8 \times 8$ tokens, trained for about as many seconds. Which draws the best
+# digits, and what do the others draw?
 
 # %%
 guess("...")
@@ -496,11 +498,11 @@ for name, (right, distance) in scores(lesson, rows, digits).items():
 #
 # The hourglass draws digits, and 95 of 100 are read as asked. With SD3's recipe the same network
 # draws pieces of digits, and a third are read. At noise around 1 the digit is in plain sight, so it
-# practised to clean strokes; where the digit is decided, at the 8 deviations of the strongest
-# shape, it was hardly ever. (Its loss has no weight either. Which of the two matters more?) The
-# flat network sees the right noise, and half of its digits are read. It made fewer steps, since
-# each costs half as much again: its blocks run on four times as many tokens. After eight minutes,
-# on $64 \times 64$ pixels, the hourglass is ahead in equal time, too ([the
+# practised cleaning strokes; it was hardly ever where the digit is decided, at the 8 deviations of
+# the strongest shape. (Its loss has no weight either. Which of the two matters more?) The flat
+# network sees the right noise, and half of its digits are read. It took fewer steps, since each
+# costs half as much again: its blocks run on four times as many tokens. After eight minutes, on
+# $64 \times 64$ pixels, the hourglass is ahead in equal time, too ([the
 # table](../nanosd3/related/README.md#hdit)). The lesson model was trained for 900 steps, on a
 # quarter of the numbers, and its autoencoder knows what a stroke looks like.
 #
@@ -527,9 +529,9 @@ for name, (right, distance) in scores(lesson, other, digits).items():
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Past the middle there are strokes anywhere, clean ones, and no digit: windows of 3 see no further.
-# Through the middle come ghosts of the digits that were asked for, each in its place, under grain.
-# The middle knows what to draw, the outer level how. (The learned $f$ does not say which of the two
+# Past the middle come clean strokes, anywhere, and no digit: windows of 3 see no further. Through
+# the middle come ghosts of the digits that were asked for, each in its place, under grain. The
+# middle knows what to draw, the outer level how. (The learned $f$ does not say which of the two
 # counts more: a linear layer before it makes what comes back as large as it likes.)
 #
 # </details>
@@ -552,7 +554,7 @@ for way, far in (found := record["results"])["generated"].items():
 # [x-hd-3](../nanosd3/claims/README.md#x-hd-3) has the mean of the seeds' ratios, 18%.) It keeps 256
 # numbers of 784 pixels, roomy beside those of large models. Without latents there is no autoencoder
 # to train; the price is a wider range of noise to learn and, on an ordinary processor, attention
-# that is slower than its count.
+# that is slower than its count suggests.
 #
 # **Open questions.** Take patches of 2 and one level more: does it pay in equal seconds? Add the
 # skip in place of mixing it (FID 28.4 instead of 27.7 in the paper's table of ablations): does $f$
@@ -560,10 +562,10 @@ for way, far in (found := record["results"])["generated"].items():
 #
 # ## What was left out
 #
-# The paper's preconditioning (EDM) and density of noise; dropout; the lower rate of the network
-# that maps time and class; Swin's windows, which do not overlap and did worse in the paper. HDiT on
-# $64 \times 64$ pixels, with its samples and scores: `python -m nanosd3.related hdit`, eight
-# minutes ([the table](../nanosd3/related/README.md#hdit)). Stable Diffusion 3 (arXiv 2403.03206)
-# went the other way: latents of an eighth of the side with 16 channels instead of pixels, one level
-# in which every token reads every other, those of the text included, fixed positions that are
-# added, and shift, scale and gate from adaLN, where HDiT has a scale alone.
+# The paper's preconditioning (EDM) and density of noise; dropout; the lower learning rate of the
+# network that maps time and class; Swin's windows, which do not overlap and did worse in the paper.
+# HDiT on $64 \times 64$ pixels, with its samples and scores: `python -m nanosd3.related hdit`,
+# eight minutes ([the table](../nanosd3/related/README.md#hdit)). Stable Diffusion 3 (arXiv
+# 2403.03206) went the other way: latents of an eighth of the side with 16 channels instead of
+# pixels, one level in which every token reads every other, those of the text included, fixed
+# positions that are added, and shift, scale and gate from adaLN, where HDiT has a scale alone.

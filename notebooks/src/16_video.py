@@ -107,9 +107,9 @@ for frames, p_t in ((1, 1), (4, 1), (16, 1), (16, 2), (16, 4)):
 #
 # Tokens grow with the frames, products with their square: 16 frames have 16 times the tokens of an
 # image and 256 times the products. With $p_t = 4$ it is 4 and 16 times. But then one token has to
-# tell a whole motion, as a moving edge puts something else into every frame of the box. We keep
-# $p_t = 1$: the tokens of a frame are then those of the image model, and our clips of 4 frames have
-# 64 of them. The package's command trains with $p_t = 2$.
+# tell a whole motion, since a moving edge puts something different into every frame of the box. We
+# keep $p_t = 1$: the tokens of a frame are then those of the image model, and our clips of 4 frames
+# have 64 of them. The package's command trains with $p_t = 2$.
 #
 # </details>
 
@@ -136,7 +136,7 @@ else:
 # ## When and where
 #
 # A transformer sees a set, so each token is told its row and column (notebook 03), and now its
-# time. SD3's positions have no place left for a third axis: half of the width $D$ is the column's,
+# time. SD3's positions have no room left for a third axis: half of the width $D$ is the column's,
 # half the row's. So the code of time is added on top, and made to be *zero* in the middle of the
 # clip. For a slot at distance $s$ from the middle, with frequencies $\omega_k = 10000^{-2k / D}$,
 #
@@ -227,10 +227,10 @@ images(dict(zip(captions[:20:4], untrained, strict=True)), "Before any training.
 #
 # ## More pixels need more noise
 #
-# In notebook 02 larger images got more noise, since neighbouring pixels say the same. So do frames.
-# Take the mean over $n$ frames that show the same: the picture stays, the noise falls to
-# $1 / \sqrt{n}$ of its deviation. At a time $t$ the noise over the picture is $t / (1 - t)$; for a
-# clip to be as hard as an image at $t$, this ratio has to grow by $\sqrt{n}$, and that is SD3's
+# In notebook 02 larger images got more noise, since neighbouring pixels say the same thing. So do
+# frames. Take the mean over $n$ frames that show the same thing: the picture stays, the noise falls
+# to $1 / \sqrt{n}$ of its deviation. At a time $t$ the noise over the picture is $t / (1 - t)$; for
+# a clip to be as hard as an image at $t$, this ratio has to grow by $\sqrt{n}$, and that is SD3's
 # shift (arXiv 2403.03206, equation 23), with $\alpha = \sqrt{n}$:
 #
 # $$t' = \frac{\alpha t}{1 + (\alpha - 1) t}$$
@@ -285,13 +285,13 @@ else:
 # ## How to see motion
 #
 # A network that draws the right digit and lets it stand still would be read as asked in every
-# frame. So motion has to be measured. In each frame we take the centre of mass of the ink $m$, at
-# row $i$ and column $j$ (and the same for columns):
+# frame. So motion has to be measured. In each frame we take the centre of mass of the ink, $m_{ij}$
+# at row $i$ and column $j$. Its row is (and likewise its column)
 #
 # $$\bar{i} = \frac{\sum_{ij} i m_{ij}}{\sum_{ij} m_{ij}}$$
 #
-# Then the line along rows or columns, bouncing off the walls, that is nearest to all centres: its
-# velocity at the start is compared with the caption (`fitted_motion` in
+# Then we find the line along rows or columns, bouncing off the walls, that is nearest to all
+# centres, and compare its velocity at the start with the caption (`fitted_motion` in
 # `nanosd3/related/motion.py`).
 
 
@@ -348,9 +348,9 @@ for name, clips in {"real clips": real, "through the autoencoder": coded}.items(
 # %% [markdown]
 # ## Training
 #
-# Flow matching as ever, on clips of four frames. A tenth of the captions is left out, for guidance.
-# Two clips for the price of one: played backwards, "left" is "right". Training starts from the
-# lesson model.
+# Flow matching as ever, on clips of four frames. A tenth of the captions are left out, for
+# guidance. Two clips for the price of one: played backwards, "left" is "right". Training starts
+# from the lesson model.
 
 
 # %%
@@ -426,7 +426,7 @@ images(sevens, "Four of these, frame by frame.")
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# Where it goes comes first: after a hundred steps every clip goes as asked. Then it settles
+# Where it goes comes first: after a hundred steps every clip goes as asked. Then the digit settles
 # down, and wobbles less from frame to frame. Which digit it is comes last, although the network
 # could draw digits (larger ones, always in the middle: perhaps that is why). From 400 steps to 800
 # it gains little; the package's command takes 2,000, on clips of its own sizes.
@@ -436,9 +436,9 @@ images(sevens, "Four of these, frame by frame.")
 # ## Any size, any length?
 #
 # Sora was trained on "videos and images of variable durations, resolutions and aspect ratios". Ours
-# has seen one size only, and positions for others can be computed.
+# has seen only one size, but positions for others can be computed.
 #
-# **PREDICT.** Noise is laid out in wider frames, in higher ones, and for eight frames instead of
+# **PREDICT.** Noise is laid out in wider frames, in taller ones, and for eight frames instead of
 # four, in which the digit would have to come back from the wall: nobody has shown the network how.
 # Which of these will work?
 
@@ -458,19 +458,19 @@ print("8 frames, pixels gone ahead since the first:", [round(float(x - ahead[0])
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# In wider and in higher frames every clip goes as asked, and digits are read less often. The
+# In wider and in taller frames every clip goes as asked, and digits are read less often. The
 # positions come from the same buffer and are new at the edges only. Eight frames fail: hardly any
-# clip starts as asked. In the four frames in the middle, at times that it knows, the digit does
-# what it has learned; before and after them it goes the other way. Perhaps that is because the
-# fastest sine in the code of time turns back after $\pi / 2 = 1.57$ slots. A function can be
-# computed anywhere; what a network makes of it where it was not trained is another matter.
+# clip starts as asked. In the four middle frames, at times that the network knows, the digit moves
+# as learned; before and after them it goes the other way. Perhaps that is because the fastest sine
+# in the code of time turns back after $\pi / 2 = 1.57$ slots. A function can be computed anywhere;
+# what a network makes of it where it was not trained is another matter.
 #
 # </details>
 #
 # ## Break it: frames that cannot see each other
 #
 # Attention is over all tokens of a clip. Cut it: let each frame attend to itself and to the text
-# only. Every frame is still told when it is, and the whole caption.
+# only. Every frame is still told its time and the whole caption.
 #
 # **PREDICT.** What survives the cut: the digit, its direction, its height in the frame, the hand
 # that wrote it?
@@ -498,11 +498,11 @@ images(rows, "Four clips whose frames were drawn without seeing each other.")
 #
 # The direction survives, although no frame has seen another: the caption and its own time tell each
 # frame how far from the wall the digit is. What only other frames can tell is lost: where it
-# crosses, the hand, and here most of the digit as well. (It had learned with all frames together;
-# what it would do had it learned apart is not said by this.) So the right direction is no proof of
-# attention over time; wobbling tells more. In the harder task below the direction goes, too: it is
-# right in 97% of clips, and in 12% of those whose pairs of frames were drawn apart
-# ([x-sora-4](../nanosd3/claims/README.md#x-sora-4)).
+# crosses, the handwriting, and here most of the digit as well. (The network had learned with all
+# frames together; this does not say what it would do had it learned with them apart.) So the right
+# direction is no proof of attention over time; wobbling tells more. In the harder task below the
+# direction goes, too: it is right in 97% of clips, and in 12% of those whose pairs of frames were
+# drawn apart ([x-sora-4](../nanosd3/claims/README.md#x-sora-4)).
 #
 # </details>
 #
@@ -519,14 +519,14 @@ for name in ("x-sora-1", "x-sora-1-length", "x-sora-4"):
 
 # %% [markdown]
 # **Open questions.** Train with $p_t = 2$ (`video.inflated` makes the first weights): more clips in
-# the same time, but is it better? Train with `FramesApart` from the start: what is it never going
-# to learn? Train on clips of 4 *and* 8 frames: does it then draw 12?
+# the same time, but is it better? Train with `FramesApart` from the start: what will it never
+# learn? Train on clips of 4 *and* 8 frames: does it then draw 12?
 #
 # ## What was left out
 #
 # An autoencoder that compresses time; captions written by a model and rewritten prompts; clips that
 # continue or join others; several sizes in one batch with masks (NaViT, Dehghani et al., arXiv
-# 2307.06304). Full attention over all tokens is too dear for long clips: ViViT (Arnab et al., arXiv
-# 2103.15691) and Latte (Ma et al., arXiv 2401.03048) let attention along rows and columns and
-# attention along time take turns. The image model is that of arXiv 2403.03206. In code: `video.py`,
-# `train_video.py`, `moving_digits.py` and `motion.py` in nanosd3/related.
+# 2307.06304). Full attention over all tokens is too expensive for long clips: ViViT (Arnab et al.,
+# arXiv 2103.15691) and Latte (Ma et al., arXiv 2401.03048) alternate attention along rows and
+# columns with attention along time. The image model is that of arXiv 2403.03206. In code:
+# `video.py`, `train_video.py`, `moving_digits.py` and `motion.py` in nanosd3/related.

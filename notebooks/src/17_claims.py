@@ -70,8 +70,8 @@ for part in ("claim", "measured", "rule"):
 # The second claim compares eight formulations, that is, what the network is asked and at which
 # times (section 3.1). A rank says how good each is over eight settings; 1 is best.
 #
-# **PREDICT.** With seed 0, EDM's formulation, edm(0, 0.6), comes second of eight. On which rank
-# will it be with seed 1? And how many of the others change places?
+# **PREDICT.** With seed 0, EDM's formulation, edm(0, 0.6), comes second of eight. What rank will it
+# have with seed 1? And how many of the others change places?
 
 # %%
 guess("...")
@@ -83,8 +83,8 @@ by_seed(ranks, "average rank", "Three seeds; edm(0, 0.6) in green.", "edm(0, 0.6
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# It falls to the middle, behind five others. Only the first and the last two keep their places. Had
-# the experiment had one seed, the page would praise EDM, and nothing on it would look wrong.
+# It falls to the middle, behind five others. Only the first and the last two keep their places.
+# With only one seed, the page would praise EDM, and nothing on it would look wrong.
 #
 # </details>
 #
@@ -92,7 +92,7 @@ by_seed(ranks, "average rank", "Three seeds; edm(0, 0.6) in green.", "edm(0, 0.6
 #
 # So the difference of two methods has to be compared with what another seed changes. Seed $i$ means
 # the same data and noise for both, so take differences seed by seed. With losses $a_i$ of the
-# method that is claimed to be better, $b_i$ of the other, and $n$ seeds, the mean $m$ and the
+# method that is claimed to be better and $b_i$ of the other, for $n$ seeds, the mean $m$ and the
 # spread $s$ are:
 #
 # $$d_i = b_i - a_i, \quad m = \frac{1}{n} \sum_i d_i$$
@@ -155,8 +155,8 @@ else:
 # that enters are the differences $d_i$, which are then normal numbers around 0.
 #
 # **PREDICT.** With three seeds, how often does each of these rules find a difference where there is
-# none? (1) the means differ; (2) all seeds agree; (3) $|m| > s$. How many seeds does (3) take until
-# it is wrong in one study of twenty?
+# none? (1) the means differ; (2) all seeds agree; (3) $|m| > s$. How many seeds does (3) need to be
+# wrong in only one study of twenty?
 
 # %%
 guess("...")
@@ -177,24 +177,24 @@ for rule, shares in wrong.items():
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# The first rule always decides. The other two are wrong in about a quarter of all studies
-# with three seeds; the spread of three numbers is itself a poor estimate. It takes seven
-# seeds until the third is wrong in fewer than one of twenty.
+# The first rule always decides. The other two are wrong in about a quarter of all studies with
+# three seeds; the spread of three numbers is itself a poor estimate. It takes seven seeds for the
+# third to be wrong in fewer than one of twenty.
 #
 # So a single verdict of this folder is weak evidence. Most rules there ask for more: the same sign
 # against every competitor, at every number of steps, on both fields. A rule that is chosen after
 # looking at the results is worth little, however many seeds there are: LOG.md says which rules were
-# mended after a first run, and why.
+# corrected after a first run, and why.
 #
 # </details>
 #
 # ## A claim with a mechanism
 #
 # SD3 draws $t$ from logit-normal(0, 1) because, it says, the velocity is more difficult to predict
-# in the middle (section 3.1). That cannot be read from the loss, which also holds what nobody can
-# predict. x-sd3-middle takes a network's loss after 150 training steps, minus its loss after 900 on
-# the same images and noise: what is *left to learn*. Both were trained on times drawn evenly, so
-# that neither has practised the middle more.
+# in the middle (section 3.1). That cannot be read from the loss, which also contains what nobody
+# can predict. x-sd3-middle takes a network's loss after 150 training steps, minus its loss after
+# 900 on the same images and noise: what is *left to learn*. Both were trained on times drawn
+# evenly, so that neither has practised the middle more.
 #
 # **PREDICT.** Sketch three curves over $t$: the loss after 150 steps, the loss after 900, and their
 # difference.
@@ -213,7 +213,7 @@ lines({name: (middle["times"], y) for name, y in curves.items()}, "t (0 data, 1 
 # <details><summary>What happened</summary>
 #
 # After 900 steps the loss is *lowest* just past the middle; near the data most of it is noise,
-# hidden behind the image. What is left to learn is most in the middle and little near the data.
+# hidden behind the image. What is left to learn is largest in the middle and small near the data.
 # Both are true, and the claim is about the second.
 #
 # </details>
@@ -337,7 +337,7 @@ lines(curves, "t (0 data, 1 noise)", "share in what is asked", "What two formula
 # %% [markdown]
 # <details><summary>What happened</summary>
 #
-# At $t = 0$ $v$ is the noise, at $t = 1$ minus the image: always what cannot be seen. Rectified
+# $v$ is the noise at $t = 0$ and minus the image at $t = 1$: always what cannot be seen. Rectified
 # flow asks for both everywhere, so its network must also pass on what it sees. A deep network does
 # that easily; one of a single block may have to spend part of its capacity on it. That is a guess,
 # and it would take an experiment with more blocks to tell.
@@ -381,10 +381,10 @@ else:
 #
 # $$2 E|x - y| - E|x - x'| - E|y - y'|$$
 #
-# Samples are drawn by 5 and by 20 Euler steps, with five seeds.
+# Samples are drawn in 5 and in 20 Euler steps, with five seeds.
 #
-# **Rule.** That is yours. Write it now, before anything has run: a function of two lists of
-# distances, one number a seed, which is then applied at either number of steps.
+# **Rule.** That is up to you. Write it now, before anything has run: a function of two lists of
+# distances, one number per seed, which is then applied at both numbers of steps.
 
 
 # %%
@@ -445,8 +445,8 @@ for n, found in results.items():
 #
 # At 5 steps the networks with logit-normal times are better with every seed, and by more than the
 # spread: $m$ is twice $s$. At 20 steps the means hardly differ, and three seeds of five say the
-# opposite. Whoever looks at both first can report the one that suits. That is why a rule names its
-# conditions, too, before anything has run.
+# opposite. Whoever looks at both first can report the one that suits them. That is why a rule names
+# its conditions, too, before anything has run.
 #
 # </details>
 #
