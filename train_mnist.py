@@ -1,7 +1,7 @@
 """Train all of Stable Diffusion 3, small, on MNIST: `python train_mnist.py`.
 
-Data, autoencoder, text encoders, flow, turbo, samples: some minutes on two CPU cores, without a
-network or a GPU. Ctrl-C stops it; rerun the same command to resume. With another --config the same
+Data, autoencoder, text encoders, flow, turbo, samples: several minutes on two CPU cores, without
+internet or GPU. Ctrl-C stops it; rerun the same command to resume. With another --config the same
 stages train a network of any size on enlarged digits; with `--config scenes` a small one on several
 digits in colour, composed by caption (training/train_scenes.py).
 """
@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, help="folder of other 28x28 IDX files (default: the packaged MNIST)"
     )
-    text = "leave out the distillation to one network evaluation an image"
+    text = "leave out the distillation to one network evaluation per image"
     parser.add_argument("--no-turbo", action="store_true", help=text)
     return parser.parse_args(arguments)
 
@@ -91,7 +91,7 @@ def train(job: Job, plan: Plan, source: Digits, with_turbo: bool) -> None:
     if mmdit is None:
         return  # the main process does the rest
 
-    # Turbo: a copy of it learns to draw a digit by one evaluation, not by many.
+    # Turbo: a copy of it learns to draw a digit in one evaluation instead of many.
     pipeline = features.pipeline(mmdit, job.device)
     scorer, turbo = Scorer(source, classifier, job.device), None
     if with_turbo and job.config.name not in RECIPE_SIZES:

@@ -1,12 +1,12 @@
 """nanosd3: Stable Diffusion 3 from scratch, in modules small enough to read.
 
-The same classes learn MNIST on a laptop CPU and are, at another config, the official 2B and
+The same classes learn MNIST on a laptop CPU and, with another config, are the official 2B and
 8B models: same parameters, same key names, same numbers.
 
 Notation, used in code, tests and notebooks alike
     B batch   C channels   H W height and width (pixels or latents)   p patch size
     N image tokens   M text tokens   D width of the transformer   Dc, Dp context and pooled width
-    shapes stand at line ends, where they change:  x = self.proj(x)  # (B, N, D)
+    shapes are given at line ends, where they change:  x = self.proj(x)  # (B, N, D)
 
 Time, used everywhere
     t = 0 is data, t = 1 is noise           z_t = (1 - t) x0 + t noise
@@ -14,8 +14,8 @@ Time, used everywhere
     Models take t in [0, 1]; the factor 1000 of the timestep embedding is applied inside, once.
     (Lipman's and Liu's papers run the other way: their t is our 1 - t, their v our -v.)
 
-Layout: modules and folders import only from rows above their own. Inside a folder the order is
-that of its own docstring.
+Layout: modules and folders import only from the rows above them. The order inside a folder is
+that of its docstring.
     errors
     arguments
     random_streams   config_types   torch_settings
@@ -43,15 +43,15 @@ that of its own docstring.
 
 Reading order: minimal (all of it on one page); flow, samplers, patchify, embeddings, layers, mmdit
 (the transformer, how it learns and how it is sampled); vae, clip, t5, tokenizers, text; pipeline;
-training/train_flow. Nothing happens at import time, but for one setting of OpenMP's.
+training/train_flow. Nothing happens at import time, except for one OpenMP setting.
 """
 
 import os
 import sys
 
-# Threads that wait for each other spin, by default for 10 ms and more, and where other programs
-# want the cores they spin in place of the thread they wait for: a step takes 2 to 10 times as long.
-# After half a millisecond they sleep. OpenMP reads this when torch is loaded.
+# Threads that wait for each other spin, by default for 10 ms or more. If other programs want the
+# cores too, they displace the very thread they wait for: a step takes 2 to 10 times as long.
+# With this setting they sleep after half a millisecond. OpenMP reads it when torch is loaded.
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from nanosd3.errors import InputError, shown
 
-LARGEST = 14_000  # bits of a whole number; Python does not write out integers much longer
+LARGEST = 14_000  # bits of a whole number; Python refuses to print integers much longer
 
 
 def scalar(value: object) -> object:
-    """The Python value in a NumPy value or in an array or tensor (); anything else as it is."""
+    """The Python value of a NumPy scalar or of an array or tensor (); anything else unchanged."""
     if value is np.ma.masked:
         return value
     if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
@@ -38,7 +38,7 @@ def whole_number(name: str, value: object) -> int:
 
 
 def positive_number(name: str, value: object) -> int:
-    """The value as an int above 0. Raises InputError if it is none."""
+    """The value as an int above 0. Raises InputError if it is not one."""
     with contextlib.suppress(InputError):
         if (number := whole_number(name, value)) > 0:
             return number
@@ -46,7 +46,7 @@ def positive_number(name: str, value: object) -> int:
 
 
 def two_sides(name: str, value: object) -> tuple[int, int]:
-    """The value as two ints above 0. Raises InputError if it is none."""
+    """The value as two ints above 0. Raises InputError if it is anything else."""
     with contextlib.suppress(ValueError):  # also if there are more or fewer
         height, width = (positive_number(name, side) for side in several(name, value, ""))
         return height, width
@@ -70,7 +70,7 @@ def truth_value(name: str, value: object) -> bool:
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Raises InputError for a tensor that does not hold every number."""
+    """Raises InputError for a tensor that does not store all its elements."""
     if tensor.is_meta or tensor.layout != torch.strided:
         kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
         raise InputError(f"{name}: expected a dense tensor, got one {kind}")

@@ -8,10 +8,10 @@
     python -m nanosd3.bench frontier runs/mnist              how good a trained model is
     python -m nanosd3.bench cuda                             everything, on a GPU
 
-Weights are random, which changes neither time nor memory; only `frontier` is about a trained model.
+Weights are random, which changes neither time nor memory; only `frontier` needs a trained model.
 Text encoders have their full width but few layers (`forward --layers`), since all their layers cost
-the same. Memory is that of all tensors alive at the peak. How measurements are made is in measure/;
-here are the options and the printing.
+the same. Memory is that of all tensors alive at the peak. The measurements are in measure/; the
+options and the printing are here.
 """
 
 import argparse
@@ -178,8 +178,8 @@ def bench_table(args: argparse.Namespace) -> None:
 
 
 def bench_frontier(args: argparse.Namespace) -> None:
-    """Accuracy and Frechet distance of a finished run of train_mnist.py, along the guidance scale,
-    on draws of prompts and noise of its own: a table, and a plot of one against the other."""
+    """Accuracy and Frechet distance of a finished run of train_mnist.py at several guidance scales,
+    on fresh draws of prompts and noise: a table, and a plot of one against the other."""
     run, out = Run.read(args.run), args.out or args.run / "frontier.png"
     check_picture(out)
     if any(not 0 <= guidance < float("inf") for guidance in args.guidance):
@@ -279,7 +279,7 @@ def parsers() -> dict[str, Parser]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status."""
     words = sys.argv[1:] if arguments is None else arguments
     parser = Parser("python -m nanosd3.bench", "Benchmarks of time and memory.")
     parser.add_argument("what", choices=(*COMMANDS, "cuda"), help="first; each has its own --help")

@@ -32,8 +32,8 @@ def unicode_text(text: str) -> str:
         raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {text!r}") from None
 
 
-LARGEST_OPTION = 10**9  # what asks for more would run for years, or out of memory
-MOST_IMAGES = 100_000  # of a prompt, in one command
+LARGEST_OPTION = 10**9  # anything more would run for years, or out of memory
+MOST_IMAGES = 100_000  # per prompt, in one command
 
 
 def positive(text: str, largest: int = LARGEST_OPTION) -> int:
@@ -55,7 +55,7 @@ def image_count(text: str) -> int:
 
 
 def command_line(*words: object) -> str:
-    """A command to copy into the shell, with the quotes that it needs."""
+    """A command to copy into the shell, quoted where necessary."""
     texts = [str(word) for word in words]
     return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
@@ -63,7 +63,7 @@ def command_line(*words: object) -> str:
 def print_any_text() -> None:
     """Let stdout and stderr print characters that their encoding lacks, as escapes like \\u732b."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not None, as without a console on Windows
+        if isinstance(stream, io.TextIOWrapper):  # they are None without a console on Windows
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -110,7 +110,7 @@ def status_of(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # `... | head`: the reader is gone, so there is no one to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:  # such as a path without permission to look at it
+    except OSError as error:  # such as a path that may not be accessed
         path = os.fsdecode(error.filename or "file")
         print(f"error: {elided(f'{path}: {error.strerror or error}')}", file=sys.stderr)
         return 2

@@ -3,14 +3,14 @@
 Trained so that a caption's vector lies near its image's, CLIP knows what words look like; that
 is why SD3 uses it beside T5. Two things are taken from it:
 
-- the *sequence*: the output of the last layer but one, without the final norm (its last layer
+- the *sequence*: the output of the penultimate layer, without the final norm (the last layer
   serves the contrastive task more than the words);
 - the *pooled* vector: the final-normed output of the last layer at the first end-of-text token.
   The attention is causal, so only that position has read the whole caption. bigG's is multiplied
   by its projection; SD3 uses L's unprojected.
 
 No mask hides the padding: being causal, real tokens never see it, and the padded positions'
-outputs are part of the context as trained. Keys are named as in the files published for it.
+outputs are part of the context as trained. Keys are named as in the published files.
 """
 
 import torch
@@ -111,8 +111,8 @@ class CLIPText(nn.Module):
 
 
 def pool_at_end(states: Tensor, ids: Tensor, end: int) -> Tensor:
-    """Of states (B, L, D) those at the first token `end` of ids (B, L): (B, D). There may be
-    several, since some models pad with it."""
+    """States (B, L, D) at the first `end` token of ids (B, L): (B, D). There may be several such
+    tokens, since some models pad with them."""
     first = (ids == end).int().argmax(1)
     return states[torch.arange(len(states), device=states.device), first]
 

@@ -37,4 +37,4 @@ def on_meta(config: Config, name: str) -> nn.Module:
 def shapes(config: Config, name: str) -> Mapping[str, tuple[int, ...]]:
     """The shape of each tensor in a component's state dict."""
     found = {key: tuple(t.shape) for key, t in on_meta(config, name).state_dict().items()}
-    return MappingProxyType(found)  # the same for all who ask
+    return MappingProxyType(found)  # shared by all callers

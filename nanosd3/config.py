@@ -1,12 +1,12 @@
 """Every size of the model, as numbers: `CONFIGS[name]` with `.mmdit`, `.vae` and `.text`.
 
 The classes have no default dimensions; a config gives them all. `tiny`, `mnist`, `small`,
-`scenes` and `tiny-scenes` train from scratch on a CPU, by the numbers in `recipes`; the others are
-the official models and the depths of the paper's scaling study. Each could be held by diffusers'
-SD3Transformer2DModel and AutoencoderKL as well.
+`scenes` and `tiny-scenes` train from scratch on a CPU, with the numbers in `recipes`; the others
+are the official models and the depths of the paper's scaling study. Diffusers' classes
+SD3Transformer2DModel and AutoencoderKL could hold each of them too.
 
 Sizes and defaults of the official models: the published checkpoints' shapes, Stability's
-reference code and diffusers' configs; where those disagree, the choice is noted at the number.
+reference code and diffusers' configs; where those disagree, the choice is noted beside the number.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from nanosd3.config_types import (
     CLIPConfig,
     Config,
     MMDiTConfig,
-    Recipe,  # noqa: F401 - with the others, for whoever makes a config
+    Recipe,  # noqa: F401 - with the others, for anyone who makes a config
     Sampling,
     T5Config,
     TextConfig,
@@ -135,7 +135,7 @@ TINY = Config(  # every path of the largest model, dual attention included, in s
     training=TINY_TRAINING,
 )
 
-SMALL = Config(  # colour, for a folder of one's own images
+SMALL = Config(  # colour, for a folder of your own images
     name="small",
     image_size=32,
     padding=0,
@@ -199,7 +199,7 @@ CONFIGS = {
         SMALL,
         SCENES,
         TINY_SCENES,
-        # Stability's sd3-ref and diffusers sample it at shift 3 (sd3.5's preset of 1 is alone).
+        # Stability's sd3-ref and diffusers sample it at shift 3 (only sd3.5's preset has 1).
         official("sd3-medium", official_mmdit(24, qk_norm=False), Sampling(28, 7.0, 3.0, "euler")),
         official(
             "sd3.5-medium",

@@ -109,7 +109,7 @@ class Recipe:
 class Training:
     """Training from scratch on a small image set."""
 
-    train_images: int  # of each set, the first ones are used
+    train_images: int  # the first so many of each set are used
     test_images: int
     judge: Recipe
     autoencoder: Recipe
@@ -137,10 +137,10 @@ class Config:
 
 
 def config_from_dict(content: object, path: Path) -> Config:
-    """The config that `dataclasses.asdict` made `content` of, read from the file `path`.
+    """The config that `dataclasses.asdict` turned into `content`, read from the file `path`.
 
-    Raises InputError naming the file and the first field that is missing, unknown or not right.
-    Fields that have a default may be missing: files of earlier versions lack them.
+    Raises InputError naming the file and the first field that is missing, unknown or invalid.
+    Fields with a default may be missing: files from earlier versions lack them.
     """
 
     def build(kind: type, value: object, name: str) -> object:

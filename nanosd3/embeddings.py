@@ -10,8 +10,8 @@ TIMESTEP_FEATURES = 256
 
 
 def batch_times(t: Tensor, x: Tensor) -> Tensor:
-    """Times t (B,) of a batch x (B, ...) as they are, or one time () for all of it, as samplers
-    give it: that may lie on the CPU while x is on a GPU."""
+    """Times t (B,) of a batch x (B, ...) unchanged; one time () for the whole batch, as samplers
+    pass it, expanded. The latter may be on the CPU while x is on a GPU."""
     return t.to(x.device).expand(len(x)) if t.ndim == 0 else t
 
 
@@ -19,7 +19,7 @@ def timestep_embedding(t: Tensor) -> Tensor:
     """Cosines, then sines, of 1000 t at 128 frequencies from 1 down to 1/10000; (B, 256).
 
     The slowest turns by 0.1 radian over all of time, the fastest 160 times. Without the factor
-    1000 all but a few would stand still: the commonest mistake in reimplementations.
+    1000, all but a few would stand still: the most common mistake in reimplementations.
     """
     half = TIMESTEP_FEATURES // 2
     frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))

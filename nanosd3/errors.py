@@ -9,14 +9,14 @@ class InputError(ValueError):
 
 
 def shortened(text: str, limit: int = SHOWN) -> str:
-    """A text for display: on one line, cut at `limit` characters, nothing in it unprintable."""
+    """A text for display: on one line, cut to `limit` characters, without unprintable ones."""
     text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return text if len(text) <= limit else f"{text[: limit - 3].rstrip()}..."
 
 
 def elided(text: str, ends: int = 1000) -> str:
-    """A text for display without its middle, if it is longer than both ends: of a path and what is
-    wrong with it, the latter is kept."""
+    """A text for display, without its middle if it is longer than both ends: a long path does not
+    crowd out what is wrong with it."""
     return text if len(text) <= 2 * ends else f"{text[:ends]} ... {text[-ends:]}"
 
 

@@ -1,7 +1,7 @@
-"""Sampling in a few steps, for models that were distilled to it.
+"""Sampling in a few steps, with models distilled for it.
 
 A consistency model maps any point of a path directly to its end, so one step from noise gives an
-image. Further steps add noise to that image and map it again. Nothing else of the pipeline changes:
+image. Further steps add noise to that image and map it again. Nothing else in the pipeline changes:
 a consistency model is a velocity network, and its step is Euler's.
 """
 
@@ -23,7 +23,7 @@ def even_schedule(steps: int, alpha: float = 1.0) -> Tensor:
     """Times (steps + 1,) from 1 to 0 in equal steps, then shifted.
 
     The official times (`flow.schedule`) begin their last step at 0.001, so that two of their steps
-    are hardly more than one; here each step counts.
+    do little more than one; here each step counts.
     """
     return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).float()
 
@@ -40,10 +40,10 @@ def consistency(
 
     Multistep consistency sampling (arXiv 2303.01469, algorithm 1) adds fresh noise only. Every step
     then pushes further towards what the distilled guidance favours and reduces diversity, so more
-    steps are worse (related/README.md). Here part of the noise is that estimated from z, as in
-    DDIM; `fresh` = 1 is the published algorithm, 0 draws nothing (as arXiv 2310.02279's gamma).
-    The fresh noise of an image is a stream named after the noise that it starts from, so it
-    depends on nothing else in the batch: `noise`, if z (B, ...) is not noise but on its way.
+    steps are worse (related/README.md). Here part of the noise is estimated from z, as in DDIM;
+    `fresh` = 1 is the published algorithm, 0 draws nothing (like gamma in arXiv 2310.02279). An
+    image's fresh noise comes from a stream named after its starting noise, so it depends on nothing
+    else in the batch. That is z (B, ...), or `noise` if z is already on its way to the image.
     """
     rows = z if noise is None else noise
     streams = [rng("fresh noise", zlib.crc32(x.float().cpu().numpy().tobytes())) for x in rows]
@@ -61,8 +61,8 @@ def consistency(
 def renoised(
     x0: Tensor, z: Tensor, t: Tensor, t_next: Tensor, drawn: Tensor, fresh: float
 ) -> Tensor:
-    """The image x0 that z at time t jumped to, with noise of time t_next: `fresh` of it drawn, and
-    as much of what stood in z as keeps its variance."""
+    """The image x0 that z at time t jumped to, noised to t_next: `fresh` of the noise is drawn,
+    and as much of that found in z is kept as preserves its variance."""
     found = (z - (1 - t) * x0) / t
     kept = math.sqrt(1 - fresh**2)
     return (1 - t_next) * x0 + t_next * (fresh * drawn + kept * found)

@@ -1,7 +1,7 @@
 """Rectified flow: the training objective and everything that has to do with time.
 
 Data and noise are joined by a straight line, z_t = (1 - t) x0 + t noise, and the network learns
-its direction, the velocity v = noise - x0, by plain mean squares. Where lines of different pairs
+its direction, the velocity v = noise - x0, by plain least squares. Where lines of different pairs
 cross, the best the network can do is the average, so the learned paths bend; sampling follows
 them from t = 1 (noise) to t = 0 (data) with an ODE solver (samplers.py).
 
@@ -9,11 +9,11 @@ At which t to train? The ends are easy (near t = 1 the answer is the data's mean
 noise's); the middle is hard and decides what the image shows. SD3 keeps the loss as it is
 and draws t more often from the middle: that *is* the weighting, and a second weight on top
 would apply it twice. The four densities of the paper are given here as inverse transforms: each
-maps u, uniform in [0, 1], to t. Fed with evenly spread u they give evenly spread t.
+maps u, uniform in [0, 1], to t. Fed evenly spread u, they give evenly spread t.
 
 `shift` moves time towards noise for larger images, where neighbouring pixels are redundant, so the
-same noise level destroys less information. The one function serves training, by the size of each
-image, and sampling, by the model's number at every size.
+same noise level destroys less information. The same function serves training, where alpha follows
+each image's size, and sampling, where it is the model's number at every size.
 Paper: arXiv 2403.03206, sections 2 to 3.1 and 5.3.2.
 
 Left out: the other trajectories of the paper's study (EDM, cosine, LDM-linear); they are in
@@ -38,7 +38,7 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
 
 
 def flow_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """Mean square error of each sample, (B,). Unweighted: the density of t is the weight."""
+    """Mean squared error of each sample, (B,). Unweighted: the density of t is the weight."""
     return (velocity - velocity_target(x0, noise)).square().flatten(1).mean(1)
 
 
@@ -51,7 +51,7 @@ def uniform(u: Tensor) -> Tensor:
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """t = sigmoid(n), n normal: most in the middle, never at the ends; SD3's choice, at (0, 1).
+    """t = sigmoid(n), n normal: most in the middle, never at the ends; SD3's choice, with (0, 1).
 
     A negative mean favours data, a positive one noise (paper, eq. 19).
     """
@@ -76,8 +76,8 @@ def cosmap(u: Tensor) -> Tensor:
 def stratified(count: int, generator: torch.Generator) -> Tensor:
     """`count` numbers in (0, 1), one in each of `count` equal intervals, in random order.
 
-    Each is uniform taken alone; together they cover all of time in every batch, which makes the
-    loss and its gradient less noisy than independent draws do.
+    Taken alone, each is uniform; together they cover all of time in every batch, which makes the
+    loss and its gradient less noisy than independent draws would.
     """
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     return u[torch.randperm(count, generator=generator)].clamp(1e-6, 1 - 1e-6)
@@ -89,7 +89,7 @@ def stratified(count: int, generator: torch.Generator) -> Tensor:
 def shift(t: Tensor, alpha: float) -> Tensor:
     """Move t towards noise: alpha t / (1 + (alpha - 1) t) (eq. 23).
 
-    Equal steps of log-SNR: the log-SNR falls by 2 ln(alpha) everywhere, so shifts multiply.
+    This is a constant step in log-SNR: it falls by 2 ln(alpha) everywhere, so shifts multiply.
     The paper derives alpha = sqrt(pixels / pixels trained at) and uses 3 at 1024 x 1024.
     """
     return alpha * t / (1 + (alpha - 1) * t)
@@ -99,7 +99,7 @@ def schedule(steps: int, alpha: float = 1.0) -> Tensor:
     """Times (steps + 1,) for sampling, from 1 down to 0, as in the official models.
 
     They go evenly from 1 to shift(0.001), are shifted (so the smallest above 0 is shifted twice,
-    to 0.0089 for alpha = 3), and end in 0. Raises ValueError for less than one step or alpha <= 0.
+    to 0.0089 for alpha = 3), and end at 0. Raises ValueError for fewer than one step or alpha <= 0.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")

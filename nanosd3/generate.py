@@ -116,7 +116,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     model = args.model or args.run
     if (args.model and args.run) or (args.weights and model and not uses_other_encoders(model)):
         raise InputError("--model, --run and --weights are one option: name one of them")
-    if not model:  # --weights beside a run says where the weights are that it was trained on
+    if not model:  # beside a run, --weights says where the weights it was trained on are now
         model, args.weights = args.weights or Path("runs/mnist"), None
     args.model = model
     if args.report:
@@ -142,7 +142,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_report(args: argparse.Namespace) -> None:
-    """Raise InputError for what has no effect on a report."""
+    """Raise InputError for options that have no effect on a report."""
     read = {"model", "run", "weights", "report", *files_of(args)}
     for name, usual in vars(parse([])).items():
         if name not in read and getattr(args, name) != usual:
@@ -155,7 +155,7 @@ def is_run(path: Path) -> bool:
 
 
 def open_model(args: argparse.Namespace) -> Pipeline:
-    """The pipeline of the model, after its report if it is not a run."""
+    """The pipeline of the model; unless it is a run, its report is printed first."""
     checkpoint = open_checkpoint(args.model, files_of(args), args.weights)
     if not is_run(args.model):
         print(report(checkpoint))

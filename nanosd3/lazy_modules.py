@@ -5,7 +5,7 @@ the prompt, then the transformer samples, then the autoencoder decodes. `LazyMod
 on first use and, if `staged`, frees it after use, so that peak memory is that of the largest
 network rather than the sum.
 
-What a caller has set for tensors of its own does not get into a network (torch_settings.py).
+What a caller has set for its own tensors does not affect the networks (torch_settings.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -51,8 +51,8 @@ class LazyModules(Mapping[str, nn.Module]):
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """Release `name` at the end, after an error or Ctrl-C too: the next call would meet it in
-        memory, beside another network."""
+        """Release `name` at the end, even after an error or Ctrl-C: otherwise the next call would
+        find it in memory, beside another network."""
         try:
             yield
         finally:

@@ -1,7 +1,7 @@
 """Stable Diffusion 3 on one page: `python -m nanosd3.minimal` learns to draw prompted digits.
 
 MNIST, tokens, MMDiT, rectified flow, classifier-free guidance, Euler: one loop, no options, two
-minutes of a CPU core. It ends with minimal.png, a row of digits for each prompt.
+minutes on a CPU core. It ends by writing minimal.png, a row of digits for each prompt.
 
 The transformer is the real one (mmdit.py). The rest is simpler here than in the full project:
 
@@ -61,10 +61,10 @@ class TextEncoder(nn.Module):
 
 
 def flow_loss(mmdit: nn.Module, x0: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-    """Rectified flow: somewhere on the line from data to noise, tell its direction."""
+    """Rectified flow: somewhere on the line from data to noise, predict its direction."""
     noise = torch.randn_like(x0)  # (B, C, H, W)
-    # Logit-normal timesteps: seldom near the ends, where there is little to learn. SD3's mean is
-    # 0; 0.8 is nearer to noise, where it is decided which digit it is. A short run needs that.
+    # Logit-normal timesteps: rarely near the ends, where there is little to learn. SD3's mean is
+    # 0; 0.8 is nearer to noise, where the digit is decided. A short run needs that.
     t = torch.sigmoid(0.8 + torch.randn(len(x0), device=x0.device))  # (B,)
     z = x0 + t.view(-1, 1, 1, 1) * (noise - x0)  # (1 - t) x0 + t noise
     velocity = mmdit(z, t, context, pooled)
@@ -79,7 +79,7 @@ def sample(
     context, pooled = text(prompts + [""] * len(prompts))  # with prompt, then without
     z, times = noise, torch.linspace(1, 0, steps + 1, device=noise.device)
     for t, t_next in pairwise(times):
-        # Classifier-free guidance: go further the way in which the prompt changes the velocity.
+        # Classifier-free guidance: exaggerate the change that the prompt makes to the velocity.
         prompted, unprompted = mmdit(torch.cat([z, z]), t, context, pooled).chunk(2)
         velocity = unprompted + scale * (prompted - unprompted)
         z = z + (t_next - t) * velocity  # Euler: a straight step; backwards in time, to data

@@ -15,7 +15,7 @@ One number sizes it: depth d gives width 64 d and d heads. Options of the 3.5 mo
 queries and keys (`qk_norm`), and blocks whose image stream has a second attention over itself
 alone (`dual_attention`, "MMDiT-X"). The last block's text has keys and values only, since its
 output would go nowhere; official files still hold its query weights (and query norm), which are
-kept and not computed. Modules are named as in the official single-file checkpoints.
+kept but not used. Modules are named as in the official single-file checkpoints.
 Paper: arXiv 2403.03206, section 4 and figure 2.
 """
 
@@ -53,13 +53,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.ln_q = RMSNorm(HEAD_DIM) if qk_norm else nn.Identity()
         self.ln_k = RMSNorm(HEAD_DIM) if qk_norm else nn.Identity()
-        if keys_only and qk_norm:  # stored in official files, reaches nothing
+        if keys_only and qk_norm:  # stored in official files, affects nothing
             self.ln_q.weight.requires_grad_(False)
         if not keys_only:
             self.proj = nn.Linear(dim, dim)
 
     def heads(self, x: Tensor) -> QKV:
-        """Tokens (B, L, D) to queries, keys and values; the queries are None for keys only."""
+        """Tokens (B, L, D) to queries, keys and values; the queries are None if `keys_only`."""
         if self.keys_only:
             D = x.shape[-1]
             k, v = split_heads(F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), 2)
@@ -209,11 +209,11 @@ class MMDiT(nn.Module):
         pooled: Tensor,
         skip: Collection[int] = (),
     ) -> Tensor:
-        """Velocity (B, C, H, W) of latents z (B, C, H, W) at time t (B,), or () for all alike,
+        """Velocity (B, C, H, W) of latents z (B, C, H, W) at time t (B,), or () for all,
         given context (B, M, Dc) and pooled text (B, Dp). Blocks in `skip` are left out.
 
-        Raises ValueError if H or W is not divisible by the patch size, is larger than the
-        position grid, or the batch sizes differ.
+        Raises ValueError if H or W is not divisible by the patch size or is larger than the
+        position grid, or if the batch sizes differ.
         """
         H, W = z.shape[2:]
         patch = self.config.patch_size
@@ -265,7 +265,7 @@ def initialise(model: MMDiT) -> None:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     # Queries, keys and values: random biases. With zeros the queries of image tokens that are
     # still noise have no direction in common, and those of all heads start alike; finding the
-    # one text token that names the image was so slow that T5 alone was not followed (LOG.md).
+    # one text token that names the image was so slow that T5 alone was ignored (LOG.md).
     for module in model.modules():
         if isinstance(module, Attention):
             nn.init.normal_(module.qkv.bias, std=0.5)

@@ -43,10 +43,10 @@ def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
 def sincos_positions(width: int, grid: int, sample: int, span: int) -> Tensor:
     """The fixed position buffer (1, grid*grid, D) of SD3: sines and cosines of column and row.
 
-    The buffer covers `grid` x `grid` patches. Its middle `sample` x `sample`, the size trained
-    at, has coordinates from 0 up to `span`; images of other sizes and shapes are cropped from
+    The buffer covers `grid` x `grid` patches. Its middle `sample` x `sample`, the training
+    size, has coordinates from 0 up to `span`; images of other sizes and shapes are cropped from
     the middle (`centre_crop`) and run beyond that range instead of stretching it (paper,
-    section 5.3.2). The official models have span 16: patch i of 192 at sample 64 stands at
+    section 5.3.2). The official models have span 16: patch i of 192 at sample 64 is at
     (i - 64) / 4. The column's code fills the first half of the vector.
     """
     coordinate = (torch.arange(grid, dtype=torch.float64) - (grid - sample) / 2) * (span / sample)

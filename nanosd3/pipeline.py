@@ -4,10 +4,10 @@
     noise   --solver, guided velocity--> latents --denormalise, decode--> images
 
 `Pipeline.load("runs/mnist")` opens a run, a file of official weights or a diffusers folder; calling
-it gives uint8 images. The three steps are done for all prompts of a call, one after the other, so
-that only the network at work needs to be in memory (lazy_modules.py). Image i of a call starts
-from noise that depends on the seed and on i alone, not on the prompts, the number of images or the
-device.
+it gives uint8 images. Each of the three steps is done for all prompts of a call before the next
+begins, so that only the network at work needs to be in memory (lazy_modules.py). Image i of a call
+starts from noise that depends only on the seed and i, not on the prompts, the number of images or
+the device.
 
 *Image to image*: start not from noise but from a noisy image, late enough to keep its layout.
 *Inpainting*: the same with a mask; outside it the image is known at every t.
@@ -51,7 +51,7 @@ from nanosd3.vae import AutoencoderKL
 
 
 class EncodedText(Protocol):
-    """A mapping from texts to their context (M, Dc) and pooled vector (Dp), encoded before."""
+    """A mapping from texts to their context (M, Dc) and pooled vector (Dp), encoded beforehand."""
 
     def __contains__(self, text: str) -> bool: ...
     def __getitem__(self, text: str) -> tuple[Tensor, Tensor]: ...
@@ -73,7 +73,7 @@ class Pipeline:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Pipeline":
-        """The model in a run folder, a single file or a diffusers folder, kept in memory. Short
+        """The model in a run folder, a single file or a diffusers folder, kept in memory. A short
         form of `nanosd3.weights.load`."""
         checkpoint = open_checkpoint(path_of("path", path))
         pipeline = open_pipeline(checkpoint, device, None, staged=False)
@@ -115,7 +115,7 @@ class Pipeline:
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, C, h, w) of the encoder's Gaussian for padded images, in
+        """Mean and standard deviation (B, C, h, w) of the encoder's Gaussian for padded images in
         [-1, 1], not normalised."""
         mean, logvar = self.vae.encode(x.to(self.parts.device, dtype_of(self.vae)))
         return mean, (0.5 * logvar).exp()
@@ -172,13 +172,13 @@ class Pipeline:
         """One image for each prompt: uint8 (B, H, W), or (B, H, W, C) in colour; with
         output="latent" the normalised latents (B, C, h, w) instead.
 
-        What is None follows the config. Sizes are in pixels. `noise` (B, C, h, w) replaces the
-        seeded noise. `image`, one for all prompts or one for each, is uint8 (H, W[, C]) or a
-        Pillow image; it is noised to the fraction `strength` of the way (0.6, or 1 with a mask)
-        and sampled from there. `mask`, bool or uint8 (H, W), marks what is repainted.
-        `skip_layers` are left out in skip-layer guidance. `callback` gets copies of
-        every step of every batch of images; `progress` shows a bar. Warns of words that no caption
-        had and of prompts that are cut. Raises InputError for invalid values.
+        Arguments that are None follow the config. Sizes are in pixels. `noise` (B, C, h, w)
+        replaces the seeded noise. `image`, one for all prompts or one for each, is uint8
+        (H, W[, C]) or a Pillow image; it is noised a fraction `strength` of the way (0.6, or 1
+        with a mask) and sampled from there. `mask`, bool or uint8 (H, W), marks what to repaint.
+        `skip_layers` are left out in skip-layer guidance. `callback` gets copies of the state at
+        every step of every batch; `progress` shows a bar. Warns about words that occur in no
+        caption and about truncated prompts. Raises InputError for invalid values.
         """
         given = {name: value for name, value in locals().items() if name != "self"}
         request = make_request(self.config, **given)
@@ -204,7 +204,7 @@ class Pipeline:
     def encode_each(
         self, texts: list[str], drop: Collection[str], t5_length: int | None
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Context (M, Dc) and pooled (Dp) of each of some different texts."""
+        """Context (M, Dc) and pooled (Dp) of each of several distinct texts."""
         if not drop and t5_length is None and all(text in self.encoded_text for text in texts):
             device = self.parts.device
             encoded = (self.encoded_text[text] for text in texts)
@@ -216,8 +216,8 @@ class Pipeline:
     def sample(
         self, request: Request, text: dict[str, tuple[Tensor, Tensor]], known: Tensor | None
     ) -> Tensor:
-        """Follow the velocity from the noise, or from `known` latents noised, to latents
-        (B, C, h, w), some images at a time."""
+        """Follow the velocity from the noise, or from noised `known` latents, to latents
+        (B, C, h, w), a few images at a time."""
         mmdit, device, sampling = self.mmdit, self.parts.device, request.sampling
         dtype = dtype_of(mmdit)
         solver_dtype = torch.promote_types(dtype, torch.float32)
@@ -264,22 +264,22 @@ class Pipeline:
 
 
 def images_at_once(config: VAEConfig, pixels: int) -> int:
-    """How many images of so many pixels the autoencoder takes at once."""
+    """How many images of this many pixels the autoencoder processes at once."""
     return at_once(pixels * config.channels[0])
 
 
 def latents_at_once(config: MMDiTConfig, size: int, text_tokens: int) -> int:
-    """How many latents of so many numbers a channel the transformer takes at once."""
+    """How many latents with `size` numbers per channel the transformer processes at once."""
     return at_once((size // config.patch_size**2 + text_tokens) * 4 * config.width)
 
 
 def open_pipeline(
     checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype | None, staged: bool
 ) -> Pipeline:
-    """A Pipeline of a checkpoint, see `open_networks`."""
+    """A Pipeline from a checkpoint; see `open_networks`."""
     kind = dtype or torch.float32
     if not (isinstance(kind, torch.dtype) and kind.is_floating_point and kind.itemsize > 1):
-        raise InputError(f"dtype must be such as torch.bfloat16, got {shown(dtype)}")
+        raise InputError(f"dtype must be a type such as torch.bfloat16, got {shown(dtype)}")
     networks = open_networks(checkpoint, device_of(device), dtype, staged)
     return Pipeline(checkpoint.config, checkpoint.tokenizers, networks)
 

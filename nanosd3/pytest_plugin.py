@@ -1,7 +1,7 @@
 """Pytest plugin: `pytest --student hw.py` grades a file of answers, one test per exercise.
 
 Pytest loads it wherever the package is installed, so it imports nothing slow; all that happens
-there is the package's one setting of OpenMP's. With the option, only
+then is the package's one OpenMP setting. With the option, only
 exercises/grader/student_tests.py is collected.
 """
 

@@ -13,7 +13,7 @@ MNIST_TRAINING = Training(
     t5=Recipe(steps=250, batch=128, lr=2e-3, warmup=50, weight_decay=0.0),
     flow=Recipe(steps=1900, batch=128, lr=1e-2, warmup=100, weight_decay=0.0, optimizer="muon"),
     kl_weight=1e-2,
-    time_mean=0.8,  # more towards noise than SD3's 0: there it is decided which digit it is
+    time_mean=0.8,  # nearer to noise than SD3's 0: that is where the digit is decided
     time_std=1.0,
     encoder_dropout=0.464,
     ema_decay=0.999,

@@ -1,6 +1,6 @@
 """One call of the pipeline: its arguments, validated and resolved once.
 
-`make_request` fills in what was not given from the config and raises InputError, one line, for any
+`make_request` takes what was not given from the config and raises a one-line InputError for any
 invalid value; nothing is checked again afterwards. Numbers may be Python's, NumPy's or 0-d
 tensors, and a string is accepted where a list of strings is.
 """
@@ -24,7 +24,7 @@ from nanosd3.text import check_prompts, check_t5_length, dropped_encoders
 
 STRENGTH = 0.6  # default of image to image
 SKIP_SCALE = 2.5  # default scale of skip-layer guidance (diffusers has 2.8)
-MAX_STEPS = 100_000  # float32 tells the times of hardly more apart
+MAX_STEPS = 100_000  # with more, float32 soon cannot tell their times apart
 SKIP_RANGE = (0.01, 0.2)  # the fraction of the steps in which skip-layer guidance acts
 
 
@@ -122,7 +122,7 @@ def sampling_of(
     shift: float | None,
     sampler: str | None,
 ) -> Sampling:
-    """The usual sampling with what is given. Guidance of 1 or less is off, as in diffusers."""
+    """The usual sampling, overridden by what is given. Guidance up to 1 is off, as in diffusers."""
     count = usual.steps if steps is None else whole_number("steps", steps)
     scale = usual.guidance if guidance is None else real_number("guidance", guidance)
     alpha = usual.shift if shift is None else real_number("shift", shift)
@@ -151,7 +151,7 @@ def sampling_of(
 def latent_size(config: Config, height: int | None, width: int | None) -> tuple[int, int]:
     """Height and width of an image's latents; None is the size trained at.
 
-    Raises InputError, with the nearest sizes, for one that is not divisible or too large.
+    Raises InputError, naming the nearest sizes, for one that is not divisible or too large.
     """
     step, border = config.vae.factor * config.mmdit.patch_size, 2 * config.padding
     largest = config.mmdit.grid * step - border
@@ -198,7 +198,7 @@ def starting_image(
 ) -> tuple[Tensor | None, int | None, int | None]:
     """The pixels (1 or B, channels, H, W) of an image to start from, and the size to generate.
 
-    Raises InputError if they fit neither each other nor the `count` of prompts.
+    Raises InputError if they do not fit each other or the `count` of prompts.
     """
     if image is None:
         return None, height, width
@@ -239,8 +239,8 @@ def default_strength(strength: float | None, pixels: Tensor | None, mask: Tensor
 
 
 def first_step(steps: int, strength: float) -> int:
-    """The step to begin with so that the fraction `strength` of all steps is taken: as in
-    diffusers (Stability's code differs by one for some values, by rounding)."""
+    """The step to begin with so that a fraction `strength` of all steps is taken, as in diffusers
+    (Stability's code rounds differently and differs by one for some values)."""
     return int(max(steps - min(steps * strength, steps), 0))
 
 
@@ -284,7 +284,7 @@ def skip_layer_guidance(
     inside = [float(t) for i, t in enumerate(times[:-1]) if first < i < last]
     if not inside:
         raise InputError(
-            f"skip_layers: of {steps} steps none is in the part where it acts "
+            f"skip_layers: none of {steps} steps is in the part where it acts "
             f"(steps {first:.1f} to {last:.1f}); take more steps"
         )
     return SkipLayerGuidance(layers, scale, inside[0], inside[-1])

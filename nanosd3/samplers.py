@@ -55,7 +55,7 @@ def dpmpp_2m(velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | Non
 
     As in SD3.5's reference code, distances are measured in h = ln(t / t_next), k-diffusion's
     log-sigma, not in the flow's own log-SNR ln((1 - t) / t). The first step and the one into
-    t = 0 are of first order, which is Euler exactly. len(ts) - 1 evaluations.
+    t = 0 are of first order, which is exactly Euler. len(ts) - 1 evaluations.
     """
     previous, h_last = None, None
     for i, (t, t_next) in enumerate(pairwise(ts)):
@@ -96,7 +96,7 @@ def guided(
 
     `model(z, t, context, pooled)` is a network; `prompt` and `negative` are its (context, pooled)
     for each image of the batch. Both velocities come from one call on a doubled batch; at scale 1
-    they cannot differ from the prompt's alone, and the other is not computed.
+    the result is the prompt's velocity, and the other is not computed.
 
     With `skip`, the result also moves away from the velocity without some layers, which helps
     SD3.5 Medium early in sampling: v + scale (v_prompt - v_prompt without the layers).

@@ -1,6 +1,6 @@
 """T5 v1.1's encoder: the text encoder pretrained on plain text.
 
-CLIP has seen captions only, 77 tokens at most. T5 learned from plain text by filling in removed
+CLIP has seen only captions, of at most 77 tokens. T5 learned from plain text by filling in removed
 spans, and gives SD3 its spelling and its grasp of long prompts. It is a plain bidirectional
 transformer with a few peculiarities, each essential:
 
@@ -12,7 +12,7 @@ transformer with a few peculiarities, each essential:
 - no mask over padding in SD3, so the padded length is part of the input's definition;
 - never float16: its feed-forward activations overflow.
 
-Keys are named as in the files published for it, which is why modules sit in lists and dicts.
+Keys are named as in the published files, which is why modules sit in lists and dicts.
 """
 
 import torch
@@ -45,7 +45,7 @@ class T5Attention(nn.Module):
             self.relative_attention_bias = nn.Embedding(BUCKETS, config.heads)
 
     def position_bias(self, length: int) -> Tensor:
-        """What is added to the logits, (1, heads, length, length)."""
+        """The bias added to the logits, (1, heads, length, length)."""
         buckets = distance_buckets(length).to(self.q.weight.device)
         return self.relative_attention_bias(buckets).permute(2, 0, 1)[None]
 

@@ -1,4 +1,4 @@
-"""Three text encoders to one conditioning, joined as in SD3.
+"""Three text encoders joined into one conditioning, as in SD3.
 
     CLIP-L states (B, Lc, dl) | CLIP-G states (B, Lc, dg)   side by side, zeros up to T5's width
     T5 states (B, Lt, Dc)                                   behind them, as further tokens
@@ -7,7 +7,7 @@
         -> pooled (B, dl + dg): what modulates every block, together with the timestep
 
 There are no separators and no positions on text tokens: the encoder states already carry the
-word order. In training each encoder is dropped on its own with probability 0.464, its
+word order. In training each encoder is dropped independently with probability 0.464, its
 outputs set to zero (so a tenth of all samples has no text at all, which guidance needs); at
 inference any may be left out the same way. The zero tokens stay in the sequence.
 Paper: arXiv 2403.03206, section 4, appendix B.3.
@@ -41,7 +41,7 @@ def join_context(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 
 
 def widened(x: Tensor, width: int) -> Tensor:
-    """Features (..., d) filled up with zeros to a width: small encoders for a large transformer."""
+    """Features (..., d) padded with zeros to a width: small encoders for a large transformer."""
     return F.pad(x, (0, width - x.shape[-1]))
 
 
@@ -62,7 +62,7 @@ def drop_encoders(
 
 @dataclass
 class Tokenizers:
-    """Byte pairs for both CLIPs, pieces for T5, and the words of the captions trained on.
+    """Byte pairs for both CLIPs, pieces for T5, and the words of the training captions.
 
     `words` is empty for the official vocabularies, which have seen every word.
     """
@@ -102,8 +102,8 @@ class Tokenizers:
         )
 
     def unknown_words(self, prompts: Collection[str]) -> list[str]:
-        """Words of the prompts that occur in no caption, each once, in order. A number is not
-        unknown if its digits are not, and captions have numbers as long."""
+        """Words of the prompts that occur in no caption, each once, in order. A number is
+        known if its digits are, and captions contain numbers at least as long."""
         if not self.words:
             return []
         numbers = [word for word in self.words if word.isdecimal()]
@@ -144,7 +144,7 @@ def check_prompts(prompts: str | Collection[str], negative: str = "") -> list[st
 
 
 def dropped_encoders(drop: str | Collection[str]) -> list[str]:
-    """The text encoders to leave out. Raises InputError for a name that is no encoder."""
+    """The text encoders to leave out. Raises InputError for a name that is not an encoder's."""
     names = several("drop", drop, "the name of a text encoder or a list of them")
     for name in names:
         if name not in ENCODERS:
@@ -168,7 +168,7 @@ def check_t5_length(t5_length: int | None) -> int | None:
 
 
 class TextEncoders:
-    """Prompts to (context, pooled), as wide as a transformer reads them (Dc, Dp). An encoder that
+    """Prompts to (context, pooled) of the widths that a transformer reads (Dc, Dp). An encoder that
     is not among the `parts` counts as dropped."""
 
     def __init__(
@@ -201,7 +201,7 @@ class TextEncoders:
     def truncated(
         self, prompts: list[str], t5_length: int | None = None, drop: Collection[str] = ()
     ) -> list[str]:
-        """What is too long for an encoder, and will be cut: a line for each such prompt."""
+        """A line for each prompt that is too long for an encoder and will be truncated."""
         bpe, unigram = self.tokenizers.bpe, self.tokenizers.unigram
         heard = [name for name in ENCODERS if name in self.parts and name not in drop]
         limits = {}
@@ -236,7 +236,7 @@ class TextEncoders:
     def remarks(
         self, prompts: list[str], t5_length: int | None, drop: Collection[str]
     ) -> list[str]:
-        """Warnings about different prompts. Raises InputError if a CLIP is absent."""
+        """Warnings about distinct prompts. Raises InputError if a CLIP is absent."""
         remarks = self.absent(drop)
         if unknown := self.tokenizers.unknown_words(prompts):
             words = listed([shown(word) for word in unknown], 20)
@@ -273,7 +273,7 @@ class TextEncoders:
         """Context (B, M, Dc) and pooled (B, Dp) of the prompts; `drop` leaves out encoders.
 
         Where the config says so, "" gives zeros, the input of samples trained without text.
-        Raises InputError for a name in `drop` that is no encoder.
+        Raises InputError for a name in `drop` that is not an encoder's.
         """
         drop = dropped_encoders(drop)
         ids_l, ids_g = self.clip_ids(prompts)
@@ -289,6 +289,6 @@ class TextEncoders:
 
 
 def rows_of(text: dict[str, tuple[Tensor, Tensor]], prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Context (B, M, Dc) and pooled (B, Dp) of prompts that are encoded already."""
+    """Context (B, M, Dc) and pooled (B, Dp) of prompts that are already encoded."""
     context, pooled = zip(*(text[prompt] for prompt in prompts), strict=True)
     return torch.stack(context), torch.stack(pooled)

@@ -5,13 +5,13 @@ neighbours. The list of joins, in order, is the tokenizer; encoding replays it, 
 ever unknown, only long. *Unigram* goes the other way: each piece has a log-probability and
 encoding takes the split of a word whose sum is largest (Viterbi); characters without a piece
 are unknown. Training starts from many pieces, estimates their probabilities by expectation
-maximisation, and throws out what is used least.
+maximisation, and throws out the least used.
 
 The full vocabularies (CLIP's 48,894 merges, T5's 32,100 pieces) are in the package; the small
 ones of a run are trained here from its captions. Ids agree with the tokenizers published with
-the models. Departures: T5's character map is NFKC plus the few characters it treats otherwise (by
+the models. Departures: T5's character map is NFKC plus the few characters it treats differently (by
 Python's newer Unicode tables, and keeping a combining mark after a character that the map
-rewrites, which the published fast tokenizer loses); a space at the end makes an empty last word
+rewrites, which the published fast tokenizer loses); a trailing space makes an empty last word
 (as in the published tokenizer.json; SentencePiece itself strips it); no ftfy repair of broken text
 in CLIP (as in transformers).
 """
@@ -33,7 +33,7 @@ ASSETS = Path(__file__).parent / "assets" / "tokenizers"
 
 
 def pad_or_truncate(ids: list[int], length: int, pad: int) -> list[int]:
-    """Cut or fill ids to `length`; the end token stays last when cut."""
+    """Truncate or pad ids to `length`; truncated ids keep the end token last."""
     if len(ids) > length:
         return [*ids[: length - 1], ids[-1]]
     return ids + [pad] * (length - len(ids))
@@ -118,7 +118,7 @@ class BPE:
         self._cached = lru_cache(65536)(self._encode_word)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.merges, self.vocab)  # without the cache, which is this object's
+        return type(self), (self.merges, self.vocab)  # without the cache, which this object owns
 
     @classmethod
     def official(cls) -> "BPE":
@@ -181,8 +181,8 @@ SPACE = "▁"  # stands for the space before a word
 PAD, END, UNKNOWN = 0, 1, 2
 CONTROLS = ["<pad>", "</s>", "<unk>"]
 SENTINEL = re.compile(r"(</s>|<pad>|<unk>|<extra_id_\d+>)")
-# What T5's own character map does otherwise than NFKC: some controls vanish, some are spaces,
-# and the fullwidth tilde stays as it is.
+# Where T5's own character map differs from NFKC: some controls vanish, some become spaces, and
+# the fullwidth tilde stays as it is.
 CHARACTER_MAP = (
     dict.fromkeys(map(chr, [*range(1, 9), 0xB, *range(0xE, 0x20), 0x7F, 0x8F, 0x9F]), "")
     | dict.fromkeys(
@@ -240,7 +240,7 @@ class Unigram:
         return self.controls[f"<extra_id_{n}>"]
 
     def encode_word(self, word: str) -> list[int]:
-        """The ids of one word, behind its SPACE."""
+        """The ids of one word, which begins with SPACE."""
         return list(self._cached(word))
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
@@ -273,7 +273,7 @@ class Unigram:
             part = part.lower().strip() if self.lower_case else part
             if part and part[0] != " ":
                 part = " " + part
-            for word in part.split(" ")[1:]:  # a last space makes a last, empty word
+            for word in part.split(" ")[1:]:  # a trailing space makes an empty last word
                 ids += self.encode_word(SPACE + word)
         return [*ids, END]
 

@@ -1,7 +1,7 @@
-"""The settings of PyTorch under which networks and images are made, whatever the caller's are.
+"""The PyTorch settings under which networks and images are made, whatever the caller's are.
 
-Whoever calls may have set another default dtype or device for tensors of its own, or inference
-mode, for good or for a while.
+A caller may have set another default dtype or device for its own tensors, or inference mode, for
+good or for a while.
 """
 
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ import torch
 @contextmanager
 def usual_settings() -> Iterator[None]:
     """While open, tensors are made in float32, on the CPU and outside of inference mode, unless a
-    call says otherwise: what the caller has set is put aside. Gradients stay on or off.
+    call says otherwise: the caller's settings are put aside. Gradients stay on or off.
 
-    As a decorator it keeps that out of a function's results: noise drawn in float64 is other noise,
-    and nothing that was made in inference mode can be trained with.
+    As a decorator it keeps them out of a function's results: noise drawn in float64 is different
+    noise, and nothing made in inference mode can be used in training.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:

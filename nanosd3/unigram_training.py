@@ -17,9 +17,9 @@ def substrings(word: str) -> Iterator[tuple[int, int]]:
 
 
 def path_sums(length: int, spans: list[Span]) -> tuple[list[float], list[int]]:
-    """For each place in a word, the probabilities of all ways to get there, summed: m and e for
-    m * 2**e, as in a long word they are too small for floats. `spans` are in such an order that all
-    that end at a place come before those that begin there."""
+    """For each place in a word, the summed probability of all ways to get there, as m and e of
+    m * 2**e: in a long word it is too small for a float. `spans` are ordered so that all that end
+    at a place come before those that begin there."""
     m, e = [1.0, *[0.0] * length], [0] * (length + 1)
     for i, j, p in spans:
         if not 0.5 <= m[i] < 1:
@@ -50,9 +50,9 @@ def piece_counts(words: Counter, score: dict[str, float]) -> Counter:
 def train_unigram(words: Counter, size: int) -> list[tuple[str, float]]:
     """Pieces with log-probabilities, at most `size` of them, most probable first.
 
-    All substrings of up to LONGEST characters start; each round re-estimates the probabilities and
-    keeps the three quarters with the largest expected counts. Single characters always stay, so
-    that what was in the corpus can be spelled.
+    It starts from all substrings of up to LONGEST characters; each round re-estimates the
+    probabilities and keeps the three quarters with the largest expected counts. Single characters
+    always stay, so that everything in the corpus can be spelled.
     """
     counts: Counter = Counter()
     for word, count in words.items():

@@ -10,8 +10,8 @@ Latents reach the flow with mean 0 and standard deviation 1: `normalise` and `de
 the only places that apply the shift and scale in the config, subtracting first.
 
 Modules are named as in the official files. Levels of the decoder are numbered by resolution, as
-there: up.3 runs first. Left out of the published training recipe for this family: the
-perceptual and the adversarial term, which need a network trained on photographs.
+there: up.3 runs first. Of the published training recipe for this family, the
+perceptual and adversarial terms are left out: they need a network trained on photographs.
 """
 
 import torch
@@ -30,7 +30,7 @@ def conv3(c_in: int, c_out: int) -> nn.Conv2d:
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around a skip; the skip is a 1x1 convolution if the channels change."""
+    """Two convolutions and a skip around them: a 1x1 convolution if the channels change."""
 
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
@@ -95,7 +95,7 @@ class Level(nn.Module):
         self.upsample = Up(c_out) if up else None
 
     def steps(self) -> list[nn.Module]:
-        """The layers to apply, in order. (Called one by one from outside: a caller of the whole
+        """The layers to apply, in order. (The caller applies them one by one: a call of the whole
         level would keep its input, the largest tensor there is, until the end.)"""
         return [m for m in (*self.block, self.downsample, self.upsample) if m is not None]
 
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
         self.conv_in = conv3(config.latent_channels, widths[-1])
         self.mid = Middle(widths[-1], groups)
         inputs = (*widths[1:], widths[-1])
-        self.up = nn.ModuleList(  # one block more a level than the encoder has
+        self.up = nn.ModuleList(  # one more block per level than in the encoder
             Level(pair, config.blocks + 1, groups, up=i > 0)
             for i, pair in enumerate(zip(inputs, widths, strict=True))
         )
@@ -182,7 +182,7 @@ class AutoencoderKL(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, C, h, w), not normalised, to an image, about in [-1, 1]."""
+        """Latents (B, C, h, w), not normalised, to an image, roughly in [-1, 1]."""
         return self.decoder(z)
 
     def normalise(self, z: Tensor) -> Tensor:

@@ -42,10 +42,10 @@ def load(
     """The model in a single file, a diffusers folder or a run folder, as a Pipeline.
 
     `dtype` None: float32 for a run and on CPU, else bfloat16; the text encoders are never in
-    float16, which T5 overflows. With `staged`, networks are loaded when needed and freed after use;
+    float16, where T5 overflows. With `staged`, networks are loaded when needed and freed after use;
     otherwise they stay in memory, for repeated calls. `clip_l`, `clip_g`, `t5` and `vae` are files
     or folders of their own; `weights` is the current path of the weights that a run was trained
-    with. Raises InputError for anything missing or misshapen.
+    with. Raises InputError for anything missing or of the wrong shape.
     """
     files = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
     place = None if weights is None else path_of("weights", weights)

@@ -2,7 +2,7 @@
 
 A batch is one tensor, so all its images have one size. Center-cropping every image to a square is
 easy, and taught Stable Diffusion 1 to draw people without heads: that is what the middle of a
-portrait shows. Squeezing images into a square teaches squat people. Instead, each image goes to
+portrait shows. Squeezing images into a square teaches it squat people. Instead, each image goes to
 the nearest of a few sizes of about equal area (at 1024, in steps of 64: 1024x1024, 960x1088,
 896x1152, 832x1280, 768x1344 and their transposes), so that only a little is cropped.
 
@@ -50,7 +50,7 @@ def bucket_sizes(side: int, multiple: int, most: int, ratio: float = 2.0) -> lis
 def nearest(sizes: Sequence[Size], height: int, width: int) -> Size:
     """The size whose aspect ratio is nearest as a factor: 1:2 and 2:1 are equally far from 1:1.
 
-    Of equally near sizes, the one of the largest area, and of those the first.
+    Of equally near sizes, the one with the largest area, and of those the first.
     """
 
     def distance(size: Size) -> tuple[float, int]:

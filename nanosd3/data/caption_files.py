@@ -1,6 +1,6 @@
 """The captions in a folder: an x.txt beside x.png, or one metadata.jsonl.
 
-Names are compared in Unicode's form NFC, as macOS may write the same name in another one. Names
+Names are compared in Unicode form NFC, since macOS may write the same name in another form. Names
 that differ in case or by a backslash do not match; the error message points them out.
 """
 
@@ -15,11 +15,11 @@ from nanosd3.storage.files import parse_json
 from nanosd3.storage.user_files import read_lines
 
 METADATA = "metadata.jsonl"
-OTHER_SUFFIXES = (".caption", ".cap", ".json", ".yaml", ".xmp")  # captions elsewhere
+OTHER_SUFFIXES = (".caption", ".cap", ".json", ".yaml", ".xmp")  # used for captions elsewhere
 
 
 class PathIndex:
-    """Some paths below `root`, to be found by names that are the same or similar."""
+    """Some paths below `root`, found by a name that is the same or similar."""
 
     def __init__(self, root: Path, paths: Iterable[Path]):
         self.root, self.paths = root, set(paths)
@@ -27,11 +27,11 @@ class PathIndex:
         self.similar = {folded(path): path for path in self.paths}
 
     def find(self, path: Path) -> Path | None:
-        """The path of this name, in whatever Unicode form."""
+        """The path with this name, in whatever Unicode form."""
         return path if path in self.paths else self.same.get(composed(path))
 
     def hint(self, path: Path) -> str:
-        """Some words about a path of a similar name, if there is one."""
+        """A few words about a path with a similar name, if there is one."""
         near = self.similar.get(folded(path))
         if near is None:
             return ""
@@ -46,7 +46,7 @@ def composed(path: Path) -> str:
 
 
 def folded(path: Path) -> str:
-    """What is equal for names that may have been meant to be the same."""
+    """A key that is equal for names that may have been meant to be the same."""
     return composed(path).replace("\\", "/").casefold()
 
 
@@ -60,7 +60,7 @@ class CaptionFiles(Protocol):
 
 
 class TextFiles:
-    """An x.txt beside each x.png, one caption a line; `files` are all in the folder."""
+    """An x.txt beside each x.png, one caption a line; `files` are all those in the folder."""
 
     def __init__(self, root: Path, files: Iterable[Path]):
         self.texts = PathIndex(root, (path for path in files if path.suffix.lower() == ".txt"))
@@ -68,7 +68,7 @@ class TextFiles:
         self.foreign = {folded(path.with_suffix("")): path.name for path in foreign}
         self.named = set[Path]()
         for path in files:
-            if path.suffix.lower() in UNREAD_SUFFIXES:  # of an image that is named itself
+            if path.suffix.lower() in UNREAD_SUFFIXES:  # of an image that is itself reported
                 text = path.with_suffix(".txt")
                 self.named.add(self.texts.find(text) or text)
 

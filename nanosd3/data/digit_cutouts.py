@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-FAINT_INK = 64  # ink below this, of 255, does not belong to a digit's box
+FAINT_INK = 64  # ink below this, out of 255, does not count for a digit's box
 BOLDER = 1.5  # strokes get fainter when scaled down
 
 
 class Handwriting:
-    """Images of digits (n, 28, 28) uint8 by their labels, and the boxes of their ink."""
+    """Images of digits (n, 28, 28) uint8, indexed by label, and the boxes of their ink."""
 
     def __init__(self, images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels
@@ -36,8 +36,8 @@ def ink_boxes(ink: Tensor) -> Tensor:
 
 
 def scaling(part: Tensor, to_part: Tensor, size: int, to_size: int) -> Tensor:
-    """Weights (B, to_size, size) that scale a part of one line of pixels, its start and length
-    (B, 2), to a part of another: interpolated, and averaged where it shrinks."""
+    """Weights (B, to_size, size) that scale a part of one line of pixels, given by its start and
+    length (B, 2), to a part of another: interpolating, and averaging where it shrinks."""
     (start, length), (to_start, to_length) = (
         part.float().T[:, :, None],
         to_part.float().T[:, :, None],
@@ -53,8 +53,8 @@ def scaling(part: Tensor, to_part: Tensor, size: int, to_size: int) -> Tensor:
 
 
 def transferred(images: Tensor, boxes: Tensor, to_boxes: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """What is in a box of each image (B, H, W), scaled to fill a box of a canvas and black around
-    it: (B, *canvas). Boxes (B, 4) are top, left, height, width."""
+    """The content of a box of each image (B, H, W), scaled to fill a box of an otherwise black
+    canvas: (B, *canvas). Boxes (B, 4) are top, left, height, width."""
     H, W = images.shape[1:]
     rows = scaling(boxes[:, ::2], to_boxes[:, ::2], H, canvas[0])  # (B, canvas height, H)
     columns = scaling(boxes[:, 1::2], to_boxes[:, 1::2], W, canvas[1])

@@ -1,7 +1,7 @@
 """Which image files are read: what Pillow decodes by itself, to 8 bits a channel.
 
 Content decides, not the suffix, except for formats without a signature of their own: many other
-files might be taken for those. Suffixes of images that are not read are listed too, to name them.
+files might be taken for those. Suffixes of images that are not read are listed too, for messages.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".apng", ".jfif", ".jpe", ".avif", ".jp2", ".j2k", ".ico", *BY_SUFFIX),
 )
-UNREAD_SUFFIXES = (  # Pillow needs a plugin or another program, or knows only a part of the format
+UNREAD_SUFFIXES = (  # Pillow needs a plugin or another program, or reads only part of the format
     *(".heic", ".heif", ".hif", ".heics", ".jxl", ".avifs", ".jpx", ".jpf", ".j2c", ".jpc"),
     *(".svg", ".svgz", ".eps", ".ps", ".ai", ".pdf", ".wmf", ".emf", ".psd", ".psb", ".xcf"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".exr", ".hdr", ".pfm"),
@@ -27,7 +27,7 @@ CODESTREAM = b"\xff\x4f\xff\x51"  # of JPEG 2000; 42 bytes on: the bits of each 
 
 
 def formats_of(name: object) -> tuple[str, ...]:
-    """The formats that a file of this name may have, of those that this Pillow reads."""
+    """The formats that a file of this name may have, among those that this Pillow reads."""
     Image.init()
     extra = BY_SUFFIX.get(Path(str(name)).suffix.lower())
     wanted = (*FORMATS, extra) if extra else FORMATS
@@ -38,7 +38,7 @@ def is_deep(image: Image.Image) -> bool:
     """Whether an image has more than 8 bits a channel.
 
     Pillow silently reduces most of these to 8 bits when it decodes them. Before that, only a tag,
-    a field or the name of a raw mode tells.
+    a field or the name of a raw mode gives it away.
     """
     if image.mode.startswith(("I", "F")):
         return True
@@ -63,7 +63,7 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def content_of(image: ImageFile) -> bytes:
-    """The file of an image that is not decoded yet."""
+    """The bytes of an image file that is not decoded yet."""
     assert image.fp is not None
     place = image.fp.tell()
     image.fp.seek(0)

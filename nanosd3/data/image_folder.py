@@ -9,8 +9,8 @@ that begin with a dot are ignored.
 
 Every large collection has a few bad files, and none of them may stop a training run after a day.
 So each image is decoded once up front. Files that cannot be used are left out, but not silently:
-`skipped` names each of them with the reason, captions without an image too, and `others` counts the
-files that are neither.
+`skipped` names each of them with the reason, including captions without an image, and `others`
+counts the files that are neither.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from nanosd3.storage.files import read_regular
 from nanosd3.storage.run import Contents
 
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")  # of captions
-PROGRESS_FROM = 300  # images; a progress bar is shown for at least so many, in a terminal
+PROGRESS_FROM = 300  # images; with this many or more, a terminal shows a progress bar
 ACCEPTED_LAYOUTS = (
     f"put an x.txt beside x.png, one caption a line, or a {METADATA} into the folder with "
     'lines such as {"file_name": "x.png", "text": "a cat"}'
@@ -65,7 +65,7 @@ class ImageFolder:
 
     @property
     def contents(self) -> Contents:
-        """What the fingerprint covers, one by one."""
+        """What the fingerprint covers, item by item."""
         rows = {
             p.path.relative_to(self.root).as_posix(): [
                 p.digest[:16],
@@ -109,7 +109,7 @@ def read_folder(root: Path) -> ImageFolder:
             f"{root}: no captions for any of {len(paths)} images; {ACCEPTED_LAYOUTS} "
             f"(first: {skipped[0]})"
         )
-    hide = True if len(captions) < PROGRESS_FROM else None  # None: unless it is a terminal
+    hide = True if len(captions) < PROGRESS_FROM else None  # None: hidden unless in a terminal
     with tqdm(captions, "images", leave=False, disable=hide) as bar:
         pictures = read_each(bar, lambda path: read_picture(path, captions[path]), skipped)
     if not pictures:
@@ -154,7 +154,7 @@ def find_files(root: Path) -> list[Path]:
 
 def kind_of_other(path: Path, in_texts: bool) -> str:
     """The suffix of a file that is neither an image nor a caption. Raises InputError if it may have
-    been meant to be one; `in_texts`, where .txt files hold the captions."""
+    been meant to be one; `in_texts` says that .txt files hold the captions."""
     suffix = path.suffix.lower()
     if suffix in UNREAD_SUFFIXES:
         raise InputError(f"{path}: {suffix} images are not read; save it as PNG or JPEG")

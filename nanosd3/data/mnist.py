@@ -6,7 +6,7 @@ add attributes that are measured from the image's moments: stroke weight (thin, 
 model follows it can be measured on samples in the same way.
 
 The thresholds are per class, the terciles of its training images: a one has less ink than an
-eight, and a seven leans by its shape.
+eight, and a seven leans by nature.
 """
 
 import gzip
@@ -77,7 +77,7 @@ class ImageSet:
 
 
 def find_idx(folder: Path, stem: str) -> Path:
-    """Find an IDX file under any of its usual names, gzipped or raw. Raises InputError."""
+    """Find an IDX file under any of its usual names, gzipped or raw, else raise InputError."""
     for name in (f"{stem}-ubyte.gz", f"{stem}-ubyte", f"{stem}-ubyte.idx"):
         for candidate in (folder / name, folder / name.replace("-idx", ".idx")):
             if candidate.is_file():
@@ -192,10 +192,10 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def measure_strokes(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Measure stroke weight and slant, each (B,), of uint8 images (B, H, W) by their moments.
+    """Measure stroke weight and slant, each (B,), of uint8 images (B, H, W) from their moments.
 
-    Weight is ink (the zeroth moment) divided by spread (the root of the second central moments'
-    sum): about proportional to the stroke's width, whatever the digit's size. Slant is the shift
+    Weight is ink (the zeroth moment) divided by spread (the root of the sum of the second central
+    moments): about proportional to the stroke width, whatever the digit's size. Slant is the shift
     to the right per row upwards, -mu11 / mu02: 0 is upright, 1 leans right by 45 degrees.
     """
     ink = images.float() / 255
@@ -268,7 +268,7 @@ class Captions:
     choices: Tensor  # (classes, 3 weights, 3 slants, k): indices into texts, half of them plain
 
     def draw(self, labels: Tensor, weight: Tensor, slant: Tensor, u: Tensor) -> Tensor:
-        """Draw the index of a caption for each image (B,), by u (B,), uniform in [0, 1)."""
+        """Draw the index of a caption for each image (B,), using u (B,), uniform in [0, 1)."""
         k = (u * self.choices.shape[3]).long()
         return self.choices[labels, weight, slant, k]
 

@@ -3,7 +3,7 @@
 Training sets and `--init-image` share this reader, so that both see the same pixels in a file.
 It follows the usual conventions: EXIF decides which way is up, palettes and other colour modes
 become RGB, transparent pixels are composited on white, colour profiles are ignored. Each such
-conversion is reported. What has no usual convention is refused: animations, more than 8 bits a
+conversion is reported. What no convention covers is refused: animations, more than 8 bits a
 channel, and transparent masks.
 """
 
@@ -97,7 +97,7 @@ def to_rgb(image: Image.Image, name: object) -> tuple[Image.Image, list[str]]:
     notes = []
     with parsing(name):
         check_kind(image, name)
-        # Asked before decoding, in which Pillow turns TIFF files and removes their tag.
+        # Read before decoding, during which Pillow rotates TIFF files and removes their tag.
         if image.getexif().get(Base.Orientation, 1) in range(2, 9):
             notes.append("rotated by its EXIF tag")
         if image.format == "ICO" and len(image.info["sizes"]) > 1:
@@ -191,7 +191,7 @@ def to_pixels(image: object, channels: int) -> Tensor:
 
 def to_tensor(array: object, name: str) -> Tensor:
     """A tensor as it is, or a copy of a NumPy array, in whatever byte order. Raises InputError for
-    anything else, such as an array of texts, or a tensor that does not hold every number."""
+    anything else, such as an array of texts, or a tensor that does not store all its elements."""
     if isinstance(array, Tensor):
         check_dense(name, array)
         return array
@@ -210,9 +210,9 @@ def to_tensor(array: object, name: str) -> Tensor:
 def to_latent_mask(mask: object, height: int, width: int, factor: int, padding: int) -> Tensor:
     """Convert a mask to float (1, 1, h, w): 1 for latents with any pixel to be repainted.
 
-    Takes bool, or uint8 that is light (128 and above) where it is to be repainted, (H, W), or a
-    Pillow image. `factor` is the autoencoder's, `padding` the border around the image. Raises
-    InputError for anything else, another size than the image's, or if nothing is marked.
+    Takes (H, W) bool, or uint8 that is light (128 and above) where to repaint, or a Pillow
+    image. `factor` is the autoencoder's, `padding` the border around the image. Raises
+    InputError for anything else, for a size other than the image's, and if nothing is marked.
     """
     if isinstance(mask, Image.Image):
         mask, _ = to_greys(mask, "mask")

@@ -2,7 +2,7 @@
 
 A caption says some of what is in a scene: "a small blue seven left of a big green four". A `Prompt`
 keeps both its words and what they ask for, so the same object is the caption of a training image
-and a question to a judge. Its kinds are GenEval's six (arXiv 2310.11513) and two of our own:
+and a question for a judge. Its kinds are GenEval's six (arXiv 2310.11513) and two of our own:
 
     single object        "a seven"
     two objects          "a seven and a 4"
@@ -13,8 +13,8 @@ and a question to a judge. Its kinds are GenEval's six (arXiv 2310.11513) and tw
     all at once          "a small blue seven left of a big green four"
     typography           "the number 4071 in red": digits to be written in this order
 
-GenEval counts an object as there if a detector finds it, whatever else it finds. Here a picture is
-right only if nothing else is in it.
+GenEval counts an object as present if a detector finds it, whatever else it finds. Here a picture
+is right only if it contains nothing else.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ CanvasSize = tuple[int, int]  # height and width in pixels
 
 @dataclass(frozen=True)
 class PlacedDigit:
-    """A digit of a picture, as it was drawn or as it is seen, and the box of its ink."""
+    """A digit in a picture, as it was drawn or as it is seen, and the box of its ink."""
 
     label: int
     colour: str
@@ -69,7 +69,7 @@ class PlacedDigit:
 
 
 def place_of(centre: tuple[float, float], canvas: CanvasSize, margin: float = 0) -> str:
-    """Which ninth of the canvas a centre is in; "" if it is nearer than `margin` to a border."""
+    """Which ninth of the canvas a centre is in; "" if nearer than `margin` to another ninth."""
     thirds = []
     for x, side in zip(centre, canvas, strict=True):
         if any(abs(x - side * k / 3) < margin for k in (1, 2)):
@@ -79,8 +79,8 @@ def place_of(centre: tuple[float, float], canvas: CanvasSize, margin: float = 0)
 
 
 def related(a: tuple[float, float], b: tuple[float, float], relation: str, share: float) -> bool:
-    """Whether a is left of b (or right of, ...): the way from a to b has more than a `share` of its
-    length in that direction, like GenEval's half."""
+    """Whether a is left of b (or right of it, ...): more than `share` of the way from a to b goes
+    in that direction (half in GenEval)."""
     way = (b[0] - a[0], b[1] - a[1])
     along = sum(x * y for x, y in zip(way, RELATIONS[relation], strict=True))
     return along > share * (way[0] ** 2 + way[1] ** 2) ** 0.5
@@ -88,7 +88,7 @@ def related(a: tuple[float, float], b: tuple[float, float], relation: str, share
 
 @dataclass(frozen=True)
 class Asked:
-    """What a prompt says of one digit; "" for what it leaves open."""
+    """What a prompt says about one digit; "" for what it leaves open."""
 
     label: int
     colour: str = ""
@@ -104,7 +104,7 @@ class Asked:
         )
 
     def in_words(self, name: str) -> str:
-        """'a small blue seven', 'an 8 in the middle', by one of the digit's names."""
+        """'a small blue seven', 'an 8 in the middle', using one of the digit's names."""
         words = with_article(" ".join(word for word in (self.size, self.colour, name) if word))
         return f"{words} {self.place}".strip()
 
@@ -140,7 +140,7 @@ def written(seen: tuple[PlacedDigit, ...]) -> list[int]:
 
 
 def edit_distance(a: list[int], b: list[int]) -> int:
-    """How many items to insert, delete or replace to make b of a (Levenshtein)."""
+    """How many items to insert, delete or replace to turn a into b (Levenshtein)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row[0] = row[0], i

@@ -1,14 +1,14 @@
 """Scenes: handwritten digits in colour, composed by caption, made on the fly.
 
-A `Scene` says which digits are where, and holds the prompt that asks for some of it. From it follow
-the caption, the picture and the answer to every question (scene_prompts.py). It is drawn from a
-stream of its own, so scene 17 is the same one in every run, and nothing is stored.
+A `Scene` says which digits are where, and holds the prompt that asks for some of it. The caption,
+the picture and the answer to every question follow from it (scene_prompts.py). It is drawn from a
+random stream of its own, so scene 17 is the same in every run, and nothing is stored.
 
 Digits are cut out of their images, scaled to one of two sizes and put into slots that are a little
-larger, on a grid of 8 pixels: so they never touch, and a small network, whose patches are on that
+larger, on a grid of 8 pixels. So they never touch, and a small network, whose patches are on that
 grid too, need not learn a digit once for every shift. Training scenes are made of MNIST's training
-digits, all others of its test digits. Many training scenes of one digit are close-ups: in those the
-text encoders first learn which word means which digit. Questions to a judge have none.
+digits, all others of its test digits. Many training scenes of one digit are close-ups: there the
+text encoders first learn which word means which digit. Questions for a judge have none.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ from nanosd3.random_streams import rng
 
 SCENE_CONFIGS = ("scenes", "tiny-scenes")
 CANVASES: tuple[CanvasSize, ...] = ((32, 32), (32, 48))
-SLOT, STEP = 16, 8  # side of the slot of a digit; corners of slots are at multiples of STEP
+SLOT, STEP = 16, 8  # side of a digit's slot; slot corners are at multiples of STEP
 STRING_CELL = (12, 8)  # height and width of the cell of a digit in a string; two columns stay empty
 CLOSE_UP = 28  # pixels, of a digit that fills the picture
 CLOSE_UPS = 0.7  # share of the training scenes of one digit, in no particular place
@@ -56,8 +56,8 @@ KINDS_OF_WIDE = (
     TYPOGRAPHY,
     TYPOGRAPHY,
 )  # strings are harder: three tenths of wide scenes
-CLEAR = 1.5  # pixels from the border of a third, for a place that a caption names
-CLEARLY = 0.72  # share of the way along a relation that a caption names: 44 degrees from it
+CLEAR = 1.5  # pixels from the border of a third, for a place named in a caption
+CLEARLY = 0.72  # share of the way along a relation named in a caption: within 44 degrees of it
 Corner = tuple[int, int]
 Choice = TypeVar("Choice")
 
@@ -68,7 +68,7 @@ class Scene:
 
     canvas: CanvasSize
     digits: tuple[PlacedDigit, ...]
-    images: tuple[int, ...]  # whose handwriting: numbers of MNIST images
+    images: tuple[int, ...]  # whose handwriting: indices of MNIST images
     prompt: Prompt
 
 
@@ -79,8 +79,8 @@ class Scene:
 def arrangements(
     count: int, canvas: CanvasSize, relation: str = "", place: str = ""
 ) -> tuple[tuple[Corner, ...], ...]:
-    """All ways to put slots on a canvas so that none overlaps another: two of them in a relation,
-    or a single one in a place, if there is to be one."""
+    """All ways to put slots on a canvas without overlaps: two of them in `relation`, or a single
+    one in `place`, if given."""
     rows, columns = (range(0, side - SLOT + 1, STEP) for side in canvas)
     corners = list(product(rows, columns))
     return tuple(c for c in permutations(corners, count) if suits(c, canvas, relation, place))
@@ -100,7 +100,7 @@ def suits(corners: tuple[Corner, ...], canvas: CanvasSize, relation: str, place:
 def slots_of(
     kind: str, count: int, canvas: CanvasSize, relation: str, place: str, u: float
 ) -> list[tuple[int, int, int, int]]:
-    """Slots (top, left, height, width) for digits, picked by u in [0, 1); the cells of a string."""
+    """Slots (top, left, height, width) for digits, picked by u in [0, 1); or a string's cells."""
     if kind == TYPOGRAPHY:
         height, width = STRING_CELL
         top, first = (canvas[0] - height) // 2, (canvas[1] // width - count) // 2
@@ -110,8 +110,8 @@ def slots_of(
 
 
 def box_in(slot: tuple[int, int, int, int], ink: Sequence[int], longest: int) -> tuple:
-    """The box in the middle of a slot (top, left, height, width) for a digit whose ink is so high
-    and wide: scaled to its longer side, and narrowed where it is too wide."""
+    """The box in the middle of a slot (top, left, height, width) for a digit whose `ink` has this
+    height and width: its longer side scaled to `longest`, and narrowed if too wide."""
     top, left, rows, columns = slot
     height, width = (max(1, round(x * longest / max(ink))) for x in ink)
     width = min(width, columns - 2)
@@ -124,7 +124,7 @@ def box_in(slot: tuple[int, int, int, int], ink: Sequence[int], longest: int) ->
 def draw_scene(
     kind: str, canvas: CanvasSize, hand: Handwriting, g: torch.Generator, close_up: bool = False
 ) -> Scene:
-    """A scene of a kind of prompt, at random; of one digit, it may be a close-up."""
+    """A random scene for a kind of prompt; with one digit, it may be a close-up."""
 
     def pick(options: Sequence[Choice]) -> Choice:
         return options[int(torch.randint(len(options), (1,), generator=g))]
@@ -139,7 +139,7 @@ def draw_scene(
 
     labels: list[int] = []
     colours: list[str] = []
-    for _ in range(count):  # of a string any, otherwise all different
+    for _ in range(count):  # any for a string, otherwise all different
         labels.append(pick([n for n in range(len(DIGITS)) if string or n not in labels]))
         colours.append(pick([c for c in COLOURS if c not in colours]))
     sizes = [pick(tuple(DIGIT_SIZES)) for _ in range(count)]
@@ -182,7 +182,7 @@ def draw_pictures(scenes: Sequence[Scene], hand: Handwriting) -> Tensor:
 
 
 class Scenes:
-    """Scenes as a `Source`: every second one is wide, and strings are among the wide ones.
+    """Scenes as a `Source`: every second one is wide, and only wide ones have strings.
 
     There are as many for training as the config has training images, made of all training digits.
     """
@@ -209,7 +209,7 @@ class Scenes:
         return "training" if number < self.trained else "test"
 
     def scene(self, number: int) -> Scene:
-        """The scene of a number."""
+        """The scene with this number."""
         generator, wide = rng("scenes", number), number % 2
         kinds = (
             KINDS_OF_WIDE if wide else tuple(kind for kind in QUESTION_KINDS if kind != TYPOGRAPHY)
@@ -221,7 +221,7 @@ class Scenes:
         return draw_scene(kind, CANVASES[wide], hand, generator, close_up)
 
     def questions(self, kind: str, count: int, seed: int) -> list[Scene]:
-        """Fresh scenes of one kind, of test digits: half of each size, but for strings."""
+        """Fresh scenes of one kind, with test digits: half of each size, except for strings."""
         canvases = CANVASES[1:] if kind == TYPOGRAPHY else CANVASES
         hand = self.hands["test"]
         return [
@@ -236,7 +236,7 @@ class Scenes:
 
     def pixels(self, index: Tensor) -> Tensor:
         numbers = index.tolist()
-        hand = self.hands[self.part(numbers[0])]  # batches are never of both parts
+        hand = self.hands[self.part(numbers[0])]  # no batch mixes the parts
         return draw_pictures([self.scenes[i] for i in numbers], hand)
 
     def captions(self, index: Tensor, u: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ loss. Training draws from it without knowing whether it is MNIST or a folder.
 
 `Digits` makes captions from labels and measurements (mnist.py), and enlarges its 28x28 pixels to
 the config's image size. `Pictures` reads files of any size with captions of their own; a batch
-comes from one bucket, that is, has one size (buckets.py).
+comes from one bucket, so all of it has one size (buckets.py).
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class Source(Protocol):
 
     name: str  # where it comes from
     fingerprint: str  # of all images and captions
-    contents: Contents  # what they are, one by one
+    contents: Contents  # what they are, item by item
     texts: list[str]  # all distinct captions
     trained: int  # images below this index are for training
     count: int  # those from there up to this index are held out
@@ -156,8 +156,8 @@ class Digits:
 class Pictures:
     """A folder of images with captions as a `Source`, in buckets around the config's image size.
 
-    The images with the lowest checksums are held out, so that mostly the same ones stay held out
-    when images are added.
+    The images with the lowest checksums are held out, so that most of them stay held out when
+    images are added.
     """
 
     def __init__(self, folder: ImageFolder, config: Config):

@@ -1,7 +1,7 @@
 """The same networks, faster on a CPU and with less memory for the backward pass.
 
 The model classes are plain PyTorch. `accelerate(model)` replaces some of a model's layers, in
-place, by subclasses that compute the same function (up to the last bits of float32):
+place, with subclasses that compute the same function (up to the last bits of float32):
 
     Linear    float32 products through oneDNN where it is faster (matmul)
     MLP, Stream    cheap intermediate results are recomputed in the backward pass, not saved
@@ -9,8 +9,8 @@ place, by subclasses that compute the same function (up to the last bits of floa
     Encoder, Decoder, GroupNorm, Up    the autoencoder in channels-last memory (channels_last)
 
 Importing the model gives the plain one; training, the pipeline and the benchmarks accelerate the
-models they build. State dictionaries do not change. Without gradients a forward hook must copy the
-output that it keeps: the next layer may overwrite it. Whole blocks are checkpointed
+models they build. State dictionaries do not change. Without gradients, a forward hook must copy any
+output it keeps: the next layer may overwrite it. Whole blocks are checkpointed
 (`checkpoint_blocks`) and compiled (`compile_blocks`) on request.
 """
 
@@ -43,7 +43,7 @@ tanh_gelu = partial(F.gelu, approximate="tanh")
 
 
 def accelerate(model: nn.Module, keep_activations: bool = False) -> nn.Module:
-    """Replace a model's layers by their faster versions, in place, and return the model.
+    """Replace a model's layers with their faster versions, in place, and return the model.
 
     `keep_activations` turns off recomputation inside layers, for models whose blocks are
     checkpointed as a whole.
@@ -100,7 +100,7 @@ def recomputed(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor)
 
 
 class RecomputingMLP(MLP):
-    """An MLP that saves its hidden layer for the backward pass, but not the GELU of it."""
+    """An MLP that saves its hidden layer for the backward pass, but not its GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not eager():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nanosd3.vae import Decoder, Encoder, ResBlock, Up
 
 SQUARES_PER_SUM = 2**16  # numbers whose squares are summed in float32: they fit in a core's cache
-MULTIPLICATIONS = 2**18  # by a tap of an image's upsampling: fewer are not worth the trouble
+MULTIPLICATIONS = 2**18  # per tap when upsampling an image: fewer are not worth the trouble
 
 
 class ChannelsLastEncoder(Encoder):
@@ -42,7 +42,7 @@ def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     def group_mean(each: Tensor) -> Tensor:
         return each.double().unflatten(1, (groups, -1)).mean(2)
 
-    # Squares of the distance from some typical value, of which the variance is not a small part.
+    # Squares of distances from a typical value: the variance is then no small part of them.
     center = group_mean(rows[:, :size].mean(1)).to(x.dtype)  # (B, groups)
     centers = center.repeat_interleave(C // groups, 1)[:, None]  # (B, 1, C)
     first = second = torch.zeros(B, C, dtype=torch.float64, device=x.device)
@@ -55,15 +55,15 @@ def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
-    """Group norm, as exact as in the usual layout.
+    """Group norm, as accurate as in the usual layout.
 
     PyTorch's version for channels-last tensors on a CPU sums all squares of a group one by one in
     float32 and subtracts the squared mean: with a mean of 10 and a deviation of 1, half of the
-    digits are lost, and more the larger the image.
+    digits are lost, and the larger the image, the more.
     """
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Group norm of `x`; into the memory of `out`, if that is given and can be."""
+        """Group norm of `x`, written into the memory of `out` if that is given and possible."""
         usual = x.device.type != "cpu" or x.dtype == torch.float64 or x.dim() != 4
         if usual or x.is_contiguous():
             return super().forward(x)
@@ -85,8 +85,8 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
 
 
 class InPlaceResBlock(ResBlock):
-    """A block that overwrites what nobody reads again, if no gradient is needed: all but its input,
-    which a block without norms, taken out by someone, would have in their place."""
+    """A block that, if no gradient is needed, overwrites whatever is not read again: all but its
+    input. (If someone has removed its norms, that would be overwritten too: then nothing is.)"""
 
     def forward(self, x: Tensor) -> Tensor:
         normed = all(isinstance(norm, ChannelsLastGroupNorm) for norm in (self.norm1, self.norm2))
@@ -125,7 +125,7 @@ def merge_taps(weight: Tensor, dim: int, odd: int) -> Tensor:
 
 
 class ChannelsLastUp(Up):
-    """`Up` by `convolve_repeated` where that is faster: on a CPU, with enough to multiply."""
+    """`Up` through `convolve_repeated` where that is faster: on a CPU, with enough to multiply."""
 
     def forward(self, x: Tensor) -> Tensor:
         C, H, W = x.shape[1:]

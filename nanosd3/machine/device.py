@@ -28,7 +28,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def control_groups(controller: str) -> Iterator[Path]:
     """Folders of this process's control groups (versions 1 and 2), from the innermost outwards;
-    none where the system has no such thing."""
+    none if the system has no such groups."""
     try:
         lines = (PROC / "self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
@@ -75,7 +75,7 @@ def group_memory() -> float:
 
 
 def cores() -> int:
-    """Number of CPU cores this process may use, by its affinity and its control groups' quotas."""
+    """CPU cores this process may use, given its affinity and its control groups' quotas."""
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, math.floor(min(count, group_cores())))
@@ -90,7 +90,7 @@ def default_threads(name: str = "OMP_NUM_THREADS") -> int:
     """
     for variable in dict.fromkeys((name, "OMP_NUM_THREADS")):
         if text := os.environ.get(variable, "").strip():
-            first = text.split(",")[0]  # OpenMP takes a list, a number for each level of nesting
+            first = text.split(",")[0]  # OpenMP takes a list, one number per nesting level
             number = int(first) if first.isdecimal() and len(first) < 10 else 0
             if not 1 <= number <= MAX_THREADS:
                 raise InputError(
@@ -104,8 +104,8 @@ def default_threads(name: str = "OMP_NUM_THREADS") -> int:
 def torchrun_number(name: str) -> int | None:
     """A number that torchrun gave this process, such as RANK; None without torchrun.
 
-    It sets all of its variables at once: one of them alone, or empty, is left over from something
-    else and says nothing.
+    It sets all of its variables at once: one that is alone, or empty, is left over from something
+    else and means nothing.
     """
     numbers = {key: os.environ.get(key, "") for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", name)}
     address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
@@ -143,7 +143,7 @@ def set_up(threads: int | None = None) -> torch.device:
     """Choose the device, set the number of CPU threads, and print both.
 
     `threads` None: OMP_NUM_THREADS, else the usable cores, at most 8, divided among the processes
-    that torchrun started on this machine. (It sets OMP_NUM_THREADS=1 itself if nobody else did.)
+    that torchrun started on this machine. (It sets OMP_NUM_THREADS=1 itself if that is unset.)
     """
     local_processes = torchrun_number("LOCAL_WORLD_SIZE") or 1
     by_torchrun = local_processes > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
@@ -172,7 +172,7 @@ def set_up(threads: int | None = None) -> torch.device:
 
 
 def own_gpu() -> torch.device:
-    """The GPU; under torchrun that of this process, which becomes the current one. Raises
+    """The GPU; under torchrun, this process's own, which becomes the current one. Raises
     InputError if there are more processes than GPUs."""
     number = torchrun_number("LOCAL_RANK")
     if number is None:
@@ -225,5 +225,5 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 def at_once(numbers: int) -> int:
-    """How many images to compute at once, given the numbers in one's widest activation."""
+    """How many images to compute at once, given the size of the widest activation for one image."""
     return min(BATCH, max(1, MAX_ACTIVATIONS // numbers))

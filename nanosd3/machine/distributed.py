@@ -235,12 +235,12 @@ class ParallelModel(nn.Module):
 
 
 def is_fsdp(module: nn.Module) -> "TypeGuard[FSDPModule]":
-    """Whether FSDP2 has sharded its weights."""
+    """Whether FSDP2 has sharded the module's weights."""
     return hasattr(module, "reshard")
 
 
 def is_sharded(x: Tensor) -> "TypeGuard[DTensor]":
-    """Whether it is a DTensor, of which this process holds some rows."""
+    """Whether x is a DTensor, of which this process holds some rows."""
     return hasattr(x, "full_tensor")
 
 
@@ -250,8 +250,8 @@ def local_shard(x: Tensor) -> Tensor:
 
 
 def gather_full(x: Tensor) -> Tensor:
-    """The full tensor of a sharded one, which all processes must call for together; any other
-    tensor unchanged."""
+    """The full tensor of a sharded one (all processes must call this together); any other tensor
+    unchanged."""
     return x.full_tensor() if is_sharded(x) else x
 
 

@@ -43,7 +43,7 @@ def eager() -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear by oneDNN: x (..., in), weight (out, in); float32 on CPU, without gradient."""
+    """F.linear through oneDNN: x (..., in), weight (out, in); float32 on CPU, without gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -73,7 +73,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def differentiable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`onednn_linear` with gradients where they are wanted: of gradients, with create_graph."""
+    """`onednn_linear` with gradients if enabled: in a backward pass, only with create_graph."""
     multiply = OneDNNLinear.apply if torch.is_grad_enabled() else onednn_linear
     return multiply(x, weight, bias)
 

@@ -1,7 +1,7 @@
 """Files that are written atomically and read without running code.
 
 Every file is written under a temporary name, flushed to disk and then renamed, so a crash or a full
-disk leaves either the old file or none, but never half of one. Weights are safetensors, which,
+disk leaves either the old file or none, never half of one. Weights are safetensors, which,
 unlike pickles, cannot execute code when they are read.
 """
 
@@ -29,11 +29,11 @@ from nanosd3.torch_settings import usual_settings
 # No permission, a failing disk, a lost connection: errors that say nothing about the content.
 UNKNOWN = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 Module = TypeVar("Module", bound=nn.Module)
-JSON_DEPTH = 32  # levels; what this program and others write has four or five
+JSON_DEPTH = 32  # levels; files that this program and others write have four or five
 
 
 class Unreadable(InputError):
-    """A file that cannot be read, or not now: nothing is known about its content."""
+    """A file that cannot be read, at least not now: nothing is known about its content."""
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> InputError:
@@ -89,8 +89,8 @@ def remove(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder that is of no more use. Where that fails it says so: Windows and NFS do not
-    let go of a file that some process has mapped."""
+    """Delete a folder that is no longer needed, and warn if that fails: Windows and NFS do not let
+    go of a file that some process has mapped."""
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
@@ -118,7 +118,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError if a file cannot be written, before the work that makes its content."""
+    """Raise InputError if a file cannot be written, before its content is computed."""
     temporary = temporary_name(path)
     try:
         path.is_file()  # raises OSError for a name that is too long
@@ -192,7 +192,7 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file and flush it to disk. The same content gives the same bytes."""
     path.touch()
-    mode = path.stat().st_mode  # the umask's; safetensors makes files for their owner alone
+    mode = path.stat().st_mode  # the umask's; safetensors creates files for their owner alone
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # such as a full disk
@@ -216,8 +216,8 @@ def sort_metadata(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file, sorted by name, for the library returns them in
-    another order in every process. Raises InputError naming the file."""
+    """Read the tensors of a safetensors file, sorted by name, since the library returns them
+    in a different order in every process. Raises InputError naming the file."""
     try:
         return dict(sorted(load_safetensors(read_regular(path)).items()))
     except SafetensorError as error:
@@ -262,8 +262,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def read_module(make: Callable[[], Module], path: Path) -> Module:
-    """A module with the weights in a file, frozen. What `make` draws for its initial weights is not
-    taken from the caller's random numbers.
+    """A module with the weights in a file, frozen. Drawing its initial weights in `make` leaves the
+    caller's random state unchanged.
 
     Raises InputError naming the file.
     """

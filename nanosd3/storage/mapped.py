@@ -1,11 +1,11 @@
 """Safetensors files of any size: opened by their header, tensors mapped one by one.
 
 A private writable mapping counts as memory before anything is read: mapping a checkpoint of 28 GB
-in one piece failed on a machine with 24 GB. So opening reads names, shapes and offsets only, and a
-tensor that is read maps the part of the file around it, of which pages are loaded as they are used.
+in one piece failed on a machine with 24 GB. So opening reads only names, shapes and offsets, and
+reading a tensor maps the part of the file around it, whose pages are loaded as they are used.
 
-The tensors of one network share its mappings. Two networks share nothing, opened twice or read
-again: one whose weights were changed in place leaves the next one as the file has it.
+The tensors of one network share its mappings. Two networks share nothing, even if a file is opened
+twice or read again: changing the weights of one in place leaves the next as the file has it.
 """
 
 import math
@@ -41,7 +41,7 @@ PART = 2**30  # bytes mapped together, so that a thousand tensors do not hold a 
 class Parts(weakref.WeakValueDictionary[tuple, mmap.mmap]):
     """The parts of a file that are mapped, while some tensor lies in them."""
 
-    file: tuple[int, ...] | None = None  # which it was when it was opened
+    file: tuple[int, ...] | None = None  # its identity when it was opened
 
     def check(self, path: Path, status: os.stat_result) -> None:
         """Raise InputError if this is not the file that was opened."""
@@ -62,9 +62,9 @@ class Place:
     parts: Parts = field(repr=False, compare=False)  # shared with other tensors of the file
 
     def read(self) -> Tensor:
-        """The tensor, memory-mapped; writing to it leaves the file as it is.
+        """The tensor, memory-mapped; writing to it leaves the file unchanged.
 
-        Raises InputError if it cannot be mapped, or the file is not what was opened.
+        Raises InputError if it cannot be mapped, or the file is not the one that was opened.
         """
         size = math.prod(self.shape) * self.dtype.itemsize
         if not size:

@@ -40,13 +40,13 @@ RUN_FILES = (  # everything a run writes, except run.json and cache/, whose entr
     *("tokenizers.json", "metrics.json", "log.jsonl", "speed.jsonl", "state-*", "data.json"),
     *("turbo", "turbo.png"),
 )
-WEIGHTS = "weights"  # in the identity: a path, which says where to look, not what it is
+WEIGHTS = "weights"  # in the identity: a path, which says where they are, not what they are
 
 
 class Contents(TypedDict):
-    """What data are made of."""
+    """What a dataset is made of."""
 
-    columns: list[str]  # what the checksums are of
+    columns: list[str]  # what each checksum covers
     rows: dict[str, list[str]]  # by name, such as a file's: a checksum for each column
 
 
@@ -60,11 +60,11 @@ class Run:
     def open(
         cls, folder: Path, identity: dict, fresh: bool = False, contents: Contents | None = None
     ) -> "Run":
-        """Start a run in an empty or new folder, or resume the run of the same identity in it.
+        """Start a run in an empty or new folder, or resume the run with the same identity in it.
 
         With `fresh`, delete the run in the folder first. Raises InputError if the folder holds
-        anything else, or a run of another identity: if only the data differ, and their `contents`
-        are given, it says in what.
+        anything else, or a run with another identity; if only the data differ and their `contents`
+        are given, the message says how.
         """
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file; choose another folder with --out")
@@ -89,7 +89,7 @@ class Run:
                     "with --out, or start over with --fresh"
                 )
             return run
-        # Killed processes and file managers leave hidden names.
+        # Killed processes and file managers leave hidden entries.
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise InputError(
                 f"{folder}: is not empty and has no run.json, so it is not a run folder; "
@@ -125,7 +125,7 @@ class Run:
 
     def changes(self, now: Contents) -> str:
         """How data differ from those of this run, in words: what was added, removed, changed."""
-        if not (self.folder / "data.json").exists():  # a run of an earlier version
+        if not (self.folder / "data.json").exists():  # a run from an earlier version
             return ""
         before = read_json(self.folder / "data.json")["rows"]
         both = [name for name in now["rows"] if name in before]
@@ -158,9 +158,8 @@ class Run:
         """Lock the folder against other training processes while open, and delete the partial
         files of killed ones.
 
-        Raises InputError if another process holds the lock, which is the operating system's and
-        so ends with its process. Where there are no locks, on Windows and on some file systems, it
-        says so.
+        Raises InputError if another process holds the lock; the operating system releases it when
+        that process ends. Where there are no locks, on Windows and some file systems, it warns.
         """
         warning = (
             f"{self.folder}: cannot be locked on this system; do not train in it twice at once"

@@ -53,7 +53,7 @@ Numbers = dict[str, int | str]
 class Index(TypedDict):
     """The content of state.json, apart from its own checksum."""
 
-    numbers: Numbers  # "stage", "step" and what else was saved with them
+    numbers: Numbers  # "stage", "step" and anything else saved with them
     shapes: dict[str, list[int]]  # by tensor
     sums: dict[str, str]  # SHA-256 by shard
 
@@ -80,13 +80,13 @@ def save_state(
     group: ProcessGroup = SINGLE_PROCESS,
     **more: int,
 ) -> None:
-    """Save the state after `step` steps, and keep the previous one in case this gets damaged.
+    """Save the state after `step` steps, and keep the previous one in case this one is damaged.
 
     All processes of the group call it together. Raises InputError if it cannot be written.
     """
     path = folder / f"state-{step:08d}"
     numbers: Numbers = {"stage": stage, "step": step, **more}
-    if group.is_main:  # also a damaged state of the same step, from before falling back
+    if group.is_main:  # also a damaged state of the same step, left from before falling back
         for old in (*partial_states(folder), *folder.glob(path.name)):
             remove(old)
     group.barrier()
@@ -131,8 +131,8 @@ def partial_states(folder: Path) -> list[Path]:
 
 @contextmanager
 def checkpoint_library() -> Iterator[ModuleType]:
-    """torch.distributed.checkpoint, without its warning that there is one process only. Its errors
-    are raised as what caused them, in whichever process.
+    """torch.distributed.checkpoint, without its warning that there is only one process. In place of
+    its errors, their cause is raised, whichever process it came from.
 
     It is imported here because that takes a second, and few commands save or load a state.
     """
@@ -190,7 +190,7 @@ def newest(folder: Path, stage: str, group: ProcessGroup) -> tuple[Path, Index] 
     for path in saved(folder):
         try:
             index = verified_index(path, group)
-        except Unreadable:  # may be intact: training on from the one before would delete it
+        except Unreadable:  # may be intact: continuing from the one before would delete it
             raise
         except InputError as error:
             damaged.append(str(error))
@@ -208,14 +208,14 @@ def read_shards(path: Path, tensors: dict[str, Tensor], group: ProcessGroup) -> 
     try:
         with checkpoint_library() as dcp:
             reader = dcp.HuggingFaceStorageReader(str(path))
-            reader.read_metadata()  # otherwise dcp.load would log a traceback of any error
+            reader.read_metadata()  # otherwise dcp.load would log a traceback for any error
             dcp.load(tensors, storage_reader=reader, no_dist=group.size == 1)
     except OSError as error:
         raise unreadable(path, error) from None
     except Exception as error:
         if out_of_memory(error):
             raise
-        # The checksums match, so the files are as written, but not by save_state.
+        # The checksums match, so the files are intact, but save_state did not write them.
         raise InputError(f"{path}: not a state written by nanosd3; {ADVICE}") from None
 
 

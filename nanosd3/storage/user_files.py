@@ -11,7 +11,7 @@ from pathlib import Path
 from nanosd3.errors import InputError
 from nanosd3.storage.files import read_regular
 
-WIDE_MARKS = {  # byte order marks; UTF-32 first, as its mark begins with that of UTF-16
+WIDE_MARKS = {  # byte order marks; UTF-32 first, since its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -25,8 +25,8 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, with their ends. Form feeds, U+2028 and others, where
-    str.splitlines splits as well, end none. Raises InputError as `read_text` does."""
+    """The lines of a UTF-8 file, with their ends. Form feeds, U+2028 and others, at which
+    str.splitlines splits too, do not end a line. Raises InputError as `read_text` does."""
     return list(io.StringIO(read_text(path), newline=None))
 
 

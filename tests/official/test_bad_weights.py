@@ -308,7 +308,7 @@ def test_an_encoder_that_overflows(official_parts, tmp_path):
         (["--width", "1"], "nearest: 16 or 32"),
         (["--height", "4000"], "nearest: 192"),  # a grid of 12 patches of 16 pixels
         (["--skip-layers", "2"], "no layer 2; this model has 0 to 1"),
-        (["--skip-layers", "0", "--steps", "2"], "none is in the part where it acts"),
+        (["--skip-layers", "0", "--steps", "2"], "none of 2 steps is in the part where it acts"),
         (["--skip-layers", "a,b"], "expected numbers as in 7,8,9"),
         (["--skip-scale", "2"], "no effect without --skip-layers"),
         (["--strength", "0.5"], "no effect without --init-image"),
