@@ -24,18 +24,18 @@ Modules, each of which imports only from those above it:
     sd3_attention       attention's logits, measured during training
     sd3_qk_norm         x-sd3-qk-norm: what it bounds, and what it is good for
     sd3_one_way         MMDiTs whose streams do not both read each other
-    sd3_variants        the main job's transformer, trained shortly in variants
+    sd3_variants        the main job's transformer, trained briefly in variants
     sd3_scaling         x-sd3-scaling, -predicts, -steps: what size does
     sd3_two_way         x-sd3-two-way: text and image that read each other, or not
     sd3_without_t5      x-sd3-t5: leaving out the largest encoder
-    sd3_backbone_networks   backbones, trained shortly with and without the pooled text
+    sd3_backbone_networks   backbones, trained briefly with and without the pooled text
     sd3_backbones       x-sd3-backbones, -equal, -third: what MMDiT was chosen over
     sd3_captions        x-sd3-captions, -rich: captions as they came, and better ones
-    repeated_digits     digits of which some are repeated, nearly the same
+    repeated_digits     digits, some of them repeated nearly unchanged
     copy_detection      near-copies found by features
-    sd3_duplicates      x-sd3-duplicates, -found: what is in the data many times
+    sd3_duplicates      x-sd3-duplicates, -found: images that are in the data many times
     sd3_shift           x-sd3-shift: times for larger images
-    sd3_guidance        x-sd3-guidance: following the prompt against diversity
+    sd3_guidance        x-sd3-guidance: following the prompt versus diversity
     sd3_preferences     pairs of samples, one right and one wrong, and transformers tuned on them
     sd3_dpo             x-sd3-dpo, -distance: tuning on preferences
     sd3_latents         autoencoders of several channels, and transformers in their latents
@@ -45,7 +45,7 @@ Modules, each of which imports only from those above it:
     consistency_progressive   x-cm-5: against progressive distillation
     hdit_detail         x-hd-3: what latents lose of an image
     consistency_pixels  unconditional consistency models of pixels
-    edit_tasks          tasks of editing, and their scores
+    edit_tasks          editing tasks, and their scores
     consistency_edits   x-cm-4: repainting, enlarging and cleaning without training for it
     consistency_variants   consistency training with some of its improvements
     consistency_alone   x-cm-2, x-cm-3: without a teacher, and each improvement alone
@@ -69,7 +69,7 @@ Modules, each of which imports only from those above it:
     muse_decoders       x-muse-7: a larger decoder for the same tokens
     muse_edits          x-muse-4, x-muse-5: repainting, and editing without a mask
     muse_encoders       Muses with three text encoders
-    muse_text           x-muse-6: a text encoder that was trained before
+    muse_text           x-muse-6: a text encoder that was trained beforehand
     sd3_card            x-sd3-24gb: the 8B model on one consumer card
     catalogue           all experiments by name
     records             run an experiment, and write its record

@@ -59,7 +59,7 @@ def conditions_of(args: argparse.Namespace) -> Conditions:
 
 
 def show_list(out: Path) -> None:
-    """Print every experiment with its verdict: that in the folder `out`, or else the page's."""
+    """Print every experiment with its verdict: the one in the folder `out`, or else the page's."""
     verdicts = {name: record["verdict"] for name, record in committed(EXPERIMENTS).items()}
     for name in EXPERIMENTS:
         file, _ = paths_of(out, name)

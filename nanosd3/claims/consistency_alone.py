@@ -30,7 +30,7 @@ CONSISTENCY_VARIANTS = (
 CONSISTENCY_STEPS, CONSISTENCY_RATE = 300, 8e-3  # steps, learning rate
 # The network alone: longer, and as this project trains (related/train_consistency.py).
 ALONE, ALONE_STEPS = ConsistencyVariant(huber=True, itself=True, doubled=True), 600
-FLOW_STEPS = 800  # as long: its step has one pass forward, not two
+FLOW_STEPS = 800  # as long: its step has one forward pass, not two
 FLOW_ONE, FLOW_TWO, CONSISTENCY_ONE = "flow, 1 step", "flow, 2 steps", "consistency, 1 step"
 
 

@@ -1,7 +1,7 @@
 """Small unconditional consistency models of pixels, for edits.
 
 Edits need a model of what is edited: a latent has no pixels to keep and no blocks to average. And
-whether an edit finds the digit that was there only an unconditional model can show. So these are
+only an unconditional model can show whether an edit finds the digit that was there. So these are
 trained on halved digits (data_sets.py) without a label, by consistency training, with no teacher.
 The network is the Consistency Decoder's, whose latents are always zero.
 """

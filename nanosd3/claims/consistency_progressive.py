@@ -1,9 +1,9 @@
-"""x-cm-5: a consistency model against progressive distillation, the way to few steps before it.
+"""x-cm-5: a consistency model against progressive distillation, the earlier way to few steps.
 
 Progressive distillation (Salimans and Ho, arXiv 2202.00512) halves the steps again and again: a
-student learns to go in one step where its teacher goes in two, and is the teacher of the next.
-Both start from the main job's transformer with its guidance, and may make as many passes through
-it; a backward pass counts as two.
+student learns to go in one step where its teacher goes in two, and then teaches the next. Both
+methods start from the main job's transformer with its guidance, and may make equally many passes
+through it; a backward pass counts as two.
 """
 
 from collections.abc import Callable
@@ -55,8 +55,8 @@ def halving_loss(
 ) -> StepLoss:
     """Losses of a student of `steps` steps: one of them should end where two of the teacher's do.
 
-    A clean image's error counts by the signal-to-noise ratio, but at least once (the paper's
-    truncated weight): in velocities that is max((1 - t)^2, t^2).
+    A clean image's error is weighted by the signal-to-noise ratio, but by at least 1 (the paper's
+    truncated weight): for velocities, that is max((1 - t)^2, t^2).
     """
     levels = even_levels(steps)
 
@@ -75,7 +75,7 @@ def halving_loss(
 
 
 def student_teacher(student: MMDiT) -> Teacher:
-    """A student, in which guidance is built in."""
+    """A student as a teacher; its guidance is built in."""
     return lambda text: lambda z, t: student(z, t, *text)
 
 

@@ -101,8 +101,8 @@ def score_in_steps(
     steps: int,
     count: int,
 ) -> tuple[float, float]:
-    """Share of a seed's draw of samples that is read as asked, and Frechet distance over that of
-    real images."""
+    """Share of a seed's draw of samples that is classified as prompted, and Frechet distance over
+    that of real images."""
     generate = partial(sample_in_steps, pipeline, features, sampler=sampler, steps=steps)
     score = score_samples(finished, generate, count, steps, draws=(100 + seed,))
     return score["prompt_accuracy"], score["frechet_ratio_to_real"]
@@ -136,8 +136,8 @@ def student_pipeline(
 def spreads_of(
     finished: FinishedRun, student: Pipeline, features: Features, seed: int, steps: int
 ) -> dict[str, float]:
-    """The variance of ten answers along a trajectory of the teacher, as a share of the images': of
-    where the student points, and of where the teacher's velocity does."""
+    """The variance of ten predictions along a trajectory of the teacher, as a share of the images':
+    of where the student points, and of where the teacher's velocity points."""
     prompts = list(finished.source.texts[:: max(1, len(finished.source.texts) // 64)])[:64]
     text = {prompt: features[prompt] for prompt in {*prompts, ""}}
     side = (student.config.image_size // student.config.vae.factor,) * 2

@@ -1,9 +1,9 @@
 """Consistency training without a teacher, as first published and with each later change alone.
 
-The first recipe (arXiv 2303.01469) has a moving average of the network for the target, and squared
+The first recipe (arXiv 2303.01469) uses a moving average of the network as the target, and squared
 distances. The improved one (2310.14189) changes five things, each of which is a switch here. The
-network is a small class-conditional DiT in the main job's latents; two variants differ in their
-switches alone.
+network is a small class-conditional DiT in the main job's latents; variants differ only in their
+switches.
 """
 
 from dataclasses import asdict, dataclass, fields, replace
@@ -47,8 +47,8 @@ class ConsistencyVariant:
     huber: bool = False  # pseudo-Huber distance; else the square
     itself: bool = False  # the target is the network itself; else the average of its weights
     doubled: bool = False  # few levels at first, then twice as many; else all from the start
-    lognormal: bool = False  # pairs drawn by a lognormal of their noise; else all as often
-    weighted: bool = False  # by 1 / the gap of their noise; else all alike
+    lognormal: bool = False  # pairs drawn by a lognormal of their noise; else all equally often
+    weighted: bool = False  # by 1 / the gap of their noise; else all equally
 
     @property
     def name(self) -> str:
@@ -119,7 +119,7 @@ def trained_consistency(
 def scores_of_times(
     trainer: DiTTrainer, network: DiT, seed: int, times: list[float]
 ) -> tuple[float, float]:
-    """Share of samples by Euler's steps at these times that are read as asked, and their Frechet
+    """Share of samples in Euler steps at these times classified as prompted, and their Frechet
     distance over that of real images. One step from a time to 0 is a consistency model's."""
     finished = trainer.finished
     count = 20 if trainer.conditions.fast else 1000

@@ -1,11 +1,11 @@
-"""Finding near-copies of images among many, by features that were trained for it.
+"""Finding near-copies of images among many, by features trained for it.
 
 A classifier's features separate digits, not images: a shift by one pixel moves them, as it moves
-pixels, further than the next image is away. SSCD (Pizzi et al., arXiv 2202.10261) is trained on
-copies: of a batch of images, each altered twice, every one has to find its other version (the
-contrastive loss of CLIP, between images). Labels are not used. Two images are then copies if
-they are as near as only one in a hundred is to the nearest of many others that it is known to
-differ from.
+pixels, further than the distance to the next image. SSCD (Pizzi et al., arXiv 2202.10261) is
+trained on copies: the images of a batch are each altered twice, and every version has to find the
+other (the contrastive loss of CLIP, between images). Labels are not used. Two images are then
+copies if they are as near as only one image in a hundred is to the nearest of many others that are
+known to differ from it.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ TRAINED_FOR_IT = "copy detection"
 
 @dataclass(frozen=True)
 class Detector:
-    """A trained network, and the seconds of a core that took."""
+    """A trained network, and the seconds of a core that it took."""
 
     net: ConvNet
     seconds: float
@@ -71,7 +71,7 @@ def trained_detector(conditions: Conditions, finished: FinishedRun, seed: int) -
 
 
 def rare_distance(features: Tensor) -> float:
-    """What only 1% of the rows have another row nearer than."""
+    """The distance within which only 1% of the rows have another row."""
     distances = torch.cdist(features, features).fill_diagonal_(float("inf"))
     return float(distances.amin(1).quantile(0.01))
 
@@ -90,8 +90,8 @@ def repeats(features: Tensor, limit: float) -> Tensor:
 
 
 def precision_and_recall(left_out: Tensor, is_copy: Tensor) -> tuple[float, float]:
-    """The share of copies among what is left out, and the share of copies that are; nothing left
-    out is nothing wrong."""
+    """The share of copies among what is left out, and the share of copies that are left out. If
+    nothing is left out, the first is 1."""
     right = float((left_out & is_copy).sum())
     return right / float(left_out.sum()) if left_out.any() else 1.0, right / float(is_copy.sum())
 
@@ -99,8 +99,8 @@ def precision_and_recall(left_out: Tensor, is_copy: Tensor) -> tuple[float, floa
 def found_repeats(
     scorer: Scorer, detector: Detector, planted: Planted
 ) -> tuple[Tensor, dict[str, tuple[float, float]]]:
-    """What the detector leaves out of the training images (n,); and by kind of features the
-    precision and recall of what they leave out."""
+    """Which training images (n,) the detector leaves out; and, by kind of features, the precision
+    and recall of what they leave out."""
     kinds: dict[str, Callable[[Tensor], Tensor]] = {
         "pixels": lambda digits: digits.flatten(1).float(),
         "classifier": scorer.features,

@@ -1,7 +1,7 @@
 """Two data sets of digits for the same small transformer: latents, and pixels without a network.
 
 Latents are the finished main job's. Pixels are the digits without their border, halved to 12 x 12,
-with mean 0 and deviation 1. Both are 16 patches an image, and are read by the same classifier.
+with mean 0 and deviation 1. Both have 16 patches per image and are read by the same classifier.
 """
 
 from copy import copy
@@ -164,6 +164,6 @@ def sample_inputs(data: Latents, seed: int, count: int) -> SampleInputs:
 
 
 def scores_of_samples(data: Latents, samples: Tensor, inputs: SampleInputs) -> tuple[float, float]:
-    """Share of samples read as asked, and their Frechet distance over that of real images."""
+    """Share of samples classified as prompted; Frechet distance over that of real images."""
     accuracy, distance = data.scorer.score(data.to_digits(samples), inputs.draw)
     return accuracy, distance / inputs.floor

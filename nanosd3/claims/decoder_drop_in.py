@@ -38,7 +38,7 @@ def consistent_pipeline(
 
 @once
 def drop_in_study(conditions: Conditions) -> dict:
-    """Shares read as asked and distances of the same latents decoded both ways, by seed."""
+    """Share classified as prompted and distance of the same latents decoded both ways, by seed."""
     finished = open_main_run(conditions)
     found: dict[str, list[list[float]]] = {BY_ITS_OWN: [], BY_ANOTHER: []}
     seconds = 0.0

@@ -1,7 +1,7 @@
 """Two decoders for the latents of one strongly compressing autoencoder, several seeds of each.
 
-One goes on where the autoencoder's own decoder stopped, with the same loss; the other is the
-Consistency Decoder. Both see the same latents, as many images and as many steps.
+One continues where the autoencoder's own decoder stopped, with the same loss; the other is the
+Consistency Decoder. Both see the same latents and equally many images, in equally many steps.
 """
 
 import copy
@@ -30,7 +30,7 @@ FAST_DECODER_SHORT = Recipe(3, batch=8, lr=2e-3, warmup=1, weight_decay=0.0)
 
 @dataclass(frozen=True)
 class TwoDecoders:
-    """Decoders of the same latents, and the seconds of a core that each was trained."""
+    """Decoders of the same latents, and the seconds of a core that each was trained for."""
 
     longer: AutoencoderKL  # whose encoder is as it was
     consistency: ConsistencyDecoder
@@ -64,7 +64,7 @@ def compressing_autoencoder(
 
 
 def longer_loss(job: Job, vae: AutoencoderKL) -> StepLoss:
-    """The autoencoder's squared error, of latents that no longer change."""
+    """The autoencoder's squared error, on latents that no longer change."""
 
     def loss_of(step_rng: StepRNG) -> tuple[Tensor, dict]:
         generator = step_rng.generator()
@@ -80,7 +80,8 @@ def longer_loss(job: Job, vae: AutoencoderKL) -> StepLoss:
 
 
 def trained_longer(job: Job, vae: AutoencoderKL) -> AutoencoderKL:
-    """The autoencoder with a decoder that was trained on, or loaded: the average of its weights."""
+    """The autoencoder with a decoder that was trained further, or loaded: the average of its
+    weights."""
     longer = copy.deepcopy(vae)
     longer.decoder.requires_grad_(True)
     loss_of = longer_loss(job, longer)

@@ -1,7 +1,7 @@
-"""x-cdec-2: what a generative decoder costs beside the autoencoder's own (OpenAI, 2023).
+"""x-cdec-2: what a generative decoder costs compared with the autoencoder's own (OpenAI, 2023).
 
 Users found the published one slow: it is a network of half a billion parameters that works at the
-size of the image and is called twice. Ours is small; it still works at the size of the image.
+size of the image and is called twice. Ours is small, but it too works at the size of the image.
 """
 
 import statistics
@@ -71,7 +71,7 @@ def seconds_taken(way: Decoding) -> float:
 
 
 def time_ratio(own: Decoding, other: Decoding, pairs: int) -> float:
-    """How much longer the other takes, measured in turn: the median of the pairs' ratios."""
+    """How many times as long the other takes, measured in turn: the median of the pairs' ratios."""
     own(), other()  # the first call sets up
     found = []
     for _ in range(pairs):

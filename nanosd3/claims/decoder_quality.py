@@ -32,7 +32,7 @@ def by_itself(vae: AutoencoderKL) -> Decode:
 
 @once
 def decoder_study(conditions: Conditions) -> dict:
-    """Scores of reconstructions by way of decoding and seed."""
+    """Scores of reconstructions, by way of decoding and by seed."""
     finished = open_main_run(conditions)
     vae, seconds = compressing_autoencoder(conditions, finished)
     count = 20 if conditions.fast else REBUILT

@@ -19,7 +19,7 @@ from nanosd3.training.plot_style import label_counts, new_figure, save_plot
 
 DEPTHS = {32: 3, 64: 4, 96: 6}  # by width
 PATCHES = (4, 2, 1)
-CELLS = [(w, p) for w in DEPTHS for p in PATCHES if (w, p) != (96, 1)]  # that takes too long
+CELLS = [(w, p) for w in DEPTHS for p in PATCHES if (w, p) != (96, 1)]  # that one takes too long
 CELL_MARKS = {32: "o-", 64: "s--", 96: "^:"}
 
 

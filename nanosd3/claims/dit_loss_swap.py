@@ -66,7 +66,7 @@ def loss_swap(conditions: Conditions) -> dict:
 def scores(
     trainer: DiTTrainer, network: DiT, objective: str, seed: int, steps: int, samples: int
 ) -> tuple[float, float]:
-    """Share of samples read as asked, and their Frechet distance over that of real images."""
+    """Share of samples classified as prompted; Frechet distance over that of real images."""
     finished = trainer.finished
     draw, floor = draw_and_floor(finished, samples, seed)
     size = trainer.latent_size

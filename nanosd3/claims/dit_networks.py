@@ -19,7 +19,7 @@ class TrainedDiT:
     """A network, and what training it gave."""
 
     network: DiT
-    error: float  # on images held out
+    error: float  # on held-out images
     seconds: float  # of a core
 
 
@@ -40,7 +40,7 @@ class DiTTrainer:
         return config.image_size // config.vae.factor
 
     def config(self, **sizes: object) -> DiTConfig:
-        """That of a DiT for these latents; the smallest there is with `fast`."""
+        """The config of a DiT for these latents; with `fast`, the smallest there is."""
         small = DIT_CONFIGS["tiny"] if self.conditions.fast else DIT_CONFIGS["mnist"]
         if self.conditions.fast:
             sizes = {k: v for k, v in sizes.items() if k not in ("depth", "width", "heads")}

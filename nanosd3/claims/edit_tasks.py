@@ -1,4 +1,4 @@
-"""Tasks of editing: which coordinates are known, and how the result is scored."""
+"""Editing tasks: which coordinates are known, and how the result is scored."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class Task:
         return edit(velocity, y, self.known, times, generator, self.to, self.back)
 
     def largest_error(self, x: Tensor, y: Tensor) -> float:
-        """How far known coordinates are from those of y, at most."""
+        """The largest difference of known coordinates from those of y."""
         return float(((self.to(x) - self.to(y)) * self.known).abs().max())
 
 
@@ -63,8 +63,8 @@ class Edited:
         return self.data.finished.source.images.test_images[self.chosen]
 
     def scores(self, x: Tensor) -> list[float]:
-        """Share read as the digit that it was, Frechet distance over that of the digits themselves,
-        and error in decibels."""
+        """Share classified as the original digit, Frechet distance over that of the digits
+        themselves, and error in decibels."""
         images = self.data.finished.source.images
         draw = Draw(self.chosen, images.test_labels[self.chosen], [])
         original, shown = self.data.to_digits(self.y), self.data.to_digits(x)

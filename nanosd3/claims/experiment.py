@@ -43,7 +43,7 @@ Found = TypeVar("Found")
 
 
 def once(study: Callable[[Key], Found]) -> Callable[[Key], Found]:
-    """A study that several experiments share, or the opening of a run: once in a process for each
+    """Run a study that several experiments share, or open a run, once per process for each
     conditions or run, and again when another run is in the folder."""
     kept: dict[Key, tuple[bytes, Found]] = {}
 
@@ -93,8 +93,8 @@ def verdict(supported: bool, refuted: bool) -> Verdict:
 
 
 def lead(better: Sequence[float], worse: Sequence[float]) -> tuple[float, float]:
-    """By how much the first is lower, seed by seed: the mean over seeds, and the spread of it (the
-    standard deviation; of a single seed it is infinite, so one seed decides nothing)."""
+    """By how much the first is lower, seed by seed: the mean over seeds, and its spread (the
+    standard deviation; infinite for a single seed, so one seed decides nothing)."""
     differences = [b - a for a, b in zip(better, worse, strict=True)]
     alone = len(differences) < 2
     return statistics.mean(differences), float("inf") if alone else statistics.stdev(differences)

@@ -88,7 +88,8 @@ class PixelNet(nn.Module):
 def trained_field(
     conditions: Conditions, kind: str, network: nn.Module, name: str, seed: int, draw: DrawData
 ) -> tuple[Velocity, float]:
-    """A network trained along a path on data as they are drawn, and its seconds of a core."""
+    """A network trained along a path on data from `draw`, and the seconds of a core that it
+    took."""
     path, recipe = BOTH[name], POINTS_RECIPE if kind == "points" else PIXELS_RECIPE
     if conditions.fast:
         recipe = replace(recipe, steps=3, batch=16, warmup=1)

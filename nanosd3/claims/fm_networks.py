@@ -1,7 +1,7 @@
 """Networks trained along OT, VP and cosine paths, which several experiments share.
 
 The same network, images, noise and recipe for each; only the path differs. They are trained once,
-in the folder of the records, and kept at some steps on the way.
+in the folder of the records, and kept at some steps along the way.
 """
 
 from dataclasses import replace
@@ -91,7 +91,7 @@ def fields(model: MMDiT, inputs: SampleInputs) -> list[tuple[Velocity, Tensor]]:
 def path_scores(
     data: Latents, path: ProbabilityPath, model: MMDiT, inputs: SampleInputs, evaluations: int
 ) -> tuple[float, float]:
-    """Accuracy, and Frechet distance relative to real images, of Euler's samples in even steps."""
+    """Accuracy, and Frechet distance relative to real images, of samples in even Euler steps."""
     ts = torch.linspace(1, path.first, evaluations + 1)
     latents = torch.cat([euler(v, path.prior_std * z, ts) for v, z in fields(model, inputs)])
     return scores_of_samples(data, latents, inputs)

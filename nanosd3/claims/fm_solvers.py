@@ -11,7 +11,7 @@ from nanosd3.related.train_paths import LEARNED, path_latents
 from nanosd3.training.plot_style import SERIES, label_counts, new_figure, save_plot
 
 TOLERANCES = (1e-3, 1e-5)
-IMAGES = 64  # the step is common to a batch, so their number counts
+IMAGES = 64  # the step is common to a batch, so their number matters
 BUDGETS = (8, 16, 32)  # evaluations
 SOLVER_LABELS = {"Euler": "euler", "midpoint": "midpoint", "RK4": "rk4"}
 MARKS = {"Euler": "-o", "midpoint": "--s", "RK4": ":^"}

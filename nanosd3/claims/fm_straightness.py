@@ -1,7 +1,7 @@
 """How straight paths are, and whether that makes them easy to follow (arXiv 2210.02747).
 
 For a finite data set the velocity field that a perfect network would learn has a closed form
-(paths.exact_velocity). On it a claim about paths is one about paths, not about networks.
+(paths.exact_velocity). On it, a claim about paths is about paths, not about networks.
 """
 
 from collections.abc import Callable
@@ -43,8 +43,8 @@ def even_times(steps: int, first: float) -> Tensor:
 def length_over_chord(
     velocity: Velocity, z: Tensor, ts: Tensor, scale: Callable[[Tensor], Tensor] = torch.ones_like
 ) -> tuple[Tensor, float]:
-    """The ends of trajectories from z (B, ...), and how much longer than a line they are, if what
-    stands at t is drawn `scale(t)` as large."""
+    """The ends of trajectories from z (B, ...), and how many times as long as a line they are, if
+    the points at t are drawn `scale(t)` times as large."""
     seen: list[Tensor] = []
     end = midpoint(velocity, z, ts, lambda i, t, z, x0: seen.append(scale(t) * z))
     places = [place.flatten(1) for place in (*seen, scale(ts[-1]) * end)]

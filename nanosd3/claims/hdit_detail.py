@@ -34,8 +34,8 @@ def decibels(a: Tensor, b: Tensor) -> Tensor:
 
 
 def signal_to_noise(images: Tensor, rebuilt: Tensor) -> Tensor:
-    """In decibels, of each image, (B,), of uint8 (B, H, W): a bold digit, which is more ink, may be
-    further off than a thin one."""
+    """In decibels, of each image, (B,), of uint8 (B, H, W): a bold digit, which has more ink, may
+    be further off than a thin one."""
     energy = (images.double() / 255).square().flatten(1).mean(1)
     return decibels(images, rebuilt) + 10 * torch.log10(energy)
 

@@ -1,8 +1,8 @@
-"""Hourglass and flat transformers in pixels of 64 x 64, of equal multiply-adds a pass, trained for
+"""Hourglass and flat transformers in 64 x 64 pixels, with equal multiply-adds per pass, trained for
 experiments.
 
 All see the same images, captions, noise and times in the same order, for as many steps. All are
-scored by the weighted loss of images held out, whatever loss they were trained with, and by
+scored by the weighted loss on held-out images, whatever loss they were trained with, and by
 samples.
 """
 
@@ -34,7 +34,7 @@ from nanosd3.training.evaluation import Draw
 from nanosd3.training.stages import Job, training_of
 
 PIXEL_STEPS, PIXEL_BATCH = 420, 32
-LOSS_CHECKPOINTS = (0.25, 0.5, 0.75, 1.0)  # shares of the steps, after which it is taken
+LOSS_CHECKPOINTS = (0.25, 0.5, 0.75, 1.0)  # shares of the steps, after which the loss is taken
 NOISES_PER_IMAGE = 2  # in the validation loss
 
 
@@ -98,7 +98,7 @@ class HDiTTrainer:
 
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module) -> float:
-        """The weighted loss of images held out, at noise and times that are always the same."""
+        """The weighted loss on held-out images, at noise and times that are always the same."""
         source, generator = self.finished.source, rng("pixels held out")
         images = torch.arange(source.trained, source.count).repeat(NOISES_PER_IMAGE)
         x0 = self.pixels[images]
@@ -128,12 +128,12 @@ class TrainedHDiT:
 
     @property
     def losses(self) -> dict[int, float]:
-        """The loss of images held out, by training step."""
+        """The loss on held-out images, by training step."""
         log = self.job.run.read_log()
         return {entry["step"] + 1: entry["held_out"] for entry in log if "held_out" in entry}
 
     def scores(self, finished: FinishedRun, count: int) -> tuple[float, float]:
-        """Share of samples read as asked, and their Frechet distance over that of real images."""
+        """Share of samples classified as prompted; Frechet distance over that of real images."""
         sampling, seed = self.job.config.sampling, 100 + self.job.seed
 
         def generate(draw: Draw, noise_seed: int) -> np.ndarray:

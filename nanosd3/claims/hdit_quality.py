@@ -1,6 +1,6 @@
 """Is an hourglass better than a flat transformer that costs as much? (arXiv 2401.11605)
 
-That its cost grows with the number of pixels is one thing (x-hd-1), what it gives for that cost
+That its cost grows with the number of pixels is one thing (x-hd-1); what it gives for that cost is
 another. A flat transformer can be made as cheap in two ways, and both are tried: the same small
 patches with narrower layers, or patches twice as large, of which there are a quarter, with wider
 ones. The hourglass has both, small patches outside and wide layers inside.

@@ -1,8 +1,9 @@
 """What the weight of HDiT's loss does: soft-min-SNR, or none (arXiv 2401.11605).
 
-Without a weight the velocity's error counts alike at every noise. Soft-min-SNR lowers it at both
-ends: at little noise, where only grain is left to predict, and at much, where hardly anything can
-be predicted. Losses with different weights do not compare, so samples decide.
+Without a weight, the velocity's error counts equally at every noise level. Soft-min-SNR lowers its
+weight at both ends: at low noise, where only grain is left to predict, and at high noise, where
+hardly anything can be predicted. Losses with different weights cannot be compared, so samples
+decide.
 """
 
 from dataclasses import replace

@@ -106,7 +106,7 @@ def decide_cascade(results: dict) -> Verdict:
 
 
 def plot_measures(results: dict, path: Path) -> None:
-    """The two measures of each variant, a point a seed."""
+    """The two measures of each variant, one point per seed."""
     figure, axes = new_figure(9, 2)
     titles = results["table"]["columns"][1:3]
     for i, (axis, title) in enumerate(zip(axes, titles, strict=True)):

@@ -26,7 +26,7 @@ DECODER_STEPS = 80
 
 
 def decoders_of(study: Study, muse: TrainedMuse) -> dict[str, VQPipeline]:
-    """Two decoders trained on the Muse's tokens in as many steps."""
+    """Two decoders trained on the Muse's tokens for equally many steps."""
     vq = muse.pipeline.vq
     channels = (vq.config.decoder_channels, larger_channels(vq.config))
     recipe = in_steps(

@@ -29,7 +29,7 @@ EDITED, EDITED_AT_ONCE = 300, 150  # images
 @once
 @torch.no_grad()
 def muse_edits(conditions: Conditions) -> dict:
-    """Shares of edits read as asked, and of tokens kept, by seed."""
+    """Shares of edits classified as prompted, and of tokens kept, by seed."""
     found: dict[str, list[float]] = {"generated": [], "tokens as they are": [], TRUE_LABEL: []}
     found |= {f"another label, guidance {g:g}": [] for g in REPAINT_GUIDANCES}
     free: dict[str, list[list[float]]] = {str(n): [] for n in ROUNDS_MADE}
@@ -88,7 +88,7 @@ def read_as(muse: TrainedMuse, tokens: Tensor, labels: Tensor) -> float:
 def lower_half(
     muse: TrainedMuse, tokens: Tensor, labels: Tensor, guidance: float, seed: int
 ) -> Tensor:
-    """The lower four of seven rows of tokens drawn anew; the others are the same."""
+    """The lower four of seven rows of tokens redrawn; the others are unchanged."""
     marked = torch.zeros(tokens.shape[1:], dtype=torch.bool)
     marked[tokens.shape[1] // 2 :] = True
     generator, found = rng(seed, "x-muse-4"), []

@@ -1,11 +1,11 @@
 """Muses with three text encoders, trained on half of the captions.
 
 The main job's text encoders were trained before any generator: the CLIPs to match captions with
-images, T5 to fill in removed words. They are compared with the same encoders at random weights,
+images, T5 to fill in removed words. They are compared with the same encoders with random weights,
 whose states differ from word to word but have no meaning, and with one-hot words, whose embedding
 is Muse's own first linear layer.
 
-Each digit has two names, a word and a numeral, and each image as many captions with either.
+Each digit has two names, a word and a numeral, and each image has equally many captions of both.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ TEXT_STEPS = 300  # of the transformer
 TEXT_AVERAGE = 0.98  # decay of the average of its weights
 TEXT_ENCODERS = ("trained encoders", "the same, untrained", "a table of words")
 ENCODER_SCORES = ("loss", "digit", "attributes", "unheard")
-MASKS_PER_IMAGE = 4  # of images held out, in the validation loss
+MASKS_PER_IMAGE = 4  # of held-out images, in the validation loss
 TEXT_STAGE = "told"  # of training: its name in finished runs and random streams
 Encode = Callable[[list[str]], Conditioning]
 
@@ -53,7 +53,7 @@ def untrained(text: TextEncoders, job: Job) -> Encode:
 
 def one_hot(text: TextEncoders, captions: list[str]) -> Encode:
     """A token for each word of a prompt, zero but for one entry, and all of them as one vector;
-    both as long as vectors of that width are whose numbers have a variance of 1. No order."""
+    both have the length of vectors of that width whose numbers have a variance of 1. No order."""
     words = sorted({word for caption in captions for word in caption.split()})
     place = {word: i for i, word in enumerate(words)}
     longest = max(len(caption.split()) for caption in captions)
@@ -116,7 +116,7 @@ def same_draws(job: Job, loss_of: StepLoss) -> StepLoss:
 
 @torch.no_grad()
 def held_out_loss(pipeline: MusePipeline, source: Digits) -> float:
-    """The cross-entropy of hidden tokens of images held out: the same of them for every Muse."""
+    """The cross-entropy of hidden tokens of held-out images, the same ones for every Muse."""
     generator = rng(0, "x-muse-6")
     index = torch.arange(source.trained, source.count).repeat(MASKS_PER_IMAGE)
     captions = source.captions(index, torch.rand(len(index), generator=generator))

@@ -14,7 +14,7 @@ from nanosd3.training.plot_style import new_figure, save_plot
 
 
 def uniform_share(u: Tensor) -> Tensor:
-    """Any share as often as any other."""
+    """Every share is equally likely."""
     return u
 
 

@@ -1,4 +1,4 @@
-"""Muses of several seeds, trained as by their command: what the experiments on Muse share."""
+"""Muses of several seeds, trained as their command does: what the experiments on Muse share."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,7 +57,7 @@ def with_recipes(job: Job, **recipes: Any) -> Job:
 
 
 def in_steps(recipe: Recipe, steps: int, size: str) -> Recipe:
-    """A recipe in so many steps, a tenth of them to warm up; the tiny one is short as it is."""
+    """A recipe with this many steps, a tenth of them for warm-up; the tiny one is short already."""
     return recipe if size == "tiny" else replace(recipe, steps=steps, warmup=steps // 10)
 
 
@@ -97,7 +97,7 @@ def trained_causal(
     conditions: Conditions, seed: int, steps: int, trained: TrainedMuse
 ) -> tuple[CausalMuse, float]:
     """A transformer as large as the Muse that writes the same tokens one after the other, trained
-    in as many steps, and the seconds of a core that took."""
+    for as many steps, and the seconds of a core that it took."""
     print(f"{CAUSAL}, seed {seed}", flush=True)
     texts, muse = encoded_captions(conditions.run), trained.pipeline.muse
     with muse_study(conditions, seed, steps) as study:

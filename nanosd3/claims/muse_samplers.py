@@ -16,7 +16,7 @@ IMAGES_AT_ONCE = 250  # images
 
 @torch.no_grad()
 def sample_flow(pipeline: Pipeline, draw: Draw, seed: int, steps: int) -> np.ndarray:
-    """Images of the main model in Euler's even steps, with its own guidance."""
+    """Images of the main model in even Euler steps, with its own guidance."""
     config, found = pipeline.config, []
     side = (config.image_size // config.vae.factor,) * 2
     noise = pipeline.noise(len(draw.prompts), seed, side)

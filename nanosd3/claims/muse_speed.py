@@ -69,7 +69,7 @@ def scores_and_time(finished: FinishedRun, make: partial, count: int, seed: int)
 
 
 def column(results: dict, sampler: str, steps: int, i: int) -> list[float]:
-    """A number of each seed."""
+    """One of the numbers, by seed."""
     return [scores[i] for scores in results["scores"][sampler][str(steps)]]
 
 

@@ -1,9 +1,9 @@
 """x-muse-6: does it matter that the text encoder was trained on language?
 
 Muse's generator gets frozen states of T5-XXL, trained on far more text than there are captions, and
-the paper gives this as the reason for its pictures following their prompts. Here the same Muse
-is trained on the same captions by three encoders (muse_encoders.py). They name each digit by its
-word, "a bold seven", and none by its numeral, so of "a bold 7" it can know only what the encoder
+the paper gives this as the reason why its pictures follow their prompts. Here the same Muse is
+trained on the same captions with three encoders (muse_encoders.py). The captions name each digit by
+its word, "a bold seven", never by its numeral, so Muse can know of "a bold 7" only what the encoder
 has made of it.
 """
 

@@ -58,8 +58,8 @@ def copy_results(experiments: Mapping[str, Experiment], out: Path) -> list[str]:
 
 
 def committed(experiments: Mapping[str, Experiment]) -> dict[str, dict]:
-    """The page's records by name, in the order of the catalogue, with the remarks and
-    sources of today: unlike the rule, they may say what has been learned since."""
+    """The page's records by name, in the order of the catalogue, with today's remarks and sources:
+    unlike the rule, they may say what has been learned since."""
     found = {}
     for name, experiment in experiments.items():
         file, _ = paths_of(RESULTS, name)
@@ -100,8 +100,8 @@ def figures_of(table: dict) -> str:
 
 
 def section(record: dict, shown_by: str, drawn_by: str) -> str:
-    """One experiment: what was said, the verdict, the figures and the plot. A table or a plot that
-    another experiment shows already is linked."""
+    """One experiment: what was said, the verdict, the figures and the plot. A table or plot that
+    another experiment already shows is linked."""
     machine, name = record["machine"], record["name"]
     table = (
         figures_of(record["results"]["table"])

@@ -58,7 +58,7 @@ def carry_out(experiment: Experiment, conditions: Conditions) -> dict:
 def finished(experiment: Experiment, conditions: Conditions) -> dict | None:
     """The record of an experiment that has run under these conditions.
 
-    Raises InputError if the record there is another's: of another rule, or of other seeds.
+    Raises InputError if the record there has another rule or other seeds.
     """
     file, plot = paths_of(conditions.records, experiment.name)
     if not (file.exists() and plot.exists()):
@@ -84,8 +84,8 @@ def read_record(file: Path) -> dict:
 
 
 def check_declaration(record: dict, experiment: Experiment, file: Path) -> None:
-    """Raise InputError if the claim, what is measured or the rule is not what the record says.
-    Where a claim is from may be said more precisely later."""
+    """Raise InputError if the claim, what is measured or the rule is not what the record says. The
+    source of a claim may be given more precisely later."""
     declaration = {k: text for k, text in experiment.declaration.items() if k != "source"}
     for key, text in declaration.items():
         if record.get(key) != text:
@@ -116,8 +116,8 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of this code, with "-dirty" if it was changed since; its version if git has none
-    of it."""
+    """The commit of this code, with "-dirty" if it was changed since; its version if git knows no
+    commit."""
     root = Path(nanosd3.__file__).parent.parent
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:

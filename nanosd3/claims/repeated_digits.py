@@ -1,4 +1,4 @@
-"""Digits of which one of each class is repeated, nearly the same, under a caption of its own."""
+"""Digits, one of each class repeated nearly unchanged under a caption of its own."""
 
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -36,10 +36,10 @@ def altered(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Planted:
-    """Images, and near-copies of some of them: as training images, the copies last."""
+    """Images, and near-copies of some of them: the training images, with the copies last."""
 
     images: ImageSet
-    original: Tensor  # (n,), the number of the image that each one shows: its own, if it is none
+    original: Tensor  # (n,), the number of the image that each one shows: its own, if not a copy
 
     @property
     def is_copy(self) -> Tensor:
@@ -52,8 +52,8 @@ class Planted:
 
 
 def plant(source: Digits, seed: int, count: int, copies: int) -> Planted:
-    """About `count` training images drawn at random, without those that are bold and lean left
-    but for one of each class, and so many near-copies of that one."""
+    """About `count` training images drawn at random, leaving out all that are bold and lean left
+    except one of each class, and `copies` near-copies of that one."""
     images, generator = source.images, rng(seed, "plant")
     order = torch.randperm(source.trained, generator=generator)
     labels, weight, slant = (x[order] for x in (source.labels, source.weight, source.slant))
@@ -107,7 +107,7 @@ class RepeatedDigits(Digits):
 
 def nearness(digits: Tensor, labels: Tensor, planted: Planted, unseen: Tensor) -> Tensor:
     """Of images uint8 (B, 28, 28): the distance to the nearest of their class's repeats over that
-    to the nearest of `unseen` images, (B,), by pixels."""
+    to the nearest of `unseen` images, (B,), in pixel space."""
     flat, others = digits.flatten(1).float(), unseen.flatten(1).float()
     ratios = torch.empty(len(digits))
     for label in labels.unique().tolist():
@@ -119,7 +119,8 @@ def nearness(digits: Tensor, labels: Tensor, planted: Planted, unseen: Tensor) -
 
 
 def usual_nearness(planted: Planted) -> float:
-    """What 1% of real images that no network saw are nearer than; compared with the others."""
+    """The nearness that 1% of real images that no network saw fall below, compared with the
+    others."""
     images, labels = planted.images.test_images, planted.images.test_labels
     ratios = nearness(images[1::2], labels[1::2], planted, images[::2])
     return float(ratios.quantile(0.01))

@@ -43,7 +43,7 @@ def network_job(
     **also: object,
 ) -> Job:
     """The training run of an experiment's network, in a folder of its own, on the main job's images
-    or those of `source`. `also` is what the network depends on beside its config: the folder of
+    or those of `source`. `also` is what the network depends on besides its config: the folder of
     another one is refused."""
     source = source or finished.source
     identity = {
@@ -59,7 +59,7 @@ def network_job(
 
 
 def first_draws(source: Source) -> str:
-    """Tells sources of the same images apart that leave some out, or have other captions."""
+    """Tells apart sources of the same images that leave some out or have other captions."""
     generator = rng("first draws")
     index = source.draw(FIRST_DRAWS, generator)
     captions = source.captions(index, torch.rand(len(index), generator=generator))

@@ -31,7 +31,7 @@ QueriesAndKeys = dict[str, Tensor]  # queries and keys by the name of their norm
 
 @contextmanager
 def record_queries_and_keys(model: MMDiT) -> Iterator[QueriesAndKeys]:
-    """Collect queries and keys, after their norm if there is one, of the next pass."""
+    """Collect the queries and keys of the next pass, after their norm if there is one."""
     recorded: QueriesAndKeys = {}
     modules = {n: m for n, m in model.named_modules() if n.endswith(("ln_q", "ln_k"))}
 
@@ -58,8 +58,8 @@ def attention_logits(model: MMDiT, recorded: QueriesAndKeys) -> list[Tensor]:
 
 
 def largest_and_entropy(logits: list[Tensor]) -> tuple[float, float]:
-    """The largest logit of all in size, and the mean entropy of the softmax over that of an even
-    one: 1 attends to all tokens alike, 0 to a single one."""
+    """The largest logit in absolute value, and the mean entropy of the softmax over that of a
+    uniform one: 1 attends to all tokens equally, 0 to a single one."""
     largest = max(x.abs().max().item() for x in logits)
     entropies = [
         -(x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean().item() / math.log(x.shape[-1])
@@ -72,7 +72,7 @@ def largest_and_entropy(logits: list[Tensor]) -> tuple[float, float]:
 def measure_attention(
     job: Job, features: Features, model: MMDiT, network: ParallelModel
 ) -> tuple[float, float]:
-    """Attention to images held out, with their captions, at times spread evenly."""
+    """Attention on held-out images, with their captions, at evenly spread times."""
     images = torch.arange(job.source.trained, job.source.count)[:ATTENTION_IMAGES]
     x0 = features.normalise(features.latents(images)[0])
     noise = torch.randn(x0.shape, generator=rng("validation", "attention"))

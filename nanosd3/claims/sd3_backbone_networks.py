@@ -1,9 +1,9 @@
-"""Backbones, trained shortly in the main job's latents, with the pooled text and without it.
+"""Backbones, trained briefly in the main job's latents, with the pooled text and without it.
 
 Captions name a digit, often its stroke and its slant. The pooled text has all of that in one vector
-that modulates every block, so backbones are compared without it: they depend on the tokens. One
-head of width 64, and the same images, captions, noise and recipe for all, but for the learning
-rate: each has the better of two.
+that modulates every block, so backbones are compared without it: then they depend on the tokens.
+All have one head of width 64 and the same images, captions, noise and recipe, except for the
+learning rate: each has the better of two.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +22,7 @@ from nanosd3.training.stages import build, training_of
 
 BACKBONE_RECIPE = Recipe(steps=250, batch=64, lr=1e-2, warmup=25, weight_decay=0.0)
 FAST_BACKBONE = replace(BACKBONE_RECIPE, steps=2, batch=8, warmup=0)
-# Of 4e-3 and 1e-2 the better one, by the validation loss after half the steps with another seed.
+# The better of 4e-3 and 1e-2, by the validation loss after half the steps with another seed.
 BACKBONE_RATES = {
     "mmdit": 1e-2,
     "cross": 1e-2,

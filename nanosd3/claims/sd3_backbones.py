@@ -2,7 +2,7 @@
 
 The paper trained four backbones on CC12M and ranked them by validation loss, CLIP score and FID:
 DiT with text in its sequence last, then UViT, which learned fastest at first, then CrossDiT, then
-MMDiT. At equal width and depth MMDiT has most weights, so they are also compared at about equal
+MMDiT. At equal width and depth MMDiT has the most weights, so they are also compared at about equal
 numbers of parameters, DiT and CrossDiT one block deeper (DiT-Air, arXiv 2503.10618, finds DiT on a
 par there). A third set of weights, for T5's tokens apart from CLIP's, is said to gain little.
 """
@@ -28,7 +28,7 @@ BACKBONE_ARMS = {
 BACKBONES_RANKED = ("MMDiT", "CrossDiT", "UViT", "DiT")  # as the paper ranks them
 AS_LARGE_BACKBONES = ("CrossDiT, deeper", "UViT", "DiT, deeper")  # as MMDiT
 WEIGHT_SETS = ("DiT", "MMDiT", "MMDiT, three sets")  # of weights: one, two, three
-THIRD_WORTH = 0.01  # of the loss: less is nothing
+THIRD_WORTH = 0.01  # of the loss: less counts as nothing
 TEXT_INPUTS = {"tokens": "by tokens alone", "pooled": "with the pooled text"}
 BACKBONE_MARKS = dict(zip(BACKBONES_RANKED, ("D-", "^--", "s-.", "o:"), strict=True))
 

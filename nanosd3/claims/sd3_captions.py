@@ -3,7 +3,7 @@
 Captions found beside images on the web say little of what is in them. The paper has a
 vision-language model describe every image at length, and trains on both kinds: rich captions alone
 could make the model forget what that other model has no words for. Here an original caption is a
-word for the class ("seven", "a handwritten 7"), and a rich one says too how the digit is written,
+word for the class ("seven", "a handwritten 7"), and a rich one also says how the digit is written,
 as measured ("a bold seven leaning right"). Prompts are of both kinds as well, so that no training
 is scored on its own kind alone.
 """
@@ -29,7 +29,7 @@ CAPTION_STEPS = 600
 CAPTION_KINDS = ("original", "rich")
 CAPTION_ARMS = ("original", "half of each", "rich")
 CAPTION_SCORES = ("word: digit", "rich: digit", "rich: attributes", "ratio")
-SCORED = ("word: digit", "rich: attributes")  # what counts, both alike
+SCORED = ("word: digit", "rich: attributes")  # what counts, both equally
 
 
 def with_kind(source: Digits, arm: str) -> Digits:
@@ -45,7 +45,7 @@ def with_kind(source: Digits, arm: str) -> Digits:
 def prompt_scores(
     finished: FinishedRun, network: TrainedVariant, seed: int, count: int
 ) -> dict[str, float]:
-    """Of samples of either kind of prompts: right digits; of rich ones right attributes (thin or
+    """For samples of each kind of prompt: right digits; for rich ones, right attributes (thin or
     bold, leaning or upright); the Frechet distance over that of real images, a mean of both."""
     pipeline = network.features.pipeline(network.model, finished.device)
     found: dict[str, float] = {"ratio": 0.0}
@@ -62,7 +62,7 @@ def prompt_scores(
 
 
 def captions_study(conditions: Conditions) -> dict:
-    """By captions in training and seed: the scores."""
+    """The scores, by captions in training and by seed."""
     finished, features = open_encoded(conditions)
     scores: dict[str, dict[str, list[float]]] = {}
     seconds, count = 0.0, 20 if conditions.fast else 500
@@ -86,7 +86,7 @@ def captions_study(conditions: Conditions) -> dict:
 
 def share_followed(scores: dict[str, list[float]]) -> list[float]:
     """How well both kinds of prompts are followed, by seed: digits of class-word prompts and
-    attributes of rich ones count alike."""
+    attributes of rich ones count equally."""
     pairs = zip(*(scores[key] for key in SCORED), strict=True)
     return [(digit + attributes) / 2 for digit, attributes in pairs]
 

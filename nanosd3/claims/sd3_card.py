@@ -40,7 +40,7 @@ def activation_bytes(config: Config) -> int:
 
 
 def card_costs(config: Config) -> dict[str, float]:
-    """Bytes with one network in memory at a time and with all, and seconds at the least."""
+    """Bytes with one network in memory at a time and with all, and the least possible seconds."""
     weights = {part: part_bytes(config, part) for part in COMPONENTS}
     activations = activation_bytes(config)
     side, text = tokens_of(config)
@@ -55,7 +55,7 @@ def card_costs(config: Config) -> dict[str, float]:
 
 
 def card_study(conditions: Conditions) -> dict:
-    """Costs of each size; nothing is computed but them, and seeds mean nothing."""
+    """Costs of each size; nothing else is computed, and seeds mean nothing."""
     costs = {name: card_costs(CONFIGS[name]) for name in LADDER}
     columns = ["", "transformer, GB", "one part at a time, GB", "all parts, GB"]
     columns += ["seconds at 100%", f"at {REACHED:.0%}"]

@@ -50,8 +50,8 @@ def reconstruction_study(conditions: Conditions) -> dict:
 
 
 def channels_study(conditions: Conditions) -> dict:
-    """By depth, channels and seed: the share of samples read as asked, and their Frechet ratio;
-    and the ratio of reconstructions, which bounds it."""
+    """By depth, channels and seed: the share of samples classified as prompted, and their Frechet
+    ratio; and the ratio of reconstructions, which bounds it."""
     finished = open_main_run(conditions)
     source, seconds = some_digits(finished), 0.0
     keys = ("accuracy", "ratio")
@@ -93,8 +93,8 @@ def decide_reconstruction(results: dict) -> Verdict:
 
 
 def gains(results: dict, depth: int) -> list[float]:
-    """What a depth gains by most channels over fewest, seed by seed: the logarithm of how many
-    times smaller the Frechet ratio is."""
+    """What a depth gains from the most channels over the fewest, seed by seed: the logarithm of how
+    many times smaller the Frechet ratio is."""
     by_channels = results["depths"][str(depth)]
     few, many = (by_channels[str(c)]["ratio"] for c in (FEW_CHANNELS, MANY_CHANNELS))
     return [math.log(a / b) for a, b in zip(few, many, strict=True)]

@@ -2,7 +2,7 @@
 
 The papers' preferences are people's. Here a classifier and two measurements decide whether a sample
 has the digit, the stroke and the slant of its prompt. The tuned model is scored by the same three,
-so what is measured is what it was tuned for, as with the people of the papers.
+so what is measured is what it was tuned for, as with the people in the papers.
 """
 
 from functools import cache, partial
@@ -76,8 +76,8 @@ def deciding(one: dict[str, list[float]]) -> list[float]:
 
 
 def add_scores(one: dict[str, list[float]], ours: dict, before: dict) -> None:
-    """Append a seed's scores: of samples, beside those of the model before of the same prompts and
-    noise."""
+    """Append a seed's scores: of samples, compared with those of the model before tuning from the
+    same prompts and noise."""
     pairs = list(zip(ours["right"], before["right"], strict=True))
     wins = sum(mine and not theirs for mine, theirs in pairs)
     losses = sum(theirs and not mine for mine, theirs in pairs)
@@ -95,7 +95,7 @@ def decide_wins(results: dict) -> Verdict:
 
 
 def rise(results: dict, arm: str) -> list[float]:
-    """Of the Frechet ratio, by seed, relative to what it was before."""
+    """The rise of the Frechet ratio, by seed, relative to what it was before."""
     before, after = (results["arms"][name]["ratio"] for name in (BEFORE, arm))
     return [b / a - 1 for a, b in zip(before, after, strict=True)]
 

@@ -1,14 +1,14 @@
 """Images that are in the data many times, and samples for their captions.
 
-A model memorises images that are often in its data, and draws them for their captions (Carlini et
-al., arXiv 2301.13188). SD3's makers leave out all but one of near-copies, found by features that
-were trained for it, and extract memorised images from models trained with and without them: far
-fewer are left (arXiv 2403.03206, appendix E.2).
+A model memorises images that occur often in its data, and draws them for their captions (Carlini et
+al., arXiv 2301.13188). SD3's authors keep one of each set of near-copies, found by features that
+were trained for it, and extract memorised images from models trained with and without the others:
+far fewer are left (arXiv 2403.03206, appendix E.2).
 
 Here one image of each digit is repeated, moved by a pixel and made brighter or darker. Its caption
 says that it is bold and leans left, and no other image of its digit is both. A sample for that
-caption is a copy if, compared with the nearest image that no network saw, the nearest of the
-repeats is nearer to it than to 99% of real images that were not seen either.
+caption is a copy if the nearest of the repeats, compared with the nearest image that no network
+saw, is nearer to it than to 99% of real images that no network saw either.
 """
 
 from functools import partial
@@ -48,8 +48,8 @@ SHOWN_DIGITS = (2, 3, 4, 5, 7)
 def copies_drawn(
     finished: FinishedRun, network: TrainedVariant, planted: Planted, seed: int, count: int
 ) -> dict:
-    """Of samples of the captions of repeated images, and of other captions: the share of copies.
-    And the first sample of some digits, in hexadecimal."""
+    """The share of copies among samples for the captions of repeated images and for other captions;
+    and the first sample of some digits, in hexadecimal."""
     source, limit = network.features.source, usual_nearness(planted)
     assert isinstance(source, RepeatedDigits)
     pipeline = network.features.pipeline(network.model, finished.device)
@@ -70,7 +70,8 @@ def copies_drawn(
 
 
 def duplicates_study(conditions: Conditions) -> dict:
-    """By seed: how well repeats are found, and, trained with and without them, the copies drawn."""
+    """By seed: how well repeats are found, and copies drawn after training with and without
+    them."""
     finished = open_main_run(conditions)
     cache, encoders = conditions.out / "cache", finished.encoders(finished.config)
     count, copies = (100, 3) if conditions.fast else (PLAIN_IMAGES, COPIES)

@@ -77,7 +77,7 @@ def formulation_study(images: str, conditions: Conditions) -> dict:
 
 
 def typical(by_setting: list[list[Score]], settings: list[SampledHow]) -> list[list[float]]:
-    """Frechet ratio and accuracy without guidance, of averaged weights, by few and many steps."""
+    """Frechet ratio and accuracy without guidance, of averaged weights, in few and many steps."""
     chosen = [by_setting[settings.index((n, 1.0, "average"))] for n in STEPS_MADE]
     return [[score[k] for score in each] for each in chosen for k in (1, 0)]
 

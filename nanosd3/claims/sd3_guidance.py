@@ -1,7 +1,7 @@
 """Guidance: what it gives to the prompt it takes from diversity (arXiv 2403.03206, section 5).
 
-Guided velocities go further from what the model draws without a prompt. Samples then fit their
-prompts better, and resemble each other more.
+Guided velocities lead further away from what the model draws without a prompt. Samples then fit
+their prompts better, and resemble each other more.
 """
 
 from collections.abc import Sequence

@@ -58,7 +58,7 @@ def some_digits(finished: FinishedRun) -> Digits:
 
 
 def channels_config(conditions: Conditions, finished: FinishedRun, channels: int) -> Config:
-    """The finished run's, for latents of so many channels."""
+    """The finished run's config, for latents with this many channels."""
     autoencoder, flow = AUTOENCODER, FLOW
     if conditions.fast:
         autoencoder = replace(AUTOENCODER, steps=3, batch=8, warmup=1)
@@ -78,7 +78,7 @@ def channels_config(conditions: Conditions, finished: FinishedRun, channels: int
 def trained_latents(
     conditions: Conditions, finished: FinishedRun, source: Digits, channels: int, seed: int
 ) -> TrainedLatents:
-    """The autoencoder with so many channels, trained now or before, and the images in it."""
+    """The autoencoder with this many channels, trained now or before, and the images in it."""
     config = channels_config(conditions, finished, channels)
     job = network_job(conditions, finished, f"autoencoder-{channels}", config, seed, source)
     with job.run.alone():
@@ -113,7 +113,7 @@ def reconstruction_of(
 def transformer_in(
     conditions: Conditions, finished: FinishedRun, latents: TrainedLatents, depth: int
 ) -> TrainedVariant:
-    """A transformer of a depth, trained now or before in latents."""
+    """A transformer of this depth, trained now or before in these latents."""
     job, features = latents.job, latents.features
     config = replace(job.config, mmdit=replace(job.config.mmdit, depth=depth))
     name = f"channels-{config.mmdit.latent_channels}-depth-{depth}"

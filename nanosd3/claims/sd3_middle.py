@@ -4,7 +4,7 @@ The loss itself does not show it. Its largest part is noise that cannot be predi
 noise is all but hidden behind the image, and the best answer there has a loss of about 1. What can
 be learned is the rest. So a network is compared with itself after more training, on the same images
 and noise: where the two are far apart, there was much to learn. Both draw their times evenly, so
-that neither was trained in the middle more than at the ends.
+that neither was trained more in the middle than at the ends.
 """
 
 from dataclasses import replace
@@ -58,14 +58,14 @@ def trained_evenly(
 
 @torch.no_grad()
 def loss_by_time(job: Job, features: Features, network: Network) -> list[float]:
-    """Mean loss of the images held out, with their captions, at equally spaced t."""
+    """Mean loss on held-out images, with their captions, at equally spaced t."""
     images = torch.arange(job.source.trained, job.source.count)
     parts = [losses_over_time(job, features, network, rows) for rows in images.split(CHUNK)]
     return [torch.cat(losses).mean().item() for losses in zip(*parts, strict=True)]
 
 
 def share_of_draws(first: float, last: float) -> float:
-    """How often logit-normal(0, 1) draws a t between two."""
+    """How often logit-normal(0, 1) draws a t between `first` and `last`."""
     ends = torch.tensor([first, last], dtype=torch.float64)
     return torch.special.ndtr(torch.logit(ends)).diff().item()
 

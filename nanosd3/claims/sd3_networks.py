@@ -2,7 +2,7 @@
 
 The same network, images, captions, noise and recipe for each; only the formulation differs. The
 network is one block deep and conditioned on the pooled text alone, which a tenth of the images go
-without. Its weights are kept as they are after the last step, and as their average.
+without. Its weights are kept both as they are after the last step and as their average.
 """
 
 from dataclasses import dataclass, replace

@@ -1,9 +1,9 @@
 """An MMDiT whose streams do not both read each other.
 
 In joint attention every token attends to all tokens of both streams. Here the queries of one stream
-may get its own keys alone: the text is then independent of the image, or the image gets the text by
-the pooled vector alone. Weights and their names are MMDiT's, so those of a trained one can be
-loaded into a cut one, and the other way round.
+may see only its own keys: the text is then independent of the image, or the image gets the text
+only through the pooled vector. Weights and their names are MMDiT's, so those of a trained one can
+be loaded into a cut one, and vice versa.
 """
 
 from torch import Tensor

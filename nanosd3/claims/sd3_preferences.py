@@ -27,7 +27,7 @@ from nanosd3.training.report import SLANT_WORDS, WEIGHT_WORDS, thirds_asked
 from nanosd3.training.stages import Job, build, finish_or_load, fit_average, training_of
 
 RANK, BETA = 8, 200.0
-PAIRS_DRAWN = 1000  # prompts, with two samples each; of most of them both or none are right
+PAIRS_DRAWN = 1000  # prompts, with two samples each; for most of them both or neither are right
 UNGUIDED_STEPS = 5  # of Heun
 TUNING = Recipe(steps=80, batch=32, lr=1e-3, warmup=20, weight_decay=0.0, decay="constant")
 TUNED_ON = ("preferences", "winners alone")
@@ -80,7 +80,8 @@ class Pairs:
 
 @torch.no_grad()
 def preferred_pairs(finished: FinishedRun, features: Features, seed: int, count: int) -> Pairs:
-    """Of `count` prompts and two samples each of the finished model, the pairs that differ."""
+    """Of `count` prompts, with two samples each of the finished model: the pairs of a right one and
+    a wrong one."""
     draw = draw_prompts(finished.source, count, 200 + seed)
     pipeline = features.pipeline(finished.pipeline.mmdit, finished.device)
     a, b = (sample_and_score(finished, pipeline, draw, start + seed) for start in (200, 300))

@@ -1,9 +1,9 @@
 """Does QK-norm keep attention in bounds, and does that matter? (arXiv 2403.03206, section 5.3.2)
 
-A logit of attention is the product of a query and a key. Nothing bounds either, and at a high rate
-both may grow until the softmax attends to a single token and has no gradient. RMSNorm on queries
-and keys fixes their lengths, but for a learned scale. The paper met the growth in bfloat16, whose 8
-significant bits leave an error of a whole logit at 200.
+A logit of attention is the product of a query and a key. Nothing bounds either, and at a high
+learning rate both may grow until the softmax attends to a single token and has no gradient. RMSNorm
+on queries and keys fixes their lengths, up to a learned scale. The paper met the growth in
+bfloat16, whose 8 significant bits leave an error of a whole logit at 200.
 """
 
 from itertools import product

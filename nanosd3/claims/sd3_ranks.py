@@ -1,8 +1,8 @@
 """The paper's way to compare many models by two scores in many settings (arXiv 2403.03206).
 
-In each setting sort them into fronts. The first holds those that no other beats in both scores, the
-second those that only the first beats, and so on (non-dominated sorting). A model's rank is its
-front's number, its place in all its average rank over settings.
+In each setting, the models are sorted into fronts. The first holds those that no other beats in
+both scores, the second those that only the first beats, and so on (non-dominated sorting). A
+model's rank is its front's number; its overall place is its average rank over settings.
 """
 
 from collections.abc import Sequence

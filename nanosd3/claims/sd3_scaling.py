@@ -59,7 +59,7 @@ def scaling_study(conditions: Conditions) -> dict:
 def errors_of_few_steps(
     conditions: Conditions, finished: FinishedRun, network: TrainedVariant, seed: int
 ) -> list[float]:
-    """How far samples of few steps are from those of many, relative to these (r.m.s.)."""
+    """How far samples of few steps are from those of many, relative to the latter (r.m.s.)."""
 
     def measure() -> list[float]:
         pipeline = network.features.pipeline(network.model, finished.device)

@@ -2,8 +2,8 @@
 
 The same noise hides a large image less than a small one: what neighbouring pixels share can be
 averaged over more of them. So an image of m pixels at t looks as uncertain as one of n pixels at
-another t, and the two are joined by a shift of sqrt(m / n). The paper derives it from constant
-images and chose its shift by people's preferences.
+another t, and the two are related by a shift of sqrt(m / n). The paper derives it from constant
+images and chose its shift by human preference.
 
 Here it needs no training. A finite data set has an exact velocity field; the same digits at two
 sizes have two, and for each the shift with the smallest error of few steps can be found.
@@ -55,7 +55,7 @@ def errors_by_shift(velocity: Velocity, noise: Tensor, side: int, fine: int) -> 
 
 def best_shift(errors: list[float]) -> float:
     """Where a parabola through the smallest error and two neighbours on either side, over the
-    logarithm of the shift, is lowest: between these neighbours, if it has a bottom."""
+    logarithm of the shift, is lowest: between these neighbours, if it has a minimum."""
     k = min(max(2, errors.index(min(errors))), len(errors) - 3)
     near, at = slice(k - 2, k + 3), np.log2(SHIFTS[k - 2 : k + 3])
     bend, slope, _ = np.polyfit(at, errors[near], 2)

@@ -1,7 +1,8 @@
 """Are rectified flow's paths the straightest, and do they need the fewest steps? (arXiv 2403.03206)
 
 On the exact field of a small data set all formulations share one set of trajectories: they only
-draw them to different scales, and stop in different places. Trained networks have a field each.
+draw them to different scales, and stop in different places. Trained networks each have a field of
+their own.
 """
 
 from collections.abc import Callable
@@ -33,8 +34,8 @@ OF_UNIT_VARIANCE = ("eps/linear", "v/cos")  # drawn to the data's scale all alon
 
 
 def own_scale(name: str) -> Callable[[Tensor], Tensor]:
-    """How large a formulation's authors draw z: rectified flow's is as it is, diffusion's has unit
-    variance, and of EDM's the image stays as it is while noise is added."""
+    """The scale at which a formulation's authors draw z: rectified flow's as it is, diffusion's at
+    unit variance, and EDM's such that the image stays as it is while noise is added."""
     if name in RECTIFIED:
         return torch.ones_like
     if name.startswith("edm"):
@@ -47,7 +48,7 @@ def straightness_and_errors(
     name: str, velocity: Velocity, noise: Tensor, fine: int
 ) -> tuple[float, list[float]]:
     """Length over chord in a formulation's own scale, and the errors (r.m.s.) of Euler's end points
-    by few of its own steps."""
+    in few of its own steps."""
     steps = FORMULATIONS[name].steps
     z = steps(1)[0] * noise
     end, ratio = length_over_chord(velocity, z, steps(fine), own_scale(name))

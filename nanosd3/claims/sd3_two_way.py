@@ -1,9 +1,8 @@
 """Does it help that text and image read each other? (arXiv 2403.03206, section 4 and figure 2)
 
 Image tokens attend to the text, but here the pooled vector, which modulates every block, has the
-digit too. That text tokens attend to the image is what MMDiT adds to a transformer with
-cross-attention. The last block does not update the text, so in two blocks it attends to the image
-once.
+digit too. What MMDiT adds to a transformer with cross-attention is that text tokens attend to the
+image. The last block does not update the text, so in two blocks it attends to the image once.
 """
 
 from pathlib import Path
@@ -28,7 +27,7 @@ TWO_WAYS, TEXT_CUT, IMAGE_CUT = READING_VARIANTS
 
 
 def loss_when_cut(network: TrainedVariant, variant: Variant) -> float:
-    """The validation loss of a network trained with both ways, read with one of them cut."""
+    """The validation loss of a network trained with both ways, measured with one of them cut."""
 
     def measure() -> float:
         model = variant.make(network.job.config.mmdit)
@@ -39,7 +38,8 @@ def loss_when_cut(network: TrainedVariant, variant: Variant) -> float:
 
 
 def two_way_study(conditions: Conditions) -> dict:
-    """By arm and seed: losses and scores when trained so, and losses when only cut so."""
+    """By arm and seed: losses and scores when trained that way, and losses when only cut that
+    way."""
     finished, features = open_encoded(conditions)
     found: dict[str, dict[str, list[float]]] = {}
     seconds = 0.0

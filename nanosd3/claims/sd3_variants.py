@@ -110,7 +110,7 @@ def train_variant(
     job: Job, features: Features, model: nn.Module, recipe: Recipe, log_losses: bool = True
 ) -> None:
     """Train in place, logging validation losses if `log_losses`, or load. (Losses on other data, or
-    for other captions, do not compare.)"""
+    for other captions, cannot be compared.)"""
     logged_after = (
         [max(1, round(share * recipe.steps)) for share in CHECKPOINTS] if log_losses else []
     )
@@ -137,7 +137,7 @@ def mean_loss(job: Job, features: Features, model: nn.Module) -> float:
 def sample_scores(
     conditions: Conditions, finished: FinishedRun, network: TrainedVariant, seed: int
 ) -> tuple[float, float]:
-    """Share of samples read as asked, and their Frechet distance over that of real images."""
+    """Share of samples classified as prompted; Frechet distance over that of real images."""
 
     def measure() -> dict:
         pipeline = network.features.pipeline(network.model, finished.device)

@@ -2,8 +2,8 @@
 
 In training each encoder is left out of nearly half the captions, so the model can do without any at
 inference. The paper finds looks unchanged without T5, prompt following a little worse, and written
-text much worse. Here the captions of the main job are of two kinds: "a 3" says a digit and no more,
-"a bold 3 leaning right" how it is written too.
+text much worse. Here the captions of the main job are of two kinds: "a 3" names a digit and no
+more, "a bold 3 leaning right" also says how it is written.
 """
 
 from functools import partial

@@ -1,5 +1,5 @@
-"""Spacetime patches (Sora, OpenAI's technical report of 2024): videos of any size and length by one
-network, and whether frames need each other."""
+"""Spacetime patches (Sora, OpenAI's technical report of 2024): videos of any size and length from
+one network, and whether frames need each other."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def model_of(
 
 
 def frame_by_frame(model: TrainedVideo, clips: Clips, size: ClipSize) -> Tensor:
-    """Videos whose patches of frames are drawn by themselves, each for the whole caption."""
+    """Videos whose patches of frames are drawn independently, each for the whole caption."""
     short = (FRAMES_IN_PATCH, *size[1:])
     parts = range(size[0] // FRAMES_IN_PATCH)
     return torch.cat([model.draw(clips, short, seed=1 + part) for part in parts], dim=2)
@@ -57,7 +57,7 @@ def frame_by_frame(model: TrainedVideo, clips: Clips, size: ClipSize) -> Tensor:
 @once
 @torch.no_grad()
 def video_study(conditions: Conditions) -> dict:
-    """Scores of every size and length, and of frames drawn by themselves; a list over seeds."""
+    """Scores of every size and length, and of frames drawn independently; a list over seeds."""
     finished = open_main_run(conditions)
     count = 10 if conditions.fast else 100
     ways = {size_name(size): size for size in (*TRAINED_SIZES, *OTHER_SIZES, *OTHER_LENGTHS)}

@@ -2,7 +2,7 @@
 
 The report shows the same clip after one, 4 and 32 units of training. Here a network trains 1, 4 and
 16 times as long. How near its clips are to real ones is measured by features of whole frames and of
-how they change: of a still picture of the right digit the first are right and the second are not.
+how they change: for a still picture of the right digit, the first are right and the second are not.
 """
 
 from itertools import pairwise
@@ -40,7 +40,7 @@ class ClipScorer:
         self.reference = self.features(self.real(1))
 
     def real(self, draw: int) -> Tensor:
-        """Real clips, others for every draw."""
+        """Real clips, different ones for every draw."""
         moving = self.trainer.moving
         return moving.videos(scored_clips(moving, SQUARE, self.count, draw), SQUARE)
 

@@ -1,8 +1,8 @@
 """Does a model that is trained on square crops draw subjects out of view? (Sora, OpenAI, 2024)
 
 Data used to be made square before training, by cutting out the middle. What is lost is not only
-what was cut off: the model learns that things reach beyond the frame, and draws them so. On native
-frames it learns where the edges are.
+what was cut off: the model learns that things reach beyond the frame, and draws them that way. On
+native frames it learns where the edges are.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ FRAMES_OF: dict[str, ClipSize] = {NATIVE: WIDE, CROPPED: SQUARE}
 
 
 def share_at_border(videos: Tensor) -> float:
-    """Of clips whose digit reaches the edge in some frame."""
+    """The share of clips whose digit reaches the edge in some frame."""
     return ink_at_border(videos).float().mean().item()
 
 
@@ -81,7 +81,8 @@ def framing_study(conditions: Conditions) -> dict:
 
 
 def times_as_often(results: dict) -> list[float]:
-    """How often clips reach the border after training on crops, after native frames 1; by seed."""
+    """How often clips reach the border after training on crops, relative to native frames, by
+    seed."""
     native, cropped = (results["ways"][way]["border"] for way in (NATIVE, CROPPED))
     return [b / max(a, 1e-6) for a, b in zip(native, cropped, strict=True)]
 

@@ -3,7 +3,7 @@ experiments.
 
 A clip has 4 frames, so that three seeds of several networks fit into minutes. The text encoders are
 trained once, on the captions of clips, and the clips are encoded once: networks of all seeds see
-the same, in an order of their own. All start from the finished main job's transformer for images.
+the same ones, each in its own order. All start from the finished main job's transformer for images.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ class TrainedClips:
 
 class ClipTrainer:
     """Trains transformers on clips, from a finished main job's transformer, with its autoencoder
-    and images, and with text encoders that know the words of motion."""
+    and images, and with text encoders that know the words for motion."""
 
     def __init__(self, conditions: Conditions):
         self.conditions = conditions

@@ -1,6 +1,6 @@
 """The autoregressive baseline for Muse: a transformer that predicts tokens one after another.
 
-The image's tokens in reading order are treated as text, which a language model continues: the
+The image's tokens, in reading order, are treated as text that a language model continues: the
 logits for token n depend on tokens 0 .. n-1 alone (and on the caption). That takes two changes to
 Muse's network:
 
@@ -11,7 +11,7 @@ so that one pass over a whole image trains all its positions at once, without ma
 
     loss = cross-entropy of token n at position n, for all n
 
-Parti (arXiv 2206.10789) samples so, and so did DALL-E (arXiv 2102.12092). Sampling draws token 0
+Parti (arXiv 2206.10789) samples this way, as did DALL-E (arXiv 2102.12092). Sampling draws token 0
 from its logits, feeds it in, draws token 1, ...: N passes for N tokens, where Muse needs 8. Each
 pass is cheap, however: what earlier positions computed does not change, so keys and values are kept
 and only the new token runs through the network.
@@ -47,8 +47,8 @@ class CausalAttention(SelfAttention):
 
 
 class CausalMuse(Muse):
-    """The same network for tokens in reading order. A freshly initialised one finds all tokens
-    equally likely."""
+    """The same network for tokens in reading order. A freshly initialised one gives all tokens
+    equal probability."""
 
     def __init__(self, config: MuseConfig):
         super().__init__(config)
@@ -68,7 +68,7 @@ class CausalMuse(Muse):
 
     @contextmanager
     def keeping_past(self) -> Iterator[None]:
-        """Within, `next_logits` runs one token at a time."""
+        """In this context `next_logits` runs one token at a time."""
         try:
             for layer in self.attentions:
                 layer.past = ()
@@ -92,7 +92,7 @@ def write_tokens(
     guidance: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Tokens (B, h, w), drawn one after the other, for a prompt each."""
+    """Tokens (B, h, w), drawn one after the other, for one prompt each."""
     side = model.config.grid
     last = torch.full((len(prompt[0]),), MASK, device=prompt[0].device)
 

@@ -1,7 +1,7 @@
 """Backbones that MMDiT was compared with (arXiv 2403.03206, section 5.2.3).
 
 A backbone is the network between noisy latents and velocity. All get the time and the pooled text
-as MMDiT does, by modulation. They differ in how image tokens attend to text tokens:
+as MMDiT does, through modulation. They differ in how image tokens attend to text tokens:
 
     dit      one sequence [text; image] with one set of weights: DiT, with text in the sequence
     cross    image tokens attend to each other and then to the text, which stays as it was: CrossDiT
@@ -10,16 +10,16 @@ as MMDiT does, by modulation. They differ in how image tokens attend to text tok
     mmdit    the same attention as dit's, with weights of its own for each of text and image
     mmdit3   and for each of CLIP's tokens and T5's: three sets of weights
 
-Weights of a block of width D, in D^2, beside biases: a stream's modulation 6, attention 4, MLP 8.
+Weights of a block of width D, in D^2, without biases: a stream's modulation 6, attention 4, MLP 8.
 
     dit 18     cross 18 + 4     mmdit 36     mmdit3 54     of the last block 18, 22, 23, 28
 
-(The last text has keys and values alone and needs 5.) What a token costs does not depend on whose
-weights it meets: mmdit has twice dit's weights and exactly its multiply-adds. That is the whole
-argument for and against it: at equal width it is more network for the same time, and at equal size
-it is half as deep. cross saves the text's MLPs, but its text tokens are never updated.
+(In the last block the text has only keys and values: 5.) What a token costs does not depend on
+whose weights it meets: mmdit has twice dit's weights and exactly its multiply-adds. That is the
+whole argument for and against it: at equal width it is more network for the same time, and at equal
+size it is half as deep. cross saves the text's MLPs, but its text tokens are never updated.
 
-All stand between the core's embedders and head, so each block is one class: (x, y, c) -> (x, y),
+All sit between the core's embedders and head, so each block is one class: (x, y, c) -> (x, y),
 image tokens (B, N, D), text tokens (B, M, D), conditioning c (B, D). A fresh block is the identity,
 and a fresh network outputs zero. The paper gives no details of its CrossDiT and UViT: these are the
 simplest versions. (U-ViT with a hyphen, arXiv 2209.12152, is another network: DiT with long skips.)
@@ -48,7 +48,7 @@ class BackboneConfig(MMDiTConfig):
     """An MMDiT's sizes, with a width that does not follow from its depth."""
 
     heads: int  # of 64
-    clip_tokens: int  # of the text tokens, those of the CLIPs, which come first
+    clip_tokens: int  # how many of the text tokens are the CLIPs'; they come first
 
     @property
     def width(self) -> int:
@@ -67,8 +67,8 @@ def after_attention(
 
 
 class SharedBlock(nn.Module):
-    """dit: all tokens in one sequence, for one stream. The last block computes the image tokens
-    only, since its text would go nowhere."""
+    """dit: all tokens in one sequence, through one stream. The last block computes only the image
+    tokens, since nothing would use its text."""
 
     def __init__(self, config: BackboneConfig, last: bool):
         super().__init__()

@@ -4,7 +4,7 @@ Muse's tokens, and a larger decoder.
     python -m nanosd3.related muse-cascade
     python -m nanosd3.related muse-cascade --sample "a bold 3"
 
-The Muse stays as it is; its two networks are copied into the run.
+The Muse is left unchanged; its two networks are copied into the run.
 """
 
 import argparse
@@ -105,7 +105,7 @@ class CascadeSystem(SamplingSystem):
         add("--muse", type=Path, default=Path("runs/muse"), metavar="FOLDER", help=text)
 
     def base_run(self, args: argparse.Namespace, finished: FinishedRun) -> Run:
-        """The finished Muse. Raises InputError if there is none, or of another size."""
+        """The finished Muse. Raises InputError if there is none, or if it has another size."""
         run = open_trained(MuseSystem(), args.muse, finished, "--muse")
         size = size_of(args, finished)
         if run.identity.get("size") != size:

@@ -1,7 +1,7 @@
 """The command line of every related system: `python -m nanosd3.related NAME`.
 
 A system is described by a `System`; the options, the run folder and the report common to all are
-here. Interrupted runs resume as the main job does.
+handled here. Interrupted runs resume as the main job does.
 """
 
 import argparse
@@ -75,7 +75,7 @@ class System(ABC):
     @abstractmethod
     def train(self, study: Study) -> dict:
         """Train, or load what is trained; write samples.png; return scores (scoring.py) and
-        `training_seconds`. If they are compared with another model than the main one, that model's
+        `training_seconds`. If they are compared with a model other than the main one, that model's
         scores are returned as `main_model`."""
 
     def in_words(self, metrics: dict) -> str:

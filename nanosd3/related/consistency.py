@@ -2,7 +2,7 @@
 
 A velocity network says which way a path goes *here*, so sampling takes many small steps. A
 consistency model says where the path *ends*: f(z_t, t) is the same clean image for all points of
-one path, and one evaluation is a sample. Write it with a velocity network F of any kind:
+one path, so one evaluation gives a sample. Write it with a velocity network F of any kind:
 
     f(z, t) = z - t F(z, t)         at t = 0 it is z itself, as it must be: the end of a path is
                                     where it is. And one Euler step from t to 0 *is* f.
@@ -11,10 +11,10 @@ Training asks for the same output at two neighbouring points of one path, t and 
 
     loss = d( f(z_t, t),  f(z_s, s) without gradient )
 
-By *distillation*, a trained velocity network steps from z_t to z_s (`teacher_step`), with its
-guidance, which is thereby built in. By *training alone*, z_s is made of the same image and the
-same noise as z_t: an unbiased guess of such a step. Errors add up from level to level, so few
-levels learn fast and many are exact; the curricula begin with few.
+In *distillation*, a trained velocity network steps from z_t to z_s (`teacher_step`), with its
+guidance, which is thereby built in. In *training alone*, z_s is made from the same image and noise
+as z_t: an unbiased guess of such a step. Errors add up from level to level, so few levels are
+learned fast and many are exact; the curricula begin with few.
 
 The papers write noise levels as sigma, with x_sigma = x0 + sigma noise. In this project's time
 sigma = t / (1 - t) and z_t = (1 - t) x_sigma, and what is lognormal in sigma is logit-normal in t.
@@ -64,10 +64,10 @@ def consistency_loss(
     target_network: Callable[..., Tensor] | None = None,
     distance: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The distance between a network's outputs at two points (B, ...) of a path, (B,). The one
-    nearer to the data is the target. `given` are its other inputs, such as the text.
+    """The distance between a network's outputs at two points (B, ...) of a path, (B,). The output
+    at the point nearer to the data is the target. `given` are its other inputs, such as the text.
 
-    The original training had another network for the target, a moving average of this one's
+    The original training used a second network for the target, with a moving average of this one's
     weights, and squared distances.
     """
     with torch.no_grad():
@@ -81,7 +81,7 @@ def consistency_loss(
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """sqrt(|a - b|^2 + c^2) - c for each image (B,), with one norm over all of an image.
+    """sqrt(|a - b|^2 + c^2) - c for each image (B,), with one norm over the whole image.
 
     Quadratic near zero, linear beyond c: outliers do not dominate (2310.14189, eq. 8).
     """
@@ -123,13 +123,13 @@ def karras_levels(count: int) -> Tensor:
 
 
 def growing_count(step: int, steps: int, first: int = 2, last: int = 150) -> int:
-    """How many levels the original training has at a step (2303.01469, appendix C)."""
+    """How many levels the original training uses at a step (2303.01469, appendix C)."""
     done = step / steps
     return math.ceil(math.sqrt(done * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1
 
 
 def doubling_count(step: int, steps: int, first: int = 10, last: int = 1280) -> int:
-    """How many levels the improved training has: doubled at equal intervals, from `first` to
+    """How many levels the improved training uses: doubled at equal intervals, from `first` to
     `last`, and one more (2310.14189, section 3.4)."""
     stage = math.floor(steps / (math.log2(last // first) + 1))
     return min(first * 2 ** (step // max(1, stage)), last) + 1

@@ -8,12 +8,12 @@ no paper; its training is not published).
 
     z_t (B, C, H, W) and latents (B, c, h, w), each repeated f times --U-Net, t--> velocity
 
-The network is this project's own, a small U-Net; it is trained by consistency training
-(consistency.py), which knowing the latents makes far easier than drawing images from nothing. It
-decodes in two steps: from almost pure noise, t = 0.978, then from half of it, t = 0.504.
+The network is this project's own, a small U-Net, trained by consistency training (consistency.py),
+which is far easier with the latents known than when images are drawn from nothing. It decodes in
+two steps: from almost pure noise, t = 0.978, then from half of it, t = 0.504.
 
-Below are also the constants of the published decoder, in its own convention (variance-preserving,
-1,024 steps), to compare with.
+Also below, for comparison, are the constants of the published decoder, in its own convention
+(variance-preserving, 1,024 steps).
 """
 
 import math
@@ -64,7 +64,7 @@ class ConsistencyDecoder(nn.Module):
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
 
     def forward(self, z: Tensor, t: Tensor, latents: Tensor) -> Tensor:
-        """Velocity (B, C, H, W) of noisy images z (B, C, H, W) at t (B,), or () for all alike,
+        """Velocity (B, C, H, W) of noisy images z (B, C, H, W) at t (B,), or () if all share it,
         given normalised latents (B, c, H/f, W/f)."""
         time = timestep_embedding(batch_times(t, z)).to(z.dtype)  # (B, 256)
         time = F.silu(self.embedder(time))  # (B, features)
@@ -86,7 +86,7 @@ def decode_in_steps(
     decoder: nn.Module, latents: Tensor, noise: Tensor, ts: tuple[float, ...] = DECODING_TIMES
 ) -> Tensor:
     """Normalised latents (B, c, h, w) to images (B, C, H, W) in [-1, 1], with `noise`
-    (steps, B, C, H, W) for each time but the last, 0. It begins from x0 = 0: no image is known."""
+    (steps, B, C, H, W) for each time but the last, 0. It starts from x0 = 0: no image is known."""
     x0 = torch.zeros_like(noise[0])
     for t, fresh in zip(ts[:-1], noise, strict=True):
         z = (1 - t) * x0 + t * fresh
@@ -104,15 +104,15 @@ PUBLISHED_LEVELS = (1008, 512)  # of its two steps
 
 
 def published_latents(latents: Tensor) -> Tensor:
-    """The unscaled latents (B, 4, h, w) of Stable Diffusion 1's autoencoder, as its network sees
-    them."""
+    """The unscaled latents (B, 4, h, w) of Stable Diffusion 1's autoencoder, as the published
+    decoder's network sees them."""
     mean, std = latents.new_tensor((PUBLISHED_LATENT_MEAN, PUBLISHED_LATENT_STD))[..., None, None]
     return (latents * PUBLISHED_LATENT_SCALE - mean) / std
 
 
 def published_alpha_bar() -> Tensor:
-    """The cosine schedule: alpha_bar (1024,) float64 after each step, none of which leaves less
-    than 0.001 of it."""
+    """The cosine schedule: alpha_bar (1024,) float64 after each step; no step leaves less than
+    0.001 of it."""
     i = torch.arange(PUBLISHED_STEPS + 1, dtype=torch.float64) / PUBLISHED_STEPS
     curve = torch.cos((i + 0.008) / 1.008 * math.pi / 2) ** 2
     kept = (curve[1:] / curve[:-1]).clamp(min=1 - 0.999)

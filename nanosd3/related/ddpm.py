@@ -1,12 +1,12 @@
 """DDPM: diffusion in a thousand small steps, the objective that rectified flow replaced.
 
-Noise is added in T = 1000 steps of variance beta_n, 0.0001 rising evenly to 0.02. What matters is
-the product alpha_bar_n of all 1 - beta so far, because after n steps at once
+Noise is added in T = 1000 steps of variance beta_n, which rises linearly from 0.0001 to 0.02. What
+matters is the product alpha_bar_n of all 1 - beta so far, because n steps at once give
 
     z_n = sqrt(alpha_bar_n) x0 + sqrt(1 - alpha_bar_n) noise
 
-The network predicts the noise, by plain mean squares. Sampling goes backwards by the posterior: if
-x0 were known, the step before z_n would be a Gaussian with mean and variance
+The network predicts the noise, trained by plain mean squared error. Sampling goes backwards with
+the posterior: if x0 were known, the step before z_n would be a Gaussian with mean and variance
 
     mean    = (sqrt(alpha_bar_{n-1}) beta_n x0 + sqrt(1 - beta_n) (1 - alpha_bar_{n-1}) z_n)
               / (1 - alpha_bar_n)
@@ -16,13 +16,12 @@ and the network's estimate is used for x0. Since it is only an estimate, the rig
 between beta~ (x0 known) and beta (x0 a unit Gaussian). DiT's networks learn it: a second set of
 channels s, about -1 to 1, gives log variance = f log beta + (1 - f) log beta~, f = (s + 1) / 2. The
 variational bound trains s, and no gradient of it reaches the noise. It is a KL divergence between
-Gaussians and, at the first step, the likelihood of pixels in 256 bins. (Of latents that means
-little; the published networks were trained so.)
+Gaussians and, at the first step, the likelihood of pixels in 256 bins. (For latents that means
+little, but the published networks were trained this way.)
 
 `respaced` keeps a subset of the steps, with fewer, larger betas. DDIM is deterministic: it goes to
 the point with the same x0 and the same noise at the next step. Divided by sqrt(alpha_bar) + sqrt(1
-- alpha_bar), its z lie on the straight lines of rectified flow, and each of its steps is one of
-Euler's.
+- alpha_bar), its z lie on the straight lines of rectified flow, and its steps are Euler steps.
 
 Steps count from 0, and step n is time n / 1000 for a network.
 Papers: arXiv 2006.11239 (DDPM), 2010.02502 (DDIM), 2102.09672 (learned variance).
@@ -73,7 +72,7 @@ class NoiseSchedule:
         """Only some of these steps, ascending."""
         return NoiseSchedule(self.steps[steps], self.alpha_bar[steps])
 
-    # Between image, noise and what is between them, for samples (B, ...) and steps n (B,) or ().
+    # Conversions between image, noise and their mixtures: samples (B, ...), steps n (B,) or ().
 
     def signal_and_noise(self, n: StepIndex, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar), shaped to multiply a tensor `like` it."""
@@ -135,7 +134,7 @@ def linear_schedule() -> NoiseSchedule:
 
 
 def spaced_steps(count: int) -> Tensor:
-    """The numbers of `count` steps, ascending, evenly over all with both ends; of one, the last.
+    """The numbers of `count` steps, ascending, evenly spaced with both ends; for one, the last.
 
     Raises ValueError unless it is between 1 and 1000.
     """
@@ -150,8 +149,8 @@ def spaced_steps(count: int) -> Tensor:
 def ddpm_loss(
     schedule: NoiseSchedule, answer: Tensor, x0: Tensor, noise: Tensor, n: Tensor
 ) -> Tensor:
-    """The loss of each sample, (B,): mean square error of the noise and, if the network's output
-    (B, 2 C, ...) for z_n holds s as well, the bound on it."""
+    """The loss of each sample, (B,): mean squared error of the noise, plus the variational bound if
+    the network's output (B, 2 C, ...) for z_n holds s as well."""
     predicted, s = split_answer(answer, x0.shape[1])
     error = (predicted - noise).square().flatten(1).mean(1)
     if answer.shape[1] == x0.shape[1]:
@@ -171,8 +170,8 @@ def split_answer(answer: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 def variance_bound(
     schedule: NoiseSchedule, predicted: Tensor, s: Tensor, x0: Tensor, z: Tensor, n: Tensor
 ) -> Tensor:
-    """The bound's term for step n, in bits per element, (B,): KL of the posterior to the step
-    taken, at the first step minus the log-likelihood of x0."""
+    """The bound's term for step n, in bits per element, (B,): KL(posterior || step taken), or at
+    the first step the negative log-likelihood of x0."""
     mean = schedule.posterior_mean(schedule.noise_to_x0(predicted, z, n), z, n)
     log_variance = schedule.log_variance(s, n)
     wanted = schedule.posterior_mean(x0, z, n)
@@ -186,7 +185,7 @@ def variance_bound(
 
 
 def binned_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """-log of a Gaussian's mass in the bin of x, one of 256 on [-1, 1]; the outer two have no end.
+    """-log of a Gaussian's mass in the bin of x, one of 256 on [-1, 1]; the outer two are open.
 
     (The improved DDPM's code approximates the normal distribution function by a tanh.)
     """
@@ -229,10 +228,10 @@ def ddim(model: Velocity, z: Tensor, schedule: NoiseSchedule) -> Tensor:
 def guided_noise(
     model: Callable[..., Tensor], y: Tensor, null: int, scale: float, channels: int | None = None
 ) -> Velocity:
-    """Classifier-free guidance: away from the noise predicted without the class, in the first
-    `channels` of them, by default all; s is that with the class.
+    """Classifier-free guidance: away from the noise predicted without the class, in its first
+    `channels` channels, by default all; s is the one predicted with the class.
 
-    DiT's released code guides the first three of four channels, as for the paper's images.
+    DiT's released code guides the first three of four channels, as it did for the paper's images.
     """
     both = torch.cat([y, torch.full_like(y, null)])
 

@@ -1,7 +1,7 @@
 """DiT: a plain vision transformer in place of the U-Net, the step from Stable Diffusion to SD3.
 
 Patches become tokens, ordinary transformer blocks work on them, and they become patches again. How
-does such a block learn the time and the class? Four ways of the paper, by one field of the config:
+does such a block learn the time and class? The paper has four ways, chosen by a config field:
 
     in_context       two more tokens, one for the time and one for the class, cut off at the end
     cross_attention  after its self-attention each block attends to those two vectors
@@ -9,15 +9,15 @@ does such a block learn the time and the class? Four ways of the paper, by one f
     adaln_zero       c also gives a gate on each branch, and every modulation starts at zero:
                      a fresh block adds nothing, it is the identity
 
-and the last is by far the best, so SD3 took it: a block of adaLN-Zero *is* one of MMDiT's streams
-(mmdit.py) that attends to itself. `adaln_gates`, not in the paper: the gates without the zeros.
+and the last is by far the best, so SD3 took it: an adaLN-Zero block *is* one of MMDiT's streams
+(mmdit.py), attending to itself. `adaln_gates`, not in the paper: the gates without the zeros.
 
     z (B, C, H, W) --patchify, positions--> x (B, N, D)
     t --cosines, MLP--> (B, D)   y --row of a table--> (B, D)   their sum is c (B, D)
     blocks, then LayerNorm, linear, unpatchify --> (B, C or 2 C, H, W)
 
 The published networks were trained as diffusion models (ddpm.py) and return twice as many channels
-as they read: the noise, and the variance of a step. The class table has one row more than there are
+as they read: the noise, and the variance of a step. The class table has one more row than there are
 classes: the null class, for dropped labels, which guidance needs. Modules are named as in the
 published checkpoints. Paper: arXiv 2212.09748, section 3.
 """
@@ -58,7 +58,7 @@ class DiTConfig:
 
 
 def published(depth: int, width: int, heads: int, patch: int) -> DiTConfig:
-    """A size of the paper, for ImageNet at 256 x 256 pixels: latents 32 x 32."""
+    """A size from the paper, for ImageNet at 256 x 256 pixels: latents 32 x 32."""
     return DiTConfig(depth, width, heads, patch, 32, 4, 1000, True, "adaln_zero", 0.02)
 
 
@@ -150,7 +150,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainFinalLayer(nn.Module):
-    """Tokens to patches by a learned norm and a linear layer."""
+    """Tokens to patches, by a learned norm and a linear layer."""
 
     def __init__(self, dim: int, features: int):
         super().__init__()
@@ -189,9 +189,9 @@ class DiT(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The output (B, C, H, W), or (B, 2 C, H, W) with a learned variance, for latents z (B, C,
-        H, W) at time t in [0, 1], (B,) or () for all alike, given labels y (B,).
+        H, W) at time t in [0, 1], (B,) or () if all share it, given labels y (B,).
 
-        Raises ValueError for latents of another size, unknown labels and batches that differ.
+        Raises ValueError for latents of another size, unknown labels and batch sizes that differ.
         """
         (B, _, H, W), size = z.shape, self.config.latent_size
         if not H == W == size:
@@ -215,7 +215,7 @@ class DiT(nn.Module):
 
 def initialise_dit(model: DiT) -> None:
     """All initial weights, in one place (paper, section 3.2, and the released code)."""
-    # Every linear (also that of the patches): Xavier, zero bias.
+    # Every linear layer (also that of the patches): Xavier, zero bias.
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.flatten(1))

@@ -3,9 +3,9 @@
     python -m nanosd3.related dit --block adaln_zero
 
 It uses the main model's latents and, in place of captions, their labels; a tenth of the labels are
-dropped, so that guidance works. DDPM's objective is the paper's; with `--loss flow` the same
-network learns the velocity, as the main model does. Samples are drawn from the prompts' classes and
-decoded by the finished run's autoencoder.
+dropped, so that guidance works. The default objective is the paper's, DDPM's; with `--loss flow`
+the same network learns the velocity, as the main model does. Samples are drawn from the prompts'
+classes and decoded by the finished run's autoencoder.
 """
 
 import argparse
@@ -116,7 +116,8 @@ def scores_of(study: Study, network: DiT, sampler: DiTSampler) -> dict:
 
 
 def draw_beside(study: Study, network: DiT, sampler: DiTSampler) -> None:
-    """Write samples.png: every class, and to its right the main model's for a prompt."""
+    """Write samples.png: samples of every class and, to their right, the main model's for a
+    prompt."""
     finished = study.finished
     names = finished.source.images.names
     labels = torch.arange(len(names)).repeat_interleave(SHOWN_OF_EACH)

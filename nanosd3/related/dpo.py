@@ -1,26 +1,26 @@
 """Diffusion-DPO: tune a finished model on which of two images is preferred (arXiv 2311.12908).
 
-A preference says which of two images of one prompt is better. It is modelled by a reward r and the
+A preference says which of two images for one prompt is better. It is modelled by a reward r and the
 Bradley-Terry rule, p(winner preferred) = sigmoid(r(winner) - r(loser)). The reward need not be
 learned: for the model that maximises it while staying near a reference, r is beta times the
-logarithm of its likelihood over the reference's, up to a term of the prompt alone. So the model's
-own likelihoods replace the reward, and preferences train it by logistic regression.
+logarithm of its likelihood over the reference's, up to a term that depends on the prompt alone. So
+the model's own likelihoods replace the reward, and preferences train it by logistic regression.
 
 A flow's likelihood is expensive to compute, but its training error bounds it. With the same time
 and noise for both images and both models, the reward of an image is how far the model's error is
-below the reference's (Wallace et al., eq. 14, with rectified flow's errors of the velocity in place
-of those of the noise; their factor T w and the one half are part of beta):
+below the reference's (Wallace et al., eq. 14, with rectified flow's velocity errors in place of
+noise errors; their factor T w and the one half are absorbed into beta):
 
     margin = (reference's error - error)(winner) - (reference's error - error)(loser)
     loss = -log sigmoid(beta margin)
 
-It can fall in two ways: the winner's error falls, or the loser's rises. Only a large beta and few
-steps keep a model from the second alone, which ruins all images.
+The loss can fall in two ways: the winner's error falls, or the loser's rises. Only a large beta and
+few steps keep a model from the second alone, which ruins all images.
 
-What is trained is of low rank (LoRA, arXiv 2106.09685): W + up down for each linear layer of the
+The trained update has low rank (LoRA, arXiv 2106.09685): W + up down for each linear layer of the
 blocks, with up (out, rank) and down (rank, in). `up` starts at zero, so training starts from the
 model as it is. At the end the product is added to W, and the model has its usual shape. Stable
-Diffusion 3 was tuned so with rank 128 on all linear layers (arXiv 2403.03206, appendix C).
+Diffusion 3 was tuned this way, with rank 128 on all linear layers (arXiv 2403.03206, appendix C).
 """
 
 import torch
@@ -34,7 +34,7 @@ from nanosd3.training.train_flow import Network
 
 
 class LowRank(nn.Module):
-    """A parametrization of a weight (out, in): what is stored, plus a product of low rank."""
+    """A parametrization of a weight (out, in): the stored one, plus a product of low rank."""
 
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator | None = None):
         super().__init__()

@@ -77,7 +77,7 @@ def run_editing(system: SamplingSystem, arguments: list[str]) -> int:
 def edited(
     args: argparse.Namespace, pipeline: MusePipeline, tokens: Tensor, identity: dict
 ) -> Tensor:
-    """Tokens (B, h, w) of the edited image, B times."""
+    """Tokens (B, h, w) of B edits of the image."""
     logits = pipeline.logits([args.prompt] * len(tokens), args.negative)
     generator = rng(args.seed, "muse edit")
     if args.mask is None:
@@ -95,7 +95,7 @@ def edited(
 
 
 def image_of(path: Path, pipeline: MusePipeline) -> Tensor:
-    """The image (1, C, H, W) in a file. Raises InputError if it is not of the size trained at."""
+    """The image (1, C, H, W) in a file. Raises InputError if it is not of the trained size."""
     config = pipeline.vq.config
     array, notes = read_image(path, config.image_channels)
     for note in notes:

@@ -1,8 +1,8 @@
 """Zero-shot editing with a consistency model: known parts stay, the rest is generated to match.
 
 Each call of the model gives a whole clean image. Put the known parts back, add noise again, call
-again: the rest becomes consistent with them (arXiv 2303.01469, algorithm 4). "Known" need not mean
-pixels, but any coordinates of the image in an orthogonal basis:
+again: the rest becomes consistent with them (arXiv 2303.01469, algorithm 4). What is "known" need
+not be pixels; any coordinates of the image in an orthogonal basis will do:
 
     inpainting         the basis is the pixels; some of them are known
     colouring          of each pixel's three colour coordinates, brightness is known
@@ -54,8 +54,7 @@ def edit(
 def denoise(velocity: Velocity, z: Tensor, t: Tensor) -> Tensor:
     """Images z (B, ...) with noise of time t, denoised in one evaluation.
 
-    Noise of deviation sigma on an image y is z = (1 - t) y' at t = sigma / (1 + sigma), for the
-    noisy y'.
+    An image y' with noise of deviation sigma is z = (1 - t) y' at t = sigma / (1 + sigma).
     """
     return z - t * velocity(z, t)
 
@@ -79,7 +78,7 @@ def brightness_basis(x: Tensor) -> Tensor:
 
 def block_basis(patch: int) -> tuple[Basis, Basis]:
     """To the coordinates (B, N, p*p, C) of p x p blocks, of which the first is p times their mean,
-    and back to images (B, C, H, W); square ones."""
+    and back to square images (B, C, H, W)."""
 
     def to(x: Tensor) -> Tensor:
         blocks = patchify(x, patch).unflatten(2, (patch * patch, -1))  # (B, N, p*p, C)

@@ -39,7 +39,7 @@ class FinishedRun:
 
     @property
     def encoders_identity(self) -> dict:
-        """Where its encoders are from, if it did not train them; the system's are the same."""
+        """Where its encoders come from, if it did not train them; the system's are the same."""
         keys = (WEIGHTS, "encoders")
         return {key: self.run.identity[key] for key in keys if key in self.run.identity}
 

@@ -1,8 +1,8 @@
 """Formulations: DDPM, EDM and rectified flow are one model, parametrised in different ways.
 
 A path alpha(t) x0 + sigma(t) noise can be written in many ways, but only the ratio sigma / alpha
-says how much of the image is left; the rest is scale. Divided by alpha + sigma, what any of these
-models gets lies on rectified flow's line,
+says how much of the image is left; the rest is scale. Divided by alpha + sigma, the input of any of
+these models lies on rectified flow's line,
 
     z = (1 - t) x0 + t noise,     t = sigma / (alpha + sigma),
 
@@ -17,21 +17,21 @@ and all of them can be written in this one time. They then differ in four choice
 
     n = sqrt((1 - t)^2 + t^2),     v = ((1 - t) noise - t x0) / n
 
-z / n is z at unit variance, if x0 has it. Three of these look like three theories. In one time they
-are close: v/cos and rf/cosmap draw the same times, edm is v with rectified flow's best times (for
+z / n has unit variance if x0 does. Three of these look like three theories, but in one time they
+are close: v/cos and rf/cosmap draw the same times, edm is v with rectified flow's best times (since
 EDM's F is -v where the data's deviation is 1, as it is here), and a step that keeps the estimates
-of x0 and of noise, DDIM's, is a step of Euler's along the line. So one sampler serves all, and
+of x0 and noise, as DDIM's does, is an Euler step along the line. So one sampler serves all, and
 comparing them compares the choices.
 
-Each is trained by plain mean squares of its own output, which weighs an error of the estimated
-noise by (b - a t / (1 - t))^2, if the output is a x0 + b noise. With the density of log-SNR, l = 2
-ln((1 - t) / t), that makes the paper's weights w(l), up to a factor:
+Each is trained by plain mean squared error of its own output. If the output is a x0 + b noise, that
+weighs an error of the estimated noise by (b - a t / (1 - t))^2. With the density of log-SNR, l = 2
+ln((1 - t) / t), this gives the paper's weights w(l), up to a factor:
 
     rf           t / (1 - t) = exp(-l / 2), times the density of t if it is not uniform
     eps/cosine   sech(l / 2)         v/cos   exp(-l / 2)
     edm(m, s)    N(l; -2 m, (2 s)^2) (exp(-l) + 1)
 
-How the network gets the time is no part of a formulation; here it is always t. Papers: arXiv
+How the network is given the time is not part of a formulation; here it always gets t. Papers: arXiv
 2403.03206, sections 2 and 3 (the study); 2112.10752 (LDM), 2202.00512 (v), 2206.00364 (EDM).
 """
 
@@ -73,7 +73,7 @@ def v_coefficients(t: Tensor) -> OutputCoefficients:
 
 
 def latent_diffusion_schedule() -> NoiseSchedule:
-    """Latent diffusion's: sqrt(beta) rises evenly. 7% of the image stays at the last step."""
+    """Latent diffusion's: sqrt(beta) rises linearly. 7% of the image is left at the last step."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEP_SCALE, dtype=torch.float64) ** 2
     return NoiseSchedule(torch.arange(TIMESTEP_SCALE), torch.cumprod(1 - betas, dim=0))
 
@@ -137,8 +137,8 @@ class Formulation:
         return (output - (a + b) * z) / (b * (1 - t) - a * t)
 
     def flow_model(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The velocity of a network that was trained this way, for the core's samplers; what
-        follows z and t is passed on."""
+        """The velocity of a network that was trained this way, for the core's samplers; arguments
+        after z and t are passed on."""
 
         def velocity(z: Tensor, t: Tensor, *others: Tensor) -> Tensor:
             return self.to_velocity(model(self.network_input(z, t), t, *others), z, t)

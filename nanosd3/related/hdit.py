@@ -14,15 +14,15 @@ each token is split into four again and mixed with what was there before:
       level 2     blocks: all to all ------+
 
 Each doubling of the image adds one level outside and changes nothing within, so the cost grows with
-the number of pixels. A network of one level without a window is flat, a DiT of these blocks.
+the number of pixels. A network of one level without a window is flat: a DiT made of these blocks.
 
 A block differs from DiT's by later findings from language models. Its norm is RMSNorm, and time and
-text set its scale only, without shift and gate. Queries and keys are made unit vectors, so their
-products are cosines; a learned factor s of each head, 10 at first, sets the sharpness of the
-softmax. Positions are not added, they rotate queries and keys (axial_rope.py). The MLP is gated
+text set only its scale, with no shift or gate. Queries and keys are normalised to unit vectors, so
+their products are cosines; a learned factor s per head, initially 10, sets the sharpness of the
+softmax. Positions are not added; they rotate queries and keys (axial_rope.py). The MLP is gated
 (GEGLU). Linear layers have no biases.
 
-The loss is weighted by `soft_min_snr`. Left out: dropout, and the mapping network's lower rate.
+The loss weight is `soft_min_snr`. Left out: dropout, and the mapping network's lower learning rate.
 Paper: arXiv 2401.11605.
 """
 
@@ -50,7 +50,7 @@ class HDiTLevel:
     """One level of the hourglass."""
 
     width: int
-    depth: int  # blocks on the way in, and as many on the way out; of the innermost, all in all
+    depth: int  # blocks on the way in, and as many on the way out; in the innermost, in total
     window: int | None  # neighbours on a side; None: every token attends to all
 
 
@@ -187,8 +187,8 @@ class HDiT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, z: Tensor, t: Tensor, pooled: Tensor) -> Tensor:
-        """Velocity (B, C, H, W) of pixels z (B, C, H, W) at time t (B,), or () for all alike, given
-        the pooled text (B, Dp).
+        """Velocity (B, C, H, W) of pixels z (B, C, H, W) at time t (B,), or () if all share it,
+        given the pooled text (B, Dp).
 
         Raises ValueError if H or W does not fit the levels, or the batch sizes differ.
         """
@@ -234,7 +234,7 @@ def soft_min_snr(t: Tensor, data_std: float = 1.0) -> Tensor:
 def hdit_loss(
     velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, data_std: float = 1.0
 ) -> Tensor:
-    """The weighted loss of each sample, (B,): without noise, the squared error of x0."""
+    """The weighted loss of each sample, (B,): as the noise vanishes, the squared error of x0."""
     return data_std**2 * soft_min_snr(t, data_std) * flow_loss(velocity, x0, noise)
 
 

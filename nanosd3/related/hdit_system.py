@@ -4,7 +4,7 @@
     python -m nanosd3.related hdit --sample "a bold seven" "a thin 2" --out digits.png
 
 With `--flat` the same blocks form one level where every patch attends to every other, as in a DiT,
-and train for as many seconds.
+and train for as long.
 """
 
 import argparse
@@ -60,7 +60,7 @@ HOURGLASSES = {
 FLAT_ONES = {"mnist": HDiTLevel(128, 3, None), "tiny": HDiTLevel(16, 2, None)}
 PATCH, HEAD_DIM = 8, 32
 MAPPING = {"mnist": (128, 2), "tiny": (16, 1)}  # width, depth
-HDIT_RECIPES = {  # by size, and whether it is flat; both "mnist" take as many seconds
+HDIT_RECIPES = {  # by size, and whether it is flat; both "mnist" take equally long
     ("mnist", False): Recipe(2000, batch=64, lr=8e-3, warmup=50, weight_decay=0.0),
     ("mnist", True): Recipe(1560, batch=64, lr=8e-3, warmup=50, weight_decay=0.0),
     ("tiny", False): Recipe(4, batch=8, lr=8e-3, warmup=1, weight_decay=0.0),

@@ -1,22 +1,22 @@
 """The log-likelihood of an image under a flow, along the ODE from data to noise.
 
-Sampling maps noise to an image by an ODE, which can be reversed: from the image to the one noise
-that it comes from, whose density is known. On the way the velocity field contracts or expands
+Sampling maps noise to an image by an ODE, which can be reversed: from the image back to the one
+noise that it comes from, whose density is known. On the way the velocity field contracts or expands
 volume at the rate of its divergence, the trace of dv/dz. Together (the instantaneous change of
 variables, arXiv 1806.07366):
 
     log p(x0) = log N(z_1; 0, prior_std^2) + integral from t = 0 to 1 of div v(z_t, t) dt
 
-The sign is that of our time, data at 0: where the path to noise expands volume, the image's density
-is higher than that of its noise.
+The sign follows from our time, with data at 0: where the path to noise expands volume, the image's
+density is higher than that of its noise.
 
 The trace of a D x D matrix known only by its products with vectors takes D products. Hutchinson's
 estimate takes one: E[probe^T (dv/dz) probe] is the trace, if the probe's entries are independent
-signs. One probe is drawn for each image and kept for the whole solve: then the right side is a
-smooth ODE that adaptive solvers can follow, and the mean is right all the same.
+signs. One probe is drawn for each image and kept for the whole solve: then the ODE is smooth, so
+adaptive solvers can follow it, and the mean is still right.
 
-Pixels are whole numbers, on which a density is unbounded. They get uniform noise of one level
-(`dequantise`); the density is then a lower bound on the probability of the pixels themselves, and
+Pixels are whole numbers, on which a density is unbounded, so uniform noise of one level is added
+(`dequantise`). The density is then a lower bound on the probability of the pixels themselves, and
 `bits_per_dimension` says how many bits per pixel it would take to store them.
 """
 
@@ -43,8 +43,8 @@ def log_likelihood(
 ) -> Tensor:
     """log p(x0) in nats, (B,), for x0 (B, ...) and times `ts` from data to noise.
 
-    The trace is exact, by a backward pass for each element of a sample; or Hutchinson's estimate,
-    by one, with a `probe` like x0. `velocity` must be independent across the batch. Raises
+    The trace is exact, at one backward pass per element of a sample, or, with a `probe` like x0,
+    Hutchinson's estimate, at one in all. `velocity` must be independent across the batch. Raises
     ValueError for times that descend.
     """
     if not ts[0] < ts[-1]:

@@ -2,9 +2,9 @@
 moves.
 
 A still picture of the right digit would score 100% prompt accuracy, so motion is always reported
-beside it. The share of the variance that a bouncing straight line explains (R^2) is not enough
-either: some line fits a few frames of noise. The direction and the speed of that line are compared
-with the caption's.
+with it. The share of the variance that a bouncing straight line explains (R^2) is not enough
+either: some line fits a few frames of noise. So the line's direction and speed are compared with
+the caption's.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,8 @@ def centres(ink: Tensor) -> Tensor:
 
 
 def centres_of_mass(weight: Tensor) -> Tensor:
-    """Mean rows and columns (B, T, 2) by the weights (B, T, H, W) of places, 0 without any."""
+    """Mean rows and columns (B, T, 2), weighted by `weight` (B, T, H, W); 0 if all weights are
+    0."""
     mass = weight.sum((2, 3)).clamp(min=1e-3)
     y, x = (torch.arange(side).to(weight) for side in weight.shape[2:])
     return torch.stack([weight.sum(3) @ y, weight.sum(2) @ x], dim=2) / mass[:, :, None]
@@ -111,8 +112,8 @@ def measure_clips(scorer: Scorer, videos: Tensor) -> ClipMeasurements:
 
 @torch.no_grad()
 def clip_features(scorer: Scorer, videos: Tensor) -> Tensor:
-    """Appearance and change of clips (B, 1, T, H, W) in [-1, 1], (B, 2 F): of the classifier's
-    features of whole frames, the mean, and the mean absolute difference from each frame to the
+    """Appearance and change of clips (B, 1, T, H, W) in [-1, 1], (B, 2 F): the mean of the
+    classifier's features of whole frames, and their mean absolute difference from each frame to the
     next. The Frechet distance of these stands in for the video distance (FVD), whose features see
     motion as well."""
     frames = thumbnails(fold_time(videos, 1).clamp(-1, 1))
@@ -122,8 +123,8 @@ def clip_features(scorer: Scorer, videos: Tensor) -> Tensor:
 
 
 def ink_at_border(videos: Tensor) -> Tensor:
-    """Whether the digit reaches the outer EDGE pixels of some frame of clips (B, 1, T, H, W), (B,):
-    it is partly out of view, or all but."""
+    """Whether the digit of each clip (B, 1, T, H, W) reaches the outer EDGE pixels in some frame,
+    (B,): it is then partly out of view, or nearly so."""
     ink = (videos[:, 0] / 2 + 0.5 > FAINT).any(1)  # in some frame
     inside = ink[:, EDGE:-EDGE, EDGE:-EDGE]
     return ink.flatten(1).sum(1) > inside.flatten(1).sum(1)
@@ -160,7 +161,7 @@ def scored_clips(moving: MovingDigits, size: ClipSize, count: int, draw: int = 0
 def scores_of_size(
     finished: FinishedRun, moving: MovingDigits, videos: Tensor, clips: Clips, size: ClipSize
 ) -> dict:
-    """How well videos match the captions of `clips`; and, for comparison, real ones."""
+    """How well videos match the captions of `clips` and, for comparison, how well real ones do."""
     real, others = (scored_clips(moving, size, len(clips.digits), i) for i in (1, 2))
     reference = measure_clips(finished.scorer, moving.videos(others, size)).features
     found = []

@@ -2,8 +2,8 @@
 
 The data set of Srivastava et al. (arXiv 1502.04681), made on the fly and with captions: every clip
 has a digit, a direction and a speed, and its caption names them, "a seven moving left, fast". A
-digit starts where its whole path fits into the frame, if possible; otherwise at the wall behind it,
-and it bounces off the one ahead.
+digit starts where its whole path fits into the frame, if possible; otherwise it starts at the wall
+behind it and bounces off the one ahead.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def sprites(images: Tensor) -> Tensor:
 
 
 def velocities(motion: Tensor) -> Tensor:
-    """Rows and columns a frame, (B, 2), of motions by their index."""
+    """Rows and columns per frame, (B, 2), of motions given by index."""
     table = [[SPEEDS[s] * x for x in DIRECTIONS[d]] for d, s in MOTIONS]
     return torch.tensor([*table, [0, 0]])[motion]
 
@@ -86,7 +86,7 @@ class Clips:
 
 class MovingDigits:
     """Moving digits with captions; as a `Source`, for the text encoders, each clip is one image,
-    the maximum over its frames, later ones brighter."""
+    the maximum over its frames, with later ones brighter."""
 
     def __init__(self, digits: Digits, size: ClipSize):
         self.digits, self.size = digits, size

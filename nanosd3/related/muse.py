@@ -12,20 +12,20 @@ the most confident guesses, hide the rest again. After step k = 0 .. K - 1 there
 
     floor(N0 cos(pi / 2 (k + 1) / K))     of N0: 48, 45, 40, 34, 27, 18, 9, 0 for N0 = 49, K = 8
 
-Few tokens are kept at first, when the least is known; tokens drawn in one step are independent of
-each other, hence the many steps. Keeping only the most confident ones would reduce diversity, so
-confidence has noise that fades: log p(guess) + temperature (1 - (k + 1) / K) g, g from a Gumbel
+Few tokens are kept at first, when the least is known; tokens drawn in the same step are independent
+of each other, hence the many steps. Keeping only the most confident ones would reduce diversity, so
+confidence gets fading noise: log p(guess) + temperature (1 - (k + 1) / K) g, g from a Gumbel
 distribution.
 
 Guidance acts on logits, l = l_negative + scale (l_prompt - l_negative), as on velocities in
-samplers.py, and its scale rises evenly from 1 in the first step to its end value in the last: early
+samplers.py; its scale rises linearly from 1 in the first step to its end value in the last: early
 tokens give diversity, late ones fit the prompt. (The paper writes (1 + w) l_prompt - w l_negative:
 the scale is 1 + w.) The negative is no text, or a text to move away from.
 
 The network is a plain transformer: attention among the tokens, attention to the text (cross-
 attention, the pooled text as one more text token), an MLP. There is no time input: the share hidden
-is visible. The MMDiT's joint blocks, which update the text too, were tried in their place: in equal
-time they learned less, since separate weights for text tokens cost a layer (LOG.md).
+is visible. The MMDiT's joint blocks, which update the text too, were tried in their place: in the
+same time they learned less, since separate weights for text tokens cost a layer (LOG.md).
 Papers: MaskGIT, arXiv 2202.04200; Muse, arXiv 2301.00704.
 """
 
@@ -82,8 +82,8 @@ class Muse(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
         """Logits (B, h, w, K) for tokens (B, h, w), given context (B, M, Dc), pooled (B, Dp).
 
-        Raises ValueError if the tokens are more than the grid of positions, are not codes, or if
-        the batch sizes differ.
+        Raises ValueError if the tokens exceed the grid of positions or are not codes, or if the
+        batch sizes differ.
         """
         h, w = tokens.shape[1:]
         x = self.embed(tokens.flatten(1)) + centre_crop(self.pos_embed, h, w)  # (B, N, D)
@@ -133,8 +133,8 @@ def cosine_share(u: Tensor) -> Tensor:
 
 
 def hide(tokens: Tensor, share: Tensor, places: Tensor) -> Tensor:
-    """Tokens (B, h, w) with a share (B,) of each image's replaced by MASK, at least one: those with
-    the smallest of the random numbers `places` (B, N)."""
+    """Tokens (B, h, w) with a share (B,) of each image's, at least one, replaced by MASK: those
+    with the smallest of the random numbers `places` (B, N)."""
     N = places.shape[1]
     count = (share * N).ceil().clamp(1, N)
     chosen = places.argsort(1).argsort(1) < count[:, None]  # (B, N)
@@ -170,13 +170,13 @@ def guided_logits(
 
 
 def rising(guidance: float, step: int, steps: int) -> float:
-    """The guidance scale of a step: evenly from 1 in the first to `guidance` in the last."""
+    """The guidance scale of a step: linearly from 1 in the first to `guidance` in the last."""
     return 1 + (guidance - 1) * step / max(1, steps - 1)
 
 
 def left_hidden(hidden: Tensor, at_first: Tensor, step: int, steps: int) -> Tensor:
-    """How many tokens of each image are hidden again after a step, of `hidden` now and `at_first`
-    (B,): fewer than now, at least one before the last step, and none after it."""
+    """How many tokens of each image are hidden again after a step, given those `hidden` now and
+    `at_first` (B,): fewer than now, at least one before the last step, and none after it."""
     if step + 1 == steps:
         return torch.zeros_like(hidden)
     planned = (at_first * math.cos(math.pi / 2 * (step + 1) / steps)).floor().long()
@@ -186,8 +186,8 @@ def left_hidden(hidden: Tensor, at_first: Tensor, step: int, steps: int) -> Tens
 def draw_tokens(
     logits: Tensor, generator: torch.Generator, top_k: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens drawn from logits (..., K), of the `top_k` likeliest only if given, and the logarithm
-    of their probabilities, (...) each."""
+    """Tokens drawn from logits (..., K), from only the `top_k` likeliest if given, and the
+    logarithms of their probabilities, (...) each."""
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -204,8 +204,8 @@ def gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def keep_surest(tokens: Tensor, guess: Tensor, confidence: Tensor, left: Tensor) -> Tensor:
-    """Tokens (B, h, w) with the guesses for the hidden ones, but for the `left` (B,) of each image
-    with the lowest confidence: these stay hidden."""
+    """Tokens (B, h, w) with guesses for the hidden ones, except the `left` (B,) of each image with
+    the lowest confidence, which stay hidden."""
     hidden = tokens == MASK
     confidence = confidence.masked_fill(~hidden, math.inf).flatten(1)
     rank = confidence.argsort(1).argsort(1).view_as(tokens)  # 0 for the least sure
@@ -221,7 +221,7 @@ def fill_hidden(
     temperature: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Draw the hidden ones of tokens (B, h, w) in `steps` steps; the others stay as they are."""
+    """Draw the hidden tokens among (B, h, w) in `steps` steps; the others stay unchanged."""
     at_first = (tokens == MASK).flatten(1).sum(1)  # (B,)
     for step in range(steps):
         hidden = (tokens == MASK).flatten(1).sum(1)

@@ -1,7 +1,7 @@
 """Sampling and editing with Muse: from prompts to tokens to images.
 
 A masked transformer needs no inversion to edit. Known tokens stay, the others are hidden, and
-`fill_hidden` draws them, which is what it was trained for (arXiv 2301.00704, section 3.3).
+`fill_hidden` draws them, which is what the network was trained for (arXiv 2301.00704, section 3.3).
 
     repaint       tokens under a mask are hidden and drawn for a prompt; all others stay
     edit_freely   without a mask: a few random tokens are hidden and redrawn, round after round;
@@ -97,7 +97,7 @@ class VQPipeline:
         negative: str,
     ) -> Tensor:
         """Tokens (B, side, side) for prompts, all of them drawn, a part of the batch at a time.
-        `logits_of` gets the rows, their texts and those to guide them away from."""
+        `logits_of` receives the rows, their texts and the texts to guide them away from."""
         found = []
         for rows in torch.arange(len(prompts)).split(TOKENS_AT_ONCE):
             logits = logits_of(rows, *self.texts([prompts[i] for i in rows], negative))
@@ -152,8 +152,8 @@ class MusePipeline(VQPipeline):
 
 
 def passes(steps: int, guidance: float) -> int:
-    """Network evaluations of one image: two a step with guidance, but one in the first, whose scale
-    is still 1."""
+    """Network evaluations of one image: two per step with guidance, except one in the first, whose
+    scale is still 1."""
     return steps if guidance == 1 else 2 * steps - 1
 
 

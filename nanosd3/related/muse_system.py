@@ -3,9 +3,9 @@
     python -m nanosd3.related muse
     python -m nanosd3.related muse --sample "a bold 3" --steps 8
 
-The tokeniser learns from the run's images alone; the transformer reads their captions by the run's
-frozen text encoders; neither uses the run's latents. Together they take about five minutes of one
-core.
+The tokeniser learns from the run's images alone; the transformer reads their captions through the
+run's frozen text encoders; neither uses the run's latents. Together they take about five minutes of
+one core.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def trained_muse_pipeline(
     stage: str = MUSE_STAGE,
 ) -> MusePipeline:
     """The results of both stages, trained or loaded, with the text encoders. Experiments hide
-    another share, in a stage of another name."""
+    another share, in a stage with another name."""
     job, finished, size = study.job, study.finished, size_of(study.args, study.finished)
     vq = train_tokens(job, vq_config(job.config, size))
     texts = finished.pipeline.text.encode(finished.source.texts)
@@ -110,7 +110,7 @@ def reconstruction(finished: FinishedRun, pipeline: VQPipeline, count: int) -> d
 def muse_sampling(
     guidance: float | None, temperature: float | None, identity: dict | None = None
 ) -> tuple[float, float]:
-    """Guidance and temperature of samples: those given, or a run's own, or the recipe's. Raises
+    """Guidance and temperature of samples: those given, else a run's own, else the recipe's. Raises
     InputError for invalid values."""
     own = identity or {"guidance": MUSE_GUIDANCE, "temperature": MUSE_TEMPERATURE}
     guidance = own["guidance"] if guidance is None else guidance
@@ -124,8 +124,8 @@ def muse_sampling(
 def open_muse_pipeline(
     run: Run, finished: FinishedRun, files: Mapping[str, str] = MUSE_FILES
 ) -> MusePipeline:
-    """What a finished run has trained, or a copy of it in files of other names. Raises InputError
-    if its run.json is damaged."""
+    """The networks that a finished run has trained, or copies of them in files with other names.
+    Raises InputError if its run.json is damaged."""
     index = run.folder / "run.json"
     config, size = limited_config(run.identity["config"], index), run.identity.get("size")
     if size not in MUSE_SIZES:

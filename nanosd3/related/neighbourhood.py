@@ -14,7 +14,7 @@ There are two implementations. `masked_attention` is the definition: attention b
 with a mask, at a cost of N x N. `tiled_attention` gives the same result at little more than the
 minimal cost: the squares of neighbouring tokens overlap, so a tile of 4 x 4 queries needs the keys
 of (4 + k - 1)^2 tokens, its halo, and attends to those under a mask of its own. All tiles together
-are one ordinary attention with the tiles as its batch, and that is fast on any processor.
+are one ordinary attention with the tiles as its batch, which is fast on any processor.
 """
 
 from functools import lru_cache
@@ -41,7 +41,7 @@ def neighbours(n: int, window: int) -> Tensor:
 
 
 def axis_windows(grid: Grid, window: int) -> tuple[int, int]:
-    """The window along each axis: the whole of an axis that is shorter."""
+    """The window along each axis: the whole axis if it is shorter."""
     return min(window, grid[0]), min(window, grid[1])
 
 
@@ -80,13 +80,13 @@ def axis_tiles(n: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @lru_cache(maxsize=32)
-@usual_settings()  # who calls it later may train
+@usual_settings()  # cached: later calls may train
 def grid_tiles(
     grid: Grid, window: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tiles of a grid: the tokens of their queries (T, t*t) and halos (T, h*h), which of them
     each query reads, bool (T, 1, t*t, h*h), and where to find the output of each token, (N,), in
-    those of all tiles concatenated."""
+    the concatenated outputs of all tiles."""
     rows, columns = map(axis_tiles, grid, axis_windows(grid, window))
     width = grid[1]
     queries, halos = (

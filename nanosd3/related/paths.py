@@ -5,8 +5,8 @@ A path is a pair of functions of time. It carries an image x0 and noise to
     z_t = alpha(t) x0 + sigma(t) noise,     dz/dt = alpha'(t) x0 + sigma'(t) noise
 
 and a network that regresses dz/dt from z_t and t learns the velocity field that moves noise to
-data. Training simulates nothing, and the path enters by four numbers for each t only. Diffusion is
-one choice among others. In our time, t = 0 data and t = 1 noise, they are:
+data. Training simulates nothing, and the path enters only through four numbers for each t.
+Diffusion is one choice among others. In our time, with data at t = 0 and noise at t = 1, they are:
 
     ot       alpha = 1 - t,               sigma = sigma_min + (1 - sigma_min) t
     vp       alpha = exp(-T(t) / 2),      sigma = sqrt(1 - alpha^2),  T = 19.9 t^2 / 2 + 0.1 t
@@ -15,17 +15,17 @@ one choice among others. In our time, t = 0 data and t = 1 noise, they are:
 
 The first moves along straight lines at constant speed ("optimal transport" between x0's Gaussian
 and the prior, not between data and noise). With sigma_min 0 it is rectified flow, the core's
-flow.py; the paper has a sigma_min just above. VP is the diffusion of DDPM in continuous time, VE
-that of score matching (arXiv 2011.13456). The paths end in N(0, sigma(1)^2), almost: VP keeps
-0.66% of the image at t = 1.
+flow.py; the paper's sigma_min is just above 0. VP is the diffusion of DDPM in continuous time, VE
+that of score matching (arXiv 2011.13456). The paths end almost in N(0, sigma(1)^2): VP keeps 0.66%
+of the image at t = 1.
 
 What a network predicts is a matter of choice. At a given z_t and t, velocity, noise, x0 and score
 are each a linear function of any other; with Delta = alpha sigma' - sigma alpha'
 
     x0    = (sigma' z - sigma v) / Delta         noise = (alpha v - alpha' z) / Delta
-    score = grad_z log p_t(z) = -noise / sigma   (in the mean over all x0 that could be behind z)
+    score = grad_z log p_t(z) = -noise / sigma   (on average over all x0 that could be behind z)
 
-The paper's t is our 1 - t and its velocity minus ours.
+The paper's t is our 1 - t, and its velocity is minus ours.
 """
 
 import math
@@ -40,7 +40,7 @@ from nanosd3.samplers import Velocity
 
 
 class Coefficients(NamedTuple):
-    """A path at some times: all of t's shape, or of that of a batch's times, (B, 1, 1, 1)."""
+    """A path at some times: each of t's shape, or shaped for a batch, (B, 1, 1, 1)."""
 
     alpha: Tensor
     sigma: Tensor
@@ -65,7 +65,7 @@ def variance_preserving(t: Tensor, beta_min: float = 0.1, beta_max: float = 20.0
 
 
 def cosine_schedule(t: Tensor) -> Coefficients:
-    """A quarter circle: variance-preserving as VP, at constant angular speed."""
+    """A quarter circle: variance-preserving like VP, at constant angular speed."""
     angle = math.pi / 2 * t
     alpha, sigma = torch.cos(angle), torch.sin(angle)
     return Coefficients(alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha)
@@ -106,7 +106,7 @@ class ProbabilityPath:
         c = self.at(t, x0)
         return c.alpha_slope * x0 + c.sigma_slope * noise
 
-    # Between the four predictions, at z_t and t.
+    # Conversions between the four predictions, at z_t and t.
 
     def velocity_to_x0(self, velocity: Tensor, z: Tensor, t: Tensor) -> Tensor:
         c = self.at(t, z)

@@ -1,13 +1,13 @@
 """Published DiTs: the authors' checkpoints, and the folders that diffusers converts them to.
 
 A checkpoint (`DiT-XL-2-256x256.pt`) is a dictionary of tensors under our own names. It is parsed,
-not unpickled. The folder of a DiTTransformer2DModel has other names, queries, keys and values
-apart, and a copy of the embedders of time and class in every block; they are compared, and one is
-kept. Loading is strict, and the position table, where a file has one, must be the fixed one.
+not unpickled. The folder of a DiTTransformer2DModel has other names, separate queries, keys and
+values, and a copy of the time and class embedders in every block; the copies are compared, and one
+is kept. Loading is strict, and the position table, where a file has one, must be the fixed one.
 
-Diffusers differs from the released code in two things: its time frequencies are 10000^(-k/127), not
+Diffusers differs from the released code in two ways: its time frequencies are 10000^(-k/127), not
 10000^(-k/128), and its norm before the MLP has epsilon 1e-5, not 1e-6. The weights were trained
-with the released code's, so a folder's weights are run with those.
+with the released code's values, so a folder's weights are run with those.
 """
 
 import math
@@ -61,7 +61,7 @@ def open_dit(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> DiT:
-    """The DiT in a file, or in a folder of diffusers' (of the network or of the whole pipeline).
+    """The DiT in a file, or in a diffusers folder (of the network or of the whole pipeline).
 
     Without a `config` its sizes are read from the tensors; but a file does not say how many heads
     there are, so it must be of a published size. Raises InputError for anything missing, unknown,
@@ -125,7 +125,7 @@ def open_dit_folder(folder: Path) -> tuple[State, Path]:
 
 
 def dit_settings(file: Path) -> tuple[int, int]:
-    """Settings that shapes do not tell: the number of heads, and the side of the latents."""
+    """Settings that shapes do not reveal: the number of heads, and the side of the latents."""
     return read_setting(file, "num_attention_heads", 16), read_setting(file, "sample_size", 32)
 
 
@@ -165,8 +165,8 @@ def detect_dit(state: State, file_names: FileNames, settings: Path | None, path:
 
 
 def matched(state: State, model: DiT, file_names: FileNames, path: Path) -> State:
-    """The tensors of a file under our names. Raises InputError unless they are the model's, all of
-    them and no others."""
+    """The tensors of a file under our names. Raises InputError unless they are exactly the
+    model's."""
     found, problems = {}, []
     unknown = dict.fromkeys(state)
     for key, target in model.state_dict().items():
@@ -175,7 +175,7 @@ def matched(state: State, model: DiT, file_names: FileNames, path: Path) -> Stat
         for tensor in there:
             unknown.pop(tensor.name)
         if not there and names == ["pos_embed.pos_embed"]:
-            continue  # diffusers computes it anew
+            continue  # diffusers recomputes it
         copies = key.rpartition(".")[0] in IN_EVERY_BLOCK
         rows = target.shape[0] // (1 if copies else len(names))
         shape = (rows, *target.shape[1:])

@@ -1,6 +1,6 @@
 """`python -m nanosd3.related NAME --sample PROMPT`: sample with a trained system.
 
-For systems that `nanosd3.generate` cannot open. Options of training are refused here. The text
+For systems that `nanosd3.generate` cannot open. Training options are refused here. The text
 encoders are those of the finished run that the system was trained on.
 """
 
@@ -98,7 +98,7 @@ def open_trained(
 ) -> Run:
     """The finished run of a system, trained on this finished run; `option` names it in messages.
 
-    Raises InputError if there is none in the folder, or one of something else.
+    Raises InputError if the folder has none, or one of another system.
     """
     command = f"python -m nanosd3.related {system.name}"
     if not (folder / "run.json").exists():

@@ -100,7 +100,7 @@ def score_samples(
 
 
 def evaluations(sampling: Sampling) -> int:
-    """Network evaluations of one image; a guided step has two halves."""
+    """Network evaluations of one image; guidance doubles them."""
     steps = 2 * sampling.steps - 1 if sampling.sampler == "heun" else sampling.steps
     return steps if sampling.guidance == 1 else 2 * steps
 
@@ -125,7 +125,7 @@ def pipeline_scores(
     sampling: Sampling,
     draws: Sequence[int] = SCORED_DRAWS,
 ) -> dict:
-    """Scores of a pipeline with its own or another sampling."""
+    """Scores of a pipeline, with its own sampling or another."""
 
     def generate(draw: Draw, seed: int) -> np.ndarray:
         images = pipeline(
@@ -156,7 +156,7 @@ def save_beside_main(
 
 
 def draw_beside_main(finished: FinishedRun, pipeline: Pipeline, path: Path) -> None:
-    """Draw the same prompts by a pipeline and, to its right, by the main model."""
+    """Draw the same prompts with a pipeline and, to the right, with the main model."""
     ours = grid_of_prompts(finished, partial(sample_images, pipeline))
     mine, main = (
         evaluations_in_words(evaluations(model.config.sampling))

@@ -10,8 +10,8 @@ functions like the core's samplers, `solver(velocity, z, ts, callback)`, and can
 
 Dormand and Prince's pair computes the step twice from the same seven slopes, in fifth and in fourth
 order; the difference estimates the error of the worse one. While it is within atol + rtol |z|, on
-average over all elements of z, the step is accepted and the next one adapted; otherwise it is tried
-again, shorter. The last slope of an accepted step is the first of the next. The step control is
+average over all elements of z, the step is accepted and the next one adapted; otherwise it is
+retried, shorter. The last slope of an accepted step is the first of the next. The step control is
 scipy's (RK45): steps, evaluations and results agree. One step size serves the whole batch, so an
 image's result depends slightly on its neighbours; papers report the evaluations that this takes.
 
@@ -65,8 +65,8 @@ def midpoint(velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | Non
 
 
 def rk4(velocity: Velocity, z: Tensor, ts: Tensor, callback: Callback | None = None) -> Tensor:
-    """The classical Runge-Kutta method: four slopes, weighted 1, 2, 2, 1. It evaluates the velocity
-    at the last of `ts`, too."""
+    """The classical Runge-Kutta method: four slopes, weighted 1, 2, 2, 1. It also evaluates the
+    velocity at the last of `ts`."""
     check_times(ts)
     for i, (t, t_next) in enumerate(pairwise(ts)):
         v1 = velocity(z, t)
@@ -93,7 +93,7 @@ def dopri5(
 
     The times in between are visited exactly and otherwise do not matter: the tolerances choose the
     steps. `callback` sees each accepted step. Raises ValueError for tolerances that are not above
-    0, and if the steps shrink to nothing, as where the velocity is not finite.
+    0, and if the steps shrink to nothing, as they do where the velocity is not finite.
     """
     check_times(ts)
     if not (0 < rtol < math.inf and 0 < atol < math.inf):
@@ -164,7 +164,7 @@ def weighted(slopes: list[Tensor], weights: tuple[float, ...]) -> Tensor:
 def first_length(
     slope: Slope, z: Tensor, v: Tensor, t: float, end: float, rtol: float, atol: float
 ) -> float:
-    """A length to begin with, from the sizes of z, of its slope and, by one evaluation more, of
+    """A length to begin with, from the sizes of z, of its slope and, with one more evaluation, of
     the slope's change (Hairer, Norsett and Wanner, Solving ODEs I, section II.4)."""
     scale, whole = atol + rtol * z.abs(), abs(end - t)
     size, speed = rms(z / scale), rms(v / scale)

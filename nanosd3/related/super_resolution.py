@@ -1,21 +1,21 @@
 """Muse's cascade: coarse tokens give the content of an image, fine tokens its details.
 
-Tokens of half the side are four times as many, attention costs sixteen times as much, and most of
-what they hold is local. So Muse predicts coarse ones first (muse.py), and a second transformer then
-predicts the fine ones from them (paper, section 2.4):
+With tokens of half the side there are four times as many, attention costs sixteen times as much,
+and most of what they hold is local. So Muse predicts coarse ones first (muse.py), and a second
+transformer then predicts the fine ones from them (paper, section 2.4):
 
-    base tokens (B, h, w)        codes of a tokeniser that shrinks a lot: with their own
-                                 self-attention layers to features (B, h*w, D)
+    base tokens (B, h, w)        codes of a tokeniser that shrinks a lot; self-attention layers of
+                                 their own turn them into features (B, h*w, D)
     text (B, M, Dc)              a linear layer to (B, M, D)
-    what the fine tokens attend to across: the features of both, one after the other
+    what the fine tokens cross-attend to: the features of both, one after the other
 
-The second transformer is again a Muse, whose "text" is that sequence: it is trained alike, with a
-random share of the fine tokens hidden and all of the base tokens known, and sampled alike, in few
-steps, since the base tokens fix the shape.
+The second transformer is again a Muse, whose "text" is that sequence: it is trained the same way,
+with a random share of the fine tokens hidden and all base tokens known, and sampled the same way,
+in few steps, since the base tokens fix the shape.
 
 Last, a larger decoder is trained for the fine tokens, with the encoder, the codes and both
-transformers as they are (section 2.5): better images from the same tokens, without retraining the
-transformers. `with_decoder` is that tokeniser.
+transformers left unchanged (section 2.5): better images from the same tokens, without retraining
+the transformers. `with_decoder` is that tokeniser.
 Paper: Muse, arXiv 2301.00704.
 """
 
@@ -32,8 +32,8 @@ from nanosd3.related.vq import VQAutoencoder
 
 
 class SuperResolution(nn.Module):
-    """Hidden fine tokens from base tokens, text and the other fine tokens. A freshly initialised
-    one gives all fine tokens equal probability.
+    """Predicts hidden fine tokens from base tokens, text and the other fine tokens. A freshly
+    initialised one gives all fine tokens equal probability.
 
     `config` is that of the fine tokens, `base` that of the network whose tokens it is given.
     """
@@ -82,7 +82,7 @@ def initialise_base(model: SuperResolution) -> None:
 
 def with_decoder(vq: VQAutoencoder, channels: tuple[int, ...]) -> VQAutoencoder:
     """A tokeniser with the same encoder and codes, so with the same tokens, and a new decoder of
-    these widths; only that has gradients."""
+    these widths; only the decoder has gradients."""
     larger = VQAutoencoder(replace(vq.config, decoder_channels=channels))
     larger.encoder.load_state_dict(vq.encoder.state_dict())
     larger.quantiser.load_state_dict(vq.quantiser.state_dict())

@@ -1,4 +1,4 @@
-"""Distil a finished run into a consistency model: prompted digits by one network evaluation.
+"""Distil a finished run into a consistency model: prompted digits in one network evaluation.
 
 The result is a run folder like any other: `generate --model runs/consistency` draws with it, one
 step by default. The text encoders and the autoencoder are the finished run's.
@@ -54,7 +54,7 @@ RECIPES = {
     ("training", "tiny"): Recipe(4, batch=16, lr=8e-3, warmup=1, weight_decay=0.0),
 }
 EMA_DECAY = {"distillation": 0.99, "training": 0.995}
-FIRST_LEVELS = 2  # without a teacher the levels double up to --levels, from these
+FIRST_LEVELS = 2  # without a teacher, levels double from this number up to --levels
 STEPS_SHOWN = (1, 2, 4)  # network evaluations an image
 
 
@@ -74,8 +74,8 @@ Text = tuple[Tensor, Tensor]  # context (B, M, Dc), pooled (B, Dp)
 def draw_batch(
     job: Job, features: Features, levels: Tensor, step_rng: StepRNG
 ) -> tuple[Tensor, Tensor, Text, Tensor, Tensor]:
-    """Latents x0 (B, C, h, w), noise like them, the text of their captions, without dropping any,
-    and neighbouring levels t and s, each (B,)."""
+    """Latents x0 (B, C, h, w), noise like them, the text of their captions, none of it dropped, and
+    neighbouring levels t and s, each (B,)."""
     generator, size = step_rng.generator(), job.training.flow.batch
     images = step_rng.take(job.source.draw(size, generator))
     captions = job.source.captions(images, step_rng.take(torch.rand(size, generator=generator)))
@@ -103,7 +103,7 @@ def guided_teacher(
 
 
 def distillation_loss(study: Study, features: Features, student: MMDiT) -> StepLoss:
-    """Losses of pairs that the guided teacher makes, by one Heun step from t to s."""
+    """Losses of pairs that the guided teacher makes with one Heun step from t to s."""
     job, finished = study.job, study.finished
     teacher = guided_teacher(finished, features, guidance_of(study.args, finished))
     levels = even_levels(levels_of(study.args))

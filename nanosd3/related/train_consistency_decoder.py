@@ -1,8 +1,8 @@
 """Train a consistency decoder for the latents of a finished run, or for a strong compression.
 
 `generate --decoder FOLDER` then decodes with it what the finished run generates. That run's latents
-hold nearly all of an image, so there is little to gain. With `--compress` an autoencoder with an
-eighth of the latent size is trained first, where there is more.
+hold nearly all of an image, so there is little to gain. With `--compress`, where there is more to
+gain, an autoencoder with an eighth of the latent size is trained first.
 """
 
 import argparse

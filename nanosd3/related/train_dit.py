@@ -1,13 +1,13 @@
 """Train a DiT on latents with their labels, and sample with it.
 
-With DDPM's objective it learns the noise and a step's variance, with the flow's the velocity. The
+With DDPM's objective it learns the noise and a step's variance; with the flow's, the velocity. The
 two differ in more than the loss: DDPM draws its thousand steps evenly, rectified flow draws t with
 a density of its own. To change one thing at a time, noise levels are written in one way for both:
-at step n, z is image and noise in the same proportion as on rectified flow's line at
+at step n, z mixes image and noise in the same proportion as rectified flow's line does at
 
     t = sqrt(1 - alpha_bar) / (sqrt(alpha_bar) + sqrt(1 - alpha_bar))
 
-so a density of steps is a density of t, and the other way round, to the nearest step.
+so a density of steps is a density of t, and vice versa, to the nearest step.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ LabelledNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]  # z, t, labels
 
 @dataclass(frozen=True)
 class DiTLoss:
-    """The loss that a DiT is trained by: what it predicts, and at which levels of noise."""
+    """The loss that a DiT is trained with: what it predicts, and at which levels of noise."""
 
     objective: str  # one of OBJECTIVES
     density: Callable[[Tensor], Tensor]  # from u, uniform in [0, 1], to t
@@ -69,7 +69,7 @@ def flow_times(schedule: NoiseSchedule) -> Tensor:
 
 
 def nearest_step(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """The step of about as much noise as each t (B,)."""
+    """The step with about as much noise as each t (B,)."""
     return (flow_times(schedule).to(t.device) - t[:, None]).abs().argmin(1)
 
 
@@ -112,8 +112,8 @@ def drop_labels(y: Tensor, keep: Tensor, null: int) -> Tensor:
 def validation_error(
     job: Job, features: Features, labels: Tensor, network: LabelledNetwork, loss: DiTLoss
 ) -> float:
-    """Mean square error of the prediction, noise or velocity, on images held out: each with fixed
-    noise at a fixed level, the levels spread as in training."""
+    """Mean square error of the prediction, noise or velocity, on held-out images, each with fixed
+    noise at a fixed level; the levels are spread as in training."""
     images = torch.arange(job.source.trained, job.source.count)
     mean, _ = features.latents(images)
     x0 = features.normalise(mean)
@@ -159,8 +159,8 @@ def sample_dit(
     guidance: float,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Latents (B, C, h, w) of labels y (B,) from noise like them. Of a network that learned the
-    noise: by DDIM, or by ancestral sampling if there is a generator for more of it."""
+    """Latents (B, C, h, w) of labels y (B,) from noise like them. If the network learned the noise:
+    by DDIM, or by ancestral sampling if there is a generator for fresh noise."""
     samples, null = [], model.config.null
     for z, labels in zip(noise.split(CHUNK), y.split(CHUNK), strict=True):
         if objective == "flow":

@@ -6,9 +6,9 @@ zeros, so that guidance works.
 
 The larger an image, the more redundant its neighbouring pixels, and the more noise it takes to hide
 what it shows (flow.py). Of the principal components of digits at 64 x 64 the strongest has 17 times
-the deviation of a pixel, the tenth 8 times: their shapes are visible up to as much noise. So noise
-is drawn around 8, and the loss's weight, which would fall from the deviation of a pixel on, falls
-from 16 on. The paper moves its noise with the image's size as well.
+the deviation of a pixel, the tenth 8 times: their shapes are visible up to that much noise. So
+noise is drawn around 8, and the loss's weight, which would start to fall at the deviation of a
+pixel, starts to fall at 16. The paper also shifts its noise with the image's size.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from nanosd3.training.stages import Job, build, finish_or_load, fit_average
 
 MIDDLE_NOISE = 8.0  # the median of the noise, relative to the pixels' deviation
 NOISE_SPREAD = 1.0  # the deviation of its logarithm
-SIGMA_DATA = 16.0  # the deviation that the loss's weight takes for that of the data
+SIGMA_DATA = 16.0  # the data's deviation, as the loss's weight takes it
 MEASURED_DIGITS = 2000  # for the mean and deviation of pixels
 
 
@@ -133,7 +133,7 @@ def trained_hdit(
 @torch.no_grad()
 def sample_pixels(model: HDiT, noise: Tensor, pooled: Tensor, sampling: Sampling) -> Tensor:
     """Images (B, C, H, W) of mean 0 and deviation 1, from noise like them, for pooled text (B, Dp),
-    by Euler's steps."""
+    in Euler steps."""
     times = shift(torch.linspace(1, 0, sampling.steps + 1), sampling.shift).to(noise)
     size, samples = at_once(8 * noise[0].numel()), []
     for z, text in zip(noise.split(size), pooled.split(size), strict=True):

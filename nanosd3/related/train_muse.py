@@ -1,7 +1,7 @@
 """Train a tokeniser, and a masked transformer on its tokens.
 
 Images are taken without the black frame that the finished run's latents need. Tokens are computed
-in every step, not cached: a short training sees few images twice.
+in every step, not cached: a short run sees few images twice.
 """
 
 import time
@@ -71,7 +71,7 @@ def train_muse(
 ) -> Muse:
     """Train the transformer, or load the one that the run has: the average of its weights.
 
-    `texts` are the encodings of the source's captions; `share_of` the share to hide, for a u.
+    `texts` are the encodings of the source's captions; `share_of` gives the share to hide for a u.
     """
     muse = build(job, "muse", lambda: Muse(config)).to(job.device)
 
@@ -92,8 +92,8 @@ def token_prediction_loss(
     share_of: Callable[[Tensor], Tensor],
     predict: Callable[..., Tensor],
 ) -> StepLoss:
-    """The loss of a step of training a network by its logits, `predict(seen, tokens, x, context,
-    pooled)`: given the tokens of images x with some hidden, all tokens, the images and their
+    """The loss of a training step from a network's logits, `predict(seen, tokens, x, context,
+    pooled)`: it is given the tokens of images x with some hidden, all tokens, the images and their
     texts."""
     recipe = job.training.flow
 
@@ -123,7 +123,7 @@ def train_causal(
     config: MuseConfig,
     stage: str,
 ) -> CausalMuse:
-    """Train a transformer on the same tokens one after another, or load the one there."""
+    """Train a transformer on the same tokens one after another, or load the run's."""
     network = build(job, stage, lambda: CausalMuse(config)).to(job.device)
 
     def predict(seen: Tensor, tokens: Tensor, x: Tensor, *text: Tensor) -> Tensor:

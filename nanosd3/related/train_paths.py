@@ -204,7 +204,7 @@ def draw_grids(
     solver: str,
     draw: Callable[[list[str], int, str, float], np.ndarray],
 ) -> None:
-    """Write samples.png: the same prompts from the same noise in few steps, in more, and by
+    """Write samples.png: the same prompts from the same noise in few steps, in more, and with
     dopri5."""
     prompts, columns = shown_prompts(finished.source), []
     fixed = "euler" if solver == "dopri5" else solver

@@ -47,7 +47,7 @@ CLIPS_AT_ONCE = 50  # encoded or sampled
 
 @dataclass(frozen=True)
 class EncodedCaptions:
-    """All captions, encoded; the last row is no text."""
+    """All captions, encoded; the last row is for no text."""
 
     context: Tensor  # (n + 1, M, Dc)
     pooled: Tensor  # (n + 1, Dp)
@@ -125,8 +125,8 @@ def encoded_clips(
     count: int,
     drawn_for: ClipSize | None = None,
 ) -> Encoded:
-    """`count` clips of a size to train on, other ones for each size, or those of the size
-    `drawn_for`; their latents are computed once, and kept on disk until the run is finished."""
+    """`count` training clips of a size, different ones for each size, or those of the size
+    `drawn_for`; their latents are computed once and kept on disk until the run is finished."""
     generator = rng(job.seed, "clips", *(drawn_for or size))
     clips = moving.draw_clips(count, generator, moving=size[0] > 1)
     path = job.run.folder / "cache" / f"clips-{size_name(size)}.safetensors"
@@ -176,7 +176,7 @@ def first_network(job: Job, images: MMDiT) -> VideoMMDiT:
     text."""
     network = build(job, "video", partial(VideoMMDiT, job.config.mmdit, FRAMES_IN_PATCH))
     known = inflated(images.state_dict(), FRAMES_IN_PATCH)
-    text = ("context_embedder.", "y_embedder.")  # of other encoders
+    text = ("context_embedder.", "y_embedder.")  # from other encoders
     own = {key: x for key, x in network.state_dict().items() if key.startswith(text)}
     network.load_state_dict(known | own)
     return network.to(job.device)
@@ -215,7 +215,7 @@ def sample_video(
     seed: int,
 ) -> Tensor:
     """Videos (B, 1, T, H, W) in [-1, 1] from noise in a grid of this size, by the config's
-    `sampling`. The frames of the last patch that are not asked for are cut off."""
+    `sampling`. Surplus frames of the last patch are cut off."""
     B, channels = len(text[0]), vae.config.latent_channels
     frames = math.ceil(size[0] / network.frames) * network.frames
     timed = size if size[0] == 1 else (frames, *size[1:])  # as in training

@@ -2,7 +2,7 @@
 
 They bounce off the walls, not off each other; where they overlap the maximum is taken, as in the
 data set of Srivastava et al. (arXiv 1502.04681). Captions name both digits, "a seven and an 8", in
-arbitrary order, and not their motion.
+arbitrary order, but not their motion.
 """
 
 import torch
@@ -25,7 +25,7 @@ PAIRS_ENCODED = {"mnist": 2000, "tiny": 16}
 
 
 class MovingPairs(MovingDigits):
-    """Clips of two digits: in `Clips`, every field of a digit has one of both, (B, 2, ...)."""
+    """Clips of two digits: in `Clips`, every per-digit field holds both digits', (B, 2, ...)."""
 
     def __init__(self, digits: Digits, size: ClipSize):
         super().__init__(digits, size)
@@ -45,7 +45,7 @@ class MovingPairs(MovingDigits):
 
     def captions_of(self, clips: Clips, u: Tensor) -> Tensor:
         """The index in `texts` of a caption for each clip, picked by u (B,) in [0, 1): its first
-        part picks the first name, what is left of it the second."""
+        part picks the first name, the remainder the second."""
         chosen = []
         labels = self.digits.labels[clips.digits].tolist()
         for (a, b), x in zip(labels, u.tolist(), strict=True):
@@ -55,7 +55,7 @@ class MovingPairs(MovingDigits):
         return torch.tensor(chosen)
 
     def clips(self, index: Tensor) -> Clips:
-        """The clips of some images, always the same ones, each with another image."""
+        """The clips of some images, always the same ones, each paired with another image."""
         others = [torch.randint(self.trained, (1,), generator=rng("pairs", int(i))) for i in index]
         both = torch.stack([index, torch.cat(others)], dim=1).flatten()
         streams = [rng("pairs that move", k, int(i)) for i in index for k in range(TOGETHER)]
@@ -76,7 +76,7 @@ def one_of(clips: Clips, k: int) -> Clips:
 
 
 def check_pairs(size: ClipSize, config: Config) -> None:
-    """Raises InputError for a finished run whose positions end before the frames of pairs do."""
+    """Raises InputError for a finished run whose position grid is too small for frames of pairs."""
     most = config.mmdit.grid * config.mmdit.patch_size * config.vae.factor
     if max(size[1:]) > most:
         raise InputError(

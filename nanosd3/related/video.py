@@ -5,14 +5,14 @@ independent of the number of tokens and their shape, so a network for images wor
 its tokens have a position in time:
 
     z (B, C, T, H, W) --patchify_video--> x (B, N, p*p*p_t*C)    N = (T/p_t)(H/p)(W/p)
-    position = code of row and column + code of time, both from the middle of the grid
+    position = code of row and column + code of time, both measured from the middle of the grid
 
 The code of time is zero in the middle, so a video of one frame with p_t = 1 is an image and
 `VideoMMDiT` is then the core's MMDiT, number for number. Positions are functions of coordinates,
-not a table that was learned: another size or length needs only noise in a grid of that size
-("arranging randomly-initialized patches in an appropriately-sized grid", as the report says). How
-the network generalises to positions that it was not trained on is tested by the experiments x-sora
-in claims/. The report gives no further details of the network.
+not a learned table: another size or length needs only noise in a grid of that size ("arranging
+randomly-initialized patches in an appropriately-sized grid", as the report says). The x-sora
+experiments in claims/ test how the network generalises to positions that it was not trained on. The
+report gives no further details of the network.
 """
 
 from collections.abc import Collection
@@ -78,7 +78,7 @@ def time_code(width: int, slots: int) -> Tensor:
 
 
 def spacetime_positions(pos_embed: Tensor, slots: int, rows: int, columns: int) -> Tensor:
-    """Positions (1, slots * rows * columns, D) of a grid, by the position buffer for one frame.
+    """Positions (1, slots * rows * columns, D) of a grid, from the position buffer for one frame.
 
     Raises ValueError if the buffer is smaller than a frame.
     """
@@ -121,7 +121,7 @@ class VideoMMDiT(MMDiT):
         """Velocity (B, C, T, H, W) of latents z like it at time t (B,) or (), given context
         (B, M, Dc) and pooled text (B, Dp).
 
-        Raises ValueError if z does not divide into patches, or has larger frames than the position
+        Raises ValueError if z does not divide into patches, or has frames larger than the position
         grid.
         """
         B, _, T, H, W = z.shape

@@ -4,7 +4,7 @@
     python -m nanosd3.related video --sample "a seven moving left" --frames 12 --width 48
 
 The finished run's autoencoder is used as it is, and training starts from its transformer. Its text
-encoders do not know the words of motion, so the CLIPs and T5 are trained again on these captions;
+encoders do not know the words for motion, so the CLIPs and T5 are trained again on these captions;
 CLIP sees each clip as one image, a maximum over brightened frames.
 """
 

@@ -9,18 +9,18 @@ learns words (muse.py). The blocks are the core's; between encoder and decoder s
 
     loss = |x - decoder(z_q)|^2 + |stop(z) - e|^2 + 0.25 |z - stop(e)|^2
 
-The index has no gradient, so the decoder's is passed to the encoder as if nothing had been rounded;
-the second term moves codes towards encodings, and the third (commitment) keeps encodings near their
-codes. Both have length 1: "near" then means the angle alone, and a code's length has no effect
-(arXiv 2110.04627, section 3.2).
+The index has no gradient, so the decoder's gradient is passed to the encoder as if nothing had been
+rounded; the second term moves codes towards encodings, and the third (commitment) keeps encodings
+near their codes. Both have length 1: "near" then means the angle alone, and a code's length has no
+effect (arXiv 2110.04627, section 3.2).
 
-Otherwise most codes would never be used: one that is nearest to nothing gets no gradient. So from
-time to time the codes that a whole batch did not choose restart as encodings of that batch. The
+On its own, this would leave most codes unused: one that is nearest to nothing gets no gradient. So
+from time to time, codes that nothing in a whole batch chose restart as encodings of that batch. The
 usage of codes is measured by the perplexity exp(H) of the tokens: K if all are used equally, 1 if
-it is always the same one.
+only one is.
 
-There is no attention: all is convolution, and one model takes images of any size. Left out, as in
-vae.py: the perceptual and the adversarial term.
+There is no attention, only convolution, so one model takes images of any size. Left out, as in
+vae.py: the perceptual and adversarial terms.
 Papers: VQ-VAE, arXiv 1711.00937; VQGAN, arXiv 2012.09841; Muse, arXiv 2301.00704, section 2.2.
 """
 
@@ -79,7 +79,7 @@ class Quantiser(nn.Module):
 
     @torch.no_grad()
     def restart_unused(self, z: Tensor, generator: torch.Generator) -> int:
-        """Move codes that no position of z (B, C, h, w) chooses to some of these, drawn at random;
+        """Move codes that no position of z (B, C, h, w) chooses to randomly drawn positions;
         returns how many."""
         unused = torch.bincount(self.nearest(z).flatten(), minlength=len(self.codes)) == 0
         positions = z.movedim(1, -1).flatten(0, -2)  # (B*h*w, C)
@@ -118,7 +118,7 @@ class VQAutoencoder(nn.Module):
         return self.quantiser.nearest(self.encode(x))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """The images of tokens, about in [-1, 1]."""
+        """The images of tokens, roughly in [-1, 1]."""
         return self.decoder(self.quantiser.vectors(tokens))
 
 

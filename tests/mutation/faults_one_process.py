@@ -36,8 +36,8 @@ FAULTS_ONE_PROCESS = [
     (FILES, "with usual_settings(), torch.random.fork_rng(devices=[]):",
      "with torch.random.fork_rng(devices=[]):", "modules of inference mode"),
     ("train.py", "@usual_settings()\n", "", "training in the caller's type"),
-    (ROPE, "@usual_settings()  # who calls it later may train\n", "", "angles of inference mode"),
-    (TILES, "@usual_settings()  # who calls it later may train\n", "", "tiles of inference mode"),
+    (ROPE, "@usual_settings()  # cached: later calls may train\n", "", "angles of inference mode"),
+    (TILES, "@usual_settings()  # cached: later calls may train\n", "", "tiles of inference mode"),
     # what the caller does with what it gets, and what it did before
     (PIPELINE, "t.clone(), z.clone(), x0.clone()", "t.clone(), z.clone(), x0",
      "a callback changes the last estimate"),
