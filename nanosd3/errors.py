@@ -21,7 +21,7 @@ def elided(text: str, ends: int = 1000) -> str:
 
 
 def shown(value: object) -> str:
-    """`repr` for a message: on one line, and cut, with its length, if it is long."""
+    """`repr` for a message: on one line, and cut if it is long, a string with its length."""
     try:
         text = repr(value)
     except ValueError:  # an integer beyond LARGEST

@@ -112,7 +112,8 @@ def add_sampling(parser: Parser) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Set `model` and `out`. Raises InputError for options that do not go together."""
+    """Resolve `model`, `weights`, `count` and `out`. Raises InputError for options that do not go
+    together."""
     model = args.model or args.run
     if (args.model and args.run) or (args.weights and model and not uses_other_encoders(model)):
         raise InputError("--model, --run and --weights are one option: name one of them")

@@ -172,7 +172,7 @@ class Pipeline:
         """One image for each prompt: uint8 (B, H, W), or (B, H, W, C) in colour; with
         output="latent" the normalised latents (B, C, h, w) instead.
 
-        Arguments that are None follow the config. Sizes are in pixels. `noise` (B, C, h, w)
+        Sampling options and sizes (in pixels) that are None follow the config. `noise` (B, C, h, w)
         replaces the seeded noise. `image`, one for all prompts or one for each, is uint8
         (H, W[, C]) or a Pillow image; it is noised a fraction `strength` of the way (0.6, or 1
         with a mask) and sampled from there. `mask`, bool or uint8 (H, W), marks what to repaint.

@@ -53,7 +53,7 @@ def folded(path: Path) -> str:
 class CaptionFiles(Protocol):
     """The captions of a folder's images."""
 
-    named: set[Path]  # files that `of` has read or pointed out
+    named: set[Path]  # files that were read or reported
 
     def of(self, path: Path) -> tuple[str, ...]:
         """The captions of an image. Raises InputError if there is none."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-FAINT_INK = 64  # ink below this, out of 255, does not count for a digit's box
+FAINT_INK = 64  # out of 255; only more than this counts for a digit's box
 BOLDER = 1.5  # strokes get fainter when scaled down
 
 

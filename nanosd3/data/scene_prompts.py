@@ -129,7 +129,8 @@ class Prompt:
         )
 
     def characters_right(self, seen: tuple[PlacedDigit, ...]) -> float:
-        """The share of the characters asked for that are written: 1 less the edit distance."""
+        """The share of the characters asked for that are written: 1 less the edit distance over
+        their number, and at least 0."""
         asked = [digit.label for digit in self.asked]
         return max(0.0, 1 - edit_distance(asked, written(seen)) / len(asked))
 

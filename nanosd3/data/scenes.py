@@ -139,7 +139,7 @@ def draw_scene(
 
     labels: list[int] = []
     colours: list[str] = []
-    for _ in range(count):  # any for a string, otherwise all different
+    for _ in range(count):  # labels may repeat in a string
         labels.append(pick([n for n in range(len(DIGITS)) if string or n not in labels]))
         colours.append(pick([c for c in COLOURS if c not in colours]))
     sizes = [pick(tuple(DIGIT_SIZES)) for _ in range(count)]

@@ -14,7 +14,7 @@ Weights of a block of width D, in D^2, without biases: a stream's modulation 6, 
 
     dit 18     cross 18 + 4     mmdit 36     mmdit3 54     of the last block 18, 22, 23, 28
 
-(In the last block the text has only keys and values: 5.) What a token costs does not depend on
+(In the last block the text keeps shift, scale and qkv: 5.) What a token costs does not depend on
 whose weights it meets: mmdit has twice dit's weights and exactly its multiply-adds. That is the
 whole argument for and against it: at equal width it is more network for the same time, and at equal
 size it is half as deep. cross saves the text's MLPs, but its text tokens are never updated.

@@ -16,7 +16,7 @@ signs. One probe is drawn for each image and kept for the whole solve: then the 
 adaptive solvers can follow it, and the mean is still right.
 
 Pixels are whole numbers, on which a density is unbounded, so uniform noise of one level is added
-(`dequantise`). The density is then a lower bound on the probability of the pixels themselves, and
+(`dequantise`). The mean log-density is then a lower bound on the pixels' own log-probability, and
 `bits_per_dimension` says how many bits per pixel it would take to store them.
 """
 

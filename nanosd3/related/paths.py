@@ -20,7 +20,7 @@ that of score matching (arXiv 2011.13456). The paths end almost in N(0, sigma(1)
 of the image at t = 1.
 
 What a network predicts is a matter of choice. At a given z_t and t, velocity, noise, x0 and score
-are each a linear function of any other; with Delta = alpha sigma' - sigma alpha'
+are each an affine function of any other; with Delta = alpha sigma' - sigma alpha'
 
     x0    = (sigma' z - sigma v) / Delta         noise = (alpha v - alpha' z) / Delta
     score = grad_z log p_t(z) = -noise / sigma   (on average over all x0 that could be behind z)

@@ -334,7 +334,7 @@ for (name, z), loss in zip(drawn.items(), losses, strict=True):
 #
 # Without the boundary nothing says *where* a path ends. The target is the network's own answer,
 # nothing holds it, and the answers wander off together: here to about 200 from the data, far
-# outside the picture. The loss, which compares only neighbours, does not reveal this: it is four
+# outside the picture. The loss, which compares only neighbours, hardly reveals this: it is four
 # times that of the other. Without a teacher the picture is that of the data, blurred: a data point
 # and noise that were paired at random do not lie on one path, and the average over all pairs takes
 # more training to find.

@@ -31,7 +31,7 @@ from nanosd3.related import neighbourhood as near
 #
 # Take patches of $2 \times 2$ pixels. In a **flat** DiT of four blocks each token reads all tokens,
 # in every block. In the **hourglass** only a middle of $8 \times 8$ tokens does so; around it there
-# is one more level for each doubling of the image, where a token reads $5 \times 5$ others
+# is one more level for each doubling of the image, where a token reads $5 \times 5$ tokens
 # (sections 4.1 and 4.2 of the paper). By hand: for tokens of width $D$ a block has $13 D^2$ weights
 # that each token is multiplied by (three for queries, keys and values, one for the heads, nine for
 # the gated MLP), and $2 D$ multiply-adds for each pair of a query and a key. (The pairs are
