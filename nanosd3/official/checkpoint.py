@@ -99,7 +99,11 @@ def open_checkpoint(
         detected_by = "exported by nanosd3"
         absent = [name for name in COMPONENTS if name not in parts]
         if absent and tokenizers.words:
-            raise InputError(f"{path}: holds no {', '.join(absent)}, required by its transformer")
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in absent)
+            raise InputError(
+                f"{path}: holds no {', '.join(absent)}, required by its transformer; "
+                f"name the file ({options}) or export the model again"
+            )
     else:
         own_runs.refuse_own(parts, path)
         config, detected_by = config_of(parts, path)

@@ -158,7 +158,7 @@ def refuse_misplaced_encoders(folder: Path, absent: Collection[str]) -> None:
         ]:
             raise InputError(
                 f"{folder}: has no weights in {subfolder}, but {first_few(found)}; name the file "
-                f"or folder: --{name.replace('_', '-')}"
+                f"or folder (--{name.replace('_', '-')}), or move it away to go without"
             )
 
 

@@ -198,7 +198,7 @@ def test_a_t5_elsewhere_in_the_folder_is_not_absent(capsys, folder, place):
     (folder / place).symlink_to(t5)
     line = refused(capsys, weights.main, "report", folder)
     assert f"has no weights in text_encoder_3, but {place}; name the file or fol" in line
-    assert "--t5" in line
+    assert "(--t5), or move it away" in line
     assert "t5" in open_checkpoint(folder, {"t5": t5}).parts
 
 

@@ -170,6 +170,16 @@ def test_the_same_digits_from_every_layout(tiny_run, tmp_path):
         assert np.array_equal(weights.load(path)(["a bold 3", "7"], seed=3), expected)
 
 
+def test_an_export_without_an_encoder_needs_its_file(tiny_run, tmp_path):
+    """Exports are written whole, so a part that is missing has been lost."""
+    export(open_checkpoint(tiny_run), "diffusers", tmp_path / "d")
+    (tmp_path / "d/text_encoder_3/model.safetensors").rename(tmp_path / "t5.safetensors")
+    line = r"d: holds no t5, required .*; name the file \(--t5\) or export the model again"
+    with pytest.raises(InputError, match=line):
+        open_checkpoint(tmp_path / "d")
+    assert "t5" in open_checkpoint(tmp_path / "d", {"t5": tmp_path / "t5.safetensors"}).parts
+
+
 # --- layouts in the wild --------------------------------------------------------------------------
 
 
