@@ -140,7 +140,8 @@ DROP = Exercise(
         Mutant(clips_exchanged, "keep lists CLIP-L first, then CLIP-G."),
         Mutant(one_coin_for_all, "Each encoder has its own column in keep; yours share the first."),
         Mutant(
-            survivors_rescaled, "What is kept stays as it is: this is no dropout that rescales."
+            survivors_rescaled,
+            "What is kept stays as it is: nothing is rescaled, unlike in dropout.",
         ),
         Mutant(
             rescaled_by_rate, "What is kept stays as it is: it is not divided by the share kept."

@@ -201,7 +201,7 @@ REPAINT = Exercise(
         Mutant(image_as_velocity, "x0 is where the line ends, not its direction."),
         Mutant(
             known_everywhere_added,
-            "Outside of the mask the network's velocity does not count: replace it.",
+            "Outside the mask the network's velocity does not count: replace it.",
         ),
         Mutant(noise_as_velocity, "The noise is where the line begins, not its direction."),
     ),

@@ -113,7 +113,7 @@ DPMPP = Exercise(
         ),
         Mutant(
             history_kept,
-            "The history is the previous step's: renew x0_before and h_before every time.",
+            "The history is the previous step's: update x0_before and h_before at every step.",
         ),
         Mutant(interpolated, "The signs are swapped: extrapolate beyond x0, away from x0_before."),
     ),

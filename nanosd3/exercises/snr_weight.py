@@ -90,7 +90,10 @@ SOFT_MIN_SNR = Exercise(
     cases=weight_cases,
     mutants=(
         Mutant(hard_minimum, "That is min(SNR, g); the soft one has no corner."),
-        Mutant(weight_of_the_image, "The same error is t times as large as one of the image."),
+        Mutant(
+            weight_of_the_image,
+            "An error of x0 is t times as large as the velocity's error that causes it.",
+        ),
         Mutant(error_not_squared, "Errors are squared, and so is the t between them."),
         Mutant(harmonic_mean, "It is half the harmonic mean of SNR and g."),
         Mutant(ratio_not_squared, "SNR compares variances, not deviations."),
@@ -100,7 +103,7 @@ SOFT_MIN_SNR = Exercise(
         Mutant(
             starts_at_one, "The weight of the image's error is g itself where there is no noise."
         ),
-        Mutant(no_limit, "Without the limit g low noise would dominate."),
+        Mutant(no_limit, "Without the limit g, low noise levels would dominate."),
         Mutant(time_the_other_way, "t = 0 is data, t = 1 noise."),
     ),
     why="At low noise the weight is at most g: such errors are hardly visible.",

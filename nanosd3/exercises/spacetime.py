@@ -106,7 +106,7 @@ PATCHIFY_VIDEO = Exercise(
         Mutant(columns_before_rows, "Within a time tokens go row by row."),
         Mutant(frame_before_place, "In a token the frame comes after row and column."),
         Mutant(frame_after_channel, "In a token the channel varies fastest, then the frame."),
-        Mutant(frames_far_apart, "The frames of a box follow each other in the clip."),
+        Mutant(frames_far_apart, "A box holds consecutive frames of the clip."),
         Mutant(a_frame_a_token, "A token is a box: it holds several frames."),
         Mutant(one_after_the_other, "A box holds all channels of a place."),
         Mutant(clip_reshaped, "A reshape alone keeps the order in memory: split the axes first."),
