@@ -33,7 +33,7 @@ def gradient_spec(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: in
 
 
 def accumulate_gradient(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
-    """The whole batch at once: what any way of splitting it must give."""
+    """The whole batch at once: the result that any way of splitting it must give."""
     return gradient_of(weight, x0, noise, t)
 
 

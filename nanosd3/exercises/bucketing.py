@@ -1,4 +1,4 @@
-"""Exercises on images of many shapes: the sizes to train at, and the size for an image."""
+"""Exercises on images of many shapes: which sizes to train at, and which one an image gets."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Exercises on consistency models: one network evaluation an image."""
+"""Exercises on consistency models: one network evaluation per image."""
 
 import torch
 from torch import Tensor

@@ -10,7 +10,7 @@ from nanosd3.related import dit
 
 
 def cost_cases(generator: torch.Generator) -> list[Case]:
-    block_cost(8, 2, 64)  # with the first count PyTorch loads modules, whose lines would be counted
+    block_cost(8, 2, 64)  # the first count makes PyTorch load modules, whose lines would be counted
     cases = [
         Case(f"latents {side}x{side}, patches {patch}x{patch}, width {width}", (side, patch, width))
         for side, patch, width in ((32, 2, 384), (32, 8, 64), (8, 2, 128), (12, 4, 64))

@@ -1,4 +1,4 @@
-"""Exercises on diffusion in steps, DDPM: the objective that DiT was published with."""
+"""Exercises on diffusion in discrete steps, DDPM: the objective DiT was published with."""
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def posterior_mean(x0: Tensor, z: Tensor, alpha_bar: Tensor, n: Tensor) -> Tenso
 
 
 def weights(alpha_bar: Tensor, n: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """alpha_bar, that of the step before, and beta, shaped to multiply `like`."""
+    """alpha_bar, the previous step's, and beta, shaped to multiply `like`."""
     schedule = schedule_of(alpha_bar)
     shape = (-1, *[1] * (like.ndim - 1))
     values = schedule.alpha_bar, schedule.previous, schedule.betas

@@ -1,4 +1,4 @@
-"""Exercises on distilling a velocity network to few steps."""
+"""Exercises on distilling a velocity network into few steps."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def pair_cases(generator: torch.Generator) -> list[Case]:
 def distillation_loss(
     student: Velocity, teacher: Velocity, z: Tensor, t: Tensor, s: Tensor
 ) -> Tensor:
-    """The package's step and loss, one time for all of the batch."""
+    """The package's step and loss, with one time for the whole batch."""
     with torch.no_grad():
         z_s = consistency.teacher_step(teacher, z, t, s)
     return consistency.consistency_loss(student, z, t, z_s, s)

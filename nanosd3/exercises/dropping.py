@@ -147,7 +147,10 @@ DROP = Exercise(
             rescaled_by_rate, "What is kept stays as it is: it is not divided by the share kept."
         ),
         Mutant(context_kept, "A dropped encoder is zero in the context too."),
-        Mutant(nearly_dropped, "Zero exactly, or the network learns to tell small from absent."),
+        Mutant(
+            nearly_dropped,
+            "Set it to exactly zero, or the network learns to tell small from absent.",
+        ),
     ),
     exact_zeros=True,
     size_hint="keep is (B, 3): give each of its columns an axis for tokens and one for features.",

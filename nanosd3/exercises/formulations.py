@@ -154,7 +154,7 @@ def share_of_draws(edges: Tensor) -> Tensor:
 
 
 def below(edges: Tensor, std: float = 1.0) -> Tensor:
-    """The probability of a draw below each."""
+    """The probability of a draw below each edge."""
     return torch.special.ndtr(torch.logit(edges) / std)
 
 

@@ -94,7 +94,7 @@ def not_split(*parts: Tensor) -> Tensor:
 def in_other_orders(
     parts: tuple[Tensor, ...], keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention of text queries, then image queries, over keys and values joined otherwise."""
+    """Attention of text queries, then image queries, over keys and values joined another way."""
     q, _, _, q_image, _, _ = parts
     joint = layers.attention(torch.cat([q, q_image], 2), keys, values)
     return joint[:, q.shape[2] :], joint[:, : q.shape[2]]

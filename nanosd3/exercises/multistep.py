@@ -48,8 +48,8 @@ def two_step(
     before: tuple[Tensor, Tensor] | None = None,
     keep: bool = False,
 ) -> Tensor:
-    """DPM++ 2M with another rule k = weight(h, h_before), another x0 and h at the start, or ones
-    that are kept."""
+    """DPM++ 2M with another rule k = weight(h, h_before), another x0 and h at the start, or with
+    these never updated."""
     for t, t_next in pairwise(ts):
         x0 = guess = z - t * velocity(z, t)
         if t_next > 0:

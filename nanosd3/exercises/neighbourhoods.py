@@ -1,4 +1,4 @@
-"""Exercises on HDiT's grid: which tokens a token reads, and which four become one."""
+"""Exercises on HDiT's grid: which tokens a token reads, and which four are merged."""
 
 import torch
 from torch import Tensor

@@ -163,7 +163,7 @@ def squared_distances(z: Tensor, t: Tensor, points: Tensor) -> Tensor:
 
 
 def towards(logits: Tensor, z: Tensor, t: Tensor, points: Tensor) -> Tensor:
-    """The velocity, if points are weighted by the softmax of logits (B, n)."""
+    """The velocity if points are weighted by the softmax of logits (B, n)."""
     return (z - logits.softmax(1) @ points) / t
 
 

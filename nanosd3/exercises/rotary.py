@@ -29,7 +29,7 @@ def rotate_spec(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def quarters(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first and second of all pairs, and the features that are not turned."""
+    """The first and the second features of all pairs, and the features that are not turned."""
     n = x.shape[3] // 4
     return x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
 

@@ -99,7 +99,7 @@ SOFT_MIN_SNR = Exercise(
         Mutant(ratio_not_squared, "SNR compares variances, not deviations."),
         Mutant(noise_over_signal, "SNR is signal over noise."),
         Mutant(limit_not_squared, "g holds a variance, the square of data_std."),
-        Mutant(limit_upside_down, "Wide data make g small: g is 1 over the variance."),
+        Mutant(limit_upside_down, "Widely spread data make g small: g is 1 over the variance."),
         Mutant(
             starts_at_one, "The weight of the image's error is g itself where there is no noise."
         ),

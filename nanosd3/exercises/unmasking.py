@@ -1,4 +1,4 @@
-"""Exercises on drawing hidden tokens, many at a time."""
+"""Exercises on sampling hidden tokens, many at a time."""
 
 import math
 

@@ -185,7 +185,7 @@ def fronts(scores: Tensor) -> Tensor:
 
 
 def places_by(scores: Tensor, order: Tensor) -> Tensor:
-    """1 for the first of an order, and so on."""
+    """The place of each in an order: 1 for the first, and so on."""
     places = torch.empty(len(scores), dtype=torch.long)
     places[order] = torch.arange(1, len(scores) + 1)
     return places
