@@ -109,7 +109,7 @@ def test_a_notebook_cell(hidden_posix, monkeypatch, capsys):
 
 
 def test_what_the_system_lacks_is_said(tmp_path, hidden_posix, capsys):
-    assert missing_limits() == "memory and the size of files"
+    assert missing_limits() == "memory and file sizes"
     assert device.cores() >= 1 and device.peak_memory(device.set_up(1)) is None
     assert device.memory_found()[1] == "(not reported by this system)"
     with Run.open(tmp_path / "run", {"config": {"name": "x"}}).alone():

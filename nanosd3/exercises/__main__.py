@@ -42,8 +42,8 @@ from nanosd3.storage.files import write_file
 
 
 def select(only: Sequence[str], origin: str = "--only") -> list[Exercise]:
-    """The exercises with these names or topics, or all. Raises InputError for unknown names, with
-    `origin`, from where they are."""
+    """The exercises with these names or topics, or all. Raises InputError for an unknown name,
+    with `origin`, where it comes from."""
     topics = {entry.topic for entry in EXERCISES.values()}
     for name in only:
         if name not in EXERCISES and name not in topics:
@@ -75,9 +75,9 @@ def start(file: Path, only: list[str]) -> None:
     head = (
         '"""Answers. Fill in any functions, in any order, then run\n\n'
         f"    python -m nanosd3.exercises grade {file.name}\n\n"
-        "The specifications say what to compute, but slowly, and would not pass themselves: an\n"
-        "answer works on whole tensors, lets gradients through, does not modify its inputs, and\n"
-        'returns results of the dtype and on the device of its inputs.\n"""\n\n'
+        "The specifications say what to compute, but are too slow to pass themselves. An answer\n"
+        "works on whole tensors, lets gradients through, does not modify its inputs, and returns\n"
+        'results of the dtype and on the device of its inputs.\n"""\n\n'
         "import math\nfrom collections.abc import Callable\n\n"
         "import torch\nimport torch.nn.functional as F\nfrom torch import Tensor"
     )
@@ -97,7 +97,7 @@ def summary(verdicts: list[Verdict]) -> dict:
 
 
 def asked(file: Path, hand_in: HandIn, only: Sequence[str]) -> list[Exercise]:
-    """The exercises to grade: of `only`, or those that the file names, or all."""
+    """The exercises to grade: those in `only`, or those that the file names, or all."""
     return select(only) if only else select(hand_in.exercises, f"{file}: {MARK.strip()}")
 
 
@@ -119,15 +119,15 @@ def named_by(hand_ins: dict[Path, HandIn | InputError]) -> list[str]:
 
 
 def not_graded(hand_in: HandIn, exercises: list[Exercise]) -> list[str]:
-    """What of a file is not graded, in words."""
+    """What is not graded in a file, in words."""
     outside = [n for n in hand_in.answered if n not in {e.name for e in exercises}]
     extra = [f"answers to exercises that were not asked for: {', '.join(outside)}"]
     return [*hand_in.notes, *(extra if outside else [])]
 
 
 def show(verdicts: list[Verdict], notes: list[str], predictions: str) -> None:
-    """Print a table of the attempted exercises, the names of the others, what of the file is not
-    graded, the number of predictions and the score."""
+    """Print a table of the attempted exercises, the names of the others, what is not graded in the
+    file, the number of predictions and the score."""
     for v in verdicts:
         if v.status != "not attempted":
             print(f"{MARKS[v.status]} {v.name:22} {v.points:2}/{v.out_of:<2}  {v.message}")
@@ -145,7 +145,7 @@ def show(verdicts: list[Verdict], notes: list[str], predictions: str) -> None:
 def warn_of_missing_limits() -> None:
     """Say on stderr what this system cannot limit."""
     if missing := missing_limits():
-        print(f"note: this system cannot limit {missing} of an answer", file=sys.stderr)
+        print(f"note: this system cannot limit an answer's {missing}", file=sys.stderr)
 
 
 def grade_file(file: Path, only: list[str], open_book: bool, as_json: bool) -> None:
@@ -164,7 +164,7 @@ def grade_file(file: Path, only: list[str], open_book: bool, as_json: bool) -> N
 def read_class(
     folder: Path, tables: Sequence[Path], open_book: bool
 ) -> tuple[dict[Path, HandIn | InputError], list[str]]:
-    """The files of answers in a folder, and the names of all else. Raises InputError if there are
+    """The files of answers in a folder, and the names of the rest. Raises InputError if there are
     none."""
     files, left_out = find_hand_ins(folder, tables) if folder.is_dir() else ([], [])
     if not files:
@@ -183,13 +183,13 @@ def read_class(
 def grade_all(
     folder: Path, target: Path, predictions: Path | None, only: list[str], open_book: bool
 ) -> None:
-    """Grade all files of answers in a folder and its subfolders, and write a CSV table, and one of
-    their predictions if asked for."""
+    """Grade all files of answers in a folder and its subfolders, and write a CSV table, and
+    another of their predictions if asked for."""
     for option, table in (("--csv", target), ("--predictions", predictions)):
         if table and table.is_dir():
             raise InputError(f"{option} {table}: is a folder; name a file")
     if predictions and predictions.resolve() == target.resolve():
-        raise InputError(f"--predictions {predictions}: is --csv's file; name another")
+        raise InputError(f"--predictions {predictions}: is also the file of --csv; name another")
     tables = [target, predictions] if predictions else [target]
     hand_ins, left_out = read_class(folder, tables, open_book)
     exercises = select(only or named_by(hand_ins))
@@ -214,7 +214,7 @@ def grade_all(
         write_file(predictions, predictions_csv({f: p for f, p in found.items() if p}))
     print(to_text(rows, exercises))
     if not only:
-        print(f"asked for {len(exercises)} exercises, as the files do; --only asks for others")
+        print(f"asked for {len(exercises)} exercises, going by the files; --only chooses others")
     refused = sum(bool(row.error) for row in rows)
     others = f" ({listed(left_out)})" if left_out else ""
     counts = f"graded {len(rows) - refused} files, refused {refused}, left out {len(left_out)}"
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--open-book", action="store_true", help="grade, grade-all: let answers import the package")
     add("--json", action="store_true", help="grade: print the score and all verdicts as JSON")
     add("--csv", type=Path, help="grade-all: the table to write (required)")
-    add("--predictions", type=Path, help="grade-all: a table of all predictions to write, too")
+    add("--predictions", type=Path, help="grade-all: also write a table of predictions")
     args = parser.parse_args(arguments)
     if args.command == "list":
         for e in select(args.only):

@@ -33,7 +33,7 @@ def gradient_spec(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: in
 
 
 def accumulate_gradient(weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, size: int) -> Tensor:
-    """The whole batch at once: what any way of splitting it must give."""
+    """The whole batch at once: the result that any way of splitting it must give."""
     return gradient_of(weight, x0, noise, t)
 
 
@@ -109,16 +109,21 @@ ACCUMULATE = Exercise(
     reference=accumulate_gradient,
     cases=gradient_cases,
     mutants=(
-        Mutant(mean_of_means, "Microbatches may differ in size: each counts by its size."),
+        Mutant(
+            mean_of_means, "Microbatches may differ in size: each counts in proportion to its size."
+        ),
         Mutant(sum_of_means, "A sum of means grows with the number of microbatches."),
         Mutant(
             last_only, "The gradients of earlier microbatches are lost; are they zeroed too soon?"
         ),
         Mutant(rest_dropped, "The smaller microbatch at the end belongs to the batch too."),
-        Mutant(last_only_of_all, "Add up the gradients of all microbatches; yours is the last's."),
+        Mutant(
+            last_only_of_all,
+            "Add up the gradients of all microbatches; yours is that of the last one.",
+        ),
         Mutant(rest_dropped_of_all, "The samples left over at the end are a microbatch, too."),
         Mutant(noise_to_data, "The velocity points from data to noise: noise - x0."),
-        Mutant(weighted_by_size, "The last microbatch may be smaller: it counts by its own size."),
+        Mutant(weighted_by_size, "The last microbatch may be smaller: weight it by its own size."),
         Mutant(summed_over_batch, "The loss is the mean over the batch, not the sum."),
         Mutant(
             summed_over_features, "The loss of a sample is the mean over its features, not the sum."

@@ -77,7 +77,7 @@ SPLIT_HEADS = Exercise(
         Mutant(tokens_not_moved, "A view cannot swap tokens and heads; a transpose can."),
         Mutant(tokens_before_heads, "Heads come before tokens in the result: (B, heads, L, 64)."),
         Mutant(one_tensor, "Return the parts as separate tensors: unbind the axis of the parts."),
-        Mutant(parts_backwards, "The first part is q, then k, then v."),
+        Mutant(parts_backwards, "The parts come in the order q, k, v."),
     ),
     why="Most checkpoints that 'load fine' but fail go wrong here: the shapes fit in any order.",
     where="nanosd3/layers.py, split_heads",

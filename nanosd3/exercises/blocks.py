@@ -176,7 +176,9 @@ GATED_MLP = Exercise(
     reference=gated_mlp,
     cases=mlp_cases,
     mutants=(
-        Mutant(no_residual, "With all gates 0 a block should pass x on; yours passes nothing."),
+        Mutant(
+            no_residual, "With all gates 0 a block should pass x on unchanged; yours returns zeros."
+        ),
         Mutant(gate_plus_one, "Scales count from 1, gates from 0: that is the Zero in adaLN-Zero."),
         Mutant(whole_gated, "Only the branch is gated, not the x that it is added to."),
         Mutant(residual_from_modulated, "The branch is added to x itself, not to the modulated x."),
@@ -190,7 +192,7 @@ GATED_MLP = Exercise(
         Mutant(shift_and_scale_exchanged, "Shift and scale are swapped."),
         Mutant(scale_alone, "The factor is 1 + scale: a scale of 0 changes nothing."),
         Mutant(exact_gelu, "That is the exact GELU; the task asks for its tanh approximation."),
-        Mutant(no_activation, "GELU between the two linear layers is missing."),
+        Mutant(no_activation, "The GELU between the two linear layers is missing."),
     ),
     size_hint="shift, scale and gate are (B, D): give them an axis for the tokens, (B, 1, D).",
     why="Gates that start at 0 make a new block the identity, however deep the model.",

@@ -1,4 +1,4 @@
-"""Exercises on images of many shapes: the sizes to train at, and the size for an image."""
+"""Exercises on images of many shapes: which sizes to train at, and which one an image gets."""
 
 import math
 from collections.abc import Callable
@@ -111,12 +111,12 @@ SIZES = Exercise(
         ),
         Mutant(
             same_perimeter,
-            "What one side gains is not what the other loses: equal sums give ever smaller "
-            "areas, and steps with ever fewer tokens.",
+            "Keep the area, not the sum of the sides: yours gives ever smaller areas, and "
+            "steps with ever fewer tokens.",
         ),
         Mutant(
             rounded_down,
-            "The nearest multiple, not the one below: areas may be a little too large as well.",
+            "Take the nearest multiple, not the one below: an area may also be a little too large.",
         ),
         Mutant(
             to_the_pixel, "The longer side is a multiple too, or it cannot be cut into patches."
@@ -126,7 +126,7 @@ SIZES = Exercise(
         ),
         Mutant(square_twice, "A rotated square is the same square: list it once."),
         Mutant(tallest_first, "From the widest to the tallest: height / width grows."),
-        Mutant(ratio_forgotten, "`ratio` is not used: very long shapes are left out."),
+        Mutant(ratio_forgotten, "`ratio` is not used: very long shapes should be left out."),
         Mutant(as_lists, "Each size is a tuple (height, width)."),
     ),
     slow_hint="Compute the longer side by a division instead of trying every multiple.",
@@ -212,13 +212,11 @@ NEAREST = Exercise(
             "Differences of width / height are small among tall sizes and large among "
             "wide ones; how much is cropped depends on the quotient.",
         ),
-        Mutant(
-            sides_exchanged, "Sizes are (height, width), and a portrait went to a landscape size."
-        ),
+        Mutant(sides_exchanged, "Sizes are (height, width); you give a portrait a landscape size."),
         Mutant(
             nearest_in_pixels,
-            "The image will be scaled: a photograph and its thumbnail have one shape, and "
-            "belong to one size.",
+            "The image will be scaled: a photograph and its thumbnail have the same shape, "
+            "and belong to the same size.",
         ),
         Mutant(next_taller, "The next taller size is not always nearer than the next wider one."),
         Mutant(squares_compared, "The image will be scaled: compare shapes, not areas."),

@@ -141,9 +141,14 @@ TRAIN = Exercise(
             no_end_of_word, "The last letter carries the mark '</w>': an ending is not a beginning."
         ),
         Mutant(ties_by_last, "Of equally common pairs, take the first in alphabetical order."),
-        Mutant(ties_by_occurrence, "Ties go by alphabetical order, not by which pair came first."),
+        Mutant(
+            ties_by_occurrence,
+            "Ties are broken by alphabetical order, not by which pair came first.",
+        ),
         Mutant(rarest_first, "The most common pair is merged first."),
-        Mutant(counted_only_at_start, "Merging makes new neighbours: count again every time."),
+        Mutant(
+            counted_only_at_start, "Merging creates new neighbours: count again after every merge."
+        ),
         Mutant(leftmost_first, "The most common pair is merged, not the first one in the text."),
         Mutant(once_per_word, "A pair that occurs twice in a word counts twice."),
         Mutant(pairs_joined, "Return the pairs themselves: which two symbols were merged."),

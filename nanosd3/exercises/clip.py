@@ -111,7 +111,7 @@ POOL = Exercise(
             mean_up_to_end, "Take the state at the end token alone, not a mean of those before it."
         ),
         Mutant(sum_at_ends, "There may be several end tokens: take the state at the first."),
-        Mutant(axis_kept, "The axis of tokens is gone in the result: (B, D)."),
+        Mutant(axis_kept, "The result has no axis of tokens: (B, D)."),
     ),
     why="Attention is causal, so only that position has seen every word.",
     where="nanosd3/clip.py, pool_at_end",

@@ -104,13 +104,15 @@ NEAREST_CODE = Exercise(
         Mutant(long_codes_win, "Bring the codes to length 1; a long one must not win by length."),
         Mutant(lengths_count, "Both sides have length 1 before they are compared."),
         Mutant(only_z_of_length_one, "The codes are brought to length 1, too."),
-        Mutant(farthest, "That is the farthest: what is small if two vectors are near?"),
+        Mutant(
+            farthest, "That is the farthest code: which measure is small when two vectors are near?"
+        ),
         Mutant(either_direction, "A code that points the opposite way is the farthest of all."),
-        Mutant(normed_over_codes, "A code is a row: its own C numbers make its length."),
+        Mutant(normed_over_codes, "Each code is a row: its length is that of its own C numbers."),
         Mutant(only_reshaped, "Axis 1 holds the C numbers of a position: move it to the end."),
         Mutant(columns_first, "Rows first, then columns, as in z."),
         Mutant(code_itself, "A token is the code's number, not its vector."),
-        Mutant(nearest_place, "For each position its code, not for each code its position."),
+        Mutant(nearest_place, "Find a code for each position, not a position for each code."),
     ),
     why="An image is now a sequence of symbols, which a transformer can learn to predict.",
     where="nanosd3/related/vq.py, Quantiser.nearest (arXiv 2012.09841, eq. 2)",

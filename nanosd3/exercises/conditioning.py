@@ -192,7 +192,9 @@ TIME = Exercise(
         Mutant(sines_first, "Cosines first, then sines."),
         Mutant(interleaved, "All cosines first, then all sines; not interleaved."),
         Mutant(divided_by_127, "The exponent is k / 128; the last frequency is not quite 1/10000."),
-        Mutant(half_precision, "float16 cannot tell 1000 t apart to 0.25: compute in float32."),
+        Mutant(
+            half_precision, "With t in float16, 1000 t is off by up to 0.25: compute in float32."
+        ),
         Mutant(
             bfloat16_precision,
             "bfloat16 keeps three digits of t, too few for angles of 1000: compute in float32.",

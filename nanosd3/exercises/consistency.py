@@ -1,4 +1,4 @@
-"""Exercises on consistency models: one network evaluation an image."""
+"""Exercises on consistency models: one network evaluation per image."""
 
 import torch
 from torch import Tensor
@@ -84,12 +84,17 @@ EDM_FORM = Exercise(
     reference=edm_form,
     cases=form_cases,
     mutants=(
-        Mutant(deviation_for_variance, "data_std is a deviation; a variance is its square."),
-        Mutant(straight_variance, "Variances add up: that of (1 - t) x0 and that of t noise."),
+        Mutant(
+            deviation_for_variance, "data_std is a standard deviation; the variance is its square."
+        ),
+        Mutant(
+            straight_variance,
+            "Variances add up, but a factor such as 1 - t enters a variance squared.",
+        ),
         Mutant(not_at_the_data, "At t = 0 the network should have no effect: c_out is 0 there."),
         Mutant(out_negative, "c_out is positive in this form."),
         Mutant(deviations_added, "Variances add up; deviations do not."),
-        Mutant(skip_not_shrunk, "c_skip holds 1 - t, too: at t = 1 nothing of z is left in f."),
+        Mutant(skip_not_shrunk, "c_skip contains 1 - t, too: at t = 1 nothing of z is left in f."),
         Mutant(in_multiplies, "c_in divides z by its deviation."),
         Mutant(out_before_skip, "c_skip comes first, then c_out, then c_in."),
     ),
@@ -162,8 +167,8 @@ PSEUDO_HUBER = Exercise(
     reference=consistency.pseudo_huber,
     cases=huber_cases,
     mutants=(
-        Mutant(norm_of_each_number, "One root for all of an image, not one for each number."),
-        Mutant(mean_of_squares, "The squares are added, not averaged: that would change c's size."),
+        Mutant(norm_of_each_number, "Take one root for the whole image, not one for each number."),
+        Mutant(mean_of_squares, "Add the squares; averaging them would change what c means."),
         Mutant(c_not_squared, "c is squared inside the root."),
         Mutant(c_kept, "Two images that are the same should have distance 0."),
         Mutant(plain_squares, "Far apart it should grow like the distance, not like its square."),

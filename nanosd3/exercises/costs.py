@@ -10,7 +10,7 @@ from nanosd3.related import dit
 
 
 def cost_cases(generator: torch.Generator) -> list[Case]:
-    block_cost(8, 2, 64)  # with the first count PyTorch loads modules, whose lines would be counted
+    block_cost(8, 2, 64)  # the first count makes PyTorch load modules, whose lines would be counted
     cases = [
         Case(f"latents {side}x{side}, patches {patch}x{patch}, width {width}", (side, patch, width))
         for side, patch, width in ((32, 2, 384), (32, 8, 64), (8, 2, 128), (12, 4, 64))
@@ -111,17 +111,20 @@ BLOCK_COST = Exercise(
     reference=block_cost,
     cases=cost_cases,
     mutants=(
-        Mutant(attention_free, "Each token also attends to each token."),
+        Mutant(attention_free, "Attention is missing: each token also attends to every token."),
         Mutant(one_product, "Attention multiplies twice: queries by keys, then weights by values."),
         Mutant(one_side, "Patches form a square: how many are there in all?"),
         Mutant(as_many_tokens_as_pixels, "A token is a patch of patch x patch latents."),
-        Mutant(multiplications_and_additions, "A multiply-add counts once."),
-        Mutant(modulated_per_token, "Shifts, scales and gates are made once an image."),
-        Mutant(modulation_forgotten, "Shifts, scales and gates are made by a linear layer, too."),
+        Mutant(multiplications_and_additions, "A multiply-add counts once, not as two operations."),
+        Mutant(
+            modulated_per_token,
+            "Shifts, scales and gates are computed once per image, not per token.",
+        ),
+        Mutant(modulation_forgotten, "Shifts, scales and gates come from a linear layer, too."),
         Mutant(narrow_mlp, "The hidden layer of the MLP is four times as wide."),
         Mutant(queries_only, "Queries, keys and values: three linear layers."),
         Mutant(heads_not_joined, "One more linear layer joins the heads after attention."),
-        Mutant(in_billions, "Return the number itself."),
+        Mutant(in_billions, "Return the number itself, not billions of multiply-adds."),
     ),
     why="Half the patch is four times the tokens, and a little more than four times the work.",
     where="nanosd3/related/dit.py, multiply_adds (arXiv 2212.09748, section 3.3)",

@@ -1,4 +1,4 @@
-"""Exercises on diffusion in steps, DDPM: the objective that DiT was published with."""
+"""Exercises on diffusion in discrete steps, DDPM: the objective DiT was published with."""
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def posterior_mean(x0: Tensor, z: Tensor, alpha_bar: Tensor, n: Tensor) -> Tenso
 
 
 def weights(alpha_bar: Tensor, n: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """alpha_bar, that of the step before, and beta, shaped to multiply `like`."""
+    """alpha_bar, the previous step's, and beta, shaped to multiply `like`."""
     schedule = schedule_of(alpha_bar)
     shape = (-1, *[1] * (like.ndim - 1))
     values = schedule.alpha_bar, schedule.previous, schedule.betas
@@ -116,10 +116,10 @@ POSTERIOR_MEAN = Exercise(
         Mutant(around_the_end, "Before step 0 there is x0 itself: alpha_bar is 1 there."),
         Mutant(
             same_noise,
-            "That is DDIM, which goes on with the noise of z; the posterior forgets some.",
+            "That is DDIM, which keeps all the noise in z; the posterior forgets some of it.",
         ),
         Mutant(first_step_for_all, "Each image has a step of its own."),
-        Mutant(x0_unscaled, "x0's weight holds the root of alpha_bar one step before."),
+        Mutant(x0_unscaled, "x0's weight contains the root of the previous step's alpha_bar."),
     ),
     size_hint="n is (B,): give what you take from alpha_bar an axis for each further axis of z.",
     why="With the network's guess for x0 this is a step of DDPM's sampler, but for the noise.",
@@ -212,7 +212,7 @@ LOG_VARIANCE = Exercise(
         Mutant(ends_exchanged, "s = 1 is beta, the larger of the two."),
         Mutant(variance_itself, "Return the logarithm."),
         Mutant(log_deviation, "That is the logarithm of the deviation, half of what is asked."),
-        Mutant(between_variances, "Go between the logarithms, not between the variances."),
+        Mutant(between_variances, "Interpolate between the logarithms, not between the variances."),
         Mutant(always_beta, "s has no effect in your answer."),
         Mutant(minus_infinity, "At step 0 the logarithm of beta~ is -inf: take step 1's there."),
         Mutant(first_for_every_image, "Each image has a step of its own."),

@@ -1,4 +1,4 @@
-"""Exercises on distilling a velocity network to few steps."""
+"""Exercises on distilling a velocity network into few steps."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def pair_cases(generator: torch.Generator) -> list[Case]:
 def distillation_loss(
     student: Velocity, teacher: Velocity, z: Tensor, t: Tensor, s: Tensor
 ) -> Tensor:
-    """The package's step and loss, one time for all of the batch."""
+    """The package's step and loss, with one time for the whole batch."""
     with torch.no_grad():
         z_s = consistency.teacher_step(teacher, z, t, s)
     return consistency.consistency_loss(student, z, t, z_s, s)
@@ -116,12 +116,14 @@ DISTILLATION_LOSS = Exercise(
         Mutant(step_backwards, "The teacher goes from t to s, towards the data."),
         Mutant(same_point, "The second point is where the teacher's step ends, not z."),
         Mutant(points_compared, "Compare where the student says that the path ends."),
-        Mutant(velocities_compared, "A path's velocity changes; where it ends does not."),
+        Mutant(
+            velocities_compared, "Along a path the velocity changes; where the path ends does not."
+        ),
         Mutant(target_at_t, "The second point is at time s, and has only s left to go."),
         Mutant(
             teachers_own_end, "The target is the student's answer at that point, not the point."
         ),
-        Mutant(without_c, "c is 0.00054 times the root of how many numbers an image has."),
+        Mutant(without_c, "c is 0.00054 times the root of the number of values in an image."),
         Mutant(one_for_the_batch, "One loss for each image of the batch."),
     ),
     formulas="v    = teacher(z, t)\n"
@@ -234,10 +236,10 @@ RENOISED = Exercise(
     reference=few_steps.renoised,
     cases=noise_cases,
     mutants=(
-        Mutant(all_fresh, "Part of the noise is that which was in z."),
+        Mutant(all_fresh, "Part of the noise is the noise that was in z."),
         Mutant(nothing_fresh, "Part of the noise is drawn anew: use `drawn`."),
         Mutant(weights_add_up_to_one, "Variances should add up to 1, not amplitudes."),
-        Mutant(image_not_scaled, "At time t_next there is 1 - t_next of the image."),
+        Mutant(image_not_scaled, "At time t_next the share of the image is 1 - t_next."),
         Mutant(at_the_old_time, "The noise goes up to t_next, not back to t."),
         Mutant(z_as_noise, "z is image and noise; take the image out, and divide."),
         Mutant(velocity_as_noise, "z holds 1 - t of the image: z - x0 takes out too much."),

@@ -140,13 +140,17 @@ DROP = Exercise(
         Mutant(clips_exchanged, "keep lists CLIP-L first, then CLIP-G."),
         Mutant(one_coin_for_all, "Each encoder has its own column in keep; yours share the first."),
         Mutant(
-            survivors_rescaled, "What is kept stays as it is: this is no dropout that rescales."
+            survivors_rescaled,
+            "What is kept stays as it is: nothing is rescaled, unlike in dropout.",
         ),
         Mutant(
             rescaled_by_rate, "What is kept stays as it is: it is not divided by the share kept."
         ),
         Mutant(context_kept, "A dropped encoder is zero in the context too."),
-        Mutant(nearly_dropped, "Zero exactly, or the network learns to tell small from absent."),
+        Mutant(
+            nearly_dropped,
+            "Set it to exactly zero, or the network learns to tell small from absent.",
+        ),
     ),
     exact_zeros=True,
     size_hint="keep is (B, 3): give each of its columns an axis for tokens and one for features.",

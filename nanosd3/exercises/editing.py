@@ -41,7 +41,7 @@ def start_spec(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[
 
 
 def image_to_image(x0: Tensor, noise: Tensor, ts: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """What the pipeline starts from when it is given an image."""
+    """What the pipeline starts from if given an image."""
     rest = ts[request.first_step(len(ts) - 1, strength) :]
     return flow.interpolate(x0, noise, rest[0]), rest
 
@@ -201,7 +201,7 @@ REPAINT = Exercise(
         Mutant(image_as_velocity, "x0 is where the line ends, not its direction."),
         Mutant(
             known_everywhere_added,
-            "Outside of the mask the network's velocity does not count: replace it.",
+            "Outside the mask the network's velocity does not count: replace it.",
         ),
         Mutant(noise_as_velocity, "The noise is where the line begins, not its direction."),
     ),

@@ -103,15 +103,17 @@ V_TO_VELOCITY = Exercise(
     reference=v_to_velocity,
     cases=answer_cases,
     mutants=(
-        Mutant(v_itself, "v turns with t: only at t = 1/2 it is the velocity, up to a factor."),
+        Mutant(v_itself, "v turns with t: only at t = 1/2 is it the velocity, up to a factor."),
         Mutant(scale_forgotten, "v was divided by n: multiply it by n first."),
-        Mutant(not_divided_by_squares, "Put the equations together again: a factor is left over."),
+        Mutant(
+            not_divided_by_squares, "Combine the two equations once more: a factor is left over."
+        ),
         Mutant(divided_by_n, "The factor that is left over is n squared, not n."),
-        Mutant(clean_image, "That is x0; the velocity is the difference of both."),
-        Mutant(noise_alone, "That is the noise; the velocity is the difference of both."),
+        Mutant(clean_image, "That is x0; the velocity is the difference of noise and x0."),
+        Mutant(noise_alone, "That is the noise; the velocity is the difference of noise and x0."),
         Mutant(image_minus_noise, "t grows towards noise; which way does yours point?"),
         Mutant(time_the_other_way, "Here t = 1 is noise: is 1 - t where t should be?"),
-        Mutant(z_not_used, "One equation is not enough for two unknowns: z is the other."),
+        Mutant(z_not_used, "One equation is not enough for two unknowns: z gives the other."),
     ),
     size_hint="t is (B,), z is (B, ...): give t trailing axes, as many as z has after the first.",
     why="So one sampler serves all formulations: only the network's target differs.",
@@ -152,7 +154,7 @@ def share_of_draws(edges: Tensor) -> Tensor:
 
 
 def below(edges: Tensor, std: float = 1.0) -> Tensor:
-    """The probability of a draw below each."""
+    """The probability of a draw below each edge."""
     return torch.special.ndtr(torch.logit(edges) / std)
 
 
@@ -208,9 +210,12 @@ SHARES = Exercise(
     cases=edge_cases,
     mutants=(
         Mutant(even_times, "That is how often uniform times fall there."),
-        Mutant(not_differences, "That is all below a time; what lies between two of them?"),
+        Mutant(
+            not_differences,
+            "That is the share of all draws below a time; what lies between two of them?",
+        ),
         Mutant(density_times_width, "Close: the density changes between two times, so integrate."),
-        Mutant(normal_of_t, "It is n that is normal, not t: from t back to n first."),
+        Mutant(normal_of_t, "n is normal, not t: go back from t to n first."),
         Mutant(sigmoid_of_t, "The sigmoid leads from n to t; here you need the way back."),
         Mutant(logistic, "Nearly: the logistic distribution is not the normal one."),
         Mutant(larger_deviation, "The deviation of n is 1."),

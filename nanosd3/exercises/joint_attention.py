@@ -94,7 +94,7 @@ def not_split(*parts: Tensor) -> Tensor:
 def in_other_orders(
     parts: tuple[Tensor, ...], keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention of text queries, then image queries, over keys and values joined otherwise."""
+    """Attention of text queries, then image queries, over keys and values joined another way."""
     q, _, _, q_image, _, _ = parts
     joint = layers.attention(torch.cat([q, q_image], 2), keys, values)
     return joint[:, q.shape[2] :], joint[:, : q.shape[2]]
@@ -124,7 +124,7 @@ JOINT = Exercise(
     reference=joint_attention,
     cases=joint_cases,
     mutants=(
-        Mutant(each_for_itself, "The streams never meet; a single attention runs over both."),
+        Mutant(each_for_itself, "The streams never meet; there is one attention over both."),
         Mutant(
             cross_only, "That is cross-attention: here each token also attends to its own stream."
         ),
@@ -217,7 +217,10 @@ LAST_JOINT = Exercise(
         Mutant(text_alone, "The image attends to itself as well as to the text."),
         Mutant(keys_as_queries, "The text has no queries: only image tokens have an output here."),
         Mutant(keys_and_values_apart, "Keys and values must be joined in the same order."),
-        Mutant(streams_added, "One softmax runs over both: two attentions do not add up to it."),
+        Mutant(
+            streams_added,
+            "One softmax runs over both; adding two attentions does not give the same.",
+        ),
     ),
     why="Official files still hold the unused query weights, which loaders stumble over.",
     where="nanosd3/mmdit.py, JointBlock.attend",

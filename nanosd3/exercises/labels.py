@@ -71,7 +71,7 @@ DROP_LABELS = Exercise(
         Mutant(class_zero_instead, "0 is a class like the others; the null class has its own row."),
         Mutant(last_class_instead, "The last class is null - 1; the null class comes after it."),
         Mutant(one_too_far, "The table has null + 1 rows, and its last one is number null."),
-        Mutant(first_for_all, "Each image has a coin of its own."),
+        Mutant(first_for_all, "Each image has its own entry in keep."),
         Mutant(taken_out, "The images stay in the batch, without their labels."),
         Mutant(nothing_dropped, "Nothing is dropped: what does keep say?"),
     ),

@@ -127,12 +127,17 @@ LOG_LIKELIHOOD = Exercise(
         Mutant(all_entries, "A divergence is the sum of dv_i / dz_i, for the same i."),
         Mutant(determinant, "The rate at which volume grows is a sum, not a determinant."),
         Mutant(time_not_in_trace, "The derivative of t A z is t A: the divergence depends on t."),
-        Mutant(steps_not_in_trace, "An integral: each step counts as much as it is long."),
-        Mutant(trace_at_the_ends, "Euler's method takes everything at the start of a step."),
-        Mutant(two_pi_forgotten, "N(0, 1) has a constant factor: what is its integral without?"),
-        Mutant(two_pi_once, "The constant of N(0, 1) counts for each of the D numbers."),
-        Mutant(matrix_transposed, "Points are rows of x0: which way round is A z for those?"),
-        Mutant(probability, "The logarithm of the density, not the density."),
+        Mutant(
+            steps_not_in_trace, "This is an integral: each step counts in proportion to its length."
+        ),
+        Mutant(trace_at_the_ends, "Euler's method evaluates everything at the start of a step."),
+        Mutant(
+            two_pi_forgotten,
+            "The density of N(0, 1) has a constant factor: what would its integral be without it?",
+        ),
+        Mutant(two_pi_once, "The constant of N(0, 1) counts once for each of the D numbers."),
+        Mutant(matrix_transposed, "Points are the rows of x0: how is A z written for rows?"),
+        Mutant(probability, "Return the logarithm of the density, not the density."),
     ),
     why="The one score of a flow that needs no samples; papers give it in bits per dimension.",
     where="nanosd3/related/likelihood.py, log_likelihood (arXiv 2210.02747, appendix C)",

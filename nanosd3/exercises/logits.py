@@ -113,8 +113,10 @@ GUIDE_LOGITS = Exercise(
         Mutant(rises_from_zero, "In the first step the prompt's own logits come out: scale 1."),
         Mutant(never_arrives, "In the last step, number steps - 1, the scale is `guidance`."),
         Mutant(one_step_early, "In step 0 the scale is still 1."),
-        Mutant(the_papers_w, "Here scale 1 is the prompt's own; the paper's w counts from 0."),
-        Mutant(falls, "It rises: early tokens give diversity, late ones fit the prompt."),
+        Mutant(
+            the_papers_w, "Here scale 1 gives the prompt's own logits; the paper's w counts from 0."
+        ),
+        Mutant(falls, "The scale rises: early tokens give diversity, late ones fit the prompt."),
         Mutant(towards_negative, "This leads away from the prompt."),
         Mutant(probabilities_moved, "Move the logits; probabilities could fall below 0."),
     ),

@@ -106,13 +106,13 @@ FRECHET = Exercise(
     cases=feature_cases,
     mutants=(
         Mutant(means_only, "Two clouds with the same centre can still differ in their spread."),
-        Mutant(spread_only, "Where the clouds are counts too: compare the means."),
+        Mutant(spread_only, "The positions of the clouds count too: compare the means."),
         Mutant(
             features_apart,
             "Features are correlated: the covariances have entries off the diagonal.",
         ),
         Mutant(divided_by_n, "The covariances are divided by n - 1 and m - 1."),
-        Mutant(its_root, "The distance is given squared; take no root at the end."),
+        Mutant(its_root, "The result is the squared distance; take no root at the end."),
         Mutant(no_cross_term, "The distance of two equal sets should be 0: what is subtracted?"),
         Mutant(
             root_of_trace,

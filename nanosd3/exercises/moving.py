@@ -96,9 +96,9 @@ CLIP_TIMES = Exercise(
         Mutant(towards_data, "More pixels need more noise, that is, larger t."),
         Mutant(frames_not_counted, "Pixels of all frames count: frames repeat each other, too."),
         Mutant(frames_only, "The size of a frame counts as well as their number."),
-        Mutant(one_side_only, "Frames are no squares: count their pixels."),
-        Mutant(time_scaled, "It is t / (1 - t) that grows, not t: times never get beyond 1."),
-        Mutant(cube_root, "The square root, although there are three axes."),
+        Mutant(one_side_only, "Frames need not be square: count their pixels."),
+        Mutant(time_scaled, "It is t / (1 - t) that grows, not t itself: times never exceed 1."),
+        Mutant(cube_root, "Take the square root, although there are three axes."),
         Mutant(not_relative, "Clips of the trained size keep their times: take the ratio."),
         Mutant(sizes_added, "The number of pixels is a product."),
     ),
@@ -194,10 +194,12 @@ CENTRES = Exercise(
     cases=ink_cases,
     mutants=(
         Mutant(column_first, "The row comes first, as in the shape (H, W)."),
-        Mutant(haze_counted, "Haze is spread over the whole frame and pulls to its middle."),
-        Mutant(all_ink_alike, "Ink counts by how bright it is."),
+        Mutant(
+            haze_counted, "Haze covers the whole frame and pulls the centre towards its middle."
+        ),
+        Mutant(all_ink_alike, "Ink counts in proportion to its brightness."),
         Mutant(brightest_place, "The brightest pixel jumps about; take the mean of all places."),
-        Mutant(not_divided_by_mass, "A mean: divide by the sum of the weights."),
+        Mutant(not_divided_by_mass, "This is a mean: divide by the sum of the weights."),
         Mutant(divided_by_area, "Divide by the mass of the ink, not by the number of pixels."),
         Mutant(counted_from_one, "Rows and columns count from 0."),
         Mutant(from_the_middle, "Rows and columns count from the corner."),

@@ -48,8 +48,8 @@ def two_step(
     before: tuple[Tensor, Tensor] | None = None,
     keep: bool = False,
 ) -> Tensor:
-    """DPM++ 2M with another rule k = weight(h, h_before), another x0 and h at the start, or ones
-    that are kept."""
+    """DPM++ 2M with another rule k = weight(h, h_before), another x0 and h at the start, or with
+    these never updated."""
     for t, t_next in pairwise(ts):
         x0 = guess = z - t * velocity(z, t)
         if t_next > 0:
@@ -113,7 +113,7 @@ DPMPP = Exercise(
         ),
         Mutant(
             history_kept,
-            "The history is the previous step's: renew x0_before and h_before every time.",
+            "The history is the previous step's: update x0_before and h_before at every step.",
         ),
         Mutant(interpolated, "The signs are swapped: extrapolate beyond x0, away from x0_before."),
     ),

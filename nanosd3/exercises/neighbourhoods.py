@@ -1,4 +1,4 @@
-"""Exercises on HDiT's grid: which tokens a token reads, and which four become one."""
+"""Exercises on HDiT's grid: which tokens a token reads, and which four are merged."""
 
 import torch
 from torch import Tensor
@@ -105,13 +105,21 @@ NEIGHBOURHOOD_MASK = Exercise(
     reference=neighbourhood_mask,
     cases=mask_cases,
     mutants=(
-        Mutant(cut_off_at_the_border, "At the border the square is moved inside, whole."),
-        Mutant(around_the_border, "The picture ends at its border; it does not go on opposite."),
-        Mutant(along_the_list, "Above and below are neighbours, too; in the list they are far."),
+        Mutant(
+            cut_off_at_the_border, "At the border the whole square is moved inside, not cut off."
+        ),
+        Mutant(
+            around_the_border,
+            "The picture ends at its border; it does not continue on the opposite side.",
+        ),
+        Mutant(
+            along_the_list,
+            "The tokens above and below are neighbours, too, though far apart in the list.",
+        ),
         Mutant(begins_at_the_token, "The token is in the middle of its square, not at its corner."),
         Mutant(window_as_radius, "`window` is the side of the square."),
-        Mutant(blocks_side_by_side, "Each token has a square of its own: itself in the middle."),
-        Mutant(read_and_reader_exchanged, "Rows of the mask are those that read."),
+        Mutant(blocks_side_by_side, "Each token has its own square, with itself in the middle."),
+        Mutant(read_and_reader_exchanged, "The rows of the mask are the tokens that read."),
         Mutant(column_by_column, "Tokens are counted row by row."),
         Mutant(true_is_hidden, "True stands for a token that is read."),
         Mutant(not_itself, "A token reads itself, too."),
@@ -200,16 +208,17 @@ MERGE = Exercise(
     reference=merge,
     cases=merge_cases,
     mutants=(
-        Mutant(
-            four_in_a_row, "The four form a square; in the list, two of them are a row further."
-        ),
+        Mutant(four_in_a_row, "The four form a square; in the list, two of them come a row later."),
         Mutant(columns_first, "Top right comes before bottom left."),
         Mutant(features_first, "All features of the first token, then all of the second."),
         Mutant(down_the_columns, "The merged tokens are in order row by row, too."),
-        Mutant(one_of_each_quarter, "The four touch each other."),
+        Mutant(one_of_each_quarter, "The four tokens touch each other in the grid."),
         Mutant(mean_of_four, "Nothing is averaged: all 4 D numbers are kept."),
         Mutant(top_left_alone, "Three quarters of the numbers are lost."),
-        Mutant(rows_alone, "These are two beside each other; the two below belong to them."),
+        Mutant(
+            rows_alone,
+            "You merge two tokens side by side; the two below them belong to the square, too.",
+        ),
         Mutant(sides_exchanged, "Rows and columns are swapped."),
     ),
     why="A quarter of the tokens, and no number lost: a linear layer chooses what to keep.",

@@ -98,7 +98,9 @@ RMS_NORM = Exercise(
             divided_by_norm,
             "The mean of the squares, not their sum: the two norms differ by sqrt(D).",
         ),
-        Mutant(rms_norm_as_it_comes, "1e-6 under the root; F.rms_norm by default has less."),
+        Mutant(
+            rms_norm_as_it_comes, "1e-6 is added under the root; F.rms_norm adds less by default."
+        ),
         Mutant(squares_summed, "Divide the sum of the squares by their number, D."),
         Mutant(weight_plus_one, "Multiply by the weight itself; 1 + weight is another convention."),
         Mutant(no_root, "Divide by the root of the mean square: the result has size about 1."),

@@ -113,7 +113,7 @@ CONDITIONAL = Exercise(
         ),
         Mutant(to_the_data, "t grows towards noise; which way does yours point?"),
         Mutant(cosine_rises, "The share of the image falls as t grows: what is its sign?"),
-        Mutant(the_place, "That is z itself, where it is and not how it moves."),
+        Mutant(the_place, "That is z itself: where it is, not how it moves."),
         Mutant(sine_stays_sine, "What is the derivative of a sine?"),
         Mutant(by_half_a_circle, "From t = 0 to 1 the angle grows by pi / 2, a quarter turn."),
         Mutant(divided_by_quarter, "The inner derivative is a factor, not a divisor."),
@@ -163,7 +163,7 @@ def squared_distances(z: Tensor, t: Tensor, points: Tensor) -> Tensor:
 
 
 def towards(logits: Tensor, z: Tensor, t: Tensor, points: Tensor) -> Tensor:
-    """The velocity, if points are weighted by the softmax of logits (B, n)."""
+    """The velocity if points are weighted by the softmax of logits (B, n)."""
     return (z - logits.softmax(1) @ points) / t
 
 
@@ -231,15 +231,15 @@ MARGINAL = Exercise(
     reference=marginal_velocity,
     cases=point_cases,
     mutants=(
-        Mutant(nearest_point_only, "The nearest point counts most, but not alone."),
-        Mutant(all_points_alike, "Points that z is near to count more than those far away."),
+        Mutant(nearest_point_only, "The nearest point counts most, but the others count, too."),
+        Mutant(all_points_alike, "Points near z count more than those far away."),
         Mutant(divided_by_t, "The noise has deviation t: what does a Gaussian divide squares by?"),
         Mutant(half_forgotten, "A factor is missing in the exponent of the Gaussian."),
         Mutant(points_not_moved, "At time t a point x is the centre of a cloud around (1 - t) x."),
         Mutant(distance_itself, "A Gaussian falls with the square of the distance."),
         Mutant(farthest_most, "Near points count most; is a sign missing in the exponent?"),
         Mutant(velocity_to_data, "t grows towards noise; which way does yours point?"),
-        Mutant(whole_way, "That is the way from the mean to z; in which time is it gone?"),
+        Mutant(whole_way, "That is the whole way from the mean to z; how much time does it take?"),
         Mutant(mean_of_points, "That is the mean of the points, not the velocity away from it."),
         Mutant(
             softmax_over_places, "The weights of all points add up to 1 for each z: which axis?"

@@ -54,7 +54,7 @@ def resblock_spec(x: Tensor, weight1: Tensor, weight2: Tensor, groups: int) -> T
 
 
 def resblock(x: Tensor, weight1: Tensor, weight2: Tensor, groups: int) -> Tensor:
-    """`vae.ResBlock` with these convolutions, without biases and norm weights."""
+    """`vae.ResBlock` with these convolutions and without biases or norm weights."""
     C = x.shape[1]
     one, zero = x.new_ones(C), x.new_zeros(C)
     weights = {"conv1.weight": weight1, "conv2.weight": weight2}

@@ -29,7 +29,7 @@ def rotate_spec(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def quarters(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first and second of all pairs, and the features that are not turned."""
+    """The first and the second features of all pairs, and the features that are not turned."""
     n = x.shape[3] // 4
     return x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
 
@@ -99,7 +99,9 @@ ROTATE = Exercise(
     mutants=(
         Mutant(the_other_way, "Positive angles turn from the first axis towards the second."),
         Mutant(sign_forgotten, "A rotation keeps lengths; one of the two sines has a minus sign."),
-        Mutant(first_already_turned, "The second one needs the first as it was before."),
+        Mutant(
+            first_already_turned, "The second of a pair needs the first as it was before the turn."
+        ),
         Mutant(neighbours_as_pairs, "The second of a pair is d/4 further, not next to the first."),
         Mutant(half_a_head_apart, "The second of a pair is d/4 further, not d/2."),
         Mutant(all_features_turned, "The second half of the features is not turned."),

@@ -152,18 +152,18 @@ RK4 = Exercise(
     reference=solvers.rk4,
     cases=solver_cases,
     mutants=(
-        Mutant(plain_average, "The four slopes have not all the same weight."),
-        Mutant(slopes_summed, "The weights of the four slopes have to add up to 1."),
+        Mutant(plain_average, "The four slopes do not all have the same weight."),
+        Mutant(slopes_summed, "The weights of the four slopes must add up to 1."),
         Mutant(ends_weighted_most, "It is the two slopes in the middle that count twice."),
         Mutant(fourth_alone, "All four slopes count, not the last one alone."),
         Mutant(only_the_midpoint, "That is the midpoint method, two slopes of four."),
         Mutant(eulers_method, "That is Euler's method, one slope of four."),
-        Mutant(whole_steps_to_the_middle, "How far does one go to get to t + h / 2?"),
+        Mutant(whole_steps_to_the_middle, "How far is it to t + h / 2?"),
         Mutant(all_along_the_first, "Each slope is taken where the one before it leads."),
         Mutant(time_stands_still, "The slopes belong to three different times."),
         Mutant(places_stand_still, "The slopes belong to different places, too."),
         Mutant(fourth_in_the_middle, "The fourth slope belongs to the end of the step."),
-        Mutant(step_taken_backwards, "h = ts[i+1] - ts[i] has its sign already."),
+        Mutant(step_taken_backwards, "h = ts[i+1] - ts[i] already has the right sign."),
     ),
     formulas="for i = 0, 1, ..., n - 1, where ts holds n + 1 times:\n"
     "    h  = ts[i+1] - ts[i]\n"

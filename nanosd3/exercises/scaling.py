@@ -18,7 +18,7 @@ def scaling_cases(generator: torch.Generator) -> list[Case]:
 
 
 def stand_in(shift: float, scale: float) -> vae.AutoencoderKL:
-    """The part of an autoencoder that its scaling uses, its config."""
+    """The part of an autoencoder that scaling uses: its config."""
     config = SimpleNamespace(shift=shift, scale=scale)
     return cast(vae.AutoencoderKL, SimpleNamespace(config=config))
 

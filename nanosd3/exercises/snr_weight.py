@@ -90,17 +90,20 @@ SOFT_MIN_SNR = Exercise(
     cases=weight_cases,
     mutants=(
         Mutant(hard_minimum, "That is min(SNR, g); the soft one has no corner."),
-        Mutant(weight_of_the_image, "The same error is t times as large as one of the image."),
+        Mutant(
+            weight_of_the_image,
+            "An error of x0 is t times as large as the velocity's error that causes it.",
+        ),
         Mutant(error_not_squared, "Errors are squared, and so is the t between them."),
         Mutant(harmonic_mean, "It is half the harmonic mean of SNR and g."),
         Mutant(ratio_not_squared, "SNR compares variances, not deviations."),
         Mutant(noise_over_signal, "SNR is signal over noise."),
         Mutant(limit_not_squared, "g holds a variance, the square of data_std."),
-        Mutant(limit_upside_down, "Wide data make g small: g is 1 over the variance."),
+        Mutant(limit_upside_down, "Widely spread data make g small: g is 1 over the variance."),
         Mutant(
             starts_at_one, "The weight of the image's error is g itself where there is no noise."
         ),
-        Mutant(no_limit, "Without the limit g low noise would dominate."),
+        Mutant(no_limit, "Without the limit g, low noise levels would dominate."),
         Mutant(time_the_other_way, "t = 0 is data, t = 1 noise."),
     ),
     why="At low noise the weight is at most g: such errors are hardly visible.",

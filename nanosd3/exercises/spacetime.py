@@ -1,4 +1,4 @@
-"""Exercises on spacetime patches: clips to tokens, and when and where each of them is."""
+"""Exercises on spacetime patches: clips to tokens, and the time and place of each token."""
 
 import math
 
@@ -41,8 +41,8 @@ def patchify_video_spec(z: Tensor, frames: int, patch: int) -> Tensor:
 
 
 def boxes(z: Tensor, frames: int, patch: int, order: str) -> Tensor:
-    """Tokens in an order of the axes B, C, T (slot), f, R (row), i, K (column), j: of the clip,
-    then of tokens, then of what is in a token. Raises RuntimeError where patches do not fit."""
+    """Tokens by an order of the axes B, C, T (slot), f, R (row), i, K (column), j: the clip's, then
+    those of the tokens, then those within a token. Raises RuntimeError where patches do not fit."""
     B, C, T, H, W = z.shape
     z = z.reshape(B, C, T // frames, frames, H // patch, patch, W // patch, patch)
     z = z.permute(*("BCTfRiKj".index(axis) for axis in order))
@@ -106,7 +106,7 @@ PATCHIFY_VIDEO = Exercise(
         Mutant(columns_before_rows, "Within a time tokens go row by row."),
         Mutant(frame_before_place, "In a token the frame comes after row and column."),
         Mutant(frame_after_channel, "In a token the channel varies fastest, then the frame."),
-        Mutant(frames_far_apart, "The frames of a box follow each other in the clip."),
+        Mutant(frames_far_apart, "A box holds consecutive frames of the clip."),
         Mutant(a_frame_a_token, "A token is a box: it holds several frames."),
         Mutant(one_after_the_other, "A box holds all channels of a place."),
         Mutant(clip_reshaped, "A reshape alone keeps the order in memory: split the axes first."),

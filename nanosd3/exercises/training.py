@@ -208,7 +208,7 @@ EMA = Exercise(
         Mutant(counted_from_one, "Steps count from 0: at step 0 d is 1 / 10."),
         Mutant(plain_mean, "A moving average forgets; yours remembers every step equally."),
         Mutant(decay_grows_from_zero, "The smaller of the two numbers, not their product."),
-        Mutant(not_an_average, "The new weights count by 1 - d: both shares add up to 1."),
+        Mutant(not_an_average, "The new weights get the share 1 - d: both shares add up to 1."),
     ),
     why="Samples from the averaged weights are better than those from any single step's.",
     where="nanosd3/training/ema.py, update_ema",

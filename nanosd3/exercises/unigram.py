@@ -43,7 +43,7 @@ def split_spec(word: str, scores: dict[str, float]) -> list[str]:
 
 
 def best_split(word: str, scores: dict[str, float]) -> list[str]:
-    """The pieces that `Unigram` finds with this vocabulary."""
+    """The pieces into which `Unigram` splits with this vocabulary."""
     pieces = [(control, 0.0) for control in CONTROLS] + list(scores.items())
     return [pieces[i][0] for i in Unigram(pieces).encode_word(word)]
 
@@ -78,7 +78,7 @@ def backwards(word: str, scores: dict[str, float]) -> list[str]:
 def viterbi(
     word: str, scores: dict[str, float], start: float, join: Callable[[float, float], float]
 ) -> list[str]:
-    """The best split by another measure, `start` for nothing, join(best, score) for one more."""
+    """The best split by another measure: `start` for no pieces, join(best, score) for one more."""
     best: list[tuple[float, list[str]]] = [(start, [])]
     for j in range(1, len(word) + 1):
         starts = [i for i in range(j) if word[i:j] in scores]

@@ -1,4 +1,4 @@
-"""Exercises on drawing hidden tokens, many at a time."""
+"""Exercises on sampling hidden tokens, many at a time."""
 
 import math
 
@@ -98,13 +98,15 @@ LEFT_HIDDEN = Exercise(
     reference=muse.left_hidden,
     cases=count_cases,
     mutants=(
-        Mutant(evenly, "Along a cosine: few tokens are kept at first, many at the end."),
+        Mutant(
+            evenly, "The number follows a cosine: few tokens are kept at first, many at the end."
+        ),
         Mutant(before_the_step, "After the first step, number 0, some have already been kept."),
         Mutant(
             many_at_first, "The first guesses have the least context: few tokens are kept at first."
         ),
         Mutant(how_many_are_kept, "How many stay hidden, not how many are kept."),
-        Mutant(share_of_now, "The share is of those that were hidden at first."),
+        Mutant(share_of_now, "It is a share of the tokens that were hidden at first."),
         Mutant(all_may_stay, "Each step keeps at least one token."),
         Mutant(none_may_be_left, "Before the last step at least one token stays hidden."),
         Mutant(one_is_left_over, "After the last step nothing is hidden."),
@@ -208,9 +210,12 @@ KEEP_SUREST = Exercise(
         Mutant(so_many_kept, "`left` tokens stay hidden; all other guesses are kept."),
         Mutant(all_kept, "Not all guesses are kept: the least sure stay hidden."),
         Mutant(first_places, "Confidence decides which guesses are kept, not their place."),
-        Mutant(one_plan_for_all, "Each image has its own number."),
-        Mutant(surest_of_the_batch, "Rank the tokens of each image by themselves."),
-        Mutant(order_for_rank, "argsort says who is at a rank; sort that again for the rank."),
+        Mutant(one_plan_for_all, "Each image has its own number of tokens that stay hidden."),
+        Mutant(surest_of_the_batch, "Rank the tokens of each image separately."),
+        Mutant(
+            order_for_rank,
+            "argsort gives the token at each rank; sort that again for each token's rank.",
+        ),
     ),
     why="This one step, repeated, draws an image; started from a picture with a hole, it repairs.",
     where="nanosd3/related/muse.py, keep_surest (arXiv 2202.04200, section 3.2)",

@@ -126,8 +126,10 @@ VERDICT = Exercise(
         Mutant(higher_is_better, "These are losses: lower is better."),
         Mutant(seeds_not_paired, "Seed i is the same for both: take differences seed by seed."),
         Mutant(error_of_the_mean, "The spread is the deviation itself, not that of the mean."),
-        Mutant(divided_by_all, "The variance of a few seeds is divided by their number less one."),
-        Mutant(every_seed_decides, "By how much counts, not only in how many seeds."),
+        Mutant(
+            divided_by_all, "For a few seeds the variance is divided by their number minus one."
+        ),
+        Mutant(every_seed_decides, "How large the differences are counts, not only their signs."),
         Mutant(one_seed_is_enough, "With one seed nothing is known about the spread."),
         Mutant(never_refuted, "A claim can also be refuted."),
         Mutant(not_supported_is_refuted, "What lies within the spread is undecided."),
@@ -183,7 +185,7 @@ def fronts(scores: Tensor) -> Tensor:
 
 
 def places_by(scores: Tensor, order: Tensor) -> Tensor:
-    """1 for the first of an order, and so on."""
+    """The place of each in an order: 1 for the first, and so on."""
     places = torch.empty(len(scores), dtype=torch.long)
     places[order] = torch.arange(1, len(scores) + 1)
     return places
@@ -248,15 +250,18 @@ FRONTS = Exercise(
     mutants=(
         Mutant(by_accuracy, "Both scores count, not accuracy alone."),
         Mutant(by_distance, "Both scores count, not the distance alone."),
-        Mutant(both_scores_up, "Of the second score, the distance, less is better."),
-        Mutant(worst_first, "Front 1 is that of the best."),
+        Mutant(both_scores_up, "The second score is a distance: lower is better."),
+        Mutant(worst_first, "Front 1 holds the best methods."),
         Mutant(counted_from_zero, "Fronts are counted from 1."),
         Mutant(
             count_of_betters,
             "It is not the number of methods that beat one: take front 1 away and look again.",
         ),
         Mutant(two_fronts, "There can be more than two fronts."),
-        Mutant(better_in_both, "Equal in one score and better in the other is enough to beat."),
+        Mutant(
+            better_in_both,
+            "Being equal in one score and better in the other is enough to beat a method.",
+        ),
     ),
     why="No weight has to be chosen between two scores that are in different units.",
     where="nanosd3/claims/sd3_ranks.py, fronts (arXiv 2403.03206, section 5.1)",

@@ -98,7 +98,7 @@ def test_what_an_answer_uses(tmp_path, cells, names, note):
         (("import nanosd3.flow", "f = nanosd3.flow.shift", "def shift(t, a): return f(t, a)"),
          "closed book: the answer uses nanosd3, imported"),
         (("from lab import trained\nlesson = trained()", "def shift(t, a): return lesson"),
-         "the answer uses trained from lab.py, which is not there in grading"),
+         "the answer uses trained from lab.py, which grading does not have"),
         (("a = 1\ndef shift(t, alpha):\n    return (t",), "code cell 1, line 3: '(' was never"),
         (("def shift(t, alpha):\nreturn t",), "code cell 1, line 2: expected an indented block"),
     ],
@@ -248,7 +248,7 @@ def test_predictions_are_collected(tmp_path, capsys, fake):
     assert f"--predictions {folder}: is a folder" in line
     same = ("grade-all", folder, "--csv", table, "--predictions", folder / ".." / table.name)
     before = table.read_bytes()
-    assert "is --csv's file; name another" in refused(capsys, __main__.main, *same)
+    assert "is also the file of --csv; name another" in refused(capsys, __main__.main, *same)
     assert table.read_bytes() == before
 
 
@@ -413,7 +413,7 @@ def test_a_class_with_all_that_is_handed_in(tmp_path, capsys, fake):
         "graded 3 files, refused 1, left out 8 (._ada.py, __MACOSX/, all.zip, "
         f"bob/.ipynb_checkpoints/, bob/__pycache__/, eve/hw, hw.py.txt, notes.txt); wrote {table}"
     )
-    assert out[-2] == "asked for 2 exercises, as the files do; --only asks for others"
+    assert out[-2] == "asked for 2 exercises, going by the files; --only chooses others"
     shift = next(line for line in out if line.startswith("shift "))
     assert shift.split() == ["shift", "2", "0", "1", "1", "0"]
     assert any(line.startswith(f"not graded: {folder / 'eve' / 'é.py'}: line 1") for line in out)
@@ -433,7 +433,7 @@ def test_nobody_loses_a_point_by_what_others_hand_in(tmp_path, capsys, fake):
     assert rows["a.py"]["out_of"] == "4" and "mode" not in rows["a.py"]
     assert "c.py: # exercises: shfit: no such exercise or topic" in rows["c.py"]["notes"]
     out = capsys.readouterr().out
-    assert out.count("not graded: ") == 10 and "\nand 2 more, see the column error\n" in out
+    assert out.count("not graded: ") == 10 and "\nand 2 more; see the column 'error'\n" in out
 
 
 def test_only_of_the_teacher_counts(tmp_path, capsys, fake):
@@ -497,7 +497,7 @@ def test_a_notebook_is_graded_without_posix(tmp_path, capsys, monkeypatch, hidde
     )
     assert __main__.main(["grade", str(file), "--json"]) == 0
     out, err = capsys.readouterr()
-    assert err == "note: this system cannot limit memory and the size of files of an answer\n"
+    assert err == "note: this system cannot limit an answer's memory and file sizes\n"
     rows = {row["name"]: row for row in json.loads(out)["exercises"]}
     assert {name: row["status"] for name, row in rows.items()} == {
         "velocity_target": "right", "cosmap": "wrong", "mode": "refused", "shift": "timed out",

@@ -53,8 +53,8 @@ class NotAttempted(Exception):
 @torch.random.fork_rng(devices=[])
 @default_settings()
 def judge(exercise: Exercise, answer: Callable) -> Verdict:
-    """Check one answer in this process: its values, and if they are right, everything else. What
-    is drawn, or seeded by an answer, leaves the caller's random numbers alone."""
+    """Check one answer in this process: its values, and if they are right, everything else. The
+    caller's random numbers are not affected by draws, nor by an answer that sets a seed."""
     cases = [case.arguments for case in exercise.drawn()]
     values = record_values(answer, cases)
     verdict = assess(exercise, values, values_only=True)
@@ -96,8 +96,8 @@ def result_of(function: Callable, case: Case) -> object:
 
 
 def value_of(exercise: Exercise, entry: dict, case: Case, expected: object) -> object:
-    """The value of a call, or REFUSED. Raises NotAttempted for a stub, Wrong if there is no value
-    although there should be one."""
+    """The value of a call, or REFUSED. Raises NotAttempted for a stub, Wrong if a value is
+    missing that should be there."""
     if entry["kind"] == "not attempted":
         raise NotAttempted
     if entry["kind"] == "broken":
@@ -198,7 +198,7 @@ def check_dtype(got: object, expected: object, when: str) -> None:
 
 def hint_of(exercise: Exercise, results: list[Result]) -> str:
     """The hint of the first mutant with the same results on all cases; else of the first that
-    differs in one alone and shares two wrong ones, such as LayerNorm with another epsilon; else "".
+    differs in only one and shares two wrong ones, such as LayerNorm with another epsilon; else "".
     """
     tolerance, nearly = exercise.tolerance, ""
     for mutant in exercise.mutants:

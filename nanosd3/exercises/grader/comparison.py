@@ -48,7 +48,7 @@ def close(got: object, expected: object, tolerance: float, exact_zeros: bool = F
 
 
 def difference(label: str, pairs: list[list], tolerance: float) -> str:
-    """In what way results (got, expected) differ; the label is that of the first pair."""
+    """How results (got, expected) differ; the label is that of the first pair."""
     parts = [p for got, wanted in pairs for p in zip(flat(got), flat(wanted), strict=False)]
     if not all(isinstance(x, Tensor | int | float) for part in parts for x in part):
         return f"For {label}: {describe(pairs[0][0])}, expected {describe(pairs[0][1])}."

@@ -8,8 +8,8 @@ checker (every mutant must fail), and an answer with the same results gets its h
 Test cases have distinct sizes along all axes, because square inputs hide swapped axes. Each has a
 label, so that the checker can say for which inputs an answer is right. One of them is of realistic
 size and limits the lines of Python that an answer may run, so that the specification itself does
-not pass. Where a loop is the answer, as in a solver, students see formulas instead. A case for
-which the reference raises an error asks for an error, of whatever type.
+not pass. Where a loop is the answer, as in a solver, students see formulas instead. Where
+the reference raises an error, an answer must raise one too, of any type.
 """
 
 import inspect

@@ -1,13 +1,13 @@
-"""A process that has loaded torch and forks one for each file of answers.
+"""A process that has loaded torch and forks itself for each file of answers.
 
 Loading takes seconds, a fork milliseconds. As a program it answers requests, one line of JSON each,
 until its input is closed:
 
     ["start", FOLDER, PACKAGE, "open" or "closed", MEMORY]    the pid of a process that runs sandbox
-    ["poll", PID]                                             its exit status, or null: it runs
+    ["poll", PID]                                             its exit status, or null while it runs
 
-Nothing of a file of answers is ever in this process: answers run in the forked ones, which share
-no memory with it.
+This process never loads any part of a file of answers: answers run in the forked ones, which
+share no memory with it.
 """
 
 import json
@@ -29,7 +29,7 @@ def start(folder: str, package: str, book: str, memory: str) -> int:
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1):  # those of the requests
+        for stream in (0, 1):  # which carry the requests and replies
             os.dup2(null, stream)
         os.chdir(folder)
         os.environ["TMPDIR"] = tempfile.tempdir = folder

@@ -35,8 +35,8 @@ def refused_row(file: str, exercises: Sequence[Exercise], error: str, prediction
 
 
 def find_hand_ins(folder: Path, written: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Files of answers in a folder and its subfolders, and the names of all else that is there,
-    except for the tables `written` themselves. Links to folders are not followed."""
+    """Files of answers in a folder and its subfolders, and the names of everything else there
+    except the tables that are being `written`. Links to folders are not followed."""
     files, left_out = [], []
     tables = [path.resolve() for path in written]
 
@@ -69,7 +69,7 @@ def is_special(path: Path) -> bool:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names for a line of text, the first few of them."""
+    """The first few names, for a line of text."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
@@ -115,5 +115,5 @@ def to_text(rows: Sequence[Row], exercises: Sequence[Exercise]) -> str:
     errors = [f"not graded: {row.error}" for row in rows if row.error]
     lines += errors[:SHOWN]
     if len(errors) > SHOWN:
-        lines.append(f"and {len(errors) - SHOWN} more, see the column error")
+        lines.append(f"and {len(errors) - SHOWN} more; see the column 'error'")
     return "\n".join(lines)

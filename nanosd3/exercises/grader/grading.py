@@ -66,7 +66,7 @@ def missing_limits() -> str:
     try:
         import resource  # noqa: F401
     except ImportError:  # Windows
-        return "memory and the size of files"
+        return "memory and file sizes"
     return "memory" if sys.platform == "darwin" else ""
 
 

@@ -1,6 +1,6 @@
 """Hand-ins: files of answers, as Python (.py) or as Jupyter notebooks (.ipynb).
 
-A Python file is run as it is. Of a notebook only the answers are run, and what they need: the
+A Python file is run as it is. Of a notebook only the answers and what they need are run: the
 imports, functions and constants they use, wherever in the notebook these are. Everything else in
 it, such as training, plots and the notebook's own text, would take minutes and prove nothing.
 """
@@ -69,7 +69,7 @@ def compiled(file: Path, content: bytes) -> tuple[str, ast.Module]:
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
     except SyntaxError:
-        encoding = "utf-8"  # that it is invalid or unknown is said below
+        encoding = "utf-8"  # an invalid or unknown one is reported below
     text = decode_text(content, file, encoding.removesuffix("-sig"))
     try:
         with warnings.catch_warnings(action="ignore"):  # about the student's style
@@ -89,7 +89,7 @@ def in_order(names: Collection[str], found: Collection[str]) -> tuple[str, ...]:
 
 
 def is_stub(node: ast.stmt) -> bool:
-    """Whether it is a function that is not written yet: a docstring, `...`, or an error."""
+    """Whether it is a function still to be written: a docstring, `...`, or an error."""
     if not isinstance(node, ast.FunctionDef):
         return False
     last = node.body[-1]
@@ -142,8 +142,8 @@ class Statement:
 
 
 def of_notebook(notebook: list[Cell], names: Collection[str], open_book: bool) -> HandIn:
-    """The answers in a notebook, with what they need, and its predictions. Of two answers to an
-    exercise the last counts, as in the notebook itself."""
+    """The answers in a notebook, with what they need, and its predictions. If an exercise is
+    answered twice, the last answer counts, as in the notebook itself."""
     cells = [cell.text for cell in notebook if cell.is_code]
     statements: list[Statement] = []
     refused: dict[str, str] = {}
@@ -214,8 +214,8 @@ def global_names(table: symtable.SymbolTable) -> set[str]:
 
 
 def with_needs(answer: Statement, statements: list[Statement]) -> list[Statement]:
-    """An answer and all statements that it needs: for each name the last that binds it before or
-    in the same cell, as when the notebook is run, or else the first after it."""
+    """An answer and all statements that it needs: for each name the last that binds it in the same
+    cell or an earlier one, as when the notebook is run, or else the first after it."""
     found = [answer]
     for statement in found:  # grows
         for name in sorted(statement.needs):
@@ -235,5 +235,5 @@ def why_not_run(closure: list[Statement], open_book: bool) -> str | None:
         if "nanosd3" in statement.modules and not open_book:
             return f"closed book: the answer uses {names}, imported from the package nanosd3"
         if "lab" in statement.modules:
-            return f"the answer uses {names} from lab.py, which is not there in grading"
+            return f"the answer uses {names} from lab.py, which grading does not have"
     return None

@@ -21,7 +21,7 @@ MOST = 2000  # characters of a prediction or a question
 
 @dataclass(frozen=True)
 class Predictions:
-    """The predictions of a notebook: (question, text), empty text where nothing is written."""
+    """The predictions of a notebook: (question, text); the text is empty if nothing is written."""
 
     found: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()  # what was not understood
@@ -41,7 +41,7 @@ def is_written(text: str) -> bool:
 
 
 def find_predictions(cells: list[Cell]) -> Predictions:
-    """The predictions in a notebook's cells: one a question, joined from all fields after it."""
+    """The predictions in a notebook's cells: one per question, joined from all fields after it."""
     questions: list[str] = []
     written: list[list[str]] = []
     unclear = []
@@ -95,21 +95,21 @@ def literal(node: ast.expr) -> str | None:
 
 
 def first_question(text: str) -> str:
-    """A question with what is said before it, or the first sentence if nothing is asked."""
+    """The question and the text before it, or the first sentence if nothing is asked."""
     text = one_line(re.split(r"\n\s*\n", text.strip())[0])
     end = re.search(r"\?(?=\s|$)", text) or re.search(r"[.!](?=\s|$)", text)
     return text[: end.end()] if end else text
 
 
 def one_line(text: str) -> str:
-    """Text without line breaks and control characters, cut where it is very long."""
+    """Text without line breaks and control characters, truncated if very long."""
     text = " ".join(text[: 4 * MOST].split())
     text = "".join(c for c in text if c.isprintable())
     return text if len(text) <= MOST else f"{text[: MOST - 1]}…"
 
 
 def to_csv(hand_ins: dict[str, Predictions]) -> bytes:
-    """All predictions that are written, one a row, for the files in this order."""
+    """All written predictions, one per row, with the files in this order."""
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(["file", "question", "prediction"])

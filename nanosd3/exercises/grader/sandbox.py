@@ -259,7 +259,7 @@ def restrict_process(folder: str, package: str, open_book: bool, memory: int) ->
 
 
 def load() -> None:
-    """Import what torch imports late, when it is forbidden."""
+    """Import what torch would import only later, when that is forbidden."""
     torch.set_num_threads(1)
     2.0 * torch.ones(1, device="meta")
 

@@ -1,5 +1,5 @@
-"""Start the processes that run files of answers: by fork_server.py where that is possible, and each
-by itself elsewhere."""
+"""Start the processes that run files of answers: through fork_server.py where possible, elsewhere
+each on its own."""
 
 import atexit
 import contextlib
@@ -47,7 +47,7 @@ class Worker:
         return self.status
 
     def wait(self, seconds: float) -> None:
-        """Wait until it ends, or for so long."""
+        """Wait until it ends, but no longer than this."""
         end = time.monotonic() + seconds
         while self.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
@@ -89,7 +89,7 @@ class ForkServer:
                     raise TimeoutError
                 return json.loads(replies.readline())
             except BaseException as error:
-                self.failed = True  # a late reply would be taken for that to the next request
+                self.failed = True  # a late reply would pass for that to the next request
                 if not isinstance(error, OSError | ValueError):
                     raise
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -103,8 +103,8 @@ class ForkServer:
         return Worker(pid, partial(self.ask, "poll", pid), kill)
 
     def is_usable(self) -> bool:
-        """Whether it runs, and is this process's: a fork of the one that has started it would read
-        the other's replies."""
+        """Whether it runs, and is this process's: a fork of the process that started it would read
+        that one's replies."""
         return self.is_own() and not self.failed and self.process.poll() is None
 
     def is_own(self) -> bool:
@@ -135,7 +135,7 @@ def start_worker(folder: Path, open_book: bool) -> Worker:
     """Run the answers in a folder in a session of their own. Raises InputError if no process can be
     started."""
     arguments = [str(folder), PACKAGE, "open" if open_book else "closed", str(MEMORY_LIMIT)]
-    if hasattr(os, "fork") and sys.platform != "darwin":  # libraries of macOS do not survive it
+    if hasattr(os, "fork") and sys.platform != "darwin":  # libraries of macOS do not survive a fork
         return fork_server().start(arguments)
     environment = {"TMPDIR": str(folder)}
     process = start_python([PROGRAM, *arguments], folder, environment, subprocess.DEVNULL)
@@ -160,7 +160,7 @@ def start_python(
 
 
 def did_not_start(status: int | None) -> InputError:
-    """The error if a process has ended too early, or has not begun."""
+    """The error for a process that has ended too early, or has not begun."""
     how = "still starting" if status is None else f"exit status {status}"
     return InputError(
         f"the process that runs answers did not start within {START_LIMIT} s ({how}); "
