@@ -2,7 +2,7 @@
 
 The *specification* is written in plain loops: slow and obvious. The *reference* is the package's
 own function; there is no second copy of it. A *mutant* is a wrong answer that students really
-give, with a one-sentence hint that does not give the answer away. It serves twice: it tests the
+give, with a short hint that does not give the answer away. It serves twice: it tests the
 checker (every mutant must fail), and an answer with the same results gets its hint.
 
 Test cases have distinct sizes along all axes, because square inputs hide swapped axes. Each has a
