@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def print_summary(folder: ImageFolder, source: Pictures) -> None:
-    """Print a summary of the dataset, and which files were skipped and why."""
+    """Print a summary of the data set, and which files were skipped and why."""
     for line in folder.skipped[:LISTED_FILES]:
         print(f"skipped: {line}", file=sys.stderr)
     if len(folder.skipped) > LISTED_FILES:

@@ -1,8 +1,8 @@
 """Images and captions to train on.
 
 Modules, each of which imports only from those above it:
-    class_names    what the classes of MNIST and datasets like it are called
-    mnist          MNIST and datasets like it, with captions made from labels and measurements
+    class_names    what the classes of MNIST and data sets like it are called
+    mnist          MNIST and data sets like it, with captions made from labels and measurements
     formats        which image files are read
     pictures       reading images, masks and arrays
     caption_files  the captions of a folder's images, by name

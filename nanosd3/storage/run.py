@@ -44,7 +44,7 @@ WEIGHTS = "weights"  # in the identity: a path, which says where they are, not w
 
 
 class Contents(TypedDict):
-    """What a dataset is made of."""
+    """What a data set is made of."""
 
     columns: list[str]  # what each checksum covers
     rows: dict[str, list[str]]  # by name, such as a file's: a checksum for each column
