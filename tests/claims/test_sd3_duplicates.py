@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from nanosd3.claims import __main__ as command
+from nanosd3.claims import sd3_duplicates
 from nanosd3.claims.catalogue import EXPERIMENTS
 from nanosd3.claims.copy_detection import (
     TRAINED_FOR_IT,
+    found_repeats,
     precision_and_recall,
     rare_distance,
     repeats,
@@ -216,7 +218,21 @@ def out(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("out")
 
 
-def test_runs(tiny_run, out):
+def test_runs(tiny_run, out, monkeypatch):
+    """With a detector that finds all copies, which are what the second network does not see."""
+    kept = []
+
+    def all_found(scorer, detector, planted):
+        return planted.is_copy, found_repeats(scorer, detector, planted)[1]
+
+    class Watched(RepeatedDigits):
+        def __init__(self, planted, config, images):
+            super().__init__(planted, config, images)
+            kept.append(images)
+            assert torch.equal(~images, planted.is_copy & (len(kept) % 2 == 0))
+
+    monkeypatch.setattr(sd3_duplicates, "found_repeats", all_found)
+    monkeypatch.setattr(sd3_duplicates, "RepeatedDigits", Watched)
     for name in NAMES:
         words = [name, "--run", str(tiny_run), "--out", str(out), "--seeds", "1", "--fast"]
         assert run_main(lambda words=words: command.main(words)) == 0
@@ -224,7 +240,7 @@ def test_runs(tiny_run, out):
     first, second = (
         json.loads((out / "fast" / f"{name}.json").read_text())["results"] for name in NAMES
     )
-    assert first == second  # nothing was trained twice
+    assert first == second and len(kept) == 4  # nothing was trained twice
     networks = {path.name: path for path in (out / "fast" / "networks").iterdir()}
     assert set(networks) == {
         "copy-detector-0", "depth-1-with-repeats-0", "depth-1-repeats-left-out-0"
@@ -239,7 +255,7 @@ def test_runs(tiny_run, out):
 
 def test_copies_are_counted(tiny_run, out, monkeypatch):
     """Repeated images in place of samples for their captions, unseen ones for the others."""
-    from nanosd3.claims import sd3_duplicates, sd3_variants
+    from nanosd3.claims import sd3_variants
     from nanosd3.claims.experiment import Conditions
     from nanosd3.machine.distributed import SINGLE_PROCESS
     from nanosd3.pipeline import Pipeline
