@@ -1,5 +1,7 @@
 """User-facing errors, and values in their messages."""
 
+from collections.abc import Iterable
+
 SHOWN = 80  # characters of a value in a message
 
 
@@ -31,6 +33,11 @@ def shown(value: object) -> str:
     if isinstance(value, str):
         return f"{value[:SHOWN]!r}... ({len(value):,} characters)"
     return shortened(text)
+
+
+def options_of(names: Iterable[str]) -> str:
+    """The command-line options of arguments: "--clip-l, --t5" of clip_l and t5."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def listed(items: list[str], limit: int = 3) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from nanosd3.cli import Parser, image_count, positive, run_main, unicode_text
 from nanosd3.data.pictures import read_image, read_mask
-from nanosd3.errors import InputError, shown
+from nanosd3.errors import InputError, options_of, shown
 from nanosd3.few_steps import ALL_SAMPLERS
 from nanosd3.machine.device import set_up
 from nanosd3.official.checkpoint import open_checkpoint
@@ -147,7 +147,7 @@ def check_report(args: argparse.Namespace) -> None:
     read = {"model", "run", "weights", "report", *files_of(args)}
     for name, usual in vars(parse([])).items():
         if name not in read and getattr(args, name) != usual:
-            option = "PROMPT" if name == "prompts" else f"--{name.replace('_', '-')}"
+            option = "PROMPT" if name == "prompts" else options_of([name])
             raise InputError(f"{option} has no effect with --report, which draws nothing")
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nanosd3.arguments import several, whole_number
 from nanosd3.clip import CLIPText
 from nanosd3.config_types import CLIPConfig, TextConfig
-from nanosd3.errors import InputError, listed, shown
+from nanosd3.errors import InputError, listed, options_of, shown
 from nanosd3.lazy_modules import LazyModules
 from nanosd3.t5 import T5Encoder
 from nanosd3.tokenizers import BPE, PAD, Unigram, pad_or_truncate
@@ -227,7 +227,7 @@ class TextEncoders:
         for name in absent:
             if name != "t5":
                 raise InputError(
-                    f"{name} is absent; name its file (--{name.replace('_', '-')}), "
+                    f"{name} is absent; name its file ({options_of([name])}), "
                     f"or leave it out knowingly (--drop {name})"
                 )
         message = "t5 is absent; zeros stand for its tokens, as when it was dropped in training"

@@ -15,7 +15,7 @@ import torch
 from nanosd3.arguments import path_of
 from nanosd3.components import COMPONENTS
 from nanosd3.config_types import Config
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, options_of
 from nanosd3.official import own_runs
 from nanosd3.official.detect import config_of, file_of, refuse_scaled
 from nanosd3.official.find_parts import (
@@ -70,8 +70,8 @@ def open_checkpoint(
     unassigned: list[str] = []
     if (path / "run.json").exists():
         if replacements:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in replacements)
-            raise InputError(f"{path}: a run has all its components; omit {options}")
+            given = options_of(replacements)
+            raise InputError(f"{path}: a run has all its components; omit {given}")
         return open_run(path, weights)
     if weights:
         raise InputError(f"{path}: is not a training run; omit --weights")
@@ -99,10 +99,9 @@ def open_checkpoint(
         detected_by = "exported by nanosd3"
         absent = [name for name in COMPONENTS if name not in parts]
         if absent and tokenizers.words:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in absent)
             raise InputError(
                 f"{path}: holds no {', '.join(absent)}, required by its transformer; "
-                f"name the file ({options}) or export the model again"
+                f"name the file ({options_of(absent)}) or export the model again"
             )
     else:
         own_runs.refuse_own(parts, path)

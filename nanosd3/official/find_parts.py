@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from nanosd3.errors import InputError
+from nanosd3.errors import InputError, options_of
 from nanosd3.official.detect import UNET, refuse_foreign
 from nanosd3.official.folders import first_few, open_file, open_folder, weight_like_files
 from nanosd3.official.key_names import FOLDERS, PREFIXES, from_diffusers, is_known_extra
@@ -158,7 +158,7 @@ def refuse_misplaced_encoders(folder: Path, absent: Collection[str]) -> None:
         ]:
             raise InputError(
                 f"{folder}: has no weights in {subfolder}, but {first_few(found)}; name the file "
-                f"or folder (--{name.replace('_', '-')}), or move it away to go without"
+                f"or folder ({options_of([name])}), or move it away to go without"
             )
 
 
@@ -222,10 +222,9 @@ def refuse_unclear_encoders(absent: Collection[str], names: Iterable[str], path:
         and not any(other in name for other in present)
     ]
     if absent and unclear:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in absent)
         raise InputError(
             f"{path}: holds no {first_few(absent)} under known names; found {outline(unclear)}; "
-            f"name a file for it ({options})"
+            f"name a file for it ({options_of(absent)})"
         )
 
 
