@@ -1,9 +1,12 @@
 """What is read from hand-ins, Python and notebooks, and what is graded of a class's folder."""
 
+import ast
 import contextlib
 import csv
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -313,6 +316,26 @@ def test_a_pipe_is_not_opened(tmp_path, name):
 
 
 # --- what is graded -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.py", "a.ipynb"])
+def test_one_thread_parses_at_a_time(tmp_path, monkeypatch, name):
+    """CPython may fail if two build trees at once, and they share the filters of warnings."""
+    parse, inside, most = ast.parse, [], []
+
+    def slow(*arguments):
+        inside.append(arguments)
+        time.sleep(0.05)
+        most.append(len(inside))
+        inside.pop()
+        return parse(*arguments)
+
+    monkeypatch.setattr(ast, "parse", slow)
+    file = tmp_path / name
+    file.write_text("x = 1\n") if file.suffix == ".py" else notebook(file, "x = 1")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read_hand_in, [file] * 4, [["shift"]] * 4))
+    assert most == [1] * 4
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ PIPELINE, LAZY, SETTINGS = "pipeline.py", "lazy_modules.py", "torch_settings.py"
 LOOP, FILES = "training/loop.py", "storage/files.py"
 EXPERIMENT = "claims/experiment.py"
 MAPPED, ARCHIVES = "storage/mapped.py", "official/archives.py"
-CHECKER = "exercises/grader/checker.py"
+CHECKER, CELLS = "exercises/grader/checker.py", "exercises/grader/notebook_cells.py"
 WORKERS, FORKS = "exercises/grader/workers.py", "exercises/grader/fork_server.py"
 ROPE, TILES = "related/axial_rope.py", "related/neighbourhood.py"
 TENSORS, OWN_RUNS = "official/tensors.py", "official/own_runs.py"
@@ -73,6 +73,7 @@ FAULTS_ONE_PROCESS = [
      "temporary files elsewhere"),
     (FORKS, "            os.dup2(null, stream)\n", "            os.dup2(null, 2)\n",
      "answers read the requests"),
+    (CELLS, "with _lock, warnings.", "with warnings.", "threads parse at the same time"),
     (EXPERIMENT, " or kept[key][0] != content", "", "results of a run that is gone"),
     (EXPERIMENT, "if key not in kept or", "if not kept or", "results of other conditions"),
     # files that change, and threads

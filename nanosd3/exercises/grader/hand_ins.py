@@ -12,13 +12,12 @@ import io
 import re
 import symtable
 import tokenize
-import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanosd3.errors import InputError
-from nanosd3.exercises.grader.notebook_cells import Cell, parsed, read_cells
+from nanosd3.exercises.grader.notebook_cells import Cell, parsed, parsing, read_cells
 from nanosd3.exercises.grader.predictions import Predictions, find_predictions
 from nanosd3.storage.files import read_regular
 from nanosd3.storage.user_files import decode_text
@@ -72,7 +71,7 @@ def compiled(file: Path, content: bytes) -> tuple[str, ast.Module]:
         encoding = "utf-8"  # an invalid or unknown one is reported below
     text = decode_text(content, file, encoding.removesuffix("-sig"))
     try:
-        with warnings.catch_warnings(action="ignore"):  # about the student's style
+        with parsing():
             compile(content, str(file), "exec")
             return text, ast.parse(content)
     except SyntaxError as error:

@@ -1,8 +1,11 @@
 """The cells of Jupyter notebooks, and the Python in them."""
 
 import ast
+import contextlib
 import re
+import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from nanosd3.storage.user_files import decode_text
 
 PYTHON_MAGICS = ("%%time", "%%capture")  # first lines of cells that are still Python
 MOST_MAGICS = 100  # lines in a cell that are IPython's
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,24 @@ def read_cells(file: Path, content: bytes) -> list[Cell]:
         ) from None
 
 
+@contextlib.contextmanager
+def parsing() -> Iterator[None]:
+    """For parsing Python: warnings about its style are ignored, and one thread parses at a time.
+
+    Threads share the filters of warnings, and CPython may fail with a SystemError if two threads
+    build syntax trees at once (python/cpython#106905).
+    """
+    with _lock, warnings.catch_warnings(action="ignore"):
+        yield
+
+
 def parsed(cell: str) -> tuple[ast.Module, list[str]]:
     """A cell's syntax tree and lines, with IPython's own lines (%magic, !shell, help?) replaced by
     `pass`. Raises SyntaxError if it is not Python."""
     lines = cell.split("\n")
     if lines[0].startswith("%%") and not lines[0].startswith(PYTHON_MAGICS):
-        return ast.parse(""), []  # another language
-    with warnings.catch_warnings(action="ignore"):
+        return ast.Module([], []), []  # another language
+    with parsing():
         for _ in range(MOST_MAGICS):
             try:
                 return ast.parse("\n".join(lines)), lines
