@@ -48,7 +48,9 @@ from nanosd3.training.stages import Job, build, finish_or_load, fit_average, tra
 
 METHODS = ("distillation", "training")
 RECIPES = {
-    ("distillation", "mnist"): Recipe(300, batch=64, lr=1e-3, warmup=20, weight_decay=0.0),
+    ("distillation", "mnist"): Recipe(
+        480, batch=32, lr=4e-3, warmup=20, weight_decay=0.0, optimizer="muon"
+    ),
     ("distillation", "tiny"): Recipe(4, batch=16, lr=1e-3, warmup=1, weight_decay=0.0),
     ("training", "mnist"): Recipe(2000, batch=64, lr=8e-3, warmup=100, weight_decay=0.0),
     ("training", "tiny"): Recipe(4, batch=16, lr=8e-3, warmup=1, weight_decay=0.0),

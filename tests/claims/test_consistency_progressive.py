@@ -85,7 +85,7 @@ def test_the_first_teacher_is_guided(opened):
 def test_as_many_passes_as_the_consistency_model():
     steps = RECIPES["distillation", "mnist"].steps
     halving = progressive.CONSISTENCY_PASSES * steps // sum(progressive.PROGRESSIVE_PASSES)
-    assert (steps, halving) == (300, 109)
+    assert (steps, halving) == (480, 174)
     assert len(progressive.PROGRESSIVE_PASSES) == len(progressive.HALVED)
 
 
