@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
 from nanosd3.cli import command_line
-from nanosd3.components import on_meta
+from nanosd3.components import shapes
 from nanosd3.config import CONFIGS
 from nanosd3.config_types import Config
 from nanosd3.errors import InputError
@@ -92,9 +92,9 @@ def open_run_weights(path: Path, config: Config, prefixes: dict[str, str]) -> St
     """
     state = open_weights(path, pickles=False)
     expected = {
-        prefix + key: tensor
+        prefix + key: shape
         for name, prefix in prefixes.items()
-        for key, tensor in on_meta(config, name).state_dict().items()
+        for key, shape in shapes(config, name).items()
     }
     check_state(path, expected, state)
     return state

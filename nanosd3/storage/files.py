@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -236,18 +236,17 @@ class Shaped(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def check_state(path: Path, expected: Mapping[str, Shaped], got: Mapping[str, Shaped]) -> None:
-    """Raise InputError naming the first key that is missing, unexpected or of another shape."""
-    for key in expected:
+def check_state(path: Path, shapes: Mapping[str, Sequence[int]], got: Mapping[str, Shaped]) -> None:
+    """Raise InputError naming the first key that is missing, unexpected or not of its shape."""
+    for key, shape in shapes.items():
         if key not in got:
             raise InputError(f"{path}: tensor {key} is missing")
-        if tuple(got[key].shape) != tuple(expected[key].shape):
+        if tuple(got[key].shape) != tuple(shape):
             raise InputError(
-                f"{path}: tensor {key} has shape {tuple(got[key].shape)}, "
-                f"expected {tuple(expected[key].shape)}"
+                f"{path}: tensor {key} has shape {tuple(got[key].shape)}, expected {tuple(shape)}"
             )
     for key in got:
-        if key not in expected:
+        if key not in shapes:
             raise InputError(f"{path}: unexpected tensor {key}")
 
 
@@ -257,7 +256,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     Raises InputError naming the file.
     """
     state = read_tensors(path)
-    check_state(path, module.state_dict(), state)
+    check_state(path, {key: t.shape for key, t in module.state_dict().items()}, state)
     module.load_state_dict(state)
 
 

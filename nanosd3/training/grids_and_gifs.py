@@ -108,7 +108,7 @@ def side_by_side(columns: list[tuple[str, Image.Image]]) -> Image.Image:
 def png(picture: Image.Image) -> bytes:
     """The content of a PNG file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "png", optimize=True)
+    picture.save(buffer, "png")
     return buffer.getvalue()
 
 
