@@ -23,6 +23,7 @@ published checkpoints. Paper: arXiv 2212.09748, section 3.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -234,6 +235,7 @@ def initialise_dit(model: DiT) -> None:
     nn.init.zeros_(model.final_layer.linear.weight)  # the first output is 0
 
 
+@cache  # the largest takes a second
 def multiply_adds(config: DiTConfig) -> int:
     """Multiply-adds of a forward pass on one image (the paper's flops); nothing is computed."""
     with torch.device("meta"):

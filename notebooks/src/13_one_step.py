@@ -470,9 +470,9 @@ for name, x in shown.items():
 #
 # One step of Euler draws the mean of a class, which is no digit that anybody wrote, yet is read
 # without fail; accuracy rewards blur (notebook 06), so look at the distance. The student of the
-# main job, distilled for 300 steps, is read as asked 99.5% of the time at 2.85 times the distance
+# main job, distilled for 480 steps, is read as asked 99.5% of the time at 2.61 times the distance
 # of other real digits; so is its teacher, with 46 evaluations. Its second jump, with half of the
-# noise fresh, comes to 1.63 times ([the table](../nanosd3/related/README.md#consistency-models)).
+# noise fresh, comes to 1.53 times ([the table](../nanosd3/related/README.md#consistency-models)).
 # With all of it fresh, each jump would apply the built-in guidance once more, and digits grow
 # alike.
 #
