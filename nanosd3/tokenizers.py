@@ -23,7 +23,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -121,8 +121,9 @@ class BPE:
         return type(self), (self.merges, self.vocab)  # without the cache, which this object owns
 
     @classmethod
+    @cache
     def official(cls) -> "BPE":
-        """The vocabulary of 49,408 shared by both CLIPs."""
+        """The vocabulary of 49,408 shared by both CLIPs, read once."""
         lines = gzip.decompress((ASSETS / "clip_merges.txt.gz").read_bytes()).decode().splitlines()
         merges = [(left, right) for left, right in map(str.split, lines)]
         return cls(merges, vocab=49408)
@@ -222,8 +223,9 @@ class Unigram:
         return type(self), (self.pieces, self.lower_case)
 
     @classmethod
+    @cache
     def official(cls) -> "Unigram":
-        """The 32,000 pieces and 100 sentinels of T5 v1.1."""
+        """The 32,000 pieces and 100 sentinels of T5 v1.1, read once."""
         return cls([(piece, score) for piece, score in t5_tokenizer()["model"]["vocab"]])
 
     @classmethod

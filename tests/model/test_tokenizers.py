@@ -70,6 +70,10 @@ def test_sizes():
     assert len(UNIGRAM_FULL.pieces) == 32100 and UNIGRAM_FULL.sentinel(0) == 32099
 
 
+def test_published_vocabularies_are_read_once():
+    assert BPE.official() is BPE_FULL and Unigram.official() is UNIGRAM_FULL
+
+
 def test_fit_length():
     assert pad_or_truncate([7, 1, 2, 9], 6, 0) == [7, 1, 2, 9, 0, 0]
     assert pad_or_truncate([7, 1, 2, 9], 3, 0) == [7, 1, 9]
