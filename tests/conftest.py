@@ -1,5 +1,6 @@
 """A finished tiny run, trained once for all tests that need one."""
 
+import gc
 import os
 import shutil
 from dataclasses import replace
@@ -29,6 +30,11 @@ settings.register_profile(
     "same", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("same")
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: the collections that tests ask for need not look at it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
