@@ -52,7 +52,9 @@ RECIPES = {
         480, batch=32, lr=4e-3, warmup=20, weight_decay=0.0, optimizer="muon"
     ),
     ("distillation", "tiny"): Recipe(4, batch=16, lr=1e-3, warmup=1, weight_decay=0.0),
-    ("training", "mnist"): Recipe(2000, batch=64, lr=8e-3, warmup=100, weight_decay=0.0),
+    ("training", "mnist"): Recipe(
+        1900, batch=64, lr=8e-3, warmup=100, weight_decay=0.0, optimizer="muon"
+    ),
     ("training", "tiny"): Recipe(4, batch=16, lr=8e-3, warmup=1, weight_decay=0.0),
 }
 EMA_DECAY = {"distillation": 0.99, "training": 0.995}
