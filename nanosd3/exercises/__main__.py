@@ -13,8 +13,8 @@ Files of answers are .py files or notebooks (.ipynb); grade-all looks into subfo
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,13 +32,14 @@ from nanosd3.exercises.grader.gradebook import (
     refused_row,
     to_csv,
     to_text,
+    ungraded_row,
 )
 from nanosd3.exercises.grader.grading import grade, missing_limits
 from nanosd3.exercises.grader.hand_ins import MARK, SUFFIXES, HandIn, read_hand_in
 from nanosd3.exercises.grader.predictions import to_csv as predictions_csv
 from nanosd3.exercises.grader.progress import progress
 from nanosd3.machine.device import cores
-from nanosd3.storage.files import write_file
+from nanosd3.storage.files import check_writable, write_file
 
 
 def select(only: Sequence[str], origin: str = "--only") -> list[Exercise]:
@@ -97,8 +98,11 @@ def summary(verdicts: list[Verdict]) -> dict:
 
 
 def asked(file: Path, hand_in: HandIn, only: Sequence[str]) -> list[Exercise]:
-    """The exercises to grade: those in `only`, or those that the file names, or all."""
-    return select(only) if only else select(hand_in.exercises, f"{file}: {MARK.strip()}")
+    """The exercises to grade: those in `only`, or those that the file names, or all. A file of
+    stubs may name topics; a notebook names exercises, and `attention` is both."""
+    if only or not hand_in.exercises or file.suffix.lower() != ".ipynb":
+        return select(only or hand_in.exercises, "--only" if only else f"{file}: {MARK.strip()}")
+    return [e for e in EXERCISES.values() if e.name in hand_in.exercises]
 
 
 def read_ones(hand_ins: dict[Path, HandIn | InputError]) -> list[tuple[Path, HandIn]]:
@@ -182,15 +186,18 @@ def read_class(
 
 def grade_all(
     folder: Path, target: Path, predictions: Path | None, only: list[str], open_book: bool
-) -> None:
+) -> int:
     """Grade all files of answers in a folder and its subfolders, and write a CSV table, and
-    another of their predictions if asked for."""
+    another of their predictions if asked for. Returns 1 if some could not be graded, else 0."""
     for option, table in (("--csv", target), ("--predictions", predictions)):
         if table and table.is_dir():
             raise InputError(f"{option} {table}: is a folder; name a file")
     if predictions and predictions.resolve() == target.resolve():
         raise InputError(f"--predictions {predictions}: is also the file of --csv; name another")
     tables = [target, predictions] if predictions else [target]
+    for table in tables:
+        if table.parent.is_dir():
+            check_writable(table)
     hand_ins, left_out = read_class(folder, tables, open_book)
     exercises = select(only or named_by(hand_ins))
     warn_of_missing_limits()
@@ -202,23 +209,44 @@ def grade_all(
         written = str(hand_in.predictions or "")
         try:
             verdicts = grade(file, exercises, open_book)
-        except Exception as error:  # one bad file must not stop the rest
-            return refused_row(name, exercises, f"{file}: {error}", written)
+        except (
+            Exception
+        ) as error:  # the machine's fault, or the grader's; it must not stop the rest
+            return ungraded_row(name, exercises, f"{file}: {error}", written)
         return Row(name, verdicts, notes=not_graded(hand_in, exercises), predictions=written)
 
-    with ThreadPoolExecutor(cores()) as pool:
-        rows = list(tqdm(pool.map(row, hand_ins), "grading", total=len(hand_ins)))
+    rows = rows_of(row, list(hand_ins))
+    print(to_text(rows, exercises))
     write_file(target, to_csv(rows, exercises))
     if predictions:
         found = {f.relative_to(folder).as_posix(): h.predictions for f, h in read_ones(hand_ins)}
         write_file(predictions, predictions_csv({f: p for f, p in found.items() if p}))
-    print(to_text(rows, exercises))
     if not only:
         print(f"asked for {len(exercises)} exercises, going by the files; --only chooses others")
-    refused = sum(bool(row.error) for row in rows)
+    refused = sum(bool(row.error and row.is_graded) for row in rows)
+    missing = sum(not row.is_graded for row in rows)
     others = f" ({listed(left_out)})" if left_out else ""
-    counts = f"graded {len(rows) - refused} files, refused {refused}, left out {len(left_out)}"
-    print(f"{counts}{others}; wrote {' and '.join(map(str, tables))}")
+    counts = f"graded {len(rows) - refused - missing} files, refused {refused}"
+    counts += f", could not grade {missing}: try again" if missing else ""
+    print(f"{counts}, left out {len(left_out)}{others}; wrote {' and '.join(map(str, tables))}")
+    return 1 if missing else 0
+
+
+def rows_of(row: Callable[[Path], Row], files: list[Path]) -> list[Row]:
+    """The rows of a class, several at a time; then, alone, those of files that could not be graded
+    beside others, such as one that had filled the disk."""
+    with ThreadPoolExecutor(cores()) as pool:
+        futures = {pool.submit(row, file): file for file in files}
+        try:
+            done = tqdm(as_completed(futures), "grading", total=len(files))
+            rows = {futures[future]: future.result() for future in done}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for file in files:
+        if not rows[file].is_graded:
+            rows[file] = row(file)
+    return [rows[file] for file in files]
 
 
 def default_folder() -> Path:
@@ -254,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif args.command == "grade":
         grade_file(args.path, args.only, args.open_book, args.json)
     else:
-        grade_all(args.path, args.csv, args.predictions, args.only, args.open_book)
+        return grade_all(args.path, args.csv, args.predictions, args.only, args.open_book)
     return 0
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nanosd3 import few_steps
 from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, large, normal
-from nanosd3.exercises.grader.sandbox import FIELD
+from nanosd3.exercises.grader.recording import FIELD
 from nanosd3.related import consistency
 
 Velocity = Callable[[Tensor, Tensor], Tensor]

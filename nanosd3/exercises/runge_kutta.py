@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanosd3 import samplers
 from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
-from nanosd3.exercises.grader.sandbox import FIELD
+from nanosd3.exercises.grader.recording import FIELD
 from nanosd3.related import solvers
 
 Velocity = Callable[[Tensor, Tensor], Tensor]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanosd3 import flow, samplers
 from nanosd3.exercises.grader.exercise import Case, Exercise, Mutant, normal
-from nanosd3.exercises.grader.sandbox import FIELD
+from nanosd3.exercises.grader.recording import FIELD
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 

@@ -43,7 +43,7 @@ from nanosd3.training.grids_and_gifs import grid_of
 from nanosd3.training.stages import training_of
 
 RECIPES_OF_DIT = {
-    "mnist": Recipe(2000, batch=64, lr=8e-3, warmup=50, weight_decay=0.0),
+    "mnist": Recipe(2000, batch=64, lr=8e-3, warmup=50, weight_decay=0.0, optimizer="muon"),
     "tiny": Recipe(4, batch=16, lr=8e-3, warmup=1, weight_decay=0.0),
 }
 EMA_DECAY_OF_DIT = 0.995

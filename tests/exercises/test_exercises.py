@@ -10,7 +10,7 @@ import torch
 
 from nanosd3.exercises import EXERCISES, check
 from nanosd3.exercises.grader.checker import assess, close, judge, result_of
-from nanosd3.exercises.grader.sandbox import record, record_values
+from nanosd3.exercises.grader.recording import record, record_values
 from nanosd3.related.consistency import huber_constant, pseudo_huber, teacher_step
 
 MUTANTS = [(e, m) for e in EXERCISES.values() for m in e.mutants]

@@ -3,6 +3,7 @@
 import csv
 import inspect
 import json
+import re
 import textwrap
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from support.commands import refused
 
-from nanosd3 import flow
+from nanosd3 import flow, patchify
+from nanosd3.errors import InputError
 from nanosd3.exercises import EXERCISES, __main__
 from nanosd3.exercises.grader import grading
 from nanosd3.exercises.grader.checker import Verdict
@@ -225,11 +227,36 @@ ODD_BUT_INNOCENT = (
 
 @pytest.mark.parametrize(
     "text",
-    [ODD_BUT_INNOCENT, RIGHT + "\ninput('done?')\n"],
-    ids=["many", "input"],
+    [
+        ODD_BUT_INNOCENT,
+        RIGHT + "\ninput('done?')\n",
+        "import os\nos.makedirs('figures/new', exist_ok=True)\n1 / 0\n" + RIGHT,
+        RIGHT + "\nvelocity_target = torch.rsub\n",
+        "import torch\n" + RIGHT.replace("def shift", "@torch.jit.ignore\ndef shift"),
+    ],
+    ids=["many", "input", "folders and an error", "a function of torch", "a decorator of torch"],
 )
 def test_innocent_files_keep_their_points(verdicts, text):
     assert {v.status for v in verdicts(text).values()} == {"right"}
+
+
+def test_an_answer_may_refuse_input_by_any_error(tmp_path):
+    """As a stub does, which refuses everything."""
+    source = inspect.getsource(patchify.patchify)
+    source = re.sub(r"raise ValueError.*", "raise NotImplementedError", source)
+    (tmp_path / "hw.py").write_text(HEAD + source)
+    [verdict] = grading.grade(tmp_path / "hw.py", [EXERCISES["patchify"]])
+    assert verdict.status == "right", verdict
+
+
+def test_lines_that_threads_run_count(verdicts):
+    body = """
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(slowly, x0, noise).result()"""
+    slow = "\ndef slowly(x0, noise):\n    for _ in range(50_000): pass\n    return noise - x0\n"
+    results = verdicts(slow + replaced("velocity_target", body))
+    assert "lines of Python" in results["velocity_target"].message
 
 
 def test_names_imported_from_torch_are_no_answers(verdicts):
@@ -308,6 +335,42 @@ def test_a_class_is_graded(tmp_path):
     assert [row["file"] for row in rows[3:]] == [
         f"(files: {s})" for s in ("right", "wrong", "timed out", "refused", "not attempted")
     ]
+
+
+def test_what_is_not_the_file_s_fault_costs_no_points(tmp_path, capsys, monkeypatch):
+    """It is tried once more, alone; then the file has no score, and the status says so."""
+    (tmp_path / "a.py").write_text(RIGHT)
+    (tmp_path / "b.py").write_text(RIGHT)
+    table, tried = tmp_path / "t.csv", []
+
+    def full(folder):
+        tried.append(folder)
+        if len(tried) % 2 == 0 or len(tried) > 3:
+            raise InputError("no space left on the disk")
+
+    monkeypatch.setattr(grading, "check_space", full)
+    monkeypatch.setattr(__main__, "cores", lambda: 1)
+    command = ["grade-all", str(tmp_path), "--csv", str(table), "--only", *NAMES]
+    assert __main__.main(command) == 0 and len(tried) == 3
+    assert __main__.main(command) == 1 and len(tried) == 7
+    rows = list(csv.DictReader(table.open()))
+    assert [(row["score"], row["shift"]) for row in rows[:2]] == [("", "not graded")] * 2
+    assert "could not grade 2: try again" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_noticed(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text(RIGHT)
+    monkeypatch.setattr(grading, "SPACE_NEEDED", 2**60)
+    with pytest.raises(InputError, match="no space left on the disk"):
+        grading.grade(tmp_path / "a.py", CHOSEN)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder in which nobody may write")
+def test_a_table_that_cannot_be_written_is_refused_at_once(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.py").write_text(RIGHT)
+    monkeypatch.setattr(__main__, "grade", None)
+    command = ("grade-all", tmp_path, "--csv", Path("/proc/grades.csv"))
+    assert "cannot be written" in refused(capsys, __main__.main, *command)
 
 
 def test_bad_input(capsys, tmp_path):

@@ -84,6 +84,24 @@ def test_only_the_answers_of_a_notebook_are_run_and_what_they_need(tmp_path):
          {"shift": 8}, "1 of 2"),
         (('s = """\n%time\n"""\ndef shift(t, a): return s',), {"shift": "\n%time\n"}, "1 of 1"),
         (("if True:\n    !ls\nlimit = 9", "def shift(t, a): return limit"), {"shift": 9}, "1 of 2"),
+        (("k = 4.0", "k = k / 2", "def shift(t, a): return k"), {"shift": 2}, "1 of 3"),
+        (("k = 4\nk *= 2", "def shift(t, a): return k"), {"shift": 8}, "1 of 2"),
+        (("k = []\nk.append(3)", "def shift(t, a): return k"), {"shift": [3]}, "1 of 2"),
+        (("k = {}\nfor i in range(2):\n    k[i] = i", "def shift(t, a): return k"),
+         {"shift": {0: 0, 1: 1}}, "1 of 2"),
+        (("try:\n    import math as m\nexcept ImportError:\n    m = 0",
+          "def shift(t, a): return m.floor(m.pi)"), {"shift": 3}, "1 of 2"),
+        (("def f(): return f.k\nf.k = 6", "def shift(t, a): return f()"), {"shift": 6}, "1 of 2"),
+        (("import math", "math.nothing()", "def shift(t, a): return math.floor(2.5)"),
+         {"shift": 2}, "1 of 3"),
+        (("def mine(t, a): return 9", "shift = mine\ncheck('shift', shift)"), {"shift": 9}, "1 of"),
+        ((f"def shift(t, alpha):\n    {STUB}", "class Mine:\n    def __call__(s, t, a): return 4",
+          "shift = Mine()\ncheck('shift', shift)"), {"shift": 4}, "1 of 3"),
+        (("from functools import cache", "def shift(t, a): return [5]\nshift = cache(shift)\n"
+          "check('shift', shift)"), {"shift": [5]}, "1 of 2"),
+        (("def shift(t, a): return 1\ncheck('shift', shift)", "shift = 3.0"), {"shift": 1}, "1 of"),
+        (("def shift(t, a):\n    if a is None:\n        return 7\n"
+          "    raise NotImplementedError('other a')",), {"shift": 7}, "1 of 1"),
     ],
 )  # fmt: skip
 def test_what_an_answer_uses(tmp_path, cells, names, note):
@@ -122,6 +140,7 @@ def test_an_open_book_may_be_used(tmp_path):
 def test_our_notebooks_ask_for_their_exercises_and_answer_none(path):
     hand_in = read_hand_in(path, list(EXERCISES))
     answers = run(hand_in)
+    assert {e.name for e in __main__.asked(path, hand_in, [])} == set(hand_in.exercises)
     assert 2 <= len(hand_in.exercises) <= 5 and not hand_in.answered and not hand_in.refused
     assert hand_in.source.decode().count(STUB) == len(hand_in.exercises)
     assert len(hand_in.notes) == 1

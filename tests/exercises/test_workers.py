@@ -83,6 +83,12 @@ def test_one_that_hangs_is_stopped(server, tmp_path, monkeypatch):
     assert processes_of(server) == []
 
 
+def test_it_survives_what_the_system_refuses(server, tmp_path):
+    with pytest.raises(InputError, match="No child processes"):
+        server.ask("poll", os.getpid())
+    assert status_of(tmp_path, RIGHT) == "right" and workers.fork_server() is server
+
+
 def test_threads_share_it(server, tmp_path):
     folders = [tmp_path / str(i) for i in range(6)]
     for folder in folders:

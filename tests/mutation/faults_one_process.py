@@ -7,6 +7,8 @@ LOOP, FILES = "training/loop.py", "storage/files.py"
 EXPERIMENT = "claims/experiment.py"
 MAPPED, ARCHIVES = "storage/mapped.py", "official/archives.py"
 CHECKER, CELLS = "exercises/grader/checker.py", "exercises/grader/notebook_cells.py"
+STATEMENTS, RECORDING = "exercises/grader/statements.py", "exercises/grader/recording.py"
+SANDBOX = "exercises/grader/sandbox.py"
 WORKERS, FORKS = "exercises/grader/workers.py", "exercises/grader/fork_server.py"
 ROPE, TILES = "related/axial_rope.py", "related/neighbourhood.py"
 TENSORS, OWN_RUNS = "official/tensors.py", "official/own_runs.py"
@@ -69,10 +71,23 @@ FAULTS_ONE_PROCESS = [
     (WORKERS, "        if self.is_own():\n", "        if self.process:\n",
      "a fork ends the server of the process it was"),
     (FORKS, "        os.chdir(folder)\n", "", "files of an answer elsewhere"),
-    (FORKS, 'os.environ["TMPDIR"] = tempfile.tempdir = folder', 'os.environ["TMPDIR"] = folder',
+    (FORKS, '["MPLCONFIGDIR"] = tempfile.tempdir = folder', '["MPLCONFIGDIR"] = folder',
      "temporary files elsewhere"),
     (FORKS, "            os.dup2(null, stream)\n", "            os.dup2(null, 2)\n",
      "answers read the requests"),
+    (STATEMENTS, "*before[-1:], *in_time[-1:]", "*in_time[-1:]", "a name bound in two steps"),
+    (STATEMENTS, "return found + [s for s in changing if s.cell <= user.cell and s is not user]",
+     "return found", "what changes an object that an answer uses"),
+    (RECORDING, "    threading.settrace(count)\n", "", "threads take any number of lines"),
+    (RECORDING, "first=not values", "first=True", "an answer that refuses input looks like a stub"),
+    (SANDBOX, "            if not isinstance(error, Exception):  #", "            if True:  #",
+     "an error takes the answers after it"),
+    (FORKS, "except OSError as error:  #", "except KeyError as error:  #",
+     "a server that the system refuses a process ends"),
+    ("exercises/__main__.py", "        if not rows[file].is_graded:\n", "        if False:\n",
+     "a file that could not be graded beside others"),
+    ("exercises/__main__.py", "return 1 if missing else 0", "return 0",
+     "files without a grade, and success"),
     (CELLS, "with _lock, warnings.", "with warnings.", "threads parse at the same time"),
     (EXPERIMENT, " or kept[key][0] != content", "", "results of a run that is gone"),
     (EXPERIMENT, "if key not in kept or", "if not kept or", "results of other conditions"),

@@ -198,8 +198,8 @@ def test_the_tests_named_in_the_gallery_exist():
 
 WITH_REFERENCE = """
 from nanosd3.exercises import EXERCISES
-from nanosd3.exercises.grader import sandbox
-sandbox.devices_of = lambda *_: ["meta"]  # the same in every notebook, and slow to import
+from nanosd3.exercises.grader import recording
+recording.devices_of = lambda *_: ["meta"]  # the same in every notebook, and slow to import
 check("{name}", EXERCISES["{name}"].reference)
 """
 WITH_SOLUTION = '\n{name}, solved = EXERCISES["{name}"].reference, True\n'

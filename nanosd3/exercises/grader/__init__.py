@@ -2,10 +2,12 @@
 
 Modules, each of which imports only from those above it:
     exercise        an exercise, its test cases and common wrong answers
-    sandbox         runs answers in a restricted process and records the results
+    recording       calls answers and records the results
+    sandbox         the restricted process in which files of answers run
     comparison      compares results and says in what way they differ
     checker         judges recorded results and says what is wrong
     notebook_cells  reads the cells of notebooks
+    statements      which statements of a notebook an answer needs
     predictions     finds the predictions in a notebook
     hand_ins        reads files of answers, Python and notebooks
     fork_server     has torch loaded and forks the processes that run answers

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanosd3.exercises.grader.comparison import REFUSED, close, describe, difference, kind_of
 from nanosd3.exercises.grader.exercise import Case, Exercise
-from nanosd3.exercises.grader.sandbox import (
+from nanosd3.exercises.grader.recording import (
     LINES,
     Field,
     attempt,

@@ -6,6 +6,8 @@ until its input is closed:
     ["start", FOLDER, PACKAGE, "open" or "closed", MEMORY]    the pid of a process that runs sandbox
     ["poll", PID]                                             its exit status, or null while it runs
 
+or with a text, if the system refuses.
+
 This process never loads any part of a file of answers: answers run in the forked ones, which
 share no memory with it.
 """
@@ -32,7 +34,7 @@ def start(folder: str, package: str, book: str, memory: str) -> int:
         for stream in (0, 1):  # which carry the requests and replies
             os.dup2(null, stream)
         os.chdir(folder)
-        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        os.environ["TMPDIR"] = os.environ["MPLCONFIGDIR"] = tempfile.tempdir = folder
         sandbox.main(folder, package, book, memory)
         status = 0
     finally:
@@ -47,9 +49,13 @@ def poll(pid: int) -> int | None:
 
 def serve() -> None:
     sandbox.load()
+    reply: int | str | None
     for line in sys.stdin:
         name, *arguments = json.loads(line)
-        reply = start(*arguments) if name == "start" else poll(*arguments)
+        try:
+            reply = start(*arguments) if name == "start" else poll(*arguments)
+        except OSError as error:  # no more processes, or no memory for one
+            reply = error.strerror or str(error)
         print(json.dumps(reply), flush=True)
 
 

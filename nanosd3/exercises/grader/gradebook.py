@@ -14,24 +14,31 @@ from nanosd3.exercises.grader.hand_ins import SUFFIXES
 from nanosd3.exercises.grader.predictions import plain
 
 STATES = ("right", "wrong", "timed out", "refused", "not attempted")
+NOT_GRADED = "not graded"
 SHOWN = 10  # names in a list
 
 
 @dataclass(frozen=True)
 class Row:
-    """A graded file: its verdicts, in the order of the exercises, or why there are none."""
+    """A file: its verdicts, in the order of the exercises, and why it is not graded, if so."""
 
     file: str
     verdicts: Sequence[Verdict]
     error: str = ""
     notes: Sequence[str] = ()
     predictions: str = ""  # "5 of 6"; empty where none were asked for
+    is_graded: bool = True  # False: not for a fault of the file
 
 
-def refused_row(file: str, exercises: Sequence[Exercise], error: str, predictions: str = "") -> Row:
-    """The row of a file that cannot be graded."""
-    verdicts = [Verdict(e.name, "refused", 0, e.points, error) for e in exercises]
-    return Row(file, verdicts, error, predictions=predictions)
+def refused_row(file: str, exercises: Sequence[Exercise], error: str) -> Row:
+    """The row of a file that cannot be read or compiled."""
+    return Row(file, [Verdict(e.name, "refused", 0, e.points, error) for e in exercises], error)
+
+
+def ungraded_row(file: str, exercises: Sequence[Exercise], error: str, predictions: str) -> Row:
+    """The row of a file that was not graded, for no fault of its own: it has no score."""
+    verdicts = [Verdict(e.name, NOT_GRADED, 0, e.points, error) for e in exercises]
+    return Row(file, verdicts, error, predictions=predictions, is_graded=False)
 
 
 def find_hand_ins(folder: Path, written: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -89,7 +96,7 @@ def to_csv(rows: Sequence[Row], exercises: Sequence[Exercise]) -> bytes:
     out_of = sum(e.points for e in exercises)
     for row in rows:
         cells = [v.points if v.status == "right" else v.status for v in row.verdicts]
-        score = sum(v.points for v in row.verdicts)
+        score = sum(v.points for v in row.verdicts) if row.is_graded else ""
         notes = "; ".join(row.notes)
         first = [plain(row.file), score, out_of, row.predictions, plain(row.error)]
         writer.writerow([*first, *cells, plain(notes)])

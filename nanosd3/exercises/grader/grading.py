@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from nanosd3.errors import InputError
 from nanosd3.exercises.grader.checker import Verdict, assess
 from nanosd3.exercises.grader.exercise import Exercise
 from nanosd3.exercises.grader.hand_ins import HandIn, read_hand_in
@@ -28,6 +29,7 @@ EXERCISE_LIMIT = 10
 FILE_LIMIT = 300  # for one file, including restarts
 
 RECORD_LIMIT = 2**26  # bytes
+SPACE_NEEDED = 2**20  # bytes on the disk; with less, records may be missing
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Failure:
 
 def grade(file: Path, exercises: list[Exercise], open_book: bool = False) -> list[Verdict]:
     """Grade a file: one verdict per exercise. Raises InputError if the file cannot be read or
-    compiled, or if no process can be started for it."""
+    compiled, if no process can be started for it, or if the disk is full."""
     hand_in = read_hand_in(file, [e.name for e in exercises], open_book)
     with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -116,6 +118,15 @@ def run_worker(
         worker.wait(EXERCISE_LIMIT)  # everything is recorded; no need to wait longer
     finally:
         worker.stop()
+        check_space(folder)
+
+
+def check_space(folder: Path) -> None:
+    """Raise InputError if the disk is full: what failed then is no answer's fault."""
+    if shutil.disk_usage(folder).free < SPACE_NEEDED:
+        raise InputError(
+            f"no space left on the disk with {folder.parent}; free some, or set TMPDIR"
+        )
 
 
 def why_stopped(worker: Worker, seconds: int, what: str = "") -> Failure:

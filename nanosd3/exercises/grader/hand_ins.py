@@ -6,19 +6,23 @@ it, such as training, plots and the notebook's own text, would take minutes and 
 """
 
 import ast
-import builtins
 import difflib
 import io
 import re
-import symtable
 import tokenize
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanosd3.errors import InputError
 from nanosd3.exercises.grader.notebook_cells import Cell, parsed, parsing, read_cells
 from nanosd3.exercises.grader.predictions import Predictions, find_predictions
+from nanosd3.exercises.grader.statements import (
+    Statement,
+    bindings,
+    why_not_run,
+    with_needs,
+)
 from nanosd3.storage.files import read_regular
 from nanosd3.storage.user_files import decode_text
 
@@ -89,12 +93,14 @@ def in_order(names: Collection[str], found: Collection[str]) -> tuple[str, ...]:
 
 def is_stub(node: ast.stmt) -> bool:
     """Whether it is a function still to be written: a docstring, `...`, or an error."""
-    if not isinstance(node, ast.FunctionDef):
-        return False
-    last = node.body[-1]
-    empty = isinstance(last, ast.Pass) or isinstance(getattr(last, "value", None), ast.Constant)
-    unwritten = isinstance(last, ast.Raise) and "NotImplementedError" in ast.unparse(last)
-    return unwritten or (empty and not isinstance(last, ast.Return))
+    return isinstance(node, ast.FunctionDef) and all(map(does_nothing, node.body))
+
+
+def does_nothing(node: ast.stmt) -> bool:
+    """Whether a statement of a stub does nothing, or says that something is to be written."""
+    unwritten = isinstance(node, ast.Raise) and "NotImplementedError" in ast.unparse(node)
+    constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return unwritten or constant or isinstance(node, ast.Pass)
 
 
 def near_misses(functions: list[ast.FunctionDef], names: Collection[str]) -> tuple[str, ...]:
@@ -112,34 +118,6 @@ def near_misses(functions: list[ast.FunctionDef], names: Collection[str]) -> tup
 # --- notebooks ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Statement:
-    """A top-level statement of a notebook that binds names: import, function, class, constant."""
-
-    node: ast.stmt
-    cell: int
-    line: int  # the first in its cell, counted from 1
-    text: list[str]  # its lines
-    binds: frozenset[str]
-    needs: frozenset[str]  # global names
-
-    @property
-    def modules(self) -> set[str]:
-        """The top-level modules that it imports."""
-        if isinstance(self.node, ast.ImportFrom):
-            return {(self.node.module or "").split(".")[0]}
-        if isinstance(self.node, ast.Import):
-            return {alias.name.split(".")[0] for alias in self.node.names}
-        return set()
-
-    def answers(self, names: Collection[str]) -> str | None:
-        """The exercise that it answers, if any: by a function, a class or a lambda."""
-        value = getattr(self.node, "value", None)
-        if isinstance(self.node, ast.FunctionDef | ast.ClassDef) or isinstance(value, ast.Lambda):
-            return next((name for name in self.binds if name in names), None)
-        return None
-
-
 def of_notebook(notebook: list[Cell], names: Collection[str], open_book: bool) -> HandIn:
     """The answers in a notebook, with what they need, and its predictions. If an exercise is
     answered twice, the last answer counts, as in the notebook itself."""
@@ -153,7 +131,13 @@ def of_notebook(notebook: list[Cell], names: Collection[str], open_book: bool) -
             where = f"code cell {number}, line {getattr(error, 'lineno', None) or 1}"
             reason = f"{where}: {getattr(error, 'msg', None) or type(error).__name__}"
             refused |= dict.fromkeys(re.findall(r"^def (\w+)", cell, re.MULTILINE), reason)
-    given = [(answered, s) for s in statements if (answered := s.answers(names))]
+    last_check = last_checks(cells)
+    given = [
+        (name, s)
+        for s in statements
+        for name in sorted(s.binds.intersection(names))
+        if s.is_function or (s.cell <= last_check.get(name, 0) and not s.is_import)
+    ]
     answers = dict(given)  # the last ones
     refused = {name: why for name, why in refused.items() if name in names and name not in answers}
     taken = [s for s in statements if "__future__" in s.modules]
@@ -167,72 +151,24 @@ def of_notebook(notebook: list[Cell], names: Collection[str], open_book: bool) -
     lines = {(s.cell, s.line + i): text for s in taken for i, text in enumerate(s.text)}
     used = len({s.cell for s in answers.values()})
     notes = [f"{used} of {len(cells)} code cells define answers; the others are not run"]
-    twice = [name for name in answers if [n for n, _ in given].count(name) > 1]
+    functions = [(name, s.node) for name, s in given if s.is_function]
+    twice = [name for name in answers if [n for n, _ in functions].count(name) > 1]
     notes += [f"{name} is defined more than once; the last one counts" for name in twice]
-    functions = [s.node for s in statements if isinstance(s.node, ast.FunctionDef)]
-    checked = re.findall(r"""^(?:\w+ = )?check\(["'](\w+)["']""", "\n".join(cells), re.MULTILINE)
     written = [name for name, answer in answers.items() if not is_stub(answer.node)]
+    defined = [s.node for s in statements if isinstance(s.node, ast.FunctionDef)]
     predictions = find_predictions(notebook)
     return HandIn(
         "".join(f"{line}\n" for line in lines.values()).encode(errors="replace"),
-        exercises=in_order(names, {*checked, *answers, *refused}),
+        exercises=in_order(names, {*last_check, *answers, *refused}),
         answered=in_order(names, {*written, *refused}),
         refused=refused,
-        notes=(*notes, *near_misses(functions, names), *predictions.notes),
+        notes=(*notes, *near_misses(defined, names), *predictions.notes),
         predictions=predictions,
         places=tuple(f"code cell {cell}, line {line}" for cell, line in lines),
     )
 
 
-def bindings(tree: ast.Module, lines: list[str], cell: int) -> Iterator[Statement]:
-    """The statements of a cell that an answer may need."""
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            binds = {node.name}
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            binds = {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            stored = (n for n in ast.walk(node) if isinstance(n, ast.Name))
-            binds = {n.id for n in stored if isinstance(n.ctx, ast.Store)}
-        else:
-            continue
-        decorators = getattr(node, "decorator_list", [])
-        line = min([node.lineno, *(decorator.lineno for decorator in decorators)])
-        needs = global_names(symtable.symtable(ast.unparse(node), "cell", "exec"))
-        text = lines[line - 1 : node.end_lineno]
-        yield Statement(node, cell, line, text, frozenset(binds), frozenset(needs))
-
-
-def global_names(table: symtable.SymbolTable) -> set[str]:
-    """The global names that a piece of code reads."""
-    top = table.get_type() == "module"
-    found = {
-        s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())
-    }
-    return found.union(*map(global_names, table.get_children()))
-
-
-def with_needs(answer: Statement, statements: list[Statement]) -> list[Statement]:
-    """An answer and all statements that it needs: for each name the last that binds it in the same
-    cell or an earlier one, as when the notebook is run, or else the first after it."""
-    found = [answer]
-    for statement in found:  # grows
-        for name in sorted(statement.needs):
-            star = set() if hasattr(builtins, name) else {"*"}
-            bound = [s for s in statements if s.binds & {name, *star}]
-            before = [s for s in bound if s.cell <= statement.cell]
-            for provider in before[-1:] or bound[:1]:
-                if provider not in found:
-                    found.append(provider)
-    return found
-
-
-def why_not_run(closure: list[Statement], open_book: bool) -> str | None:
-    """Why an answer cannot be run outside its notebook; None if it can."""
-    for statement in closure:
-        names = ", ".join(sorted(statement.binds))
-        if "nanosd3" in statement.modules and not open_book:
-            return f"closed book: the answer uses {names}, imported from the package nanosd3"
-        if "lab" in statement.modules:
-            return f"the answer uses {names} from lab.py, which grading does not have"
-    return None
+def last_checks(cells: list[str]) -> dict[str, int]:
+    """The last code cell, counted from 1, in which each exercise is checked."""
+    pattern = re.compile(r"""^(?:\w+ = )?check\(["'](\w+)["']""", re.MULTILINE)
+    return {name: i for i, cell in enumerate(cells, 1) for name in pattern.findall(cell)}

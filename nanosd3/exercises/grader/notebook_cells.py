@@ -35,7 +35,7 @@ def read_cells(file: Path, content: bytes) -> list[Cell]:
         return [
             Cell(
                 cell["cell_type"] == "code",
-                "".join(cell["source"]).replace("\r\n", "\n"),
+                "".join(cell["source"]).replace("\r\n", "\n").replace("\r", "\n"),
             )
             for cell in notebook["cells"]
         ]

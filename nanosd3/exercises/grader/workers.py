@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from nanosd3.errors import InputError
-from nanosd3.exercises.grader.sandbox import PACKAGE
+from nanosd3.exercises.grader.recording import PACKAGE
 
 PROGRAM = Path(__file__).with_name("sandbox.py")
 FORK_SERVER = Path(__file__).with_name("fork_server.py")
@@ -28,8 +28,10 @@ MEMORY_LIMIT = 8 * 2**30  # bytes of address space; torch alone takes about four
 # packages installed for one user, which is where pip puts them when it may not write elsewhere.
 ENVIRONMENT = (
     *("PATH", "LANG", "HOME", "SYSTEMROOT", "WINDIR", "APPDATA", "USERPROFILE", "USERNAME"),
-    *("PROCESSOR_ARCHITECTURE", "NUMBER_OF_PROCESSORS"),
+    *("PROCESSOR_ARCHITECTURE", "NUMBER_OF_PROCESSORS", "LD_LIBRARY_PATH"),
 )
+# Plots need no screen, and nothing is compiled: that would take minutes, and a compiler.
+SETTINGS = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "TORCH_COMPILE_DISABLE": "1"}
 
 
 class Worker:
@@ -87,7 +89,7 @@ class ForkServer:
                 to.flush()
                 if not select.select([replies], [], [], START_LIMIT)[0]:
                     raise TimeoutError
-                return json.loads(replies.readline())
+                reply = json.loads(replies.readline())
             except BaseException as error:
                 self.failed = True  # a late reply would pass for that to the next request
                 if not isinstance(error, OSError | ValueError):
@@ -95,6 +97,9 @@ class ForkServer:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(1)
                 raise did_not_start(self.process.poll()) from error
+        if isinstance(reply, str):
+            raise InputError(f"no process can be started for the answers ({reply}); grade again")
+        return reply
 
     def start(self, arguments: list[str]) -> Worker:
         pid = self.ask("start", *arguments)
@@ -137,7 +142,7 @@ def start_worker(folder: Path, open_book: bool) -> Worker:
     arguments = [str(folder), PACKAGE, "open" if open_book else "closed", str(MEMORY_LIMIT)]
     if hasattr(os, "fork") and sys.platform != "darwin":  # libraries of macOS do not survive a fork
         return fork_server().start(arguments)
-    environment = {"TMPDIR": str(folder)}
+    environment = {"TMPDIR": str(folder), "MPLCONFIGDIR": str(folder)}
     process = start_python([PROGRAM, *arguments], folder, environment, subprocess.DEVNULL)
     return Worker(process.pid, process.poll, process.kill)
 
@@ -148,10 +153,11 @@ def start_python(
     """Start a Python program in a folder, in a session of its own and with a minimal environment;
     `streams` are its input and output, as `subprocess` names them."""
     kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    kept["PYTHONPATH"] = os.pathsep.join(libraries())
     return subprocess.Popen(
-        [sys.executable, "-E", "-P", *map(str, command)],
+        [sys.executable, "-P", *map(str, command)],
         cwd=folder,
-        env=kept | {"OMP_NUM_THREADS": "1"} | environment,
+        env=kept | SETTINGS | environment,
         stdin=streams,
         stdout=streams,
         stderr=subprocess.DEVNULL,
@@ -159,10 +165,20 @@ def start_python(
     )
 
 
+def libraries() -> list[str]:
+    """The folders in PYTHONPATH, from which torch may come, but for the one of this package."""
+    own = os.path.dirname(os.path.realpath(PACKAGE))
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [os.path.abspath(f) for f in folders if f and os.path.realpath(f) != own]
+
+
 def did_not_start(status: int | None) -> InputError:
     """The error for a process that has ended too early, or has not begun."""
-    how = "still starting" if status is None else f"exit status {status}"
+    if status is None:
+        return InputError(
+            f"the process that runs answers did not start within {START_LIMIT} s; grade again when "
+            "the machine is less busy"
+        )
     return InputError(
-        f"the process that runs answers did not start within {START_LIMIT} s ({how}); "
-        "grade again when the machine is less busy"
+        f"the process that runs answers has ended with exit status {status}; grade again"
     )
