@@ -11,7 +11,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
 @dataclass(frozen=True, eq=False)
 class Statement:
-    """A top-level statement of a notebook that binds global names or changes what they are."""
+    """A top-level statement of a notebook that binds global names or changes their objects."""
 
     node: ast.stmt
     cell: int
@@ -22,8 +22,8 @@ class Statement:
     needs: frozenset[str]  # global names
 
     @property
-    def place(self) -> tuple[int, int]:
-        return self.cell, self.line
+    def place(self) -> tuple[int, int, int]:
+        return self.cell, self.line, self.node.col_offset
 
     @property
     def is_function(self) -> bool:
