@@ -16,6 +16,9 @@ from nanosd3.storage.user_files import decode_text
 
 PYTHON_MAGICS = ("%%time", "%%capture")  # first lines of cells that are still Python
 MOST_MAGICS = 100  # lines in a cell that are IPython's
+IPYTHON = re.compile(
+    r"^(\s*)([%!?].*|\S+\?\s*|(pip|conda)\s.*|[\w, ]+=\s*[%!].*)$"
+)  # its own lines
 _lock = threading.Lock()
 
 
@@ -57,8 +60,8 @@ def parsing() -> Iterator[None]:
 
 
 def parsed(cell: str) -> tuple[ast.Module, list[str]]:
-    """A cell's syntax tree and lines, with IPython's own lines (%magic, !shell, help?) replaced by
-    `pass`. Raises SyntaxError if it is not Python."""
+    """A cell's syntax tree and lines, with IPython's own lines (%magic, !shell, help?, pip install)
+    replaced by `pass`. Raises SyntaxError if it is not Python."""
     lines = cell.split("\n")
     if lines[0].startswith("%%") and not lines[0].startswith(PYTHON_MAGICS):
         return ast.Module([], []), []  # another language
@@ -68,8 +71,10 @@ def parsed(cell: str) -> tuple[ast.Module, list[str]]:
                 return ast.parse("\n".join(lines)), lines
             except SyntaxError as error:
                 at = (error.lineno or 1) - 1
-                line, number = re.subn(r"^(\s*)([%!?].*|\S+\?)$", r"\1pass", lines[at])
+                line, number = IPYTHON.subn(r"\1pass", lines[at])
                 if not number:
                     raise
+                while lines[at].endswith("\\") and at + 1 < len(lines):  # continued
+                    lines[at], at, line = line, at + 1, ""
                 lines[at] = line
     raise SyntaxError("too many lines that are not Python")
