@@ -209,20 +209,28 @@ def test_unexpected_files_do_not_stop_the_grader(verdicts, lines):
     assert len(results) == 3 and all(isinstance(v.points, int) for v in results.values())
 
 
+def at_once(lines: str) -> str:
+    """One statement, of which nothing counts after a line that fails."""
+    return "if True:\n" + textwrap.indent(lines, "    ")
+
+
 ODD_BUT_INNOCENT = (
     "\ufefffrom __future__ import annotations\n"
-    "from dataclasses import dataclass\n"
-    "import os\n"
-    "import sys\n"
-    "from torch.nn.functional import *\n"
-    "os.environ['KMP_DUPLICATE_LIB_OK'] = 'TRUE'\n"
-    f"{RIGHT}\n"
-    "@dataclass\n"
-    "class Point:\n"
-    "    x: int\n"
-    "\n"
-    "sys.exit()\n"
+    + at_once(
+        "from dataclasses import dataclass\n"
+        "import os\n"
+        "import sys\n"
+        "from torch.nn.functional import *\n"
+        "os.environ['KMP_DUPLICATE_LIB_OK'] = 'TRUE'\n"
+        f"{RIGHT}\n"
+        "@dataclass\n"
+        "class Point:\n"
+        "    x: int\n"
+        "\n"
+        "sys.exit()\n"
+    )
 ).replace("\n", "\r\n")
+FOLDERS = at_once("import os\nos.makedirs('figures/new', exist_ok=True)\n" + RIGHT)
 
 
 @pytest.mark.parametrize(
@@ -230,11 +238,11 @@ ODD_BUT_INNOCENT = (
     [
         ODD_BUT_INNOCENT,
         RIGHT + "\ninput('done?')\n",
-        "import os\nos.makedirs('figures/new', exist_ok=True)\n1 / 0\n" + RIGHT,
+        "1 / 0\n" + FOLDERS,
         RIGHT + "\nvelocity_target = torch.rsub\n",
         "import torch\n" + RIGHT.replace("def shift", "@torch.jit.ignore\ndef shift"),
     ],
-    ids=["many", "input", "folders and an error", "a function of torch", "a decorator of torch"],
+    ids=["many", "input", "an error, and folders", "a function of torch", "a decorator of torch"],
 )
 def test_innocent_files_keep_their_points(verdicts, text):
     assert {v.status for v in verdicts(text).values()} == {"right"}

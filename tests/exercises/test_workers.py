@@ -55,7 +55,7 @@ def test_all_files_of_a_class_are_run_by_one_server(server, tmp_path):
 
 def test_what_a_file_changes_is_not_there_for_the_next(server, tmp_path):
     change = "torch.Tensor.__sub__ = lambda a, b: a\nimport os; os.environ['LEFT'] = '1'\n"
-    seen = f"import os\nassert 'LEFT' not in os.environ\n{RIGHT}"
+    seen = RIGHT.replace("    return", "    import os; assert 'LEFT' not in os.environ\n    return")
     assert status_of(tmp_path, RIGHT + change) == "wrong"
     assert status_of(tmp_path, seen) == "right"
 
@@ -72,8 +72,9 @@ def test_random_numbers_of_a_file_do_not_depend_on_those_before(server, tmp_path
 
 
 def test_an_answer_may_write_files_of_its_own(server, tmp_path):
-    writes = "import tempfile\nopen('notes.txt', 'w').write('x')\ntempfile.TemporaryFile()\n"
-    assert status_of(tmp_path, writes + RIGHT) == "right"
+    writes = "    import tempfile\n    open('notes.txt', 'w').write('x')\n"
+    writes += "    tempfile.TemporaryFile()\n    return"
+    assert status_of(tmp_path, RIGHT.replace("    return", writes)) == "right"
     assert [path.name for path in tmp_path.iterdir()] == ["hw.py"]
 
 
