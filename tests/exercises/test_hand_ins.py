@@ -84,7 +84,7 @@ def test_only_the_answers_of_a_notebook_are_run_and_what_they_need(tmp_path):
          {"shift": 8}, "1 of 2"),
         (('s = """\n%time\n"""\ndef shift(t, a): return s',), {"shift": "\n%time\n"}, "1 of 1"),
         (("if True:\n    !ls\nlimit = 9", "def shift(t, a): return limit"), {"shift": 9}, "1 of 2"),
-        (("k = 4.0", "k = k / 2", "def shift(t, a): return k"), {"shift": 2}, "1 of 3"),
+        (("k = 4", "k = k / 2", "k = k + 1", "def shift(t, a): return k"), {"shift": 3}, "1 of 4"),
         (("pip install einops\n!pip install \\\n  einops \\\n  numpy\nfiles = !ls\nx, y = %magic\n"
           "shift? \nk = 2\ndef shift(t, a): return k",), {"shift": 2}, "1 of 1"),
         (("k = 4; k = k / 2", "def shift(t, a): return k"), {"shift": 2}, "1 of 2"),
