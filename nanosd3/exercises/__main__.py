@@ -26,13 +26,13 @@ from nanosd3.exercises import EXERCISES, MARKS
 from nanosd3.exercises.grader.checker import Verdict
 from nanosd3.exercises.grader.exercise import Exercise
 from nanosd3.exercises.grader.gradebook import (
+    NOT_GRADED,
     Row,
+    failed_row,
     find_hand_ins,
     listed,
-    refused_row,
     to_csv,
     to_text,
-    ungraded_row,
 )
 from nanosd3.exercises.grader.grading import grade, missing_limits
 from nanosd3.exercises.grader.hand_ins import MARK, SUFFIXES, HandIn, read_hand_in
@@ -205,14 +205,12 @@ def grade_all(
     def row(file: Path) -> Row:
         name, hand_in = file.relative_to(folder).as_posix(), hand_ins[file]
         if isinstance(hand_in, InputError):
-            return refused_row(name, exercises, str(hand_in))
+            return failed_row(name, exercises, "refused", str(hand_in))
         written = str(hand_in.predictions or "")
         try:
             verdicts = grade(file, exercises, open_book)
-        except (
-            Exception
-        ) as error:  # the machine's fault, or the grader's; it must not stop the rest
-            return ungraded_row(name, exercises, f"{file}: {error}", written)
+        except Exception as error:  # of the machine or the grader; it must not stop the rest
+            return failed_row(name, exercises, NOT_GRADED, f"{file}: {error}", written)
         return Row(name, verdicts, notes=not_graded(hand_in, exercises), predictions=written)
 
     rows = rows_of(row, list(hand_ins))

@@ -235,7 +235,7 @@ def initialise_dit(model: DiT) -> None:
     nn.init.zeros_(model.final_layer.linear.weight)  # the first output is 0
 
 
-@cache  # the largest takes a second
+@cache  # the largest takes seconds
 def multiply_adds(config: DiTConfig) -> int:
     """Multiply-adds of a forward pass on one image (the paper's flops); nothing is computed."""
     with torch.device("meta"):

@@ -14,7 +14,7 @@ from nanosd3.exercises.grader.hand_ins import SUFFIXES
 from nanosd3.exercises.grader.predictions import plain
 
 STATES = ("right", "wrong", "timed out", "refused", "not attempted")
-NOT_GRADED = "not graded"
+NOT_GRADED = "not graded"  # for no fault of the file
 SHOWN = 10  # names in a list
 
 
@@ -27,18 +27,19 @@ class Row:
     error: str = ""
     notes: Sequence[str] = ()
     predictions: str = ""  # "5 of 6"; empty where none were asked for
-    is_graded: bool = True  # False: not for a fault of the file
+
+    @property
+    def is_graded(self) -> bool:
+        """False for a file without verdicts for no fault of its own, which has no score."""
+        return all(v.status != NOT_GRADED for v in self.verdicts)
 
 
-def refused_row(file: str, exercises: Sequence[Exercise], error: str) -> Row:
-    """The row of a file that cannot be read or compiled."""
-    return Row(file, [Verdict(e.name, "refused", 0, e.points, error) for e in exercises], error)
-
-
-def ungraded_row(file: str, exercises: Sequence[Exercise], error: str, predictions: str) -> Row:
-    """The row of a file that was not graded, for no fault of its own: it has no score."""
-    verdicts = [Verdict(e.name, NOT_GRADED, 0, e.points, error) for e in exercises]
-    return Row(file, verdicts, error, predictions=predictions, is_graded=False)
+def failed_row(
+    file: str, exercises: Sequence[Exercise], status: str, error: str, predictions: str = ""
+) -> Row:
+    """The row of a file that cannot be read ("refused"), or was not graded (NOT_GRADED)."""
+    verdicts = [Verdict(e.name, status, 0, e.points, error) for e in exercises]
+    return Row(file, verdicts, error, predictions=predictions)
 
 
 def find_hand_ins(folder: Path, written: Sequence[Path]) -> tuple[list[Path], list[str]]:

@@ -58,8 +58,11 @@ def grade(file: Path, exercises: list[Exercise], open_book: bool = False) -> lis
                 reason = f"the file as a whole took more than {FILE_LIMIT} s"
                 fail(left, Failure("timed out", reason), failed)
                 break
-            torch.save({e.name: cases[e.name] for e in left}, folder / "cases.pt")
-            run_worker(folder, left, open_book, failed)
+            try:
+                torch.save({e.name: cases[e.name] for e in left}, folder / "cases.pt")
+                run_worker(folder, left, open_book, failed)
+            finally:  # whatever has failed
+                check_space(folder)
         return [verdict_on(exercise, folder, failed, hand_in) for exercise in exercises]
 
 
@@ -118,7 +121,6 @@ def run_worker(
         worker.wait(EXERCISE_LIMIT)  # everything is recorded; no need to wait longer
     finally:
         worker.stop()
-        check_space(folder)
 
 
 def check_space(folder: Path) -> None:

@@ -147,7 +147,7 @@ def of_notebook(notebook: list[Cell], names: Collection[str], open_book: bool) -
             refused[name] = why
         else:
             taken += needed
-    taken.sort(key=lambda s: ("__future__" not in s.modules, s.cell, s.line))
+    taken.sort(key=lambda s: ("__future__" not in s.modules, s.place))
     lines = {(s.cell, s.line + i): text for s in taken for i, text in enumerate(s.text)}
     used = len({s.cell for s in answers.values()})
     notes = [f"{used} of {len(cells)} code cells define answers; the others are not run"]

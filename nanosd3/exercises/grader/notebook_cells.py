@@ -74,7 +74,8 @@ def parsed(cell: str) -> tuple[ast.Module, list[str]]:
                 line, number = IPYTHON.subn(r"\1pass", lines[at])
                 if not number:
                     raise
-                while lines[at].endswith("\\") and at + 1 < len(lines):  # continued
-                    lines[at], at, line = line, at + 1, ""
-                lines[at] = line
+                end = at
+                while lines[end].endswith("\\") and end + 1 < len(lines):
+                    end += 1
+                lines[at : end + 1] = [line] + [""] * (end - at)  # with all that continues it
     raise SyntaxError("too many lines that are not Python")

@@ -87,26 +87,26 @@ def load() -> None:
 
 def run_file(path: Path, module: types.ModuleType) -> tuple[dict, dict]:
     """Run the statements of a file in a module, each even if those before it have failed. Returns
-    the record of answers that are not there then, and what `import *` has bound."""
+    the outcome of answers that are not there then, and what `import *` has bound."""
     source = path.read_bytes()  # in any encoding
     flags = compile(source, path, "exec").co_flags & FUTURE
-    missing = {"values": [{"kind": "not attempted"}]}
+    failures: list[str] = []
     starred: dict[str, object] = {}
-    failed = False
     for statement in ast.parse(source, path).body:
-        before = vars(module).copy()
+        stars = isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*"
+        before = vars(module).copy() if stars else {}
         try:
             part = ast.Module([statement], [])
             exec(compile(part, path, "exec", flags, dont_inherit=True), vars(module))
         except BaseException as error:
-            if not failed:
-                missing = {"values": [{"kind": "broken", "text": describe_error(error)}]}
-            failed = True
+            failures.append(describe_error(error))
             if not isinstance(error, Exception):  # SystemExit: it wants to stop here
                 break
-        if isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
+        if stars:
             starred |= {k: v for k, v in vars(module).items() if v is not before.get(k)}
-    return missing, starred
+    if failures:
+        return {"kind": "broken", "text": failures[0]}, starred
+    return {"kind": "not attempted"}, starred
 
 
 def main(folder: str, package: str, book: str, memory: str) -> None:
@@ -124,7 +124,7 @@ def main(folder: str, package: str, book: str, memory: str) -> None:
     Path(folder, "loaded").write_bytes(b"")
     for name, entry in cases.items():
         target = os.path.join(folder, f"{name}.pt")
-        answer, result = getattr(module, name, None), missing
+        answer, result = getattr(module, name, None), {"values": [missing]}
         if callable(answer) and answer is not starred.get(name):
             values = record_values(answer, entry["cases"])
             result = record(answer, entry["cases"], entry["differentiable"], values)
